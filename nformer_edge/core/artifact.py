@@ -1,0 +1,219 @@
+"""Files that stages hand on: written whole or not at all, hashed when written, verified before anything opens them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from nformer_edge.core.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+_TEMPORARY = ".nformer-edge-tmp-"
+_STALE_SECONDS = 24 * 3600.0
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The file's sha256 as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes temporaries that a killed run left in `folder` more than a day ago."""
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        try:
+            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError:
+            continue  # another process swept it, or owns it: not ours to report
+
+
+def _prepare(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ArtifactError(
+            str(path.parent), got=e.strerror, expected="a folder to write to", mend="Choose another -o."
+        ) from e
+    _sweep(path.parent)
+
+
+def _write_failed(path: Path, error: OSError) -> ArtifactError:
+    mend = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written to"
+    return ArtifactError(
+        str(path), got=error.strerror or str(error), expected="a complete write",
+        mend=f"{mend} and run again; what stood there before is untouched.",
+    )  # fmt: skip
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path` for binary writing; it takes the name `path` only if the block succeeds.
+
+    Raises:
+        ArtifactError: if the disk is full or the folder cannot be written; the old file is intact.
+    """
+    path = Path(path)
+    _prepare(path)
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
+        os.chmod(temporary, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise _write_failed(path, e) from e
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Writes `data` as indented JSON, atomically. NaN and infinity are refused with ValueError."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(data, indent=2, allow_nan=False).encode() + b"\n")
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
+    """Yields an empty temporary folder; on success it replaces `path`, which may hold an earlier folder of this kind.
+
+    Raises:
+        ArtifactError: if `path` holds anything that is not an artifact of `kind`, or the disk is full.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and _may_replace(path, kind))):
+        raise ArtifactError(
+            str(path), got="something that is not ours to replace", expected=f"nothing there, or an earlier {kind}",
+            mend="Choose another -o, or remove it yourself.",
+        )  # fmt: skip
+    _prepare(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        for entry in temporary.rglob("*"):
+            _fsync(entry)
+        _fsync(temporary)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+            os.replace(path, old / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise _write_failed(path, e) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _may_replace(path: Path, kind: str) -> bool:
+    if not any(path.iterdir()):
+        return True
+    try:
+        return json.loads((path / MANIFEST).read_text()).get("kind") == kind
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
+    """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {
+        p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files
+    }  # fmt: skip
+    atomic_write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries})
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Reads and verifies an artifact's folder: every file listed is there with its size and sha256, inside the folder.
+
+    Nothing else may open a file of the folder before this has returned.
+
+    Raises:
+        ArtifactError: naming the file and what does not match.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        got = "no such folder" if not folder.exists() else f"no {MANIFEST} in it"
+        raise ArtifactError(str(folder), got=got, expected=f"a {kind}", mend=f"Pass the folder of a {kind}.")
+    try:
+        manifest = json.loads(path.read_text())
+        found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
+        entries = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ArtifactError(
+            str(path), got=f"no readable manifest ({e})", expected=f"a {kind}'s", mend="Make it again."
+        ) from e
+    if found != kind:
+        raise ArtifactError(str(folder), got=f"a {found}", expected=f"a {kind}", mend=f"Pass the folder of a {kind}.")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            str(folder),
+            got=f"format version {version}",
+            expected=FORMAT_VERSION,
+            mend=f"Make the {kind} again with this version.",
+        )
+    for name, (digest, size) in entries.items():
+        _verify(folder, name, digest, size)
+    return manifest
+
+
+def _verify(folder: Path, name: str, digest: str, size: int) -> None:
+    file = folder / name
+    inside = not os.path.isabs(name) and ".." not in Path(name).parts
+    if not inside or file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{folder}: file {name!r}",
+            got="a way out of the folder",
+            expected="a plain file inside",
+            mend="Do not use it.",
+        )
+    if not file.is_file():
+        raise ArtifactError(
+            str(file), got="no such file", expected="the file that the manifest lists", mend="Copy the folder again."
+        )
+    if file.stat().st_nlink > 1:
+        raise ArtifactError(str(file), got="a hard link", expected="a plain file", mend="Copy the folder again.")
+    if file.stat().st_size != size:
+        raise ArtifactError(
+            str(file), got=f"{file.stat().st_size} bytes", expected=f"{size} bytes", mend="Copy the folder again."
+        )
+    actual = sha256_file(file)
+    if actual != digest:
+        raise ArtifactError(
+            str(file), got=f"sha256 {actual[:12]}...", expected=f"{digest[:12]}... as in the manifest",
+            mend="The file was changed: copy or make the folder again.",
+        )  # fmt: skip

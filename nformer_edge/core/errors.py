@@ -1,0 +1,51 @@
+"""What can go wrong, in a few kinds. Each error says what was got, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class NFormerEdgeError(Exception):
+    """Root of every error that this package raises on purpose.
+
+    Args:
+        subject: what the error is about, such as a path or an argument's name.
+        got: what was found.
+        expected: what should have been there.
+        mend: one imperative sentence that says what to do.
+
+    The message reads ``subject: got X, expected Y. Mend.`` with absent parts left out.
+    """
+
+    exit_code = 2
+
+    def __init__(self, subject: str, *, got: object = None, expected: object = None, mend: str = "") -> None:
+        facts = [f"{word} {value}" for word, value in (("got", got), ("expected", expected)) if value is not None]
+        message = f"{subject}: {', '.join(facts)}" if facts else subject
+        if mend:
+            message = f"{message.rstrip('.')}. {mend}"
+        super().__init__(message)
+        self.subject = subject
+        self.got = got
+        self.expected = expected
+        self.mend = mend
+
+
+class UsageError(NFormerEdgeError):
+    """An argument, flag or configuration value that cannot be used."""
+
+
+class DataError(NFormerEdgeError):
+    """Images, labels or features that cannot be used."""
+
+
+class ArtifactError(NFormerEdgeError):
+    """A checkpoint, bundle, engine or report that is missing, damaged or of another version."""
+
+
+class BackendError(NFormerEdgeError):
+    """A backend that is not installed here, or that refused the work."""
+
+
+class GateError(NFormerEdgeError):
+    """A parity gate that does not hold. The command's exit code is 1, not 2."""
+
+    exit_code = 1

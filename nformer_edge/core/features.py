@@ -1,0 +1,127 @@
+"""Features with their labels: what the backbone hands to the head, the search and the evaluation."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nformer_edge.core.artifact import atomic_write
+from nformer_edge.core.errors import ArtifactError, DataError
+
+_FORMAT = "nformer-edge-features-1"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """N images' features and labels.
+
+    Args:
+        features: float32 [N, D], as the backbone gave them (not normalised).
+        pids: int64 [N], person identity; -1 is junk, 0 a distractor, unknown is -1.
+        camids: int64 [N], camera; unknown is -1.
+        paths: N image paths, in the same order.
+        model: sha256 of the model file that made the features, or "".
+    """
+
+    features: np.ndarray
+    pids: np.ndarray
+    camids: np.ndarray
+    paths: tuple[str, ...]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        rows = len(self.features)
+        if self.features.ndim != 2:
+            raise DataError(
+                "features", got=f"shape {self.features.shape}", expected="[N, D]", mend="Pass one row an image."
+            )
+        for name in ("pids", "camids", "paths"):
+            if len(getattr(self, name)) != rows:
+                raise DataError(
+                    name, got=f"{len(getattr(self, name))} entries", expected=f"{rows}, one for each feature",
+                    mend="Pass labels for exactly these images.",
+                )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, rows: np.ndarray) -> FeatureSet:
+        """The images at `rows` (indices or a boolean mask), in that order."""
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
+        return replace(
+            self, features=self.features[rows], pids=self.pids[rows], camids=self.camids[rows],
+            paths=tuple(self.paths[i] for i in rows),
+        )  # fmt: skip
+
+    def with_features(self, features: np.ndarray) -> FeatureSet:
+        """The same images under other features, such as the head's output."""
+        return replace(self, features=features)
+
+
+def check_features(features: np.ndarray, subject: str = "features", dim: int | None = None) -> None:
+    """The door: finite, non-zero rows of the right length, or a DataError that names the first bad row."""
+    if features.ndim != 2 or (dim is not None and features.shape[1] != dim):
+        raise DataError(
+            subject, got=f"shape {features.shape}", expected=f"[N, {dim if dim is not None else 'D'}]",
+            mend="Embed the images with the model that this head was trained on.",
+        )  # fmt: skip
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise DataError(
+            subject, got=f"NaN or infinity in row {int(bad.argmax())} ({int(bad.sum())} such rows)",
+            expected="finite numbers", mend="Embed these images again and look at what they show.",
+        )  # fmt: skip
+    zero = ~features.any(axis=1)
+    if zero.any():
+        raise DataError(
+            subject, got=f"all zeros in row {int(zero.argmax())} ({int(zero.sum())} such rows)",
+            expected="a direction in every row", mend="Embed these images again.",
+        )  # fmt: skip
+
+
+def save_features(path: str | os.PathLike[str], sets: dict[str, FeatureSet]) -> None:
+    """Writes a feature store, one `.npz` without pickles, atomically. Keys are split names such as ``query``."""
+    arrays: dict[str, np.ndarray] = {"format": np.array(_FORMAT), "splits": np.array(list(sets))}
+    for split, s in sets.items():
+        arrays |= {
+            f"{split}/features": s.features, f"{split}/pids": s.pids, f"{split}/camids": s.camids,
+            f"{split}/paths": np.array(s.paths, dtype=np.str_), f"{split}/model": np.array(s.model),
+        }  # fmt: skip
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
+    """Reads a feature store that `save_features` wrote.
+
+    Raises:
+        ArtifactError: if the file is missing, damaged or something else.
+    """
+    if not Path(path).is_file():
+        raise ArtifactError(
+            str(path), got="no such file", expected="a feature store", mend="Make one with `nformer-edge embed`."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            if "format" not in z or str(z["format"]) != _FORMAT:
+                raise ArtifactError(
+                    str(path), got="another kind of .npz", expected=_FORMAT, mend="Make one with `nformer-edge embed`."
+                )
+            return {
+                str(split): FeatureSet(
+                    z[f"{split}/features"], z[f"{split}/pids"], z[f"{split}/camids"],
+                    tuple(str(p) for p in z[f"{split}/paths"]), str(z[f"{split}/model"]),
+                )
+                for split in z["splits"]
+            }  # fmt: skip
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise ArtifactError(
+            str(path),
+            got=f"an unreadable file ({e})",
+            expected="a feature store",
+            mend="Make it again with `nformer-edge embed`.",
+        ) from e

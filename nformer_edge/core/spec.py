@@ -1,0 +1,172 @@
+"""What a model is and how images reach it, as frozen dataclasses that travel in every manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+from nformer_edge.core.errors import UsageError
+
+Arch = Literal["resnet18", "resnet50", "resnet50_ibn_a", "osnet_x1_0", "osnet_x0_75", "osnet_x0_5", "osnet_x0_25"]
+Neck = Literal["bnneck", "fc"]
+NeighborRule = Literal["features", "affinity"]
+InputScale = Literal["unit", "sqrt_dim", "none"]
+Precision = Literal["fp32", "fp16", "int8"]
+Backend = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+
+T = TypeVar("T")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises UsageError with the nearest spelling unless `value` is one of `choices`."""
+    if value not in choices:
+        near = get_close_matches(str(value), choices, n=1)
+        mend = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+        raise UsageError(name, got=repr(value), expected=" | ".join(choices), mend=mend)
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises UsageError unless `value` is a number >= `least`."""
+    if not value >= least:
+        raise UsageError(name, got=value, expected=f"at least {least}", mend=f"Raise {name}.")
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How an image file becomes one row of the backbone's input; recorded in every manifest."""
+
+    height: int = 256
+    width: int = 128
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channels: Literal["RGB", "BGR"] = "RGB"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_at_least("height", self.height, 16)
+        check_at_least("width", self.width, 16)
+        check_choice("channels", self.channels, ("RGB", "BGR"))
+        check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        if not all(s > 0 for s in self.std):
+            raise UsageError("std", got=self.std, expected="three positive numbers", mend="Mend the spec.")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One image to one feature.
+
+    `neck` is ``bnneck`` (projection to `features`, then batch norm: Luo et al. 2019) or ``fc`` (OSNet's own fully
+    connected layer with batch norm and ReLU: Zhou et al. 2019, as torchreid trains it).
+    """
+
+    arch: Arch = "resnet50"
+    features: int = 256
+    neck: Neck = "bnneck"
+
+    def __post_init__(self) -> None:
+        check_choice("arch", self.arch, typing.get_args(Arch))
+        check_choice("neck", self.neck, typing.get_args(Neck))
+        check_at_least("features", self.features, 1)
+        if self.neck == "fc" and not self.arch.startswith("osnet"):
+            raise UsageError("neck", got=f"fc with {self.arch}", expected="fc with an OSNet", mend="Use bnneck.")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The NFormer head (Wang et al., CVPR 2022): letters as in the operator contract.
+
+    `rule` says which vectors choose neighbours: ``features`` (the published code) or ``affinity`` (the paper).
+    `input_scale` says to which L2 norm each feature is brought before the first layer: ``unit`` (1),
+    ``sqrt_dim`` (square root of `features`) or ``none`` (left as it is).
+    """
+
+    features: int = 256
+    layers: int = 4
+    heads: int = 2
+    k: int = 20
+    landmarks: int = 5
+    rule: NeighborRule = "features"
+    input_scale: InputScale = "unit"
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, typing.get_args(NeighborRule))
+        check_choice("input_scale", self.input_scale, typing.get_args(InputScale))
+        for name in ("features", "layers", "heads", "k", "landmarks"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.features % self.heads:
+            raise UsageError(
+                "heads", got=f"{self.heads} heads for {self.features} features", expected="a divisor of features",
+                mend="Choose a number of heads that divides the features.",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model. `head` is None for a backbone alone."""
+
+    backbone: BackboneSpec = field(default_factory=BackboneSpec)
+    head: HeadSpec | None = None
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+
+    def __post_init__(self) -> None:
+        if self.head is not None and self.head.features != self.backbone.features:
+            raise UsageError(
+                "head.features", got=self.head.features, expected=f"the backbone's {self.backbone.features}",
+                mend="Give head and backbone the same number of features.",
+            )  # fmt: skip
+
+
+def to_dict(spec: Any) -> dict[str, Any]:
+    """A spec as plain JSON data. Tuples become lists."""
+    return _plain(dataclasses.asdict(spec))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type[T], data: object, where: str = "") -> T:
+    """A spec from JSON or TOML data; absent keys take their defaults.
+
+    Raises:
+        UsageError: for a key that `cls` does not have (with the nearest spelling), or a value of the wrong type.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise UsageError(where, got=type(data).__name__, expected="a table of keys and values", mend="Mend the file.")
+    hints = typing.get_type_hints(cls)
+    known = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+    values = {}
+    for key, value in data.items():
+        check_choice(f"{where} key", key, known)
+        values[key] = _convert(hints[key], value, f"{where}.{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if origin is Literal:
+        check_choice(where, value, args)
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
+            raise UsageError(where, got=repr(value), expected=f"a list of {len(args)}", mend="Mend the value.")
+        return tuple(_convert(args[0], v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UsageError(where, got=repr(value), expected=hint.__name__, mend="Mend the value.")
+    return value
