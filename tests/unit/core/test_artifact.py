@@ -1,0 +1,179 @@
+"""Files are whole or absent, and nothing is believed before its hash has matched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nformer_edge.core import artifact
+from nformer_edge.core.errors import ArtifactError
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "b"
+    with artifact.atomic_folder(folder, "bundle") as temporary:
+        (temporary / "backbone.onnx").write_bytes(b"weights" * 100)
+        artifact.write_manifest(temporary, "bundle", {"opset": 18})
+    return folder
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return list(folder.glob(".nformer-edge-tmp-*"))
+
+
+def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), artifact.atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert not temporaries(tmp_path)
+
+
+def test_a_full_disk_is_named_and_the_old_file_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifact.os, "fsync", no_space)
+    with pytest.raises(ArtifactError, match=r"No space left.*Free some space.*untouched"):
+        artifact.atomic_write_json(path, {"a": 1})
+    assert path.read_text() == "old"
+    assert not temporaries(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_really_full_device_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="No space left"), artifact.atomic_write(tmp_path / "x"):
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_a_killed_writer_leaves_the_old_file_and_its_temporary_is_swept_a_day_later(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    code = (
+        "import sys, time\nfrom nformer_edge.core.artifact import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as f:\n f.write(b'new'); f.flush(); print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+    (left,) = temporaries(tmp_path)
+    artifact.atomic_write_json(tmp_path / "y", {})
+    assert left.exists(), "a young temporary may belong to a running process"
+    os.utime(left, (time.time() - 2 * 86400,) * 2)
+    artifact.atomic_write_json(tmp_path / "y", {})
+    assert not temporaries(tmp_path)
+
+
+def test_atomic_folder_replaces_an_earlier_artifact_of_its_kind(bundle: Path) -> None:
+    with artifact.atomic_folder(bundle, "bundle") as temporary:
+        (temporary / "new.onnx").write_bytes(b"n")
+        artifact.write_manifest(temporary, "bundle", {})
+    assert sorted(p.name for p in bundle.iterdir()) == ["manifest.json", "new.onnx"]
+    assert not temporaries(bundle.parent)
+
+
+def test_atomic_folder_keeps_the_earlier_artifact_when_interrupted(bundle: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), artifact.atomic_folder(bundle, "bundle") as temporary:
+        (temporary / "new.onnx").write_bytes(b"n")
+        raise KeyboardInterrupt
+    assert artifact.read_manifest(bundle, "bundle")["opset"] == 18
+    assert not temporaries(bundle.parent)
+
+
+@pytest.mark.parametrize("what", ["photos", "engine", "file", "link"])
+def test_atomic_folder_never_replaces_what_is_not_its_kind(tmp_path: Path, what: str) -> None:
+    target = tmp_path / "out"
+    if what == "photos":
+        target.mkdir()
+        (target / "holiday.jpg").write_bytes(b"x")
+    elif what == "engine":
+        target.mkdir()
+        artifact.write_manifest(target, "engine", {})
+    elif what == "file":
+        target.write_text("x")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="not ours to replace"), artifact.atomic_folder(target, "bundle"):
+        pytest.fail("the block must not run")
+
+
+def test_read_manifest_accepts_what_write_manifest_wrote(bundle: Path) -> None:
+    manifest = artifact.read_manifest(bundle, "bundle")
+    assert manifest["files"]["backbone.onnx"]["bytes"] == 700
+
+
+def test_a_changed_byte_is_refused_by_name(bundle: Path) -> None:
+    data = bytearray((bundle / "backbone.onnx").read_bytes())
+    data[350] ^= 1
+    (bundle / "backbone.onnx").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"backbone\.onnx: got sha256"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_truncated_file_is_refused_by_size(bundle: Path) -> None:
+    os.truncate(bundle / "backbone.onnx", 699)
+    with pytest.raises(ArtifactError, match="got 699 bytes, expected 700 bytes"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_missing_file_is_refused(bundle: Path) -> None:
+    (bundle / "backbone.onnx").unlink()
+    with pytest.raises(ArtifactError, match="no such file"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_cannot_name_files_outside_its_folder(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_text("s")
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {name: {"sha256": "0" * 64, "bytes": 1}}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="a way out of the folder"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+@pytest.mark.parametrize(("link", "said"), [("symlink_to", "way out of the folder"), ("hardlink_to", "a hard link")])
+def test_links_in_an_artifact_are_refused(bundle: Path, link: str, said: str) -> None:
+    (bundle / "backbone.onnx").rename(bundle.parent / "outside")
+    getattr(bundle / "backbone.onnx", link)(bundle.parent / "outside")
+    with pytest.raises(ArtifactError, match=said):
+        artifact.read_manifest(bundle, "bundle")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no readable manifest"),
+        ("[]", "no readable manifest"),
+        ('{"kind": "bundle", "format_version": 1}', "no readable manifest"),
+        ('{"kind": "engine", "format_version": 1, "files": {}}', "got a engine, expected a bundle"),
+        ('{"kind": "bundle", "format_version": 99, "files": {}}', "format version 99"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_says_why(bundle: Path, text: str, said: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=said):
+        artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_missing_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such folder"):
+        artifact.read_manifest(tmp_path / "nowhere", "bundle")

@@ -1,0 +1,101 @@
+"""One preprocessing for evaluation, calibration, training and runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nformer_edge.core import preprocess
+from nformer_edge.core.errors import DataError
+from nformer_edge.core.spec import PreprocessSpec
+
+SPEC = PreprocessSpec(height=32, width=16)
+
+
+def save(path: Path, size: tuple[int, int] = (20, 40), mode: str = "RGB") -> Path:
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def test_pixels_become_normalised_planes(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 32), (255, 128, 0)).save(tmp_path / "a.png")
+    planes = preprocess.preprocess_files([tmp_path / "a.png"], SPEC)
+    assert planes.shape == (1, 3, 32, 16)
+    assert planes.dtype == np.float32
+    expected = (np.array([255, 128, 0]) / 255 - SPEC.mean) / SPEC.std
+    np.testing.assert_allclose(planes[0, :, 5, 5], expected, rtol=1e-6)
+
+
+def test_bgr_swaps_the_planes_and_takes_the_mean_in_its_own_order(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 32), (255, 128, 0)).save(tmp_path / "a.png")
+    spec = PreprocessSpec(32, 16, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0), channels="BGR")
+    planes = preprocess.preprocess_files([tmp_path / "a.png"], spec)
+    np.testing.assert_allclose(planes[0, :, 0, 0], np.array([0, 128, 255]) / 255 - (0.1, 0.2, 0.3), atol=1e-6)
+
+
+def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a.png"), save(tmp_path / "b.png", (31, 77))
+    together = preprocess.preprocess_files([a, b], SPEC)
+    np.testing.assert_array_equal(together[1], preprocess.preprocess_files([b], SPEC)[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    assert preprocess.preprocess_files([save(tmp_path / "a.png", mode=mode)], SPEC).shape == (1, 3, 32, 16)
+
+
+@pytest.mark.parametrize("suffix", preprocess.SUFFIXES)
+def test_the_four_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    assert preprocess.load_image(save(tmp_path / f"a{suffix}")).size == (20, 40)
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a file of another kind"):
+        preprocess.load_image(save(tmp_path / "a.gif"))
+
+
+def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(DataError, match=r"empty\.jpg: got an empty file"):
+        preprocess.load_image(tmp_path / "empty.jpg")
+    with pytest.raises(DataError, match="no such file"):
+        preprocess.load_image(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match="damaged or unreadable"):
+        preprocess.load_image(tmp_path)
+
+
+def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path / "a.jpg", (200, 400)).read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="damaged or unreadable"):
+        preprocess.load_image(tmp_path / "b.jpg")
+
+
+def test_huge_images_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 799)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="20 x 40 pixels"):
+        preprocess.load_image(path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(png)
+    with pytest.raises(DataError, match="expected at most"):
+        preprocess.load_image(tmp_path / "bomb.png")
+
+
+def test_no_files_give_an_empty_batch() -> None:
+    assert preprocess.preprocess_files([], SPEC).shape == (0, 3, 32, 16)
