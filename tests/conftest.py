@@ -11,7 +11,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden():  # noqa: ANN201
+def golden():
     """Opens one golden file by its stem: arrays computed with the published implementation."""
 
     def load(stem: str) -> dict[str, np.ndarray]:

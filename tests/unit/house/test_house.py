@@ -41,8 +41,9 @@ def test_importing_every_module_changes_nothing_global() -> None:
     script = """
 import importlib, logging, os, pkgutil, torch, numpy as np
 def state():
+    root = logging.getLogger()
     return (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(), torch.backends.cudnn.benchmark,
-            len(logging.getLogger().handlers), logging.getLogger().level, dict(os.environ), np.random.get_state()[1].tolist())
+            len(root.handlers), root.level, dict(os.environ), np.random.get_state()[1].tolist())
 before = state()
 import nformer_edge
 for m in pkgutil.walk_packages(nformer_edge.__path__, "nformer_edge."):
