@@ -1,0 +1,103 @@
+"""Market-1501, DukeMTMC-reID and CUHK03-NP: three folders of images whose names are the labels."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from nformer_edge.core.errors import DataError
+from nformer_edge.core.preprocess import SUFFIXES
+from nformer_edge.data.records import JUNK, Dataset, ImageRecord
+
+FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+
+# Some files of the original Market-1501 archive end in .jpg.jpg.
+_IMAGE = r"(?:\.(?:jpg|jpeg|png|bmp|webp))+$"
+MARKET1501 = re.compile(r"(-1|\d{4,})_c(\d+)s\d+_\d+_\d+" + _IMAGE, re.IGNORECASE)
+DUKEMTMC = re.compile(r"(\d{4,})_c(\d+)_f\d+" + _IMAGE, re.IGNORECASE)
+CUHK03_NP = re.compile(r"(\d{4,})_c(\d+)_\d+" + _IMAGE, re.IGNORECASE)
+
+
+def image_names(folder: Path) -> list[str]:
+    """The names of the image files in `folder`, sorted. Other files (Thumbs.db, notes) are passed over.
+
+    Raises:
+        DataError: if the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            str(folder), got="no such folder", expected="a folder of images", mend="Unpack the dataset again."
+        )
+    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
+    if not names:
+        raise DataError(str(folder), got="zero images", expected=" ".join(SUFFIXES), mend="Unpack the dataset again.")
+    return names
+
+
+def _read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[ImageRecord]:
+    names = image_names(folder)
+    matches = [pattern.match(name) for name in names]
+    bad = [name for name, match in zip(names, matches, strict=True) if match is None]
+    if bad:
+        count = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise DataError(
+            str(folder / bad[0]), got=f"a name that does not parse{count}", expected=f"one like {example}",
+            mend="Rename or remove it, or name the dataset's layout.",
+        )  # fmt: skip
+    return [
+        ImageRecord(os.path.join(folder, name), int(match[1]), int(match[2]))
+        for name, match in zip(names, matches, strict=True)
+        if match is not None
+    ]
+
+
+def _read(root: Path, name: str, pattern: re.Pattern[str], example: str) -> Dataset:
+    splits = {split: _read_folder(root / folder, pattern, example) for split, folder in FOLDERS.items()}
+    return Dataset(
+        name, str(root),
+        train=tuple(splits["train"]), query=tuple(splits["query"]),
+        gallery=tuple(r for r in splits["gallery"] if r.pid != JUNK),
+        junk=tuple(r for r in splits["gallery"] if r.pid == JUNK),
+    )  # fmt: skip
+
+
+def _has_names(folder: Path, pattern: re.Pattern[str]) -> bool:
+    """Whether any image in `folder` has such a name: one stray file must not hide the layout from detection."""
+    return folder.is_dir() and any(pattern.match(entry.name) for entry in os.scandir(folder))
+
+
+def looks_like_market1501(root: Path) -> bool:
+    return _has_names(root / FOLDERS["train"], MARKET1501)
+
+
+def read_market1501(root: Path) -> Dataset:
+    """Market-1501 (Zheng et al., ICCV 2015). In the gallery -1 is junk and 0 a distractor."""
+    return _read(root, "Market-1501", MARKET1501, "0002_c1s1_000451_03.jpg")
+
+
+def looks_like_dukemtmc(root: Path) -> bool:
+    return _has_names(root / FOLDERS["train"], DUKEMTMC)
+
+
+def read_dukemtmc(root: Path) -> Dataset:
+    """DukeMTMC-reID (Zheng et al., ICCV 2017). No junk; its 408 distractor identities keep their numbers."""
+    return _read(root, "DukeMTMC-reID", DUKEMTMC, "0001_c2_f0046182.jpg")
+
+
+def _cuhk03_np_root(root: Path) -> Path:
+    return next((root / kind for kind in ("detected", "labeled") if (root / kind).is_dir()), root)
+
+
+def looks_like_cuhk03_np(root: Path) -> bool:
+    return _has_names(_cuhk03_np_root(root) / FOLDERS["train"], CUHK03_NP)
+
+
+def read_cuhk03_np(root: Path) -> Dataset:
+    """CUHK03 under the new protocol (Zhong et al., CVPR 2017). No junk, no distractors.
+
+    `root` is the ``detected`` or ``labeled`` folder; of their parent, ``detected`` (the harder) is read.
+    """
+    chosen = _cuhk03_np_root(root)
+    kind = f" ({chosen.name})" if chosen.name in ("detected", "labeled") else ""
+    return _read(chosen, f"CUHK03-NP{kind}", CUHK03_NP, "0001_c1_2.png")
