@@ -1,0 +1,159 @@
+"""Checkpoints: one `.safetensors` file with the model's spec and its own hash inside. No pickle, no code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nformer_edge.core.artifact import atomic_write, sha256_file
+from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
+from nformer_edge.core.spec import ModelSpec, from_dict, to_dict
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.nformer import NFormer
+
+_KIND = "nformer-edge-checkpoint"
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model read back, in evaluation mode on the CPU.
+
+    Args:
+        spec: what the model is; `spec.head` is None exactly where `head` is.
+        backbone: None for a head alone.
+        head: None for a backbone alone.
+        extra: whatever JSON the writer left, such as the training's history.
+        sha256: of the whole file: what later artifacts cite.
+    """
+
+    spec: ModelSpec
+    backbone: Backbone | None
+    head: NFormer | None
+    extra: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    spec: ModelSpec,
+    backbone: Backbone | None = None,
+    head: NFormer | None = None,
+    extra: dict[str, Any] | None = None,
+) -> str:
+    """Writes a checkpoint atomically: a killed run leaves the old file or the new one.
+
+    Returns:
+        The file's sha256.
+
+    Raises:
+        ArtifactError: if the spec says other than what is given, or the disk is full.
+    """
+    if (spec.head is None) != (head is None) or (head is not None and head.spec != spec.head):
+        raise ArtifactError(
+            str(path), got="a head that the spec does not name", expected=str(spec.head), mend="Pass matching parts."
+        )
+    if backbone is not None and backbone.spec != spec.backbone:
+        raise ArtifactError(
+            str(path), got=f"a backbone {backbone.spec}", expected=str(spec.backbone), mend="Pass matching parts."
+        )
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in (("backbone", backbone), ("head", head)):
+        if module is not None:
+            tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    text = json.dumps(to_dict(spec), sort_keys=True), json.dumps(extra or {}, sort_keys=True, allow_nan=False)
+    metadata = {"kind": _KIND, "version": _VERSION, "spec": text[0], "extra": text[1]}
+    metadata["sha256"] = _digest(tensors, metadata)
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+    return sha256_file(path)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a checkpoint and verifies it: its own hash, its spec, and that every tensor is there with its shape.
+
+    Raises:
+        ArtifactError: naming what does not hold.
+    """
+    tensors, metadata = _read(Path(path))
+    if _digest(tensors, metadata) != metadata["sha256"]:
+        raise ArtifactError(
+            str(path), got="contents that do not match their sha256", expected="the file as it was written",
+            mend="The file was changed: copy it or train again.",
+        )  # fmt: skip
+    try:
+        spec = from_dict(ModelSpec, json.loads(metadata["spec"]))
+        extra = json.loads(metadata["extra"])
+    except (NFormerEdgeError, KeyError, ValueError) as e:
+        raise ArtifactError(
+            str(path), got=f"an unreadable spec ({e})", expected="this version's", mend="Train again with this version."
+        ) from e
+    backbone = head = None
+    if any(name.startswith("backbone.") for name in tensors):
+        backbone = Backbone(spec.backbone).eval()
+        _fill(path, backbone, tensors, "backbone.")
+    if spec.head is not None:
+        head = NFormer(spec.head).eval()
+        _fill(path, head, tensors, "head.")
+    return Checkpoint(spec, backbone, head, extra, sha256_file(path))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    expected, mend = "a checkpoint (.safetensors)", "Pass what `nformer-edge train` wrote."
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ArtifactError(str(path), got=got, expected=expected, mend=mend)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("kind") != _KIND or "sha256" not in metadata:
+                raise ArtifactError(str(path), got="another kind of .safetensors", expected=expected, mend=mend)
+            if metadata.get("version") != _VERSION:
+                got = f"version {metadata.get('version')}"
+                raise ArtifactError(str(path), got=got, expected=f"version {_VERSION}", mend="Update nformer-edge.")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ArtifactError(
+            str(path), got=f"a truncated or damaged file ({e})", expected=expected, mend="Copy it again."
+        ) from e
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Sha256 over every tensor's name, type, shape and bytes, and over the metadata but the hash itself."""
+    digest = hashlib.sha256()
+    for key in sorted(set(metadata) - {"sha256"}):
+        _feed(digest, f"{key}={metadata[key]}".encode())
+    for name in sorted(tensors):
+        _feed(digest, f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        _feed(digest, tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, data: bytes) -> None:
+    digest.update(struct.pack("<Q", len(data)))  # lengths keep neighbouring fields apart
+    digest.update(data)
+
+
+def _fill(path: str | os.PathLike[str], module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    wanted = module.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    unknown = sorted(state.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    for what, names in (("no tensor", missing), ("an unknown tensor", unknown), ("another shape for", wrong)):
+        if names:
+            raise ArtifactError(
+                str(path), got=f"{what} {prefix}{names[0]} ({len(names)} such)",
+                expected="the tensors that its spec needs", mend="Train or import it again with this version.",
+            )  # fmt: skip
+    module.load_state_dict(state)

@@ -1,0 +1,169 @@
+"""The NFormer head (Wang et al., CVPR 2022) under the parameter names of the published code.
+
+Letters: N images seen together, D features, H heads, l landmarks, K neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import HeadSpec
+from nformer_edge.model.operators import operators
+
+
+class Projection(nn.Module):
+    """``x w + b`` with `w` as [in, out], the way the published weights are stored."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(inputs, outputs))
+        self.b = nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.w, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, x, self.w)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with the published names `g` and `b`, epsilon 1e-5 inside the root."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(size))
+        self.b = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], self.g, self.b, 1e-5)
+
+
+class Attention(nn.Module):
+    """Landmark agent attention with the reciprocal neighbour softmax (sections 3.2 and 3.3)."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.heads, self.k, self.rule = spec.heads, spec.k, spec.rule
+        self.c_attn = Projection(spec.features, 3 * spec.features)
+        self.c_proj = Projection(spec.features, spec.features)
+
+    def factors(
+        self,
+        x: Tensor,  # [N, D]
+        landmarks: Tensor,  # int [l]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # a [H, N, l], b [H, N, l], v [H, N, D / H]
+        """The affinity's two factors, ``a = q k_l^T`` and ``b = k q_l^T``, and the values."""
+        q, k, v = (self._split(t) for t in self.c_attn(x).chunk(3, dim=1))
+        a = q @ k.index_select(1, landmarks).transpose(1, 2)
+        b = k @ q.index_select(1, landmarks).transpose(1, 2)
+        return a, b, v
+
+    def _split(self, x: Tensor) -> Tensor:  # [N, D] -> [H, N, D / H]
+        return x.reshape(x.shape[0], self.heads, x.shape[1] // self.heads).transpose(0, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [N, D]
+        landmarks: Tensor,  # int [l]
+        neighbors: Tensor | None,  # int32 [1, N, K], or None under the affinity rule
+    ) -> Tensor:  # [N, D]
+        a, b, v = self.factors(x, landmarks)
+        if neighbors is None:
+            neighbors = operators().row_top_k(a, b, self.k)
+        y = operators().reciprocal_neighbor_attention(a, b, v, neighbors)
+        return self.c_proj(y.transpose(0, 1).flatten(1))
+
+
+class Perceptron(nn.Module):
+    """Two projections with GELU in its tanh form, as published."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.c_fc = Projection(features, 4 * features)
+        self.c_proj = Projection(4 * features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(nn.functional.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One post-norm layer."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.attn = Attention(spec)
+        self.ln_1 = LayerNorm(spec.features)
+        self.mlp = Perceptron(spec.features)
+        self.ln_2 = LayerNorm(spec.features)
+
+    def forward(self, x: Tensor, landmarks: Tensor, neighbors: Tensor | None) -> Tensor:
+        x = self.ln_1(x + self.attn(x, landmarks, neighbors))
+        return self.ln_2(x + self.mlp(x))
+
+
+class NFormer(nn.Module):
+    """Features of N images in, features that know their neighbours out.
+
+    The same input and landmarks give the same output: nothing is drawn inside.
+    """
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.h = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.bottleneck = nn.BatchNorm1d(spec.features)
+        self.bottleneck.bias.requires_grad_(False)
+
+    def forward(
+        self,
+        features: Tensor,  # [N, D]
+        landmarks: Tensor,  # int32 [layers, l]
+    ) -> Tensor:  # [N, D]
+        """The inference output, after the BN neck.
+
+        Raises:
+            UsageError: if a shape does not fit, or a landmark is out of range.
+            DataError: if a feature is not finite.
+        """
+        return self.bottleneck(self.encode(features, landmarks))
+
+    def encode(self, features: Tensor, landmarks: Tensor) -> Tensor:
+        """The output before the BN neck, [N, D]: where triplet and center loss act in training."""
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined,no-untyped-call]
+            self._check(features, landmarks)
+            if features.shape[0] == 0:
+                return features
+        unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        neighbors = None
+        if self.spec.rule == "features":
+            neighbors = operators().row_top_k(unit[None], unit[None], self.spec.k)
+        x = self._scale(features, unit)
+        for layer, block in enumerate(self.h):
+            x = block(x, landmarks[layer], neighbors)
+        return x
+
+    def _scale(self, features: Tensor, unit: Tensor) -> Tensor:
+        if self.spec.input_scale == "unit":
+            return unit
+        return unit * math.sqrt(self.spec.features) if self.spec.input_scale == "sqrt_dim" else features
+
+    def _check(self, features: Tensor, landmarks: Tensor) -> None:
+        if features.dim() != 2 or features.shape[1] != self.spec.features:
+            raise UsageError(
+                "features", got=f"shape {tuple(features.shape)}", expected=f"[N, {self.spec.features}]",
+                mend="Embed the images with the backbone that this head was trained on.",
+            )  # fmt: skip
+        rows = features.shape[0]
+        fits = landmarks.dim() == 2 and landmarks.shape[0] == self.spec.layers and landmarks.shape[1] >= 1
+        if not fits or landmarks.dtype not in (torch.int32, torch.int64):
+            raise UsageError(
+                "landmarks", got=f"shape {tuple(landmarks.shape)} {landmarks.dtype}",
+                expected=f"int32 [{self.spec.layers}, l]", mend="Draw them with core.ops.draw_landmarks.",
+            )  # fmt: skip
+        if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
+            raise UsageError(
+                "landmarks", got=f"{int(landmarks.min())}..{int(landmarks.max())}", expected=f"0..{rows - 1}",
+                mend="Draw them for this number of images.",
+            )  # fmt: skip

@@ -1,0 +1,110 @@
+"""OSNet trunks (Zhou et al., ICCV 2019) under torchreid's parameter names, so that published weights load."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+_CHANNELS = (64, 256, 384, 512)  # of x1.0
+
+
+class ConvLayer(nn.Module):
+    """Convolution, batch norm, and ReLU unless `linear`."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.relu: nn.Module = nn.Identity() if linear else nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class LightConv3x3(nn.Module):
+    """1x1 linear, 3x3 depthwise, batch norm, ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv2(self.conv1(x))))
+
+
+class ChannelGate(nn.Module):
+    """Channel weights from the globally pooled input; one gate serves all four streams of a block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.global_avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1)
+        self.gate_activation = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate_activation(self.fc2(self.relu(self.fc1(self.global_avgpool(x)))))
+
+
+class OSBlock(nn.Module):
+    """Four streams of 1 to 4 light convolutions, summed after the shared gate."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        middle = outputs // 4
+        self.conv1 = ConvLayer(inputs, middle, 1)
+        self.conv2a = LightConv3x3(middle)
+        self.conv2b = nn.Sequential(*(LightConv3x3(middle) for _ in range(2)))
+        self.conv2c = nn.Sequential(*(LightConv3x3(middle) for _ in range(3)))
+        self.conv2d = nn.Sequential(*(LightConv3x3(middle) for _ in range(4)))
+        self.gate = ChannelGate(middle)
+        self.conv3 = ConvLayer(middle, outputs, 1, linear=True)
+        self.downsample = ConvLayer(inputs, outputs, 1, linear=True) if inputs != outputs else None
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        streams = (self.conv2a(y), self.conv2b(y), self.conv2c(y), self.conv2d(y))
+        y = self.gate(streams[0]) + self.gate(streams[1]) + self.gate(streams[2]) + self.gate(streams[3])
+        return self.relu(self.conv3(y) + (x if self.downsample is None else self.downsample(x)))
+
+
+def _stage(inputs: int, outputs: int, shrink: bool) -> nn.Sequential:
+    blocks: list[nn.Module] = [OSBlock(inputs, outputs), OSBlock(outputs, outputs)]
+    if shrink:
+        blocks.append(nn.Sequential(ConvLayer(outputs, outputs, 1), nn.AvgPool2d(2, 2)))
+    return nn.Sequential(*blocks)
+
+
+class OSNet(nn.Module):
+    """Images to a feature map, a sixteenth of the image's sides.
+
+    Args:
+        width: 1, 0.75, 0.5 or 0.25: the channels relative to x1.0.
+    """
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        c = [int(channels * width) for channels in _CHANNELS]
+        self.conv1 = ConvLayer(3, c[0], 7, 2)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.conv2 = _stage(c[0], c[1], shrink=True)
+        self.conv3 = _stage(c[1], c[2], shrink=True)
+        self.conv4 = _stage(c[2], c[3], shrink=False)
+        self.conv5 = ConvLayer(c[3], c[3], 1)
+        self.channels = c[3]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+    ) -> Tensor:  # [B, channels, H / 16, W / 16]
+        x = self.maxpool(self.conv1(images))
+        return self.conv5(self.conv4(self.conv3(self.conv2(x))))
