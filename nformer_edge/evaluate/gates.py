@@ -1,0 +1,155 @@
+"""The parity gates as data, and what becomes of each: passed, failed, undecided, or only reported.
+
+Both sides see the same images, preprocessing and landmarks; FP32, FP16 and INT8 have their own bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nformer_edge.core.spec import Precision
+from nformer_edge.evaluate.bootstrap import Ratio
+
+#: A gate decides; an alarm is printed and decides nothing; a report has no bound.
+Kind = Literal["gate", "alarm", "report"]
+Status = Literal["passed", "failed", "undecided", "alarm", "quiet", "reported"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table for one precision. `bound` is the least allowed, except for `tensor`: the most."""
+
+    gate: str
+    kind: Kind
+    bound: float | None = None
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """abs(x - ref) <= atol + rtol * abs(ref)."""
+
+    atol: float
+    rtol: float
+
+
+TITLES: dict[str, str] = {
+    "tensor": "tensor, worst error in units of its tolerance",
+    "cosine_min": "cosine to the reference, lowest",
+    "cosine_mean": "cosine to the reference, mean",
+    "rank1_agreement": "rank-1 agreement",
+    "top10_overlap": "top-10 overlap",
+    "reciprocal_jaccard": "reciprocal-neighbour sets, mean Jaccard",
+    "mAP_kept": "mAP kept, of the reference's",
+    "rank1_kept": "Rank-1 kept, of the reference's",
+}
+
+#: INT8 has no tensor gate; its error is reported in units of the FP16 tolerance.
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(1e-6, 1e-3),
+    "fp16": Tolerance(2.5e-3, 1e-3),
+    "int8": Tolerance(2.5e-3, 1e-3),
+}
+
+GATES: dict[Precision, tuple[Rule, ...]] = {
+    "fp32": (
+        Rule("tensor", "gate", 1.0),
+        Rule("cosine_min", "gate", 0.9999),
+        Rule("cosine_mean", "gate", 0.99999),
+        Rule("rank1_agreement", "gate", 1.0),
+        Rule("top10_overlap", "gate", 0.999),
+        Rule("reciprocal_jaccard", "gate", 0.999),
+        Rule("mAP_kept", "gate", 0.999),
+        Rule("rank1_kept", "gate", 0.999),
+    ),
+    "fp16": (
+        Rule("tensor", "gate", 1.0),
+        Rule("cosine_min", "gate", 0.998),
+        Rule("cosine_mean", "gate", 0.9995),
+        Rule("rank1_agreement", "gate", 0.995),
+        Rule("top10_overlap", "gate", 0.99),
+        Rule("reciprocal_jaccard", "gate", 0.99),
+        Rule("mAP_kept", "gate", 0.999),
+        Rule("rank1_kept", "gate", 0.999),
+    ),
+    "int8": (
+        Rule("tensor", "report"),
+        Rule("cosine_min", "alarm", 0.97),
+        Rule("cosine_mean", "alarm", 0.99),
+        Rule("rank1_agreement", "gate", 0.98),
+        Rule("top10_overlap", "gate", 0.95),
+        Rule("reciprocal_jaccard", "report"),
+        Rule("mAP_kept", "gate", 0.99, aim=0.995),
+        Rule("rank1_kept", "gate", 0.99, aim=0.995),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What one gate came to.
+
+    Args:
+        measured: the number, NaN where it could not be computed.
+        margin: how far on the good side of the bound it is (negative: beyond it); NaN without bound or number.
+        lower: for a ratio, the bound that decides; NaN otherwise.
+        upper: for a ratio, the other bound.
+        note: what a reader should know besides.
+    """
+
+    gate: str
+    kind: Kind
+    status: Status
+    measured: float
+    bound: float | None
+    margin: float
+    lower: float = math.nan
+    upper: float = math.nan
+    note: str = ""
+
+
+def rule(precision: Precision, gate: str) -> Rule:
+    """The table's line of `gate` for `precision`."""
+    return next(r for r in GATES[precision] if r.gate == gate)
+
+
+def judge(rule: Rule, measured: float, note: str = "") -> GateResult:
+    """One number against its rule. NaN is never on the good side."""
+    if rule.bound is None:
+        return GateResult(rule.gate, rule.kind, "reported", measured, None, math.nan, note=note)
+    at_most = rule.gate == "tensor"
+    margin = rule.bound - measured if at_most else measured - rule.bound
+    good = bool(margin >= 0)
+    status: Status = ("quiet" if good else "alarm") if rule.kind == "alarm" else ("passed" if good else "failed")
+    return GateResult(rule.gate, rule.kind, status, measured, rule.bound, margin, note=note)
+
+
+def judge_ratio(rule: Rule, ratio: Ratio) -> GateResult:
+    """A ratio with its confidence bounds: passed if the lower bound is above the rule's, failed if the upper is below.
+
+    Between the two, or without bounds, too few queries were scored to tell: undecided. Where every query scores the
+    same with both models, the ratio is 1 in each draw and the gate holds.
+    """
+    assert rule.bound is not None, "ratios have bounds in every column of the table"
+    status: Status = "undecided"
+    if ratio.lower > rule.bound:
+        status = "passed"
+    elif ratio.upper < rule.bound:
+        status = "failed"
+    note = f"{ratio.queries} queries, {ratio.draws} draws"
+    if rule.aim is not None:
+        note += f"; aim {rule.aim:.1%} {'reached' if ratio.lower > rule.aim else 'not shown to be reached'}"
+    edge = ratio.upper if status == "failed" else ratio.lower
+    return GateResult(
+        rule.gate, rule.kind, status, ratio.value, rule.bound, edge - rule.bound, ratio.lower, ratio.upper, note
+    )
+
+
+def verdict(results: list[GateResult]) -> Literal["passed", "failed", "undecided"]:
+    """Failed if any gate failed, else undecided if any is, else passed. Alarms and reports decide nothing."""
+    statuses = {r.status for r in results if r.kind == "gate"}
+    if "failed" in statuses:
+        return "failed"
+    return "undecided" if "undecided" in statuses else "passed"
