@@ -1,0 +1,52 @@
+"""Image files to batches of the backbone's input, decoded by threads ahead of use. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from nformer_edge.core.preprocess import load_image, normalize, resize
+from nformer_edge.core.spec import PreprocessSpec, check_at_least
+
+Path = str | os.PathLike[str]
+
+
+def decode(path: Path, spec: PreprocessSpec) -> np.ndarray:
+    """One image file to uint8 [height, width, 3], RGB. Raises DataError as `load_image` does."""
+    return resize(load_image(path), spec)
+
+
+def iter_batches(
+    paths: Sequence[Path], spec: PreprocessSpec, batch: int = 32, threads: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yields float32 [B, 3, height, width] in the order of `paths`; the last batch may be smaller.
+
+    The numbers are those of `core.preprocess.preprocess_files`, whatever `batch` and `threads`.
+
+    Args:
+        paths: image files.
+        spec: size, channel order and normalisation.
+        batch: B.
+        threads: decoders, default one a CPU core (at most 8); at most two batches are decoded ahead.
+
+    Raises:
+        DataError: for the first file, in order, that cannot be decoded.
+    """
+    check_at_least("batch", batch, 1)
+    workers = threads if threads is not None else min(8, os.cpu_count() or 1)
+    check_at_least("threads", workers, 1)
+    chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        ahead: deque[list[Future[np.ndarray]]] = deque()
+        for chunk in [*chunks, *([None] * 2)]:
+            if chunk is not None:
+                ahead.append([pool.submit(decode, path, spec) for path in chunk])
+            if ahead and (chunk is None or len(ahead) > 2):
+                yield normalize(np.stack([future.result() for future in ahead.popleft()]), spec)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

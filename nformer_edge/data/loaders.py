@@ -1,0 +1,177 @@
+"""Training images as augmented torch batches: flip, pad and crop, random erasing (Luo et al., CVPRW 2019)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nformer_edge.core.errors import DataError
+from nformer_edge.core.preprocess import normalize
+from nformer_edge.core.spec import PreprocessSpec, check_at_least
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.data.batches import decode, iter_batches
+from nformer_edge.data.records import ImageRecord
+from nformer_edge.data.sampler import PKSampler
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """The published recipe. Probabilities in 0..1, `pad` in pixels; erasing's area is a share of the image."""
+
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.5
+    erase_area: tuple[float, float] = (0.02, 0.4)
+    erase_aspect: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "pad", "erase"):
+            check_at_least(name, getattr(self, name), 0)
+
+
+def augment(pixels: np.ndarray, spec: PreprocessSpec, recipe: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
+    """Normalises and augments a batch.
+
+    Padding is black before normalisation, as in the published recipe (torchvision's Pad); an erased rectangle
+    becomes the mean colour, 0 after normalisation.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], RGB, of the spec's size; left as it is.
+        rng: decides everything.
+
+    Returns:
+        float32 [B, 3, H, W].
+    """
+    rows, height, width = pixels.shape[:3]
+    flips = (rng.random((rows,)) < recipe.flip).tolist()
+    tops, lefts = rng.integers(0, 2 * recipe.pad + 1, (2, rows)).tolist()
+    padded = np.pad(pixels, ((0, 0), (recipe.pad,) * 2, (recipe.pad,) * 2, (0, 0)))
+    moved = np.empty_like(pixels)
+    for i, (flip, top, left) in enumerate(zip(flips, tops, lefts, strict=True)):
+        crop = padded[i, top : top + height, left : left + width]
+        moved[i] = crop[:, ::-1] if flip else crop
+    images = normalize(moved, spec)
+    for hit in np.flatnonzero(rng.random((rows,)) < recipe.erase):
+        top, left, h, w = _erased(height, width, recipe, rng)
+        images[hit, :, top : top + h, left : left + w] = 0
+    return images
+
+
+def _erased(height: int, width: int, recipe: AugmentSpec, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A rectangle of random area and aspect that fits (Zhong et al., AAAI 2020): top, left, height, width."""
+    for _ in range(100):
+        area = rng.uniform(*recipe.erase_area) * height * width
+        aspect = rng.uniform(recipe.erase_aspect, 1 / recipe.erase_aspect)
+        h, w = int((area * aspect) ** 0.5 + 0.5), int((area / aspect) ** 0.5 + 0.5)
+        if 0 < h < height and 0 < w < width:
+            return int(rng.integers(0, height - h)), int(rng.integers(0, width - w)), h, w
+    return 0, 0, 0, 0
+
+
+class TrainImages:
+    """Training images with labels 0..C-1, kept decoded in memory when they fit.
+
+    Args:
+        records: training images; every pid >= 1.
+        spec: size and normalisation.
+        cache_mib: keep the decoded uint8 images when they take at most this many MiB; otherwise every batch is
+            decoded anew.
+    """
+
+    def __init__(self, records: Sequence[ImageRecord], spec: PreprocessSpec, cache_mib: int = 2048) -> None:
+        if not records:
+            raise DataError("training images", got="none", expected="at least two people", mend="Check the dataset.")
+        self.records = tuple(records)
+        self.spec = spec
+        self.pids = np.array([r.pid for r in self.records], dtype=np.int64)
+        self.camids = np.array([r.camid for r in self.records], dtype=np.int64)
+        classes, labels = np.unique(self.pids, return_inverse=True)
+        self.labels = labels.astype(np.int64)
+        self.num_classes = len(classes)
+        self._threads = min(8, os.cpu_count() or 1)
+        size_mib = len(self.records) * spec.height * spec.width * 3 / 2**20
+        self._pixels = self._decode(range(len(self.records)), show=True) if size_mib <= cache_mib else None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        """The images at `rows`, uint8 [B, H, W, 3], RGB."""
+        return self._pixels[rows] if self._pixels is not None else self._decode(rows)
+
+    def _decode(self, rows: Sequence[int] | np.ndarray | range, show: bool = False) -> np.ndarray:
+        out = np.empty((len(rows), self.spec.height, self.spec.width, 3), dtype=np.uint8)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
+            images = pool.map(lambda row: decode(self.records[row].path, self.spec), rows)
+            bar = PROGRESS if show else {"disable": True}
+            for i, image in enumerate(tqdm(images, total=len(rows), desc="decode", unit="image", **bar)):
+                out[i] = image
+        return out
+
+
+class TrainLoader:
+    """Batches of one epoch, prepared by a thread while the model works on the one before.
+
+    Args:
+        images: what to draw from.
+        sampler: yields rows; `PKSampler` over ``images.pids``.
+        recipe: the augmentation.
+        seed: with `set_epoch`, decides every flip, crop and rectangle.
+    """
+
+    def __init__(
+        self, images: TrainImages, sampler: PKSampler, recipe: AugmentSpec | None = None, seed: int = 0
+    ) -> None:
+        self.images, self.sampler, self.recipe, self.seed = images, sampler, recipe or AugmentSpec(), seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration draws what belongs to `epoch`."""
+        self.epoch = epoch
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def _prepare(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, self.epoch, step])
+        images = augment(self.images.pixels(rows), self.images.spec, self.recipe, rng)
+        return torch.from_numpy(images), torch.from_numpy(self.images.labels[rows])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images float32 [B, 3, H, W] and labels int64 [B] in 0..num_classes-1."""
+        with ThreadPoolExecutor(1, thread_name_prefix="augment") as pool:
+            ahead = None
+            for step, rows in enumerate(self.sampler):
+                ready, ahead = ahead, pool.submit(self._prepare, step, rows)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
+
+
+def train_loader(
+    records: Sequence[ImageRecord],
+    spec: PreprocessSpec,
+    p: int = 16,
+    k: int = 4,
+    seed: int = 0,
+    recipe: AugmentSpec | None = None,
+    cache_mib: int = 2048,
+) -> TrainLoader:
+    """PK batches of augmented training images; ``loader.images.num_classes`` is the classifier's size."""
+    images = TrainImages(records, spec, cache_mib)
+    return TrainLoader(images, PKSampler(images.pids, p, k, seed), recipe, seed)
+
+
+def evaluation_batches(records: Sequence[ImageRecord], spec: PreprocessSpec, batch: int = 64) -> Iterator[Tensor]:
+    """Images float32 [B, 3, H, W] in the order of `records`, preprocessed exactly as at runtime."""
+    for images in iter_batches([r.path for r in records], spec, batch):
+        yield torch.from_numpy(images)
