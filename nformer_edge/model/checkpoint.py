@@ -75,7 +75,7 @@ def save_checkpoint(
     metadata = {"kind": _KIND, "version": _VERSION, "spec": text[0], "extra": text[1]}
     metadata["sha256"] = _digest(tensors, metadata)
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
+        file.write(_ordered(safetensors.torch.save(tensors, metadata)))
     return sha256_file(path)
 
 
@@ -137,6 +137,16 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         _feed(digest, f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         _feed(digest, tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its metadata in alphabetic order: safetensors writes it in a random one."""
+    (size,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned to 8 bytes
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
 def _feed(digest: Any, data: bytes) -> None:
