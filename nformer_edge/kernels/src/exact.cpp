@@ -1,0 +1,202 @@
+// The arithmetic that results are made of: the same bits on every instruction set and for every thread count.
+//
+// Compiled per instruction set with -ffp-contract=off. Sums run over a fixed number of lanes (8 doubles, 16 floats)
+// that end in a fixed tree, so a wider register only takes more lanes at once. A product of two float32 is exact in
+// double, so even a fused multiply-add would not change `dot`.
+#include "isa.h"
+
+namespace nformer {
+namespace NFORMER_ISA {
+namespace {
+
+typedef double Double8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float8Anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Float16 __attribute__((vector_size(64)));
+typedef float Float16Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+
+// float32 [R] . float32 [R] in double: wrong by less than 1e-13 of sum |a_r b_r|.
+inline double dot(const float* a, const float* b, int64_t r) {
+  Double8 sum = {};
+  int64_t i = 0;
+  for (; i + 8 <= r; i += 8) {
+    const Float8 x = *reinterpret_cast<const Float8Anywhere*>(a + i);
+    const Float8 y = *reinterpret_cast<const Float8Anywhere*>(b + i);
+    sum += __builtin_convertvector(x, Double8) * __builtin_convertvector(y, Double8);
+  }
+  double lane[8];
+  for (int l = 0; l < 8; ++l) lane[l] = sum[l];
+  for (int l = 0; i < r; ++i, ++l) lane[l] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+// The nearest number with float32's 24 significant bits, ties to even, in double's exponent range: float32 rounding
+// that neither overflows nor underflows.
+inline double round24(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  bits += 0x0FFFFFFFu + ((bits >> 29) & 1u);
+  bits &= ~uint64_t{0x1FFFFFFF};
+  __builtin_memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// exp(x) for x <= 0, within 1e-12 of itself; 0 under -100. libm's own differs between machines.
+inline double exp_negative(double x) {
+  if (!(x > -100.0)) return x != x ? x : 0.0;
+  const double n = static_cast<double>(static_cast<int64_t>(x * 1.4426950408889634 - 0.5));
+  const double f = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  double p = 1.0 / 3628800 + f * (1.0 / 39916800);
+  constexpr double kFactorials[] = {362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1};
+  for (const double factorial : kFactorials) p = p * f + 1.0 / factorial;
+  const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52;
+  double power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// out[D] = sum_n weight[n] * x[row[n]], added in order of n.
+inline void weighted_sum(const float* x, const int32_t* row, const float* weight, int count, int64_t d, float* out) {
+  int64_t c = 0;
+  for (; c + 64 <= d; c += 64) {
+    Float16 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int n = 0; n < count; ++n) {
+      const Float16Anywhere* from = reinterpret_cast<const Float16Anywhere*>(x + row[n] * d + c);
+      const Float16 w = Float16{} + weight[n];
+      s0 += w * from[0], s1 += w * from[1], s2 += w * from[2], s3 += w * from[3];
+    }
+    Float16Anywhere* to = reinterpret_cast<Float16Anywhere*>(out + c);
+    to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
+  }
+  for (; c < d; ++c) {
+    float sum = 0;
+    for (int n = 0; n < count; ++n) sum += weight[n] * x[row[n] * d + c];
+    out[c] = sum;
+  }
+}
+
+inline float dot_values(const float* x, const float* y, int64_t d) {
+  Float16 sum = {};
+  int64_t c = 0;
+  for (; c + 16 <= d; c += 16)
+    sum += *reinterpret_cast<const Float16Anywhere*>(x + c) * *reinterpret_cast<const Float16Anywhere*>(y + c);
+  float lane[16];
+  for (int l = 0; l < 16; ++l) lane[l] = sum[l];
+  for (int l = 0; c < d; ++c, ++l) lane[l] += x[c] * y[c];
+  for (int half = 8; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+// The slot at which `row` stands in `list`, or -1.
+inline int find(const int32_t* list, int64_t k, int32_t row) {
+  int slot = -1;
+  for (int t = 0; t < k; ++t)
+    if (list[t] == row) slot = t;
+  return slot;
+}
+
+inline bool contains(const int32_t* list, int64_t k, int32_t row) {
+  int32_t any = 0;
+  for (int64_t t = 0; t < k; ++t) any |= list[t] == row;
+  return any != 0;
+}
+
+// Slots of row i whose column chose i as well. Returns how many.
+inline int reciprocal(const Attention& x, int64_t i, int32_t* slots) {
+  const int32_t* own = x.neighbors + i * x.k;
+  int count = 0;
+  for (int s = 0; s < x.k; ++s) {
+    const int32_t j = own[s];
+    if (j >= 0 && contains(x.neighbors + j * x.k, x.k, static_cast<int32_t>(i))) slots[count++] = s;
+  }
+  return count;
+}
+
+// Softmax over the slots of row i, into weights[0..count-1].
+inline void softmax(const Attention& x, int64_t i, const int32_t* slots, int count, double* weights) {
+  const int32_t* own = x.neighbors + i * x.k;
+  double most = 0;
+  for (int n = 0; n < count; ++n) {
+    weights[n] = x.scale * dot(x.a + i * x.r, x.b + own[slots[n]] * x.r, x.r);
+    if (n == 0 || weights[n] > most) most = weights[n];
+  }
+  double sum = 0;
+  for (int n = 0; n < count; ++n) sum += weights[n] = exp_negative(weights[n] - most);
+  for (int n = 0; n < count; ++n) weights[n] /= sum;
+}
+
+}  // namespace
+
+void score(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out) {
+  for (int64_t n = 0; n < count; ++n) out[n] = round24(dot(a, b + columns[n] * r, r));
+}
+
+void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch) {
+  int32_t* slots = scratch.slots;
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t* own = x.neighbors + i * x.k;
+    const int count = reciprocal(x, i, slots);
+    softmax(x, i, slots, count, scratch.weights);
+    for (int n = 0; n < count; ++n) {
+      scratch.shares[n] = static_cast<float>(scratch.weights[n]);
+      slots[n] = own[slots[n]];
+    }
+    weighted_sum(x.v, slots, scratch.shares, count, x.d, y + i * x.d);
+  }
+}
+
+// Weights and slopes of each row's slots, and grad a.
+void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
+                          const Scratch& scratch) {
+  int32_t* slots = scratch.slots;
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t* own = x.neighbors + i * x.k;
+    float* weight = g.weight + i * x.k;
+    float* slope = g.slope + i * x.k;
+    for (int s = 0; s < x.k; ++s) weight[s] = slope[s] = 0;
+    const int count = reciprocal(x, i, slots);
+    softmax(x, i, slots, count, scratch.weights);
+    double mean = 0;
+    for (int n = 0; n < count; ++n) {
+      const float p = static_cast<float>(scratch.weights[n]);
+      const float toward = dot_values(g.gy + i * x.d, x.v + own[slots[n]] * x.d, x.d);
+      weight[slots[n]] = p;
+      slope[slots[n]] = toward;
+      mean += static_cast<double>(p) * toward;
+    }
+    for (int n = 0; n < count; ++n) {
+      const int s = slots[n];
+      slope[s] = static_cast<float>(x.scale * weight[s] * (slope[s] - mean));
+      scratch.shares[n] = slope[s];
+      slots[n] = own[s];
+    }
+    weighted_sum(x.b, slots, scratch.shares, count, x.r, g.ga + i * x.r);
+  }
+}
+
+// grad b and grad v. Reciprocity is symmetric: the rows that reach column j are the ones in j's own list, so each
+// column gathers in the order of its list and no two threads write to one place.
+void attend_backward_columns(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
+                             const Scratch& scratch) {
+  int32_t* rows = scratch.slots;
+  for (int64_t j = begin; j < end; ++j) {
+    const int32_t* own = x.neighbors + j * x.k;
+    float* slope = scratch.shares;
+    float* weight = scratch.shares + x.k;
+    int count = 0;
+    for (int s = 0; s < x.k; ++s) {
+      const int32_t i = own[s];
+      const int slot = i < 0 ? -1 : find(x.neighbors + i * x.k, x.k, static_cast<int32_t>(j));
+      if (slot < 0) continue;
+      rows[count] = i;
+      slope[count] = g.slope[i * x.k + slot];
+      weight[count++] = g.weight[i * x.k + slot];
+    }
+    weighted_sum(x.a, rows, slope, count, x.r, g.gb + j * x.r);
+    weighted_sum(g.gy, rows, weight, count, x.d, g.gv + j * x.d);
+  }
+}
+
+}  // namespace NFORMER_ISA
+}  // namespace nformer

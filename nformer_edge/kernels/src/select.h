@@ -1,0 +1,126 @@
+// The streaming selection of one row's k best columns from approximate scores.
+//
+// The filter's score s' of a column and its exact score d differ by at most E (Row::error). If x is the k-th largest
+// s' seen, then k columns have d >= x - E, so a column with s' < x - 2 E cannot be in the list and is never looked at
+// again. What is left, k columns and a few, gets exact scores and is sorted by them: the list does not depend on how
+// the filter rounds, in which order columns come, or how many threads bring them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "table.h"
+
+namespace nformer {
+
+constexpr int32_t kNone = -1;
+
+// The columns as exact scoring sees them, possibly in another order than the caller's.
+struct Columns {
+  const float* values;  // [M, R]
+  const int32_t* ids;   // [M], the caller's index of each; null if it is the same
+  int64_t r;
+  double unscale;  // filter score / this = exact score; a power of two
+
+  int32_t id(int32_t column) const { return ids ? ids[column] : column; }
+};
+
+struct Ranked {
+  double score;
+  int32_t id;
+  int32_t column;
+  float approximate;
+
+  bool operator<(const Ranked& other) const {
+    return score > other.score || (score == other.score && id < other.id);
+  }
+};
+
+// A selection's scratch for exact scoring, one a worker.
+struct RankBuffer {
+  explicit RankBuffer(int64_t capacity) : columns(capacity), scores(capacity), ranked(capacity) {}
+  std::vector<int32_t> columns;
+  std::vector<double> scores;
+  std::vector<Ranked> ranked;
+};
+
+inline float round_down(double x) {
+  const float f = static_cast<float>(x);
+  return static_cast<double>(f) > x ? std::nextafterf(f, -std::numeric_limits<float>::infinity()) : f;
+}
+
+// Under this filter score, no column's rounded exact score can reach that of one known to be at least `known`.
+inline float threshold_under(double known, double error) {
+  return round_down(known - error - std::ldexp(std::fabs(known) + error, -22));
+}
+
+// One row's state; its `capacity` entries lie elsewhere.
+struct Row {
+  float threshold = -std::numeric_limits<float>::infinity();
+  int32_t count = 0;
+  float error = 0;
+
+  // Adds a column if it may be in the list. The caller makes room first.
+  void push(Entry* entries, Entry entry) {
+    if (!(entry.score < threshold)) entries[count++] = entry;
+  }
+};
+
+class Selection {
+ public:
+  Selection(const Table& table, const Columns& columns, int k) : table_(table), columns_(columns), k_(k) {}
+
+  int k() const { return k_; }
+
+  // Drops what cannot be in the list. Leaves at most (k + capacity) / 2 entries, by exact scores if it has to.
+  void compact(Row& row, Entry* entries, int capacity, const float* a, RankBuffer& buffer) const {
+    if (row.count <= k_) return;
+    std::nth_element(entries, entries + (k_ - 1), entries + row.count,
+                     [](const Entry& x, const Entry& y) { return x.score > y.score; });
+    raise(row, threshold_under(entries[k_ - 1].score - static_cast<double>(row.error), row.error));
+    const float threshold = row.threshold;
+    row.count = static_cast<int32_t>(
+        std::remove_if(entries, entries + row.count, [=](const Entry& e) { return e.score < threshold; }) - entries);
+    if (row.count <= (k_ + capacity) / 2) return;
+    rank(row, entries, a, buffer);
+    raise(row, threshold_under(buffer.ranked[k_ - 1].score * columns_.unscale, row.error));
+    row.count = k_;
+    for (int n = 0; n < k_; ++n) entries[n] = {buffer.ranked[n].approximate, buffer.ranked[n].column};
+  }
+
+  // The final list: `out` [k], and the columns' own positions in entries[0..row.count-1].
+  void finish(Row& row, Entry* entries, const float* a, RankBuffer& buffer, int32_t* out) const {
+    rank(row, entries, a, buffer);
+    row.count = std::min(row.count, static_cast<int32_t>(k_));
+    for (int n = 0; n < row.count; ++n) {
+      out[n] = buffer.ranked[n].id;
+      entries[n] = {buffer.ranked[n].approximate, buffer.ranked[n].column};
+    }
+    std::fill(out + row.count, out + k_, kNone);
+  }
+
+ private:
+  static void raise(Row& row, float threshold) { row.threshold = std::max(row.threshold, threshold); }
+
+  void rank(const Row& row, const Entry* entries, const float* a, RankBuffer& buffer) const {
+    for (int n = 0; n < row.count; ++n) buffer.columns[n] = entries[n].column;
+    table_.score(a, columns_.values, columns_.r, buffer.columns.data(), row.count, buffer.scores.data());
+    for (int n = 0; n < row.count; ++n)
+      buffer.ranked[n] = {buffer.scores[n], columns_.id(entries[n].column), entries[n].column, entries[n].score};
+    const auto first = buffer.ranked.begin();
+    const auto end = first + row.count;
+    if (row.count > 2 * k_)
+      std::partial_sort(first, first + k_, end);
+    else
+      std::sort(first, end);
+  }
+
+  const Table& table_;
+  Columns columns_;
+  int k_;
+};
+
+}  // namespace nformer

@@ -1,0 +1,81 @@
+// What one instruction set provides: plain functions on raw pointers, chosen at run time.
+//
+// The translation units behind a Table are compiled several times with different flags. They therefore use no
+// standard library template: the linker keeps one copy of an inline function, and it could be the AVX-512 one.
+#pragma once
+
+#include <cstdint>
+
+namespace nformer {
+
+// A column with the filter's approximate score.
+struct Entry {
+  float score;
+  int32_t column;
+};
+
+// A pair that the filter let through.
+struct Hit {
+  float score;
+  int32_t row;
+  int32_t column;
+};
+
+// One head of ReciprocalNeighborAttention. Row-major: a, b [N, R]; v [N, D]; neighbors [N, K].
+struct Attention {
+  const float* a;
+  const float* b;
+  const float* v;
+  const int32_t* neighbors;
+  int64_t n, r, d, k;
+  double scale;
+};
+
+struct AttentionGradient {
+  const float* gy;  // [N, D]
+  float* weight;    // [N, K], of each slot that counts; 0 elsewhere
+  float* slope;     // [N, K], d loss / d (a_i . b_j)
+  float* ga;        // [N, R]
+  float* gb;        // [N, R]
+  float* gv;        // [N, D]
+};
+
+// A worker's own memory while it attends.
+struct Scratch {
+  int32_t* slots;   // [K]
+  double* weights;  // [K]
+  float* shares;    // [2 K]
+};
+
+constexpr int kBlockRows = 192;  // a multiple of every table's mr and nr; 192 x 256 floats fill 3/8 of a 512 KiB L2
+constexpr int kMaxTreeRank = 16;
+
+struct Table {
+  const char* name;
+  int mr, nr;  // register tile of scan_panel
+
+  // Filter. Approximate scores, any rounding: results never depend on them, see select.h.
+  // `panels` packed row panels [R][mr] against one packed column panel [R][nr]; a pair is reported unless its
+  // score is under both its row's and its column's threshold. Returns the number of hits.
+  int64_t (*scan_panel)(const float* rows, int64_t panels, const float* columns, int64_t r, const float* row_threshold,
+                        const float* column_threshold, int32_t row, int32_t column, Hit* hits);
+  // sum_r a[r] * base[offset[r] + c] for c in 0..count-1 (count a multiple of 16); entries not under the threshold.
+  int (*scan_block)(int r, const float* base, const int32_t* offset, const float* a, int count, float threshold,
+                    int32_t first, Entry* out);
+
+  // Exact. The same bits on every instruction set.
+  void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
+  // Rows (or columns) begin..end-1 of one head.
+  void (*attend)(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
+  void (*attend_backward_rows)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
+                               const Scratch& scratch);
+  void (*attend_backward_columns)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
+                                  const Scratch& scratch);
+};
+
+// The table called `name`, or the best one that this machine runs when `name` is empty; null if there is none.
+const Table* find_table(const char* name);
+// Fills `names` with up to `capacity` runnable tables' names, best first. Returns how many.
+int list_tables(const char** names, int capacity);
+
+}  // namespace nformer
