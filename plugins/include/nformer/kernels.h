@@ -1,0 +1,51 @@
+// The two custom operators as CUDA launches: raw pointers and a stream in, an error code out.
+//
+// The contract is docs/operators.md. Nothing is allocated, nothing is synchronised, no scratch buffer is used.
+// Tensors are contiguous, row-major and on the current device. Offsets are 64-bit; a column number is an int32.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace nformer {
+
+enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1 };
+
+// The longest neighbour list that a kernel holds in registers.
+inline constexpr int64_t kMaxNeighbors = 128;
+
+struct RowTopKTask {
+  void const* a;       // [heads, rows, factors]
+  void const* b;       // [heads, columns, factors]
+  int32_t* neighbors;  // out [heads, rows, k]
+  int64_t heads, rows, columns, factors, k;
+  Type type;  // of a and b
+};
+
+struct AttentionTask {
+  void const* a;             // [heads, rows, factors]
+  void const* b;             // [heads, rows, factors]
+  void const* v;             // [heads, rows, size]
+  int32_t const* neighbors;  // [neighbor_heads, rows, count]
+  void* y;                   // out [heads, rows, size]
+  int64_t heads, rows, factors, size, neighbor_heads, count;
+  float scale;
+  Type type;  // of a, b, v and y
+};
+
+// cudaErrorInvalidValue: a number out of range or a null pointer; otherwise what the launch returned.
+cudaError_t row_top_k(RowTopKTask const& task, cudaStream_t stream) noexcept;
+cudaError_t reciprocal_neighbor_attention(AttentionTask const& task, cudaStream_t stream) noexcept;
+
+}  // namespace nformer
+
+// The same for callers that speak C (ctypes). `type` is 0 for float32, 1 for float16; the result is a cudaError_t.
+extern "C" {
+int32_t nformer_row_top_k(void const* a, void const* b, int32_t* neighbors, int64_t heads, int64_t rows,
+                          int64_t columns, int64_t factors, int64_t k, int32_t type, void* stream);
+int32_t nformer_reciprocal_neighbor_attention(void const* a, void const* b, void const* v, int32_t const* neighbors,
+                                              void* y, int64_t heads, int64_t rows, int64_t factors, int64_t size,
+                                              int64_t neighbor_heads, int64_t count, float scale, int32_t type,
+                                              void* stream);
+}
