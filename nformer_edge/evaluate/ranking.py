@@ -25,6 +25,7 @@ from nformer_edge.evaluate.distance import (
 )
 
 JUNK = -1
+UNKNOWN_CAMERA = -1
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class RankLists:
 
 
 def kept(query: FeatureSet, gallery: FeatureSet, rows: slice) -> np.ndarray:
-    """Which gallery images the protocol ranks for the queries in `rows`. Returns bool [B, G]."""
+    """Which gallery images the protocol ranks for the queries in `rows`. Returns bool [B, G].
+
+    Two unknown cameras do not count as the same one.
+    """
     same_pid = query.pids[rows, None] == gallery.pids[None]
-    same_camera = query.camids[rows, None] == gallery.camids[None]
+    same_camera = (query.camids[rows, None] == gallery.camids[None]) & (gallery.camids != UNKNOWN_CAMERA)[None]
     return ~(same_pid & same_camera) & (gallery.pids != JUNK)[None]
 
 

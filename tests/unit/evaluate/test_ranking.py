@@ -94,6 +94,11 @@ def test_images_of_the_same_person_and_camera_are_left_out():
     assert evaluate(query, gallery).ap.tolist() == [0.5]
 
 
+def test_two_unknown_cameras_do_not_count_as_the_same():
+    query, gallery = on_circle([0], [1], [-1]), on_circle([1, 2], [2, 1], [-1, -1])
+    assert evaluate(query, gallery).ap.tolist() == [0.5]
+
+
 def test_junk_is_never_ranked_and_distractors_are():
     query = on_circle([0], [1], [1])
     gallery = on_circle([1, 2, 3], [-1, 0, 1], [2, 2, 2])
