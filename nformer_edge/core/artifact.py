@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -189,6 +189,26 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     for name, (digest, size) in entries.items():
         _verify(folder, name, digest, size)
     return manifest
+
+
+def read_verified(folder: str | os.PathLike[str], manifest: Mapping[str, Any], name: str) -> bytes:
+    """The bytes of a file that `manifest` lists, hashed as they were read: what is opened is what was verified.
+
+    Raises:
+        ArtifactError: if the manifest does not list `name`, or the file is not what it lists.
+    """
+    file = Path(folder) / name
+    entry = manifest["files"].get(name)
+    if entry is None or not file.is_file():
+        got = "no such file" if entry else "no such file in the manifest"
+        raise ArtifactError(str(file), got=got, expected="a file of this artifact", mend="Make or copy it again.")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ArtifactError(
+            str(file), got="other bytes", expected=f"sha256 {entry['sha256'][:12]}... as in the manifest",
+            mend="The file was changed: copy or make the folder again.",
+        )  # fmt: skip
+    return data
 
 
 def _verify(folder: Path, name: str, digest: str, size: int) -> None:
