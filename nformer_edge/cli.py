@@ -1,0 +1,355 @@
+"""The command line: each command parses, calls one public function and prints what it returned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nformer_edge import __version__
+from nformer_edge.core import spec
+from nformer_edge.core.errors import NFormerEdgeError, UsageError
+
+Args = argparse.Namespace
+Option = Callable[[argparse.ArgumentParser], object]
+
+#: Which extra brings a package that a command needs.
+_EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train", "onnxruntime": "cpu"}
+
+_COMMANDS: dict[str, tuple[str, tuple[Option, ...], Callable[[Args], None]]] = {}
+
+
+def _option(*names: str, **settings: Any) -> Option:
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def _choice(literal: Any) -> Callable[[str], str]:
+    """An argparse type that refuses a misspelt choice with the nearest spelling."""
+
+    def parse(text: str) -> str:
+        try:
+            spec.check_choice("choice", text, typing.get_args(literal))
+        except UsageError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+        return text
+
+    return parse
+
+
+def _command(name: str, summary: str, *options: Option) -> Callable[[Callable[[Args], None]], Callable[[Args], None]]:
+    def register(function: Callable[[Args], None]) -> Callable[[Args], None]:
+        _COMMANDS[name] = (summary, options, function)
+        return function
+
+    return register
+
+
+def _show(args: Args, result: dict[str, Any], text: str) -> None:
+    """The result, as JSON on standard output under --json, as text otherwise; -o keeps the JSON in a file."""
+    if getattr(args, "out_json", None):
+        from nformer_edge.core.artifact import atomic_write_json
+
+        atomic_write_json(args.out_json, result)
+    print(json.dumps(result, indent=2) if args.json else text)
+
+
+MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")
+DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (layout found by itself)")
+LAYOUT = _option("--layout", default="auto", help="market1501 | dukemtmc | msmt17 | cuhk03-np | folders | csv")
+OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="keep the result as JSON, for `report`")
+SEED = _option("--seed", type=int, default=0, help="everything random follows from it (default 0)")
+BATCH = _option("--batch", type=int, default=32, help="images in one forward pass (default 32)")
+THREADS = _option("--threads", type=int, help="CPU threads (default: all)")
+DEVICE = _option("--device", default="cpu", help="cpu, or a CUDA device such as cuda:0 (PyTorch checkpoints only)")
+IMGSZ = _option("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="image height and width (default 256 128)")
+TOP = _option("--top", type=int, default=10, help="gallery images a query (default 10)")
+
+
+def _out(what: str, **settings: Any) -> Option:
+    return _option("-o", "--output", metavar=what, required=True, **settings)
+
+
+@_command(
+    "make-data", "draw a dataset of walking figures in Market-1501's layout",
+    _out("DIR"), SEED,
+    _option("--train-ids", type=int, help="identities to train on"),
+    _option("--test-ids", type=int, help="identities to query"),
+    _option("--force", action="store_true", help="replace a dataset that stands there"),
+)  # fmt: skip
+def _make_data(args: Args) -> None:
+    from nformer_edge.data.generate import GenerateSpec, generate_dataset
+    from nformer_edge.data.summary import format_summary, summarize
+
+    sizes = {k: v for k in ("train_ids", "test_ids") if (v := getattr(args, k)) is not None}
+    dataset = generate_dataset(args.output, GenerateSpec(seed=args.seed, **sizes), force=args.force)
+    _show(args, {"kind": "dataset", "rows": summarize(dataset)}, format_summary(dataset))
+
+
+@_command("summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT)
+def _summary(args: Args) -> None:
+    from nformer_edge.data.readers import read_dataset
+    from nformer_edge.data.summary import format_summary, summarize
+
+    dataset = read_dataset(args.data, args.layout)
+    _show(args, {"kind": "dataset", "rows": summarize(dataset)}, format_summary(dataset))
+
+
+@_command(
+    "train", "both stages: backbone on images, then the NFormer head on its features",
+    DATA, LAYOUT, _out("FILE.safetensors"), IMGSZ, SEED, DEVICE,
+    _option("--preset", choices=("published", "demo"), default="published", help="where the configuration starts"),
+    _option("--config", metavar="FILE.toml", help="configuration file; flags win over it"),
+    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="resnet50, osnet_x0_25 ..."),
+    _option("--epochs", type=int, help="epochs of stage one"),
+    _option("--head-epochs", type=int, help="epochs of stage two"),
+    _option("--no-head", action="store_true", help="train the backbone alone"),
+    _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone"),
+    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbours by features | affinity"),
+    _option("--k", type=int, help="neighbours an image"),
+    _option("--landmarks", type=int, help="landmark images a layer"),
+    _option("--layers", type=int, help="layers of the head"),
+    _option("--heads", type=int, help="attention heads"),
+)  # fmt: skip
+def _train(args: Args) -> None:
+    from nformer_edge.train.config import configure
+    from nformer_edge.train.train import format_history, train
+
+    config = configure(
+        args.config or args.preset, seed=args.seed, arch=args.arch, imgsz=args.imgsz, epochs=args.epochs,
+        head_epochs=args.head_epochs, head=not args.no_head, rule=args.rule, k=args.k, landmarks=args.landmarks,
+        layers=args.layers, heads=args.heads,
+    )  # fmt: skip
+    history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, device=args.device)
+    _show(args, history, format_history(history))
+
+
+@_command(
+    "import", "weights from elsewhere -> checkpoint (torchreid's OSNet; torchvision's ResNet)",
+    _option("weights", metavar="FILE", help="a .pth file; nothing in it is run"), _out("FILE.safetensors"), IMGSZ,
+    _option("--arch", type=_choice(spec.Arch), metavar="NAME", required=True, help="the architecture in the file"),
+    _option("--allow-partial", action="store_true", help="accept missing or left-over tensors"),
+)  # fmt: skip
+def _import(args: Args) -> None:
+    from nformer_edge.model.weights import import_checkpoint
+
+    result = import_checkpoint(args.weights, args.output, args.arch, imgsz=args.imgsz, partial=args.allow_partial)
+    _show(args, result, f"{result['matched']} tensors matched, wrote {args.output}")
+
+
+@_command(
+    "evaluate", "mAP, mINP and CMC of a checkpoint, bundle or engine, with and without the head",
+    MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--seed", type=int, nargs="+", help="landmark seeds, each one pass (default: the model's own)"),
+    _option("--rerank", action="store_true", help="k-reciprocal re-ranking (20/6/0.3) and other baselines beside it"),
+)  # fmt: skip
+def _evaluate(args: Args) -> None:
+    from nformer_edge.measure.evaluate import evaluate_model
+    from nformer_edge.measure.table import format_evaluation
+
+    result = evaluate_model(
+        args.model, args.data, batch=args.batch, rerank=args.rerank, seeds=args.seed, threads=args.threads,
+        layout=args.layout,
+    )  # fmt: skip
+    _show(args, result, format_evaluation(result))
+
+
+@_command(
+    "export", "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
+    _option("checkpoint"), _out("DIR"),
+    _option("--seed", type=int, default=0, help="landmark seed that stands in the manifest (default 0)"),
+    _option("--opset", type=int, default=18, help="ONNX opset, 18 to 20 (default 18)"),
+)  # fmt: skip
+def _export(args: Args) -> None:
+    from nformer_edge.onnx.export import export_bundle
+
+    bundle = export_bundle(args.checkpoint, args.output, opset=args.opset, landmark_seed=args.seed)
+    _show(args, {"kind": "export", "bundle": str(bundle)}, f"wrote {bundle}")
+
+
+@_command(
+    "build-engine", "bundle -> engine for one backend and precision",
+    _option("bundle"), _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
+    _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
+    _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
+    _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
+    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate"),
+    _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
+    _option("--calib-method", type=_choice(spec.CalibrationMethod), default="percentile", metavar="NAME",
+            help="minmax | entropy | percentile"),
+    _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
+    _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
+    BATCH, SEED, DEVICE,
+)  # fmt: skip
+def _build_engine(args: Args) -> None:
+    from nformer_edge.engine.build import EngineSpec, build_engine, describe_engine
+
+    chosen = EngineSpec(
+        backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
+        batch=args.batch, workspace=args.workspace, device=args.device, seed=args.seed,
+    )  # fmt: skip
+    engine = build_engine(
+        args.bundle, args.output, chosen, calib_data=args.calib_data, force_calibration=args.force_calib
+    )
+    result = describe_engine(engine)
+    _show(args, result, result["summary"])
+
+
+@_command(
+    "embed", "images -> feature store (.npz)",
+    MODEL, _option("--data", required=True, metavar="DIR", help="dataset, or a folder of images"), LAYOUT,
+    _out("FILE.npz"), BATCH, THREADS,
+)  # fmt: skip
+def _embed(args: Args) -> None:
+    from nformer_edge.runtime.embed import embed_files
+
+    result = embed_files(args.model, args.data, args.output, batch=args.batch, threads=args.threads, layout=args.layout)
+    _show(args, result, f"wrote {args.output}: " + ", ".join(f"{k} {v}" for k, v in result["images"].items()))
+
+
+@_command(
+    "search", "query images -> ranked gallery",
+    MODEL, _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people looked for"),
+    _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
+    TOP, BATCH, THREADS, OUT_JSON,
+    _option("--no-head", action="store_true", help="rank by the backbone alone"),
+)  # fmt: skip
+def _search(args: Args) -> None:
+    from nformer_edge.runtime.search import format_matches, search_files
+
+    result = search_files(
+        args.model, args.query, args.gallery, top=args.top, batch=args.batch, threads=args.threads,
+        head=not args.no_head,
+    )  # fmt: skip
+    _show(args, result, format_matches(result))
+
+
+@_command(
+    "parity", "does an engine rank as its reference does? exit code 1 if a gate fails",
+    _option("reference", help="as a rule the checkpoint"), _option("engine"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--limit", type=int, help="only so many query and gallery images"),
+)  # fmt: skip
+def _parity(args: Args) -> None:
+    from nformer_edge.measure.parity import parity, require_passed
+    from nformer_edge.measure.table import format_gates
+
+    result = parity(
+        args.reference, args.engine, args.data, batch=args.batch, threads=args.threads, layout=args.layout,
+        limit=args.limit,
+    )  # fmt: skip
+    _show(args, result, format_gates(result))
+    require_passed(result)
+
+
+@_command(
+    "benchmark", "latency and throughput by MLPerf's conventions; several models are timed in turn",
+    _option("models", nargs="+", metavar="model"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--single-stream", type=int, default=130, metavar="N", help="queries of one image (default 130)"),
+    _option("--multi-stream", type=int, default=0, metavar="N", help="queries of eight images; 662 make a valid run"),
+    _option("--offline", type=int, default=0, metavar="N", help="images of one big query"),
+    _option("--gallery", type=int, default=500, help="gallery images searched (default 500)"),
+)  # fmt: skip
+def _benchmark(args: Args) -> None:
+    from nformer_edge.measure.benchmark import benchmark, compare
+    from nformer_edge.measure.table import format_benchmark, format_comparison
+
+    shared = {"gallery": args.gallery, "threads": args.threads, "layout": args.layout}
+    if len(args.models) > 1:
+        result = compare(args.models, args.data, rounds=args.single_stream, **shared)
+        return _show(args, result, format_comparison(result))
+    result = benchmark(
+        args.models[0], args.data, single_stream=args.single_stream, multi_stream=args.multi_stream,
+        offline=args.offline, batch=args.batch, **shared,
+    )  # fmt: skip
+    return _show(args, result, format_benchmark(result))
+
+
+@_command(
+    "report", "results in JSON -> one self-contained HTML page",
+    _option("results", nargs="+", metavar="FILE.json"), _out("FILE.html"),
+)  # fmt: skip
+def _report(args: Args) -> None:
+    from nformer_edge.measure.report import write_report
+
+    page = write_report(args.results, args.output)
+    _show(args, {"kind": "report", "page": str(page)}, f"wrote {page}")
+
+
+@_command("doctor", "what this machine can do, and the next step for what is missing")
+def _doctor(args: Args) -> None:
+    from nformer_edge.runtime.doctor import doctor, format_doctor
+
+    found = doctor()
+    _show(args, found, format_doctor(found))
+
+
+@_command(
+    "demo", "the main job: draw people, train, export, INT8, parity, benchmark, report",
+    _option("-o", "--output", metavar="DIR", default="demo", help="folder for everything made (default demo)"), SEED,
+    _option("--tiny", action="store_true", help="the same road in a minute, with an accuracy that means nothing"),
+)  # fmt: skip
+def _demo(args: Args) -> None:
+    from nformer_edge.demo import format_demo, run_demo
+    from nformer_edge.measure.parity import require_passed
+
+    result = run_demo(args.output, seed=args.seed, tiny=args.tiny, say=(lambda _: None) if args.json else print)
+    _show(args, result, format_demo(result))
+    for judged in result["parity"]:
+        require_passed(judged)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nformer-edge", description="Person re-identification with NFormer: train, export, build, prove.",
+        epilog="`nformer-edge COMMAND --help` tells each command's flags; `nformer-edge demo` shows the whole road.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"nformer-edge {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, options, function) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        for option in options:
+            option(command)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument("--verbose", action="store_true", help="on an error, show the whole trace")
+        command.set_defaults(function=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 1 a gate failed, 2 bad input, 130 interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.function(args)
+    except NFormerEdgeError as e:
+        return _fail(args, str(e), e.exit_code)
+    except ModuleNotFoundError as e:
+        extra = _EXTRAS.get((e.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(args, f"{args.command}: got no {e.name}. Install it: pip install 'nformer-edge[{extra}]'", 2)
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted. Nothing half-written was left; run the command again.", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        return _fail(args, f"{e.filename or args.command}: got {e.strerror or e}. Check the path and the disk.", 2)
+    return 0
+
+
+def _fail(args: Args, message: str, code: int) -> int:
+    if args.verbose:
+        traceback.print_exc()
+    print(f"nformer-edge {args.command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The main job as one function: person images in, an INT8 engine and the proof of its accuracy out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nformer_edge.core.artifact import atomic_write_json
+from nformer_edge.data.generate import GenerateSpec, generate_dataset
+from nformer_edge.data.records import Dataset
+from nformer_edge.data.summary import format_summary
+from nformer_edge.measure.table import format_gates
+from nformer_edge.measure.table import format_summary as format_models
+
+Say = Callable[[str], None]
+
+PYTORCH, ONNX_FP32, ONNX_INT8 = "PyTorch FP32", "ONNX FP32", "INT8"
+
+
+def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, say: Say = print) -> dict[str, Any]:
+    """Draws a dataset, trains both stages, exports, builds FP32 and INT8 engines, judges and times them, reports.
+
+    Every step is the public function behind the command of the same name, and leaves its file in `out`.
+
+    Args:
+        out: folder for everything that is made; earlier results of a demo there are replaced.
+        seed: everything random follows from it.
+        tiny: a small dataset and a short training: shows the road, not the accuracy.
+        say: takes each line of progress.
+
+    Returns:
+        JSON of kind ``demo``: ``results`` (training, evaluations, parities, benchmarks, comparison), ``parity`` (the
+        parities alone), ``report`` (the page's path) and ``seconds`` a step.
+    """
+    out = Path(out)
+    clock = _Clock(say)
+    with clock("make-data"):
+        dataset = generate_dataset(out / "data", GenerateSpec.tiny(seed) if tiny else GenerateSpec(seed), force=True)
+    say(format_summary(dataset))
+    models, training = _make_models(out, dataset, seed, tiny, clock)
+    results = [training, *_measure(models, dataset, tiny, clock)]
+    for number, result in enumerate(results):
+        atomic_write_json(out / "results" / f"{number:02d}-{result['kind']}.json", result)
+    with clock("report"):
+        from nformer_edge.measure.report import write_report
+
+        page = write_report(results, out / "report.html", "nformer-edge demo")
+    judged = [r for r in results if r["kind"] == "parity"]
+    return {"kind": "demo", "results": results, "parity": judged, "report": str(page), "seconds": clock.seconds}
+
+
+def _make_models(
+    out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
+    from nformer_edge.engine.build import EngineSpec, build_engine
+    from nformer_edge.onnx.export import export_bundle
+    from nformer_edge.train.config import TrainConfig
+    from nformer_edge.train.train import train
+
+    checkpoint, bundle = out / "model.safetensors", out / "bundle"
+    config = TrainConfig.tiny(seed) if tiny else TrainConfig.demo(seed)
+    with clock("train"):
+        training = train(dataset, checkpoint, config)
+    with clock("export"):
+        export_bundle(checkpoint, bundle, landmark_seed=seed)
+    models = {PYTORCH: checkpoint, ONNX_FP32: out / "engine-fp32", ONNX_INT8: out / "engine-int8"}
+    with clock("build-engine FP32"):
+        build_engine(bundle, models[ONNX_FP32], EngineSpec(backend="onnxruntime", precision="fp32"))
+    with clock("build-engine INT8"):
+        spec = EngineSpec(backend="onnxruntime", precision="int8", seed=seed)
+        build_engine(bundle, models[ONNX_INT8], spec, calib_data=dataset.root)
+    return models, training
+
+
+def _measure(models: dict[str, Path], dataset: Dataset, tiny: bool, clock: _Clock) -> list[dict[str, Any]]:
+    from nformer_edge.measure.benchmark import benchmark, compare
+    from nformer_edge.measure.evaluate import evaluate_model
+    from nformer_edge.measure.parity import parity
+
+    results = []
+    for label, path in models.items():
+        with clock(f"evaluate {label}"):
+            results.append(evaluate_model(path, dataset, label=label, rerank=label == PYTORCH))
+    for label in (ONNX_FP32, ONNX_INT8):
+        with clock(f"parity {label}"):
+            results.append(parity(models[PYTORCH], models[label], dataset, reference_label=PYTORCH, engine_label=label))
+    queries = 8 if tiny else 64
+    for label, path in models.items():
+        with clock(f"benchmark {label}"):
+            results.append(benchmark(path, dataset, single_stream=queries, label=label))
+    with clock("benchmark, all in turn"):
+        results.append(compare(list(models.values()), dataset, rounds=queries, labels=list(models)))
+    return results
+
+
+class _Clock:
+    """Says each step as it begins and keeps how long it took."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        self.say(f"== {step}")
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+        self.say(f"   {self.seconds[step]:.1f} s")
+
+
+def format_demo(result: dict[str, Any]) -> str:
+    """What the demo ends with: gates, one table, and where the report is."""
+    gates = "\n\n".join(format_gates(judged) for judged in result["parity"])
+    total = sum(result["seconds"].values())
+    return f"\n{gates}\n\n{format_models(result['results'])}\n\n{total:.0f} s in all\nreport: {result['report']}"
