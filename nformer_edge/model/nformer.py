@@ -6,6 +6,7 @@ Letters: N images seen together, D features, H heads, l landmarks, K neighbours.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,10 @@ class Block(nn.Module):
         return self.ln_2(x + self.mlp(x))
 
 
+def _unit(x: Tensor) -> Tensor:  # [N, D] -> [N, D]
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
 class NFormer(nn.Module):
     """Features of N images in, features that know their neighbours out.
 
@@ -112,7 +117,7 @@ class NFormer(nn.Module):
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.h = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.h: Sequence[Block] = nn.ModuleList(Block(spec) for _ in range(spec.layers))  # type: ignore[assignment]
         self.bottleneck = nn.BatchNorm1d(spec.features)
         self.bottleneck.bias.requires_grad_(False)
 
@@ -135,19 +140,21 @@ class NFormer(nn.Module):
             self._check(features, landmarks)
             if features.shape[0] == 0:
                 return features
-        unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
         neighbors = None
         if self.spec.rule == "features":
+            unit = _unit(features)
             neighbors = operators().row_top_k(unit[None], unit[None], self.spec.k)
-        x = self._scale(features, unit)
+        x = self.scaled(features)
         for layer, block in enumerate(self.h):
             x = block(x, landmarks[layer], neighbors)
         return x
 
-    def _scale(self, features: Tensor, unit: Tensor) -> Tensor:
-        if self.spec.input_scale == "unit":
-            return unit
-        return unit * math.sqrt(self.spec.features) if self.spec.input_scale == "sqrt_dim" else features
+    def scaled(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        """What the first layer sees: features brought to the length that `input_scale` names."""
+        if self.spec.input_scale == "none":
+            return features
+        unit = _unit(features)
+        return unit if self.spec.input_scale == "unit" else unit * math.sqrt(self.spec.features)
 
     def _check(self, features: Tensor, landmarks: Tensor) -> None:
         if features.dim() != 2 or features.shape[1] != self.spec.features:

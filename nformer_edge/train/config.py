@@ -1,0 +1,170 @@
+"""How to train, as frozen dataclasses: one schema for TOML files, the command line and Python."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import (
+    BackboneSpec,
+    HeadSpec,
+    ModelSpec,
+    PreprocessSpec,
+    check_at_least,
+    check_choice,
+    from_dict,
+)
+from nformer_edge.data.loaders import AugmentSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Schedule = Literal["steps", "cosine"]
+Start = Literal["reciprocal_mean", "random"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the three losses, as Luo et al. (2019) and the published NFormer set them.
+
+    Args:
+        label_smoothing: of the identity cross-entropy.
+        margin: of the batch-hard triplet loss, in Euclidean distance.
+        triplet_weight, center_weight: beside the cross-entropy's 1.
+        center_lr: learning rate of the centers, which have their own plain gradient descent.
+    """
+
+    label_smoothing: float = 0.1
+    margin: float = 0.3
+    triplet_weight: float = 1.0
+    center_weight: float = 0.0005
+    center_lr: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "margin", "triplet_weight", "center_weight", "center_lr"):
+            check_at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Stage one. The defaults are the published recipe (Luo et al., 2019).
+
+    Args:
+        p, k: identities in a batch and images of each.
+        weight_decay: L2, as Adam adds it to the gradient.
+        schedule: ``steps`` divides by ten at each of `steps` (epochs); ``cosine`` falls to a hundredth.
+        warmup: epochs over which the rate rises linearly from a tenth.
+        augment: flips, crops and erased rectangles.
+    """
+
+    epochs: int = 120
+    p: int = 16
+    k: int = 4
+    lr: float = 3.5e-4
+    weight_decay: float = 5e-4
+    schedule: Schedule = "steps"
+    steps: tuple[int, ...] = (40, 70)
+    warmup: int = 10
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("p", 2), ("k", 2), ("lr", 0), ("weight_decay", 0), ("warmup", 0)):
+            check_at_least(name, getattr(self, name), least)
+        check_choice("schedule", self.schedule, ("steps", "cosine"))
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Stage two, on extracted features. Defaults as published, but for `start`, `views` and `sets`.
+
+    Args:
+        epochs: 0 leaves the head at its start.
+        sets: sets of images in an epoch, each one step.
+        set_size: N, images in one set, drawn around a random image; all of them where there are fewer.
+        views: how many times the training images are extracted, each time with another augmentation; features of
+            images that the backbone has learnt by heart teach the head nothing.
+        start: ``reciprocal_mean`` (`model.start`) or ``random`` (as published).
+        strength: of the start's neighbour mean against the image's own feature.
+    """
+
+    epochs: int = 20
+    sets: int = 20
+    set_size: int = 7000
+    views: int = 4
+    start: Start = "reciprocal_mean"
+    strength: float = 0.5
+    lr: float = 3.5e-4
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    steps: tuple[int, ...] = ()
+    warmup: int = 1
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 0), ("sets", 1), ("set_size", 2), ("views", 1), ("strength", 0), ("lr", 0), ("weight_decay", 0),
+            ("warmup", 0),
+        ):  # fmt: skip
+            check_at_least(name, getattr(self, name), least)
+        check_choice("schedule", self.schedule, ("steps", "cosine"))
+        check_choice("start", self.start, ("reciprocal_mean", "random"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training.
+
+    Args:
+        model: what to train; ``model.head`` None trains stage one alone.
+        backbone, head: the two stages.
+        holdout: share of the training identities kept out of training, to watch and choose by.
+        seed: everything random follows from it.
+        cache_mib: training images stay decoded in memory up to this size.
+    """
+
+    model: ModelSpec = field(default_factory=lambda: ModelSpec(head=HeadSpec()))
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    holdout: float = 0.0
+    seed: int = 0
+    cache_mib: int = 2048
+
+    def __post_init__(self) -> None:
+        check_at_least("seed", self.seed, 0)
+        check_at_least("cache_mib", self.cache_mib, 0)
+        if not 0 <= self.holdout < 1:
+            raise UsageError("holdout", got=self.holdout, expected="0 <= holdout < 1", mend="Keep out fewer people.")
+
+    @classmethod
+    def demo(cls, seed: int = 0, rule: str = "features") -> TrainConfig:
+        """For the generated dataset on a laptop's CPU: ResNet-18 at 128 x 64 in a few minutes."""
+        head = HeadSpec(256, layers=2, heads=2, k=20, landmarks=64, rule=rule)  # type: ignore[arg-type]
+        model = ModelSpec(BackboneSpec("resnet18", 256), head, PreprocessSpec(128, 64))
+        stage_one = BackboneConfig(
+            epochs=12, schedule="cosine", warmup=2, lr=7e-4, augment=AugmentSpec(pad=5)
+        )  # fmt: skip
+        return cls(model, stage_one, HeadConfig(epochs=6, sets=10, views=3), holdout=0.1, seed=seed)
+
+
+PRESETS = {"published": TrainConfig, "demo": TrainConfig.demo}
+
+
+def read_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """A training configuration from TOML; absent keys take the published recipe's values.
+
+    Raises:
+        UsageError: if the file is missing or not TOML, or holds an unknown key or a value of the wrong type.
+    """
+    try:
+        with open(path, "rb") as file:
+            data: dict[str, Any] = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(str(path), got=str(e), expected="a TOML file", mend="Check the file.") from e
+    return from_dict(TrainConfig, data, Path(path).name)
