@@ -48,6 +48,11 @@ def paired_ratio(engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, 
         raise DataError("scores", got="NaN or infinity", expected="finite numbers", mend="Leave such queries out.")
     queries = len(engine)
     pairs = np.stack([engine, reference]).astype(np.float64)
+    if not pairs[1].sum() > 0:
+        return Ratio(float("nan"), float("nan"), float("nan"), queries, draws)
+    if (pairs[0] == pairs[1]).all():
+        return Ratio(1.0, 1.0, 1.0, queries, draws)  # also where a draw would leave the reference without a hit
+    value = float(pairs[0].sum() / pairs[1].sum())
     generator = np.random.default_rng(seed)
     sums = np.empty((2, draws))
     block = max(1, _DRAWN_AT_ONCE // queries)
@@ -55,9 +60,6 @@ def paired_ratio(engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, 
         stop = min(start + block, draws)
         drawn = generator.integers(queries, size=(stop - start, queries))
         sums[:, start:stop] = pairs[:, drawn].sum(axis=2)
-    if not pairs[1].sum() > 0:
-        return Ratio(float("nan"), float("nan"), float("nan"), queries, draws)
-    value = float(pairs[0].sum() / pairs[1].sum())
     if not (sums[1] > 0).all():
         return Ratio(value, float("nan"), float("nan"), queries, draws)
     lower, upper = np.quantile(sums[0] / sums[1], [0.05, 0.95])

@@ -1,0 +1,190 @@
+"""What a model ranks like: backbone, NFormer over queries and gallery together, and re-ranking beside them.
+
+JSON of a result (fractions 0 to 1, times in seconds)::
+
+    {"kind": "evaluation", "version": 1, "machine": {...},
+     "model": {"label", "path", "name", "backend", "precision": {"backbone", "head"}, "size_mb": {...},
+               "landmark_seed"} or null for a feature store alone,
+     "data": {"name", "query", "gallery", "source": "images" | "features"},
+     "embed_seconds": 1.2 or null,
+     "results": [{"name": "backbone" | "+NFormer" | "k-reciprocal" | "reciprocal mean" | "query expansion",
+                  "mAP", "mINP", "cmc": [50], "queries", "left_out", "seconds",
+                  "seeds": [0, ...], "mAP_by_seed": [...], "rank1_by_seed": [...]  (+NFormer only)}],
+     "rank_lists": [{"result", "query": {"path", "pid", "camid"},
+                     "gallery": [{"path", "pid", "camid", "correct", "distance"}]}]}
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.features import FeatureSet
+from nformer_edge.evaluate.ranking import RankingResult, evaluate, rank
+from nformer_edge.evaluate.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+from nformer_edge.measure.machine import machine
+from nformer_edge.measure.models import (
+    Data,
+    Opener,
+    describe_model,
+    is_feature_store,
+    open_dataset,
+    open_features,
+    open_model,
+)
+from nformer_edge.runtime.embed import embed_records, relate_sets
+from nformer_edge.runtime.runner import Runner
+
+VERSION = 1
+
+
+def evaluate_model(
+    model_path: str | os.PathLike[str] | None, data: Data, *, batch: int = 32, rerank: bool = False,
+    seeds: Sequence[int] | None = None, rank_lists: int = 6, top: int = 10, threads: int | None = None,
+    label: str | None = None, layout: str = "auto", opener: Opener | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ranks a dataset's queries against its gallery with a checkpoint, bundle or engine.
+
+    Args:
+        model_path: the model; None to score a feature store as it is.
+        data: a dataset, its folder, or a feature store (`.npz`) whose features the model's head takes.
+        batch: images that the backbone sees at once.
+        rerank: add k-reciprocal re-ranking and the two parameter-free baselines.
+        seeds: of the landmarks; the model's own seed if None. Several give the spread over draws.
+        rank_lists: how many queries' ranked galleries to record, spread evenly over the queries with a match.
+        top: length of a recorded list.
+        threads: of the backend; its own choice if None.
+        label: what the report calls the model.
+        layout: of the dataset's folder.
+        opener: stands in for `open_runner`.
+
+    Returns:
+        the JSON that this module's docstring describes.
+    """
+    if model_path is None:
+        if not is_feature_store(data):
+            raise UsageError("model", got="none", expected="a model, or a feature store", mend="Name a model.")
+        query, gallery = open_features(data)  # type: ignore[arg-type]
+        results, lists = _score(None, query, gallery, rerank, (), rank_lists, top)
+        return _document(None, data, query, gallery, None, results, lists)
+    with open_model(model_path, threads, opener) as runner:
+        start = time.perf_counter()
+        if is_feature_store(data):
+            (query, gallery), seconds = open_features(data), None  # type: ignore[arg-type]
+        else:
+            dataset = open_dataset(data, layout)
+            query, gallery = (embed_records(runner, dataset.split(s), batch=batch) for s in ("query", "gallery"))
+            data, seconds = dataset, time.perf_counter() - start
+        model = describe_model(model_path, runner, label)
+        chosen = tuple(seeds) if seeds is not None else (runner.landmark_seed,)
+        results, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top)
+    return _document(model, data, query, gallery, seconds, results, lists)
+
+
+def _document(
+    model: dict[str, Any] | None, data: Data, query: FeatureSet, gallery: FeatureSet, seconds: float | None,
+    results: list[dict[str, Any]], lists: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    features = is_feature_store(data)
+    name = os.path.basename(str(data)) if features else open_dataset(data).name
+    return {
+        "kind": "evaluation",
+        "version": VERSION,
+        "machine": machine(),
+        "model": model,
+        "data": {
+            "name": name, "query": len(query), "gallery": len(gallery), "source": "features" if features else "images",
+        },
+        "embed_seconds": seconds,
+        "results": results,
+        "rank_lists": lists,
+    }  # fmt: skip
+
+
+def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:
+    """A ranking's figures as JSON."""
+    return {
+        "name": name,
+        "mAP": result.mAP,
+        "mINP": result.mINP,
+        "cmc": result.cmc.tolist(),
+        "queries": int(result.valid.sum()),
+        "left_out": result.left_out,
+        "seconds": seconds,
+    }
+
+
+def _score(
+    runner: Runner | None, query: FeatureSet, gallery: FeatureSet, rerank: bool, seeds: tuple[int, ...],
+    rank_lists: int, top: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    start = time.perf_counter()
+    backbone = evaluate(query, gallery)
+    results = [scores("backbone", backbone, time.perf_counter() - start)]
+    shown = _spread(np.flatnonzero(backbone.valid), rank_lists)
+    lists = _rank_lists("backbone", query, gallery, shown, top)
+    if runner is not None and runner.has_head and seeds:
+        by_seed = []
+        for seed in seeds:
+            start = time.perf_counter()
+            q, g = relate_sets(runner, query, gallery, seed=seed)
+            by_seed.append(scores("+NFormer", evaluate(q, g), time.perf_counter() - start))
+            if seed == seeds[0]:
+                lists += _rank_lists("+NFormer", q, g, shown, top)
+        results.append(_over_seeds(by_seed, seeds))
+    if rerank:
+        results += _baselines(query, gallery)
+    return results, lists
+
+
+def _over_seeds(by_seed: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
+    """The mean over landmark draws, with each draw's mAP and Rank-1 beside it."""
+    merged = dict(by_seed[0])
+    for name in ("mAP", "mINP", "seconds"):
+        merged[name] = float(np.mean([r[name] for r in by_seed]))
+    merged["cmc"] = np.mean([r["cmc"] for r in by_seed], axis=0).tolist()
+    return merged | {
+        "seeds": list(seeds),
+        "mAP_by_seed": [r["mAP"] for r in by_seed],
+        "rank1_by_seed": [r["cmc"][0] for r in by_seed],
+    }
+
+
+def _baselines(query: FeatureSet, gallery: FeatureSet) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    distances = k_reciprocal_distances(query.features, gallery.features)
+    results = [scores("k-reciprocal", evaluate(query, gallery, distances=distances), time.perf_counter() - start)]
+    start = time.perf_counter()
+    q, g = reciprocal_mean(query.features, gallery.features)
+    ranked = evaluate(query.with_features(q), gallery.with_features(g))
+    results.append(scores("reciprocal mean", ranked, time.perf_counter() - start))
+    start = time.perf_counter()
+    expanded = query.with_features(average_query_expansion(query.features, gallery.features))
+    results.append(scores("query expansion", evaluate(expanded, gallery), time.perf_counter() - start))
+    return results
+
+
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `rows`, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+
+
+def _rank_lists(name: str, query: FeatureSet, gallery: FeatureSet, rows: np.ndarray, top: int) -> list[dict[str, Any]]:
+    def image(images: FeatureSet, i: int) -> dict[str, Any]:
+        return {"path": images.paths[i], "pid": int(images.pids[i]), "camid": int(images.camids[i])}
+
+    shown = query.take(rows)
+    ranked = rank(shown, gallery, top=top)
+    lists = []
+    for q in range(len(shown)):
+        pairs = [(int(g), float(d)) for g, d in zip(ranked.indices[q], ranked.distances[q], strict=True) if g >= 0]
+        found = [
+            {**image(gallery, g), "correct": bool(gallery.pids[g] == shown.pids[q]), "distance": d} for g, d in pairs
+        ]
+        lists.append({"result": name, "query": image(shown, q), "gallery": found})
+    return lists

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nformer_edge.core.errors import ArtifactError
+from nformer_edge.measure.benchmark import benchmark, compare
+from nformer_edge.measure.evaluate import evaluate_model
+from nformer_edge.measure.parity import parity
+from nformer_edge.measure.report import write_report
+from nformer_edge.measure.svg import Line, line_chart, ticks
+from nformer_edge.measure.table import format_gates, format_summary, format_table
+
+VOID = {"meta", "img", "br"}
+
+
+class Wellformed(HTMLParser):
+    """Fails on a tag that is closed out of turn; `open` holds those never closed."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="session")
+def measured(dataset, grid_runner):
+    int8 = grid_runner("int8", precision={"backbone": "int8", "head": "fp32"}, distort=lambda x: x[::-1])
+    runners = {"ref": grid_runner("ref"), "int8": int8}
+
+    def opener(path, threads=None):
+        return runners[str(path)]
+
+    backbone = [{"epoch": e, "loss": 5 / e} for e in (1, 2, 3)]
+    head = [{"epoch": 0, "held_out_map": 0.5}, {"epoch": 1, "loss": 2.0, "held_out_map": 0.6}]
+    return [
+        evaluate_model("ref", dataset, opener=opener, label="PyTorch", rerank=True, rank_lists=2),
+        evaluate_model("int8", dataset, opener=opener, label="INT8", rank_lists=0),
+        parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8"),
+        benchmark("ref", dataset, single_stream=3, offline=8, warmup=0, opener=opener, label="PyTorch"),
+        compare(["ref", "int8"], dataset, rounds=2, warmup=0, opener=opener, labels=["PyTorch", "INT8"]),
+        {"kind": "training", "stages": {"backbone": backbone, "head": head}},
+    ]
+
+
+@pytest.fixture
+def results(measured):
+    return copy.deepcopy(measured)
+
+
+@pytest.fixture
+def page(results, tmp_path):
+    return write_report(results, tmp_path / "report.html").read_text()
+
+
+def test_the_page_is_well_formed_and_stands_alone(page):
+    parsed = Wellformed(page)
+    assert parsed.open == []
+    assert not [tag for tag, _ in parsed.seen if tag in ("script", "link", "iframe")]
+    sources = [a[k] for _, a in parsed.seen for k in ("src", "href") if k in a]
+    assert sources
+    assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_every_section_is_drawn(page):
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == [
+        "Summary", "Gates", "Rank lists", "CMC", "Latency", "In turn, pair by pair", "Beside other re-ranking",
+        "Training", "Machine",
+    ]  # fmt: skip
+
+
+def test_what_stands_on_the_page_stands_in_the_json(page, results):
+    for evaluation in results[:2]:
+        for scored in evaluation["results"]:
+            assert f"<td>{100 * scored['mAP']:.1f}</td>" in page
+    for stage in results[2]["stages"]:
+        for gate in stage["gates"]:
+            assert f"<td>{gate['measured']:.6g}" in page
+
+
+def test_right_and_wrong_matches_are_marked(page, results):
+    flags = [g["correct"] for ranked in results[0]["rank_lists"] for g in ranked["gallery"]]
+    assert page.count('<figure class="right"') == sum(flags)
+    assert page.count('<figure class="wrong"') == len(flags) - sum(flags)
+
+
+def test_an_image_that_is_gone_leaves_a_placeholder(results, tmp_path):
+    for ranked in results[0]["rank_lists"]:
+        ranked["query"]["path"] = str(tmp_path / "gone.jpg")
+    page = write_report(results, tmp_path / "report.html").read_text()
+    assert page.count("image not here") == len(results[0]["rank_lists"])
+
+
+def test_text_from_results_is_escaped(results, tmp_path):
+    evil = "<script>alert('x')</script>\"&"
+    for result in results:
+        for key in ("model", "engine", "reference"):
+            if key in result:
+                result[key]["label"] = evil
+    results[0]["rank_lists"][0]["gallery"][0]["path"] = f"/nowhere/{evil}"
+    page = write_report(results, tmp_path / "report.html", title=evil).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert Wellformed(page).open == []
+
+
+def test_each_kind_alone_makes_a_page(results, tmp_path):
+    for result in results:
+        page = write_report([result], tmp_path / "one.html").read_text()
+        assert Wellformed(page).open == []
+        assert "<section>" in page
+
+
+def test_a_gate_that_is_no_number_is_shown_as_such(results, tmp_path):
+    gate = results[2]["stages"][0]["gates"][3]
+    gate |= {"measured": None, "margin": None, "status": "failed"}
+    assert "not a number" in write_report(results, tmp_path / "report.html").read_text()
+
+
+def test_results_are_read_from_files(results, tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps(results[0]))
+    from_file = write_report([tmp_path / "e.json"], tmp_path / "a.html").read_text()
+    assert from_file == write_report([results[0]], tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "recipe"}', None])
+def test_what_is_no_result_is_refused(tmp_path, content):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ArtifactError, match=r"r\.json"):
+        write_report([path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_result_of_another_version_is_refused_and_the_old_page_stays(results, tmp_path):
+    out = write_report(results, tmp_path / "report.html")
+    before = out.read_bytes()
+    del results[0]["results"][0]["mINP"]
+    with pytest.raises(ArtifactError, match="mINP"):
+        write_report(results, out)
+    assert out.read_bytes() == before
+
+
+def test_the_summary_table_has_a_row_for_each_model_and_stage(results):
+    lines = format_summary(results).splitlines()
+    assert lines[0].split() == ["model", "stage", "mAP", "Rank-1", "ms/image", "(median,", "short)", "MB"]
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["PyTorch", "backbone"], ["PyTorch", "+NFormer"], ["INT8", "backbone"], ["INT8", "+NFormer"],
+    ]  # fmt: skip
+
+
+def test_the_gates_table_ends_with_the_verdict_and_the_blame(results):
+    assert format_gates(results[2]).splitlines()[-1] == "INT8 against PyTorch: failed, to blame: backbone"
+
+
+def test_table_columns_line_up():
+    assert format_table(["a", "b"], [["xyz", "1"], ["", "23"]]) == "a     b\n---  --\nxyz   1\n     23"
+
+
+def test_ticks_are_round_and_cover_the_range():
+    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert [round(t, 9) for t in ticks(0.31, 0.52)] == [0.3, 0.35, 0.4, 0.45, 0.5, 0.55]
+
+
+def test_a_chart_without_points_is_nothing_and_one_point_is_drawn():
+    assert line_chart([Line("a", [], 0)], "t", "x", "y") == ""
+    assert "polyline" in line_chart([Line("a", [(1, 1.0)], 0)], "t", "x", "y")
