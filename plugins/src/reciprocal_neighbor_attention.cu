@@ -14,8 +14,12 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 
-template <int kSlots, int kWidth, class T>
-__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionTask task, int64_t blocks_a_head) {
+struct PlacedTask : AttentionTask {
+  bool words;
+};
+
+template <int kSlots, class T>
+__global__ void __launch_bounds__(kThreads) attention_kernel(PlacedTask task, int64_t blocks_a_head) {
   int64_t const block = blockIdx.x, h = block / blocks_a_head;
   int64_t const row = block % blocks_a_head * kWarps + static_cast<int64_t>(threadIdx.x / kLanes);
   if (row >= task.rows) {
@@ -32,8 +36,9 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionTask task,
                               static_cast<int>(task.factors),
                               static_cast<int>(task.size),
                               static_cast<int>(task.count),
-                              task.scale};
-  attend<DeviceWarp, kSlots, kWidth>(head, row);
+                              task.scale,
+                              task.words};
+  attend<DeviceWarp, kSlots>(head, row);
 }
 
 bool sound(AttentionTask const& task) {
@@ -46,17 +51,17 @@ bool sound(AttentionTask const& task) {
 }
 
 // Whether four elements of every row of v and y make an aligned word.
-bool wide(AttentionTask const& task) {
+bool whole_words(AttentionTask const& task) {
   uintptr_t const bytes = task.type == Type::kFloat32 ? 16 : 8;
   return task.size % 4 == 0 && reinterpret_cast<uintptr_t>(task.v) % bytes == 0 &&
          reinterpret_cast<uintptr_t>(task.y) % bytes == 0;
 }
 
-template <int kWidth, class T>
+template <class T>
 cudaError_t launch_for(AttentionTask const& task, cudaStream_t stream) {
+  PlacedTask const placed{task, whole_words(task)};
   return with_slots(task.count, [&](auto slots) {
-    return launch(attention_kernel<decltype(slots)::value, kWidth, T>, task, task.heads, task.rows, kWarps, kThreads,
-                  stream);
+    return launch(attention_kernel<decltype(slots)::value, T>, placed, task.heads, task.rows, kWarps, kThreads, stream);
   });
 }
 
@@ -72,10 +77,7 @@ cudaError_t reciprocal_neighbor_attention(AttentionTask const& task, cudaStream_
   if (task.a == nullptr || task.b == nullptr || task.v == nullptr || task.neighbors == nullptr || task.y == nullptr) {
     return cudaErrorInvalidValue;
   }
-  if (task.type == Type::kFloat32) {
-    return wide(task) ? launch_for<4, float>(task, stream) : launch_for<1, float>(task, stream);
-  }
-  return wide(task) ? launch_for<4, __half>(task, stream) : launch_for<1, __half>(task, stream);
+  return task.type == Type::kFloat32 ? launch_for<float>(task, stream) : launch_for<__half>(task, stream);
 }
 
 }  // namespace nformer

@@ -217,21 +217,27 @@ struct HostWarp {
     }
     return out;
   }
-  template <int kWidth, class T>
-  static void load_side_by_side(T const* from, Int const& at, Flag const& mine, Float (&x)[kWidth]) {
+  // With `words` a lane takes all of its four or none, as the aligned word on a GPU does.
+  static bool inside(int32_t at, int e, int32_t size, bool words) { return words ? at < size : at + e < size; }
+  template <class T>
+  static void load_four(T const* from, Int const& at, int32_t size, bool words, Float (&x)[kSideBySide]) {
     for (int i = 0; i < kLanes; ++i) {
-      for (int e = 0; mine.x[i] && e < kWidth; ++e) {
-        x[e].x[i] = static_cast<float>(from[at.x[i] + e]);
+      for (int e = 0; e < kSideBySide; ++e) {
+        if (inside(at.x[i], e, size, words)) {
+          x[e].x[i] = static_cast<float>(from[at.x[i] + e]);
+        }
       }
     }
   }
   static void put(float* to, float x) { *to = x; }
   static void put(Half* to, float x) { *to = Half::from(x); }
-  template <int kWidth, class T>
-  static void store_side_by_side(T* to, Int const& at, Flag const& mine, Float (&x)[kWidth]) {
+  template <class T>
+  static void store_four(T* to, Int const& at, int32_t size, bool words, Float (&x)[kSideBySide]) {
     for (int i = 0; i < kLanes; ++i) {
-      for (int e = 0; mine.x[i] && e < kWidth; ++e) {
-        put(to + at.x[i] + e, x[e].x[i]);
+      for (int e = 0; e < kSideBySide; ++e) {
+        if (inside(at.x[i], e, size, words)) {
+          put(to + at.x[i] + e, x[e].x[i]);
+        }
       }
     }
   }

@@ -83,55 +83,64 @@ struct DeviceWarp {
     return mine ? static_cast<float>(__ldg(from + int64_t{row} * stride)) : 0.0F;
   }
 
-  // kWidth elements from `at` on. kWidth 4 wants them aligned as one word of 16 (8) bytes and all or none inside.
-  template <int kWidth>
-  static __device__ __forceinline__ void load_side_by_side(float const* from, int32_t at, bool mine,
-                                                           float (&x)[kWidth]) {
-    static_assert(kWidth == 1 || kWidth == 4, "one element or one word");
-    if (mine) {
-      if constexpr (kWidth == 4) {
-        float4 const word = __ldg(reinterpret_cast<float4 const*>(from + at));
-        x[0] = word.x, x[1] = word.y, x[2] = word.z, x[3] = word.w;
-      } else {
-        x[0] = __ldg(from + at);
+  // Elements at .. at + 3 of a row of `size`; what lies beyond it is left as it is. `words`: one aligned word.
+  static __device__ __forceinline__ void load_four(float const* from, int32_t at, int32_t size, bool words,
+                                                   float (&x)[4]) {
+    if (!words) {
+      load_singly(from, at, size, x);
+    } else if (at < size) {
+      float4 const word = __ldg(reinterpret_cast<float4 const*>(from + at));
+      x[0] = word.x, x[1] = word.y, x[2] = word.z, x[3] = word.w;
+    }
+  }
+  static __device__ __forceinline__ void load_four(__half const* from, int32_t at, int32_t size, bool words,
+                                                   float (&x)[4]) {
+    if (!words) {
+      load_singly(from, at, size, x);
+    } else if (at < size) {
+      uint2 const word = __ldg(reinterpret_cast<uint2 const*>(from + at));
+      float2 const low = __half22float2(reinterpret_cast<__half2 const&>(word.x));
+      float2 const high = __half22float2(reinterpret_cast<__half2 const&>(word.y));
+      x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    }
+  }
+  static __device__ __forceinline__ void store_four(float* to, int32_t at, int32_t size, bool words, float (&x)[4]) {
+    if (!words) {
+      store_singly(to, at, size, x);
+    } else if (at < size) {
+      *reinterpret_cast<float4*>(to + at) = make_float4(x[0], x[1], x[2], x[3]);
+    }
+  }
+  static __device__ __forceinline__ void store_four(__half* to, int32_t at, int32_t size, bool words, float (&x)[4]) {
+    if (!words) {
+      store_singly(to, at, size, x);
+    } else if (at < size) {
+      __half2 const low = __floats2half2_rn(x[0], x[1]);
+      __half2 const high = __floats2half2_rn(x[2], x[3]);
+      *reinterpret_cast<uint2*>(to + at) =
+          make_uint2(reinterpret_cast<unsigned const&>(low), reinterpret_cast<unsigned const&>(high));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void put(float* to, float x) { *to = x; }
+  static __device__ __forceinline__ void put(__half* to, float x) { *to = __float2half_rn(x); }
+
+  template <class T>
+  static __device__ __forceinline__ void load_singly(T const* from, int32_t at, int32_t size, float (&x)[4]) {
+    NFORMER_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (at + e < size) {
+        x[e] = static_cast<float>(__ldg(from + at + e));
       }
     }
   }
-  template <int kWidth>
-  static __device__ __forceinline__ void load_side_by_side(__half const* from, int32_t at, bool mine,
-                                                           float (&x)[kWidth]) {
-    static_assert(kWidth == 1 || kWidth == 4, "one element or one word");
-    if (mine) {
-      if constexpr (kWidth == 4) {
-        uint2 const word = __ldg(reinterpret_cast<uint2 const*>(from + at));
-        float2 const low = __half22float2(reinterpret_cast<__half2 const&>(word.x));
-        float2 const high = __half22float2(reinterpret_cast<__half2 const&>(word.y));
-        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
-      } else {
-        x[0] = __half2float(__ldg(from + at));
-      }
-    }
-  }
-  template <int kWidth>
-  static __device__ __forceinline__ void store_side_by_side(float* to, int32_t at, bool mine, float (&x)[kWidth]) {
-    if (mine) {
-      if constexpr (kWidth == 4) {
-        *reinterpret_cast<float4*>(to + at) = make_float4(x[0], x[1], x[2], x[3]);
-      } else {
-        to[at] = x[0];
-      }
-    }
-  }
-  template <int kWidth>
-  static __device__ __forceinline__ void store_side_by_side(__half* to, int32_t at, bool mine, float (&x)[kWidth]) {
-    if (mine) {
-      if constexpr (kWidth == 4) {
-        __half2 const low = __floats2half2_rn(x[0], x[1]);
-        __half2 const high = __floats2half2_rn(x[2], x[3]);
-        *reinterpret_cast<uint2*>(to + at) = make_uint2(reinterpret_cast<unsigned const&>(low),
-                                                        reinterpret_cast<unsigned const&>(high));
-      } else {
-        to[at] = __float2half_rn(x[0]);
+  template <class T>
+  static __device__ __forceinline__ void store_singly(T* to, int32_t at, int32_t size, float const (&x)[4]) {
+    NFORMER_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (at + e < size) {
+        put(to + at + e, x[e]);
       }
     }
   }

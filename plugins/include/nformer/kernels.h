@@ -41,10 +41,15 @@ cudaError_t reciprocal_neighbor_attention(AttentionTask const& task, cudaStream_
 }  // namespace nformer
 
 // The same for callers that speak C (ctypes). `type` is 0 for float32, 1 for float16; the result is a cudaError_t.
+#if defined(__GNUC__)
+#define NFORMER_API __attribute__((visibility("default")))
+#else
+#define NFORMER_API
+#endif
 extern "C" {
-int32_t nformer_row_top_k(void const* a, void const* b, int32_t* neighbors, int64_t heads, int64_t rows,
-                          int64_t columns, int64_t factors, int64_t k, int32_t type, void* stream);
-int32_t nformer_reciprocal_neighbor_attention(void const* a, void const* b, void const* v, int32_t const* neighbors,
+NFORMER_API int32_t nformer_row_top_k(void const* a, void const* b, int32_t* neighbors, int64_t heads, int64_t rows,
+                                      int64_t columns, int64_t factors, int64_t k, int32_t type, void* stream);
+NFORMER_API int32_t nformer_reciprocal_neighbor_attention(void const* a, void const* b, void const* v, int32_t const* neighbors,
                                               void* y, int64_t heads, int64_t rows, int64_t factors, int64_t size,
                                               int64_t neighbor_heads, int64_t count, float scale, int32_t type,
                                               void* stream);

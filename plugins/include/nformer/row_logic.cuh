@@ -330,7 +330,10 @@ struct AttentionHead {
   int64_t rows;
   int factors, size, count;
   float scale;
+  bool words;  // four elements of every row of v and y make one aligned word
 };
+
+inline constexpr int kSideBySide = 4;
 
 template <class W, int kSlots>
 struct Neighborhood {
@@ -346,27 +349,42 @@ struct Neighborhood {
     NFORMER_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
       auto const place = W::lane() + W::splat(slot * kLanes);
-      auto const mine = place < W::splat(head.count);
-      neighbor[slot] = W::load(head.neighbors + row * head.count, place, mine, kNoNeighbor);
+      neighbor[slot] =
+          W::load(head.neighbors + row * head.count, place, place < W::splat(head.count), kNoNeighbor);
       counting[slot] = 0;
-      int const used = head.count - slot * kLanes < kLanes ? head.count - slot * kLanes : kLanes;
-      NFORMER_NO_UNROLL
-      for (int start = 0; start < used; start += kTogether) {
-        counting[slot] |= chosen_by(head, neighbor[slot], start, static_cast<int32_t>(row)) << start;
+    }
+    NFORMER_NO_UNROLL
+    for (int start = 0; start < head.count; start += kTogether) {
+      uint32_t const bits = chosen_by(head, start, static_cast<int32_t>(row)) << start % kLanes;
+      NFORMER_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) {
+        counting[slot] |= start / kLanes == slot ? bits : 0;
       }
     }
   }
 
-  // Which of the neighbours in lanes start .. start + 3 have `row` in their own lists, as bits. The lanes read a list
+  // One entry of a list spread over slots and lanes. All slots are asked before one is chosen, so that none is indexed
+  // by a variable: that would drive the list out of registers.
+  template <class X, class Spread>
+  NFORMER_HD static X entry_of(Spread const (&spread)[kSlots], int slot, int lane) {
+    X entry = W::broadcast(spread[0], lane);
+    NFORMER_UNROLL
+    for (int s = 1; s < kSlots; ++s) {
+      X const here = W::broadcast(spread[s], lane);
+      entry = s == slot ? here : entry;
+    }
+    return entry;
+  }
+
+  // Which of the neighbours at places start .. start + 3 have `row` in their own lists, as bits. The lanes read a list
   // side by side, and four lists are under way at once to hide latency.
   template <class T>
-  NFORMER_HD static uint32_t chosen_by(AttentionHead<T> const& head, typename W::Int const& theirs, int start,
-                                       int32_t row) {
+  NFORMER_HD uint32_t chosen_by(AttentionHead<T> const& head, int start, int32_t row) const {
     int32_t j[kTogether];
     typename W::Flag by[kTogether];
     NFORMER_UNROLL
     for (int n = 0; n < kTogether; ++n) {
-      j[n] = W::broadcast(theirs, start + n);
+      j[n] = entry_of<int32_t>(neighbor, start / kLanes, start % kLanes + n);
       by[n] = W::none();
     }
     for (int first = 0; first < head.count; first += kLanes) {
@@ -432,49 +450,53 @@ struct Neighborhood {
   }
 
   // y[row] = sum of weight * v over the counting neighbours, in the order of the list; zero where none counts.
-  // A lane takes kWidth elements side by side. Four neighbours are loaded before any is added, to hide latency.
-  template <int kWidth, class T>
+  // A lane takes four elements side by side. Four neighbours are loaded before any is added, to hide latency.
+  template <class T>
   NFORMER_HD void blend(AttentionHead<T> const& head, int64_t row) const {
-    for (int start = 0; start < head.size; start += kLanes * kWidth) {
-      auto const place = W::lane() * W::splat(kWidth) + W::splat(start);
-      auto const mine = place < W::splat(head.size);
-      typename W::Float sum[kWidth];
+    NFORMER_NO_UNROLL
+    for (int start = 0; start < head.size; start += kLanes * kSideBySide) {
+      auto const place = W::lane() * W::splat(kSideBySide) + W::splat(start);
+      typename W::Float sum[kSideBySide];
       NFORMER_UNROLL
-      for (int e = 0; e < kWidth; ++e) {
+      for (int e = 0; e < kSideBySide; ++e) {
         sum[e] = W::splat(0.0F);
       }
-      NFORMER_UNROLL
+      NFORMER_NO_UNROLL
       for (int slot = 0; slot < kSlots; ++slot) {
-        uint32_t left = counting[slot];
+        uint32_t left = counting[0];
+        NFORMER_UNROLL
+        for (int s = 1; s < kSlots; ++s) {
+          left = s == slot ? counting[s] : left;
+        }
         NFORMER_NO_UNROLL
         while (left != 0) {
-          typename W::Float value[kTogether][kWidth];
+          typename W::Float value[kTogether][kSideBySide];
           float share[kTogether];
           NFORMER_UNROLL
           for (int n = 0; n < kTogether; ++n) {
             share[n] = 0.0F;
             NFORMER_UNROLL
-            for (int e = 0; e < kWidth; ++e) {
+            for (int e = 0; e < kSideBySide; ++e) {
               value[n][e] = W::splat(0.0F);
             }
             if (left != 0) {
               int const lane = W::lowest_bit(left);
               left &= left - 1;
-              share[n] = W::broadcast(weight[slot], lane);
-              int64_t const j = W::broadcast(neighbor[slot], lane);
-              W::template load_side_by_side<kWidth>(head.v + j * head.size, place, mine, value[n]);
+              share[n] = entry_of<float>(weight, slot, lane);
+              int64_t const j = entry_of<int32_t>(neighbor, slot, lane);
+              W::load_four(head.v + j * head.size, place, head.size, head.words, value[n]);
             }
           }
           NFORMER_UNROLL
           for (int n = 0; n < kTogether; ++n) {
             NFORMER_UNROLL
-            for (int e = 0; e < kWidth; ++e) {
+            for (int e = 0; e < kSideBySide; ++e) {
               sum[e] = W::fma(W::splat(share[n]), value[n][e], sum[e]);
             }
           }
         }
       }
-      W::template store_side_by_side<kWidth>(head.y + row * head.size, place, mine, sum);
+      W::store_four(head.y + row * head.size, place, head.size, head.words, sum);
     }
   }
 
@@ -486,14 +508,14 @@ struct Neighborhood {
   }
 };
 
-template <class W, int kSlots, int kWidth, class T>
+template <class W, int kSlots, class T>
 NFORMER_HD void attend(AttentionHead<T> const& head, int64_t row) {
   Neighborhood<W, kSlots> near;
   near.find(head, row);
   if (!near.weigh(head, row)) {
     near.silence();
   }
-  near.template blend<kWidth>(head, row);
+  near.blend(head, row);
 }
 
 }  // namespace nformer
