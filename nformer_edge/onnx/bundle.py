@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nformer_edge import __version__
 from nformer_edge.core.artifact import read_verified
 from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
 from nformer_edge.core.ops import LANDMARK_RULE
@@ -77,3 +79,14 @@ def read_golden(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, np
         raise ArtifactError(
             str(Path(folder) / GOLDEN), got=f"an unreadable file ({e})", expected="arrays", mend="Export it again."
         ) from e
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Our version and those of the `packages` that are installed."""
+    found = {"nformer_edge": __version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nformer_edge.core.spec import ModelSpec, to_dict
 from nformer_edge.evaluate.agreement import tensor_error
 from nformer_edge.evaluate.gates import TOLERANCES
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
-from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, KIND
+from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, KIND, versions
 from nformer_edge.onnx.operators import DEFAULT_OPSET, IR_VERSION, check_opset
 from nformer_edge.onnx.tracing import trace_backbone, trace_head
 
@@ -161,14 +160,3 @@ def _fields(
         "self_check": {"worst_error_in_fp32_tolerances": worst},
         "accuracy": accuracy,
     }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Our version and those of the `packages` that are installed."""
-    found = {"nformer_edge": __version__}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

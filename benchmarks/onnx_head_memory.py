@@ -1,0 +1,131 @@
+"""Time and peak memory of nformer.onnx in stock onnxruntime, and whether it equals PyTorch. Prints JSON.
+
+    python benchmarks/onnx_head_memory.py --images 20000
+    python benchmarks/onnx_head_memory.py --rule affinity --threads 2
+
+The peak is that of a process of its own which loads onnxruntime and numpy alone; PyTorch runs in another. The head is
+seeded and untrained, the input clustered like people: neither time nor memory depends on the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+SHOTS = 25  # images a person
+
+
+def make_input(images: int, features: int) -> np.ndarray:  # [N, D]
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((-(-images // SHOTS), features))
+    rows = np.repeat(people, SHOTS, axis=0)[:images] + 0.7 * rng.standard_normal((images, features))
+    return rows.astype(np.float32)
+
+
+def run_reference(folder: Path, args: argparse.Namespace) -> None:
+    """Writes nformer.onnx and PyTorch's output."""
+    import torch
+
+    from nformer_edge.core.ops import draw_landmarks
+    from nformer_edge.core.spec import HeadSpec
+    from nformer_edge.model.nformer import NFormer
+    from nformer_edge.onnx.tracing import trace_head
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    spec = HeadSpec(rule=args.rule)
+    head = NFormer(spec).eval()
+    (folder / "nformer.onnx").write_bytes(trace_head(head, args.opset).SerializeToString())
+    landmarks = draw_landmarks(args.images, spec.layers, spec.landmarks, 0)
+    rows = make_input(args.images, spec.features)
+    with torch.no_grad():
+        start = time.perf_counter()
+        output = head(torch.from_numpy(rows), torch.from_numpy(landmarks)).numpy()
+        seconds = time.perf_counter() - start
+    np.savez(folder / "reference.npz", landmarks=landmarks, output=output, seconds=seconds)
+
+
+def run_onnxruntime(folder: Path, args: argparse.Namespace) -> None:
+    import resource
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    with np.load(folder / "reference.npz") as z:
+        landmarks = z["landmarks"]
+    session = onnxruntime.InferenceSession(folder / "nformer.onnx", options, providers=["CPUExecutionProvider"])
+    rows = make_input(args.images, session.get_inputs()[0].shape[1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    (output,) = session.run(None, {"features": rows, "landmarks": landmarks})
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.savez(folder / "onnxruntime.npz", output=output, seconds=seconds, peak_kib=peak, before_kib=before)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    from nformer_edge.evaluate.agreement import cosines, tensor_error
+    from nformer_edge.evaluate.gates import TOLERANCES
+
+    with np.load(folder / "reference.npz") as z:
+        reference, reference_seconds = z["output"], float(z["seconds"])
+    with np.load(folder / "onnxruntime.npz") as z:
+        output, seconds = z["output"], float(z["seconds"])
+        peak, before = int(z["peak_kib"]) / 1024, int(z["before_kib"]) / 1024
+    tolerance = TOLERANCES["fp32"]
+    per_row = [
+        tensor_error(output[i : i + 1], reference[i : i + 1], tolerance.atol, tolerance.rtol).worst
+        for i in range(len(output))
+    ]
+    cosine = cosines(output, reference)
+    return {
+        "kind": "benchmark", "name": "onnx_head_memory", "rule": args.rule, "images": args.images,
+        "features": reference.shape[1], "layers": 4, "heads": 2, "k": 20, "landmarks": 5, "opset": args.opset,
+        "threads": args.threads, "onnxruntime_s": round(seconds, 3), "pytorch_s": round(reference_seconds, 3),
+        "peak_rss_mib": round(peak, 1), "rss_before_run_mib": round(before, 1),
+        "worst_error_in_fp32_tolerances": max(per_row), "rows_outside_tolerance": int(np.sum(~(np.array(per_row) <= 1))),
+        "cosine_min": float(cosine.min()), "cosine_mean": float(cosine.mean()),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {name: version(name) for name in ("onnxruntime", "torch", "numpy", "onnx")},
+    }  # fmt: skip
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20000, help="N (default 20000)")
+    parser.add_argument("--rule", choices=("features", "affinity"), default="features")
+    parser.add_argument("--opset", type=int, default=18)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--stage", choices=("reference", "onnxruntime"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stage:
+        {"reference": run_reference, "onnxruntime": run_onnxruntime}[args.stage](args.folder, args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in ("reference", "onnxruntime"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", folder]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+        print(json.dumps(compare(Path(folder), args), indent=2))
+
+
+if __name__ == "__main__":
+    main()
