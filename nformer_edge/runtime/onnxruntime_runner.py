@@ -1,85 +1,124 @@
-"""Bundles and engines in stock onnxruntime on the CPU."""
+"""Bundles and onnxruntime engines, run by stock onnxruntime on the CPU. Needs neither torch nor onnx."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.artifact import read_manifest
+from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
-from nformer_edge.onnx.bundle import BACKBONE, HEAD, model_spec, read_graph
-from nformer_edge.runtime.runner import Runner
+from nformer_edge.core.spec import check_at_least
+from nformer_edge.onnx.bundle import BACKBONE, HEAD, model_spec, read_golden, read_graph
+from nformer_edge.runtime.runner import check_head_input, check_images, model_name
+
+#: Images a run, unless told otherwise: more gain nothing on a CPU and cost memory.
+MAX_BATCH = 32
 
 
-class OnnxruntimeRunner(Runner):
-    """A bundle, or an engine that the onnxruntime backend built.
-
-    Every file is verified against the manifest first, and the session is made from the very bytes that were hashed.
+class OnnxRuntimeRunner:
+    """See `runtime.runner.Runner`. Sessions are made when the context is entered, or at first use.
 
     Args:
-        folder: the bundle or engine.
+        path: folder of a bundle or of an engine built for onnxruntime.
         kind: ``bundle`` or ``engine``.
-        threads: of onnxruntime's operators; its own choice if None.
+        threads: intra-op threads; onnxruntime's choice (one a core) if None.
+        max_batch: larger batches are split.
 
     Raises:
-        ArtifactError: if anything does not match its manifest.
-        BackendError: if onnxruntime is not installed, or the engine belongs to another backend.
+        ArtifactError: if the folder does not verify, or is of a version that this one does not know.
+        BackendError: if onnxruntime is not installed.
     """
 
     backend = "onnxruntime"
 
-    def __init__(self, folder: str | os.PathLike[str], kind: str, threads: int | None = None) -> None:
-        self._folder, self._threads = Path(folder), threads
-        self.name = self._folder.name
-        self._manifest = read_manifest(folder, kind)
-        if kind == "engine" and self._manifest.get("backend") != self.backend:
-            raise BackendError(
-                str(folder), got=f"an engine for {self._manifest.get('backend')}", expected=f"one for {self.backend}",
-                mend="Build it again: nformer-edge build-engine --backend onnxruntime.",
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, *, threads: int | None = None, max_batch: int = MAX_BATCH
+    ) -> None:
+        check_at_least("max_batch", max_batch, 1)
+        if threads is not None:
+            check_at_least("threads", threads, 1)
+        self._path = os.fspath(path)
+        self._manifest = read_manifest(path, kind)
+        self.spec = model_spec(self._path, self._manifest)
+        self.name = model_name(self.spec)
+        self.sha256 = sha256_file(os.path.join(self._path, MANIFEST))
+        self.has_head = HEAD in self._manifest["files"]
+        if self.has_head != (self.spec.head is not None):
+            raise ArtifactError(
+                self._path, got=f"{HEAD} {'without' if self.has_head else 'missing for'} a head in its spec",
+                expected="both or neither", mend="Export the bundle again.",
             )  # fmt: skip
-        self.spec = model_spec(str(folder), self._manifest)
+        stages = ("backbone", "head") if self.has_head else ("backbone",)
+        self.precision: Mapping[str, str] = self._manifest.get("precision") or dict.fromkeys(stages, "fp32")
         self.landmark_seed = int(self._manifest["landmark_seed"])
-        fp32 = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
-        self.precision = dict(self._manifest["precision"]) if kind == "engine" else fp32
-        self._backbone: Any = None
-        self._head: Any = None
+        self._threads, self._max_batch = threads, max_batch
+        self._sessions: dict[str, Any] = {}
 
-    def open(self) -> None:
-        self._backbone = self._session(BACKBONE)
+    def __enter__(self) -> OnnxRuntimeRunner:
+        self._session(BACKBONE)
         if self.has_head:
-            self._head = self._session(HEAD)
+            self._session(HEAD)
+        return self
 
-    def close(self) -> None:
-        self._backbone = self._head = None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sessions.clear()
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """See `Runner.golden`."""
+        return read_golden(self._path, self._manifest)
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """See `Runner.embed`. Batches above `max_batch` are split."""
+        images = check_images(images, self.spec)
+        session = self._session(BACKBONE)
+        parts = [
+            session.run(["features"], {"images": images[i : i + self._max_batch]})[0]
+            for i in range(0, len(images), self._max_batch)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.spec.backbone.features), np.float32)
+
+    def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
+        """See `Runner.relate`."""
+        features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
+        if len(features) == 0:
+            return features
+        return self._session(HEAD).run(["embeddings"], {"features": features, "landmarks": landmarks})[0]
 
     def _session(self, name: str) -> Any:
-        try:
-            import onnxruntime
-        except ImportError as e:
-            raise BackendError(
-                "onnxruntime", got="not installed", expected="it, to run this engine",
-                mend="pip install 'nformer-edge[cpu]'",
-            ) from e  # fmt: skip
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: onnxruntime warns about every initialiser that it folds away
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        graph = read_graph(self._folder, self._manifest, name)
-        try:
-            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime raises a class of its own for each status, with no root but Exception
-            raise ArtifactError(
-                str(self._folder / name), got=f"a graph that onnxruntime refuses ({e})", expected="one that it runs",
-                mend="Export it again, or update onnxruntime.",
-            ) from e  # fmt: skip
+        if name not in self._sessions:
+            self._sessions[name] = open_session(read_graph(self._path, self._manifest, name), name, self._threads)
+        return self._sessions[name]
 
-    def _embed(self, images: np.ndarray) -> np.ndarray:
-        (features,) = self._backbone.run(None, {"images": images})
-        return np.asarray(features)
 
-    def _relate(self, features: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        (embeddings,) = self._head.run(None, {"features": features, "landmarks": landmarks})
-        return np.asarray(embeddings)
+def open_session(graph: bytes, name: str, threads: int | None = None) -> Any:
+    """An onnxruntime CPU session for a verified graph.
+
+    Raises:
+        BackendError: if onnxruntime is not installed.
+        ArtifactError: if it refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise BackendError(
+            "onnxruntime", got="not installed", expected="onnxruntime 1.18 or newer",
+            mend="pip install 'nformer-edge[cpu]'",
+        ) from e  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings name graph internals that a user can do nothing about
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its exceptions share no base class of their own
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ArtifactError(
+            name, got=f"a graph that onnxruntime {onnxruntime.__version__} refuses ({reason})", expected="one it reads",
+            mend="Update onnxruntime, or export the bundle again with this version.",
+        ) from e  # fmt: skip

@@ -1,4 +1,4 @@
-"""A path becomes the runner that can open it. Imports a framework only when a path needs it."""
+"""One door for whatever was handed on: a checkpoint, a bundle or an engine."""
 
 from __future__ import annotations
 
@@ -6,57 +6,113 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from nformer_edge.core.artifact import MANIFEST
-from nformer_edge.core.errors import ArtifactError, BackendError
-from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.runtime.runner import Runner
 
+#: How alike a stage's output must be to what it gave when it was made: cosine, by precision as built.
+_SELF_TEST_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
 
-def open_runner(path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu") -> Runner:
-    """The runner for a model file; enter it to load the model.
+
+def open_runner(
+    path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, device: str = "cpu"
+) -> Runner:
+    """Opens a model by what lies at `path`: a `.safetensors` checkpoint, a bundle's folder or an engine's folder.
 
     Args:
-        path: a checkpoint (PyTorch), a bundle (onnxruntime) or an engine (the backend that built it).
-        threads: of the backend's operators; its own choice if None.
-        device: for checkpoints: ``cpu`` or a CUDA device.
+        path: the model.
+        backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
+        threads: CPU threads.
+        device: for a checkpoint, ``cpu`` or a CUDA device.
 
     Raises:
-        ArtifactError: if `path` is missing, damaged or something else.
-        BackendError: if its backend cannot run here.
+        ArtifactError: if it is damaged, or none of these.
+        BackendError: if its backend is not installed here, or is not the one asked for.
+        UsageError: for a device that this kind of model does not have.
     """
-    if threads is not None:
-        check_at_least("threads", threads, 1)
     path = Path(path)
-    if path.is_file():
-        from nformer_edge.runtime.torch_runner import TorchRunner
+    if not path.is_dir() and path.suffix != ".safetensors":
+        got = "a file of another kind" if path.exists() else "no such file or folder"
+        raise ArtifactError(
+            str(path), got=got, expected="a checkpoint (.safetensors), a bundle or an engine",
+            mend="Make one with `nformer-edge train`, `export` or `build-engine`.",
+        )  # fmt: skip
+    kind = "checkpoint" if not path.is_dir() else _kind(path)
+    runs_on = _engine_backend(path) if kind == "engine" else {"checkpoint": "pytorch"}.get(kind, "onnxruntime")
+    if backend not in ("auto", runs_on):
+        raise BackendError(
+            str(path), got=f"a {kind} that {runs_on} runs", expected=f"one for {backend}",
+            mend=f"Build one: nformer-edge build-engine --backend {backend}",
+        )  # fmt: skip
+    if runs_on == "pytorch":
+        return _open_checkpoint(path, threads, device)
+    if device != "cpu":
+        raise UsageError("device", got=device, expected=f"cpu for {runs_on}", mend="Leave --device out.")
+    if runs_on == "onnxruntime":
+        from nformer_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
-        return TorchRunner(path, threads, device)
-    kind, backend = _folder_kind(path)
-    if backend == "onnxruntime":
-        from nformer_edge.runtime.onnxruntime_runner import OnnxruntimeRunner
-
-        return OnnxruntimeRunner(path, kind, threads)
+        return OnnxRuntimeRunner(path, kind, threads=threads)
     raise BackendError(
-        str(path), got=f"an engine for {backend}", expected="one that this version runs (onnxruntime)",
-        mend="Build one: nformer-edge build-engine --backend onnxruntime.",
+        str(path), got=f"an engine for {runs_on}", expected="one for a backend that this version runs",
+        mend="Build one: nformer-edge build-engine --backend onnxruntime",
     )  # fmt: skip
 
 
-def _folder_kind(path: Path) -> tuple[str, str]:
-    """Kind and backend as the manifest claims; the runner verifies the manifest before it opens a file."""
-    expected = "a checkpoint (.safetensors), a bundle or an engine"
+def _open_checkpoint(path: Path, threads: int | None, device: str) -> Runner:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        kind = manifest["kind"]
-    except FileNotFoundError as e:
-        got = f"a folder without {MANIFEST}" if path.is_dir() else "no such file or folder"
-        raise ArtifactError(str(path), got=got, expected=expected, mend="Check the path.") from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        from nformer_edge.runtime.torch_runner import TorchRunner
+    except ImportError as e:
+        raise BackendError(
+            str(path), got=f"no {e.name} here", expected="PyTorch and safetensors, to run a checkpoint",
+            mend="pip install 'nformer-edge[train]', or pass a bundle or an engine.",
+        ) from e  # fmt: skip
+    return TorchRunner(path, threads=threads, device=device)
+
+
+def _kind(path: Path) -> str:
+    """What the manifest says the folder is; whoever opens it verifies that."""
+    try:
+        kind = json.loads((path / MANIFEST).read_text())["kind"]
+    except FileNotFoundError:
+        kind = "folder without a manifest"
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = "folder whose manifest cannot be read"
+    if kind not in ("bundle", "engine"):
         raise ArtifactError(
-            str(path / MANIFEST), got=f"no readable manifest ({e})", expected=expected, mend="Make it again."
-        ) from e
-    if kind == "bundle":
-        return kind, "onnxruntime"
-    if kind == "engine":
-        return kind, str(manifest.get("backend"))
-    raise ArtifactError(str(path), got=f"a {kind}", expected=expected, mend="Check the path.")
+            str(path), got=f"a {kind}", expected="a bundle or an engine", mend="Make it again, or check the path."
+        )
+    return str(kind)
+
+
+def _engine_backend(path: Path) -> str:
+    return str(json.loads((path / MANIFEST).read_text()).get("backend"))
+
+
+def self_test(runner: Runner) -> dict[str, float]:
+    """Runs the golden inputs that travel with the model and compares with what it gave when it was made.
+
+    Returns:
+        For each stage the lowest cosine; empty for a model that carries no golden vectors.
+
+    Raises:
+        ArtifactError: if a stage's output is not what it was.
+    """
+    golden = runner.golden()
+    outputs = {}
+    if "images" in golden:
+        outputs["backbone"] = (runner.embed(golden["images"]), golden["features"])
+    if "head_input" in golden:
+        outputs["head"] = (runner.relate(golden["head_input"], golden["landmarks"]), golden["embeddings"])
+    lowest = {}
+    for stage, (found, expected) in outputs.items():
+        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        lowest[stage] = float(((found * expected).sum(axis=1) / norms).min())
+        least = _SELF_TEST_COSINE[runner.precision[stage]]
+        if not lowest[stage] >= least:
+            raise ArtifactError(
+                f"{runner.name}: {stage}", got=f"a cosine of {lowest[stage]:.5f} to what it gave when made",
+                expected=f"at least {least}", mend="This machine computes otherwise: build the engine here.",
+            )  # fmt: skip
+    return lowest

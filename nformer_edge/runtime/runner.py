@@ -1,128 +1,125 @@
-"""What every backend can do: open, embed images, relate features, close."""
+"""What every backend's runner is: opened once, asked many times, closed. Arrays in, arrays out."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol
 
 import numpy as np
 
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import check_features
 from nformer_edge.core.ops import draw_landmarks
-from nformer_edge.core.spec import ModelSpec, Precision
-
-R = TypeVar("R", bound="Runner")
-
-#: Images in one forward pass where a backend sets no smaller limit; longer inputs are split.
-MAX_BATCH = 256
+from nformer_edge.core.spec import HeadSpec, ModelSpec
 
 
-class Runner(ABC):
-    """A model on one backend. A context manager: nothing is loaded before it is entered, all is freed when it is left.
+class Runner(Protocol):
+    """A model that runs. Entering the context loads it; leaving gives its memory back.
 
-    Attributes:
-        name: what the model is called in reports.
-        backend: ``torch``, ``onnxruntime`` ...
-        precision: as built, of ``backbone`` and, where there is one, ``head``.
-        spec: the model and its preprocessing.
-        landmark_seed: draws the landmarks where none are given.
+    Args:
+        name: the model, for tables: architecture and image size.
+        backend: who computes, such as ``onnxruntime``.
+        precision: as built, by stage: ``backbone`` and, where there is one, ``head``.
+        spec: what the model is.
+        landmark_seed: landmarks are drawn from it where none are given.
+        sha256: of the file that features of this model cite.
+        has_head: whether `relate` is there.
     """
 
     name: str
     backend: str
-    precision: dict[str, Precision]
+    precision: Mapping[str, str]
     spec: ModelSpec
-    landmark_seed: int = 0
-    max_batch: int = MAX_BATCH
+    landmark_seed: int
+    sha256: str
+    has_head: bool
 
-    @property
-    def has_head(self) -> bool:
-        """Whether the model holds an NFormer head."""
-        return self.spec.head is not None
-
-    def __enter__(self: R) -> R:
-        self.open()
-        return self
+    def __enter__(self) -> Runner: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    ) -> None: ...
 
-    @abstractmethod
-    def open(self) -> None:
-        """Loads the model."""
+    def golden(self) -> dict[str, np.ndarray]:
+        """Inputs and outputs for `self_test`, by the names of `onnx.bundle.read_golden`; empty if there are none."""
+        ...
 
-    @abstractmethod
-    def close(self) -> None:
-        """Frees it. Closing twice is no error."""
+    def embed(
+        self,
+        images: np.ndarray,  # float32 [B, 3, H, W], as core.preprocess makes them
+    ) -> np.ndarray:  # float32 [B, D]
+        """Images to features."""
+        ...
 
-    @abstractmethod
-    def _embed(self, images: np.ndarray) -> np.ndarray:
-        """float32 [B, 3, H, W], 1 <= B <= max_batch -> float32 [B, D]."""
+    def relate(
+        self,
+        features: np.ndarray,  # [N, D]
+        landmarks: np.ndarray | None = None,  # int32 [layers, l]
+    ) -> np.ndarray:  # float32 [N, D]
+        """Features of N images seen together to features that know their neighbours."""
+        ...
 
-    @abstractmethod
-    def _relate(self, features: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        """float32 [N, D], int32 [layers, l], N >= 1 -> float32 [N, D]."""
 
-    def embed(self, images: np.ndarray) -> np.ndarray:
-        """Features of preprocessed images, each alone: any B, also 0 and more than the backend takes at once.
+def model_name(spec: ModelSpec) -> str:
+    """Such as ``osnet_x0_25_256x128``."""
+    return f"{spec.backbone.arch}_{spec.preprocess.height}x{spec.preprocess.width}"
 
-        Args:
-            images: float32 [B, 3, H, W], as `core.preprocess` makes them.
 
-        Returns:
-            float32 [B, D], not normalised.
+def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """The door of `embed`. Returns contiguous float32 [B, 3, H, W].
 
-        Raises:
-            UsageError: if the shape or type is another.
-        """
-        spec = self.spec.preprocess
-        wanted = (3, spec.height, spec.width)
-        if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.float32:
-            raise UsageError(
-                "images", got=f"{images.dtype} {list(images.shape)}", expected=f"float32 [B, {str(list(wanted))[1:]}",
-                mend="Prepare them with core.preprocess and this model's spec.",
-            )  # fmt: skip
-        if not len(images):
-            return np.empty((0, self.spec.backbone.features), np.float32)
-        return np.concatenate(
-            [self._embed(images[i : i + self.max_batch]) for i in range(0, len(images), self.max_batch)]
-        )
+    Raises:
+        UsageError: if shape or type do not fit.
+        DataError: if a number is NaN or infinite, naming the first such image.
+    """
+    shape = (3, spec.preprocess.height, spec.preprocess.width)
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+        raise UsageError(
+            "images", got=f"{images.dtype} {images.shape}", expected=f"float32 [B, {', '.join(map(str, shape))}]",
+            mend="Bring images through core.preprocess with the model's own spec.",
+        )  # fmt: skip
+    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
+    if bad.any():
+        raise DataError(
+            "images", got=f"NaN or infinity in image {int(bad.argmax())}", expected="finite numbers",
+            mend="Look at that file.",
+        )  # fmt: skip
+    return np.ascontiguousarray(images)
 
-    def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
-        """The NFormer head: features of N images that have seen each other.
 
-        Args:
-            features: float32 [N, D], as `embed` gave them.
-            landmarks: int32 [layers, l], rows of `features`; drawn from `landmark_seed` if None.
+def check_head_input(
+    features: np.ndarray, landmarks: np.ndarray | None, spec: ModelSpec, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The door of `relate`. Returns float32 [N, D] and int32 [layers, l], drawn from `seed` if none were given.
 
-        Returns:
-            float32 [N, D].
+    Raises:
+        UsageError: if the model has no head, or the landmarks do not fit.
+        DataError: if a feature is NaN, infinite or all zeros, naming the first such row.
+    """
+    head = require_head(spec)
+    check_features(features, dim=head.features)
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    if landmarks is None:
+        landmarks = draw_landmarks(max(len(rows), 1), head.layers, head.landmarks, seed)
+    if landmarks.ndim != 2 or landmarks.shape[0] != head.layers or landmarks.shape[1] < 1:
+        raise UsageError(
+            "landmarks", got=f"shape {landmarks.shape}", expected=f"[{head.layers}, l]",
+            mend="Draw them with core.ops.draw_landmarks.",
+        )  # fmt: skip
+    if len(rows) and not (landmarks.min() >= 0 and landmarks.max() < len(rows)):
+        raise UsageError(
+            "landmarks", got=f"{landmarks.min()}..{landmarks.max()}", expected=f"0..{len(rows) - 1}",
+            mend="Draw them for this number of images.",
+        )  # fmt: skip
+    return rows, np.ascontiguousarray(landmarks, dtype=np.int32)
 
-        Raises:
-            UsageError: if the model has no head, or landmarks do not fit.
-            DataError: if a feature is NaN, infinite or all zeros, naming the first such row.
-        """
-        head = self.spec.head
-        if head is None:
-            raise UsageError(
-                self.name,
-                got="a backbone alone",
-                expected="a model with a head",
-                mend="Train one: leave out --no-head.",
-            )
-        check_features(features, dim=head.features)
-        if not len(features):
-            return features.astype(np.float32)
-        if landmarks is None:
-            landmarks = draw_landmarks(len(features), head.layers, head.landmarks, self.landmark_seed)
-        within = landmarks.size and landmarks.min() >= 0 and landmarks.max() < len(features)
-        if landmarks.ndim != 2 or len(landmarks) != head.layers or not within:
-            raise UsageError(
-                "landmarks", got=f"shape {list(landmarks.shape)}",
-                expected=f"[{head.layers}, l], each in 0..{len(features) - 1}", mend="Use core.ops.draw_landmarks.",
-            )  # fmt: skip
-        return self._relate(np.ascontiguousarray(features, np.float32), landmarks.astype(np.int32))
+
+def require_head(spec: ModelSpec) -> HeadSpec:
+    """The head's spec, or UsageError where the model is a backbone alone."""
+    if spec.head is None:
+        raise UsageError(
+            "model", got="a backbone alone", expected="one with an NFormer head",
+            mend="Train the head, or rank by the backbone's features.",
+        )  # fmt: skip
+    return spec.head

@@ -1,65 +1,113 @@
-"""Checkpoints in PyTorch: the reference that engines are judged against."""
+"""The PyTorch reference: a checkpoint, run as the model's own code says. Everything else is measured against it."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
 
 import numpy as np
 import torch
 
-from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.model.checkpoint import load_checkpoint
-from nformer_edge.runtime.runner import Runner
+from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.spec import ModelSpec
+from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.runtime.runner import check_head_input, check_images, model_name
 
 
-class TorchRunner(Runner):
-    """A `.safetensors` checkpoint, in float32.
+class TorchRunner:
+    """See `runtime.runner.Runner`.
 
     Args:
-        path: the checkpoint.
-        threads: of PyTorch's operators while the runner is open; PyTorch's own choice if None.
+        path: a `.safetensors` checkpoint.
+        threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
         device: ``cpu`` or a CUDA device.
+
+    Raises:
+        ArtifactError: if the checkpoint cannot be read or has no backbone.
+        BackendError: if the device is not there.
     """
 
-    backend = "torch"
+    backend = "pytorch"
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None, device: str = "cpu") -> None:
-        self.name = Path(path).stem
-        self._threads, self._threads_before = threads, torch.get_num_threads()
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu") -> None:
         checkpoint = load_checkpoint(path)
         if checkpoint.backbone is None:
             raise ArtifactError(
-                str(path), got="a head alone", expected="a model with a backbone", mend="Pass the whole model."
+                str(path), got="a head alone", expected="a backbone", mend="Pass a checkpoint of a whole model."
             )
-        self.spec = checkpoint.spec
-        self.precision = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
-        self._backbone, self._head = checkpoint.backbone, checkpoint.head
+        self.spec: ModelSpec = checkpoint.spec
+        self.name = model_name(checkpoint.spec)
+        self.sha256 = checkpoint.sha256
+        self.has_head = checkpoint.head is not None
+        self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
+        self.landmark_seed = 0
+        self._threads = threads
+        self._device = _device(device)
+        self._model: Checkpoint | None = checkpoint
+        for module in (checkpoint.backbone, checkpoint.head):
+            if module is not None:
+                module.to(self._device)
+
+    def __enter__(self) -> TorchRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model = None
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """None: this is where golden vectors come from."""
+        return {}
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """See `Runner.embed`."""
+        images = check_images(images, self.spec)
+        backbone = self._loaded().backbone
+        assert backbone is not None, "checked when opened"
+        if len(images) == 0:
+            return np.empty((0, self.spec.backbone.features), np.float32)
+        with self._computing():
+            return backbone(torch.from_numpy(images).to(self._device)).cpu().numpy()
+
+    def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
+        """See `Runner.relate`."""
+        features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
+        head = self._loaded().head
+        assert head is not None, "the spec has a head exactly where the checkpoint has"
+        if len(features) == 0:
+            return features
+        with self._computing():
+            x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
+            return head(x, chosen).cpu().numpy()
+
+    def _loaded(self) -> Checkpoint:
+        if self._model is None:
+            raise BackendError(self.name, got="a closed runner", expected="an open one", mend="Open the model again.")
+        return self._model
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        before = torch.get_num_threads()
         try:
-            self._device = torch.device(device)
-        except RuntimeError as e:
-            raise UsageError("device", got=device, expected="cpu, cuda or cuda:N", mend="Mend --device.") from e
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device", got=device, expected="a CUDA GPU in this machine", mend="Use --device cpu.")
+            if self._threads:
+                torch.set_num_threads(self._threads)
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
 
-    def open(self) -> None:
-        self._backbone.to(self._device)
-        if self._head is not None:
-            self._head.to(self._device)
-        if self._threads is not None:
-            self._threads_before = torch.get_num_threads()
-            torch.set_num_threads(self._threads)
 
-    def close(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads_before)
-
-    @torch.inference_mode()
-    def _embed(self, images: np.ndarray) -> np.ndarray:
-        return self._backbone(torch.from_numpy(images).to(self._device)).cpu().numpy()
-
-    @torch.inference_mode()
-    def _relate(self, features: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        assert self._head is not None
-        x, drawn = torch.from_numpy(features).to(self._device), torch.from_numpy(landmarks).to(self._device)
-        return self._head(x, drawn).cpu().numpy()
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise BackendError("device", got=name, expected="cpu or cuda:0", mend="Choose one of these.") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "device", got=f"{name}, and PyTorch finds no GPU", expected="a GPU that PyTorch can use",
+            mend="Leave --device out, or see `nformer-edge doctor`.",
+        )  # fmt: skip
+    return device
