@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 from nformer_edge.core.errors import ArtifactError, DataError
 from nformer_edge.core.features import FeatureSet, load_features
 from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.runtime.open import open_runner
 from nformer_edge.runtime.runner import Runner
 
 Data = Dataset | str | os.PathLike[str]
@@ -24,11 +25,7 @@ _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
 
 def open_model(path: str | os.PathLike[str], threads: int | None, opener: Opener | None = None) -> Runner:
     """Opens a checkpoint, bundle or engine. `opener` stands in for `runtime.open.open_runner`."""
-    if opener is None:
-        from nformer_edge.runtime.open import open_runner
-
-        opener = open_runner
-    return opener(path, threads=threads)
+    return (opener or open_runner)(path, threads=threads)
 
 
 def open_dataset(data: Data, layout: str = "auto") -> Dataset:
@@ -70,17 +67,14 @@ def open_features(path: str | os.PathLike[str]) -> tuple[FeatureSet, FeatureSet]
 
 def stage_precision(runner: Runner, stage: str) -> Precision:
     """The precision of ``backbone`` or ``head`` as built; of ``end_to_end``, the coarser of the two."""
-    found: Any = runner.precision
-    names = [str(v) for v in found.values()] if isinstance(found, Mapping) else [str(found)]
-    if isinstance(found, Mapping) and stage in found:
-        names = [str(found[stage])]
-    coarseness = ("fp32", "fp16", "int8")
+    coarseness: tuple[Precision, ...] = get_args(Precision)
+    names = runner.precision.values() if stage == "end_to_end" else (runner.precision[stage],)
     for name in names:
         if name not in coarseness:
             raise ArtifactError(
                 runner.name, got=f"precision {name!r}", expected=" | ".join(coarseness), mend="Build the engine again."
             )
-    return cast(Precision, max(names, key=coarseness.index))
+    return coarseness[max(coarseness.index(name) for name in names)]
 
 
 def _checkpoint_bytes(path: Path) -> dict[str, int]:
@@ -117,7 +111,7 @@ def describe_model(path: str | os.PathLike[str], runner: Runner, label: str | No
     """A model as every result's ``model`` tells it: label, path, backend, precision and megabytes of each stage."""
     stages = ("backbone", "head") if runner.has_head else ("backbone",)
     return {
-        "label": label or f"{runner.name} {runner.backend}",
+        "label": label or f"{runner.name} {runner.backend} {runner.precision['backbone']}",
         "path": str(path),
         "name": runner.name,
         "backend": runner.backend,

@@ -19,19 +19,25 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.core.features import FeatureSet
 from nformer_edge.core.spec import Precision
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.data.batches import iter_batches
+from nformer_edge.data.records import ImageRecord
 from nformer_edge.evaluate import agreement, gates
 from nformer_edge.evaluate.bootstrap import DRAWS, paired_ratio
 from nformer_edge.evaluate.ranking import RankingResult, evaluate
 from nformer_edge.measure.machine import machine
 from nformer_edge.measure.models import Data, Opener, describe_model, open_dataset, open_model, stage_precision
 from nformer_edge.runtime.embed import embed_records, relate_sets
+from nformer_edge.runtime.runner import Runner
 
 VERSION = 1
 
@@ -67,7 +73,7 @@ def parity(
     dataset = open_dataset(data, layout)
     records = [_thin(dataset.split(s), limit) for s in ("query", "gallery")]
     with open_model(engine_path, threads, opener) as engine:
-        theirs: Pair = tuple(embed_records(engine, r, batch=batch) for r in records)  # type: ignore[assignment]
+        theirs = _embed(engine, records[0], batch), _embed(engine, records[1], batch)
         with open_model(reference_path, threads, opener) as reference:
             if reference.has_head != engine.has_head:
                 raise UsageError(
@@ -75,7 +81,7 @@ def parity(
                     expected="a head" if reference.has_head else "no head, as the reference",
                     mend="Compare an engine with the checkpoint that it was made from.",
                 )  # fmt: skip
-            ours: Pair = tuple(embed_records(reference, r, batch=batch) for r in records)  # type: ignore[assignment]
+            ours = embed_records(reference, records[0], batch=batch), embed_records(reference, records[1], batch=batch)
             stages = [judge_stage("backbone", stage_precision(engine, "backbone"), ours, theirs, draws, seed)]
             if engine.has_head:
                 related = relate_sets(reference, *ours, seed=engine.landmark_seed)
@@ -111,15 +117,27 @@ def _thin(records: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
     return tuple(records[i * len(records) // limit] for i in range(limit))
 
 
+def _embed(engine: Runner, records: Sequence[ImageRecord], batch: int) -> FeatureSet:
+    """As `embed_records`, but a NaN goes through: here it is for the gates to judge."""
+    features = np.empty((len(records), engine.spec.backbone.features), np.float32)
+    start = 0
+    with tqdm(total=len(records), desc="embed (engine)", unit="image", **PROGRESS) as bar:
+        for images in iter_batches([r.path for r in records], engine.spec.preprocess, batch):
+            features[start : start + len(images)] = engine.embed(images)
+            start += len(images)
+            bar.update(len(images))
+    pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
+    return FeatureSet(features, pids, camids, tuple(r.path for r in records))
+
+
 def _usable(pair: Pair) -> bool:
     return all(bool(np.isfinite(s.features).all() and s.features.any(axis=1).all()) for s in pair)
 
 
-def _related(engine: Any, inputs: Pair) -> Pair:
+def _related(engine: Runner, inputs: Pair) -> Pair:
     """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
     if _usable(inputs):
-        related: Pair = relate_sets(engine, *inputs, seed=engine.landmark_seed)
-        return related
+        return relate_sets(engine, *inputs, seed=engine.landmark_seed)
     query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
     return query, gallery
 

@@ -17,15 +17,19 @@ HEAD = HeadSpec(features=24, layers=2, heads=2, k=4, landmarks=2)
 class GridRunner:
     """A Runner whose feature is a random projection of a coarse grid of the image; its head averages neighbours.
 
-    `distort` changes the backbone's features, `distort_head` the head's output.
+    `precision` is one word or one for each stage. `distort` changes the backbone's features,
+    `distort_head` the head's output.
     """
 
     backend = "numpy"
     landmark_seed = 0
+    sha256 = ""
 
     def __init__(self, name="grid", precision=None, head=True, distort=None, distort_head=None):
         self.name = name
-        self.precision = precision or {"backbone": "fp32", "head": "fp32"}
+        if not isinstance(precision, dict):
+            precision = dict.fromkeys(("backbone", "head") if head else ("backbone",), precision or "fp32")
+        self.precision = precision
         preprocess = PreprocessSpec(height=32, width=16)
         self.spec = ModelSpec(BackboneSpec("osnet_x0_25", 24, "fc"), HEAD if head else None, preprocess)
         self.has_head = head
