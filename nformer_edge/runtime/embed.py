@@ -1,4 +1,4 @@
-"""Images become features, and features become features that know their neighbours."""
+"""Images to features, and features seen together, whatever backend runs."""
 
 from __future__ import annotations
 
@@ -17,92 +17,130 @@ from nformer_edge.core.preprocess import SUFFIXES
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.data.records import ImageRecord
+from nformer_edge.data.records import UNKNOWN_CAMERA, Dataset, ImageRecord
 from nformer_edge.runtime.open import open_runner
-from nformer_edge.runtime.runner import Runner
+from nformer_edge.runtime.runner import Runner, require_head
 
 SPLITS = ("train", "query", "gallery")
 
+_UNKNOWN_PERSON = -1
 
-def embed_records(runner: Runner, records: Sequence[ImageRecord], *, batch: int = 32) -> FeatureSet:
-    """The backbone's features of labelled images, in their order.
+
+def embed_records(
+    runner: Runner, records: Sequence[ImageRecord], batch: int = 32, threads: int | None = None
+) -> FeatureSet:
+    """The backbone's features of `records`, in their order, with their labels.
+
+    Args:
+        runner: an open model.
+        records: images.
+        batch: images decoded and run at once.
+        threads: decoders; one a core if None.
 
     Raises:
-        DataError: for an image that cannot be read, or whose feature is not finite, by name.
+        DataError: for the first image that cannot be read, or whose feature is not finite.
     """
-    features = np.empty((len(records), runner.spec.backbone.features), np.float32)
-    done = 0
-    with tqdm(total=len(records), desc="embed", unit="image", **PROGRESS) as bar:
-        for images in iter_batches([r.path for r in records], runner.spec.preprocess, batch):
+    paths = tuple(r.path for r in records)
+    features = np.empty((len(paths), runner.spec.backbone.features), np.float32)
+    with tqdm(total=len(paths), desc="embedding", unit="img", **PROGRESS) as bar:
+        done = 0
+        for images in iter_batches(paths, runner.spec.preprocess, batch, threads):
             features[done : done + len(images)] = runner.embed(images)
             done += len(images)
             bar.update(len(images))
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
         raise DataError(
-            records[int(bad.argmax())].path, got=f"a feature with NaN or infinity ({int(bad.sum())} such images)",
+            paths[int(bad.argmax())], got=f"a feature with NaN or infinity ({int(bad.sum())} such images)",
             expected="finite numbers", mend="The model overflows: build it in a higher precision.",
         )  # fmt: skip
     return FeatureSet(
-        features,
-        np.array([r.pid for r in records], np.int64),
-        np.array([r.camid for r in records], np.int64),
-        tuple(r.path for r in records),
-    )
+        features, np.array([r.pid for r in records], np.int64), np.array([r.camid for r in records], np.int64), paths,
+        runner.sha256,
+    )  # fmt: skip
+
+
+def embed_dataset(
+    runner: Runner, dataset: Dataset, splits: Sequence[str] = SPLITS, batch: int = 32, threads: int | None = None
+) -> dict[str, FeatureSet]:
+    """The features of each of `splits` that has images."""
+    return {s: embed_records(runner, dataset.split(s), batch, threads) for s in splits if dataset.split(s)}
 
 
 def relate_sets(
     runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None
 ) -> tuple[FeatureSet, FeatureSet]:
-    """Query and gallery through the head together: the joint protocol, as the published code evaluates.
+    """Query and gallery through the head together, as the authors evaluate: every image sees every other.
 
     Args:
-        seed: of the landmarks; the runner's own if None.
+        runner: an open model with a head.
+        query: features as the backbone gave them.
+        gallery: likewise.
+        seed: for the landmarks; the model's own if None.
+
+    Raises:
+        UsageError: if the model has no head.
+        DataError: for a feature that is not finite or is all zeros.
     """
-    joint = np.concatenate([query.features, gallery.features])
-    head = runner.spec.head
-    landmarks = None
-    if seed is not None and head is not None and len(joint):
-        landmarks = draw_landmarks(len(joint), head.layers, head.landmarks, seed)
-    related = runner.relate(joint, landmarks)
+    head = require_head(runner.spec)
+    rows = np.concatenate([query.features, gallery.features])
+    if not len(rows):
+        return query, gallery
+    chosen = runner.landmark_seed if seed is None else seed
+    related = runner.relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, chosen))
     return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
 
 
-def list_images(folder: str | os.PathLike[str]) -> tuple[ImageRecord, ...]:
-    """Every image below `folder`, sorted by path, with unknown identity and camera.
+def image_records(sources: Sequence[str | os.PathLike[str]]) -> tuple[ImageRecord, ...]:
+    """Image files, and those in folders (at any depth, sorted), as records of nobody known.
 
     Raises:
-        DataError: if the folder is missing or holds none.
+        DataError: if there is none.
     """
-    root = Path(folder)
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        got = "no image" if root.is_dir() else "no such folder"
-        raise DataError(str(root), got=got, expected="a folder of images", mend="Check the path.")
-    return tuple(ImageRecord(str(p), -1, -1) for p in found)
+    paths: list[str] = []
+    for source in map(Path, sources):
+        found = [source] if not source.is_dir() else sorted(p for p in source.rglob("*") if _is_image(p))
+        paths += map(str, found)
+    if not paths:
+        raise DataError(
+            ", ".join(map(str, sources)), got="zero images", expected=f"{', '.join(SUFFIXES)} files",
+            mend="Check the path.",
+        )  # fmt: skip
+    return tuple(ImageRecord(path, _UNKNOWN_PERSON, UNKNOWN_CAMERA) for path in paths)
+
+
+def holds_images(folder: str | os.PathLike[str]) -> bool:
+    """Whether image files lie directly in `folder`: then it is just that, not a dataset."""
+    return Path(folder).is_dir() and any(_is_image(p) for p in Path(folder).iterdir())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def embed_files(
-    model: str | os.PathLike[str], data: str | os.PathLike[str], out: str | os.PathLike[str], *, batch: int = 32,
-    threads: int | None = None, layout: str = "auto",
-) -> dict[str, Any]:  # fmt: skip
-    """Embeds a dataset, or a plain folder of images, into a feature store.
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    batch: int = 32,
+    threads: int | None = None,
+    layout: str = "auto",
+) -> dict[str, Any]:
+    """Embeds a dataset's query and gallery, or a folder of images, into the feature store `output`.
 
     Returns:
-        JSON: ``images`` a split, ``store`` the file written. A plain folder becomes the one split ``gallery``.
+        JSON of kind ``embed``: model, output, and images a split. A folder of images is one split, ``gallery``.
     """
-    sets = _records(data, layout)
-    with open_runner(model, threads=threads) as runner:
-        features = {split: embed_records(runner, records, batch=batch) for split, records in sets.items()}
-        save_features(out, features)
-    return {"kind": "embed", "store": str(out), "images": {split: len(s) for split, s in features.items()}}
-
-
-def _records(data: str | os.PathLike[str], layout: str) -> dict[str, tuple[ImageRecord, ...]]:
-    try:
+    if layout == "auto" and holds_images(data):
+        records = {"gallery": image_records([data])}
+    else:
         dataset = read_dataset(data, layout)
-    except DataError:
-        if layout != "auto" or not Path(data).is_dir():
-            raise
-        return {"gallery": list_images(data)}
-    return {split: dataset.split(split) for split in SPLITS if dataset.split(split)}
+        records = {s: dataset.split(s) for s in SPLITS if dataset.split(s)}
+    with open_runner(model, threads=threads) as runner:
+        sets = {split: embed_records(runner, chosen, batch, threads) for split, chosen in records.items()}
+        save_features(output, sets)
+        return {
+            "kind": "embed", "model": runner.name, "backend": runner.backend, "output": str(output),
+            "images": {split: len(s) for split, s in sets.items()},
+        }  # fmt: skip

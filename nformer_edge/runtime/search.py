@@ -1,4 +1,4 @@
-"""Query images in, ranked gallery out."""
+"""Who is this? Query images to a ranked gallery."""
 
 from __future__ import annotations
 
@@ -10,101 +10,130 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet, check_features, load_features
+from nformer_edge.core.features import FeatureSet, load_features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.data.records import ImageRecord
-from nformer_edge.evaluate.distance import cosine_distances, smallest, unit_rows
-from nformer_edge.runtime.embed import embed_records, list_images, relate_sets
+from nformer_edge.evaluate.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
+from nformer_edge.runtime.embed import embed_records, holds_images, image_records, relate_sets
 from nformer_edge.runtime.open import open_runner
 from nformer_edge.runtime.runner import Runner
 
-#: Queries whose distances to the whole gallery are held at once.
-_BLOCK = 256
+
+def top_matches(query: FeatureSet, gallery: FeatureSet, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """The `top` gallery images of each query by cosine, best first; ties, lower index first.
+
+    Taken in blocks of queries: no [Q, G] matrix is held.
+
+    Returns:
+        indices int64 [Q, min(top, G)] and cosines float32 of the same shape.
+
+    Raises:
+        DataError: if the sets' features differ in length, or a row is not finite or all zeros.
+    """
+    check_at_least("top", top, 1)
+    check_same_size(query.features, gallery.features)
+    q, g = unit_rows(query.features, "query features"), unit_rows(gallery.features, "gallery features")
+    indices = np.empty((len(q), min(top, len(g))), np.int64)
+    scores = np.empty(indices.shape, np.float32)
+    for rows in row_blocks(len(q)):
+        distances = cosine_distances(q[rows], g)
+        indices[rows] = smallest(distances, top)
+        scores[rows] = 1.0 - np.take_along_axis(distances, indices[rows], axis=1)
+    return indices, scores
 
 
 def search(
-    runner: Runner, query: FeatureSet, gallery: FeatureSet, *, top: int = 10, head: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks the gallery for each query by cosine, through the head where the model has one.
+    runner: Runner,
+    queries: Sequence[str | os.PathLike[str]],
+    gallery: FeatureSet | str | os.PathLike[str],
+    *,
+    top: int = 10,
+    head: bool = True,
+    batch: int = 32,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Ranks `gallery` for each query image.
 
     Args:
-        query, gallery: features as the backbone gave them.
-        top: gallery images a query, at most the gallery's size.
-        head: False ranks by the backbone alone.
+        runner: an open model.
+        queries: image files, or folders of them.
+        gallery: features of this model, or a feature store, dataset or folder of images.
+        top: matches a query.
+        head: let the NFormer head, where there is one, see queries and gallery together first.
+        batch: images decoded and run at once.
+        threads: decoders.
 
     Returns:
-        int64 [Q, top] gallery rows, best first, equal scores lower row first; float32 [Q, top] cosine similarity.
+        For each query ``query`` (path) and ``matches``: rank from 1, path, score (cosine), pid and camid if known.
 
     Raises:
-        DataError: if the gallery is empty or a feature cannot be used.
+        DataError: if an image cannot be read, or the gallery is empty or of another model.
     """
-    check_at_least("top", top, 1)
-    dim = runner.spec.backbone.features
-    check_features(query.features, "query features", dim)
-    check_features(gallery.features, "gallery features", dim)
-    if not len(gallery):
-        raise DataError("gallery", got="no image", expected="at least one", mend="Give gallery images.")
-    if head and runner.has_head:
-        query, gallery = relate_sets(runner, query, gallery)
-    keys = unit_rows(gallery.features, "gallery features")
-    top = min(top, len(gallery))
-    rows, scores = np.empty((len(query), top), np.int64), np.empty((len(query), top), np.float32)
-    for start in range(0, len(query), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        distances = cosine_distances(unit_rows(query.features[block], "query features"), keys)
-        rows[block] = smallest(distances, top)
-        scores[block] = 1 - np.take_along_axis(distances, rows[block], axis=1)
-    return rows, scores
-
-
-def search_files(
-    model: str | os.PathLike[str], query: Sequence[str | os.PathLike[str]], gallery: str | os.PathLike[str], *,
-    top: int = 10, batch: int = 32, threads: int | None = None, head: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Ranks a gallery for query image files.
-
-    Args:
-        gallery: a folder of images, a dataset (its gallery), or a feature store made by the same model.
-
-    Returns:
-        JSON of kind ``search``: for each query its path and ``matches``: rank, path, pid, camid, score (cosine).
-    """
-    with open_runner(model, threads=threads) as runner:
-        probes = embed_records(runner, [ImageRecord(os.fspath(p), -1, -1) for p in query], batch=batch)
-        known = _gallery(runner, gallery, batch)
-        rows, scores = search(runner, probes, known, top=top, head=head)
-    found = [
+    found = gallery if isinstance(gallery, FeatureSet) else _open_gallery(runner, gallery, batch, threads)
+    _check_gallery(runner, found)
+    asked = embed_records(runner, image_records(queries), batch, threads)
+    ours, theirs = relate_sets(runner, asked, found) if head and runner.has_head else (asked, found)
+    indices, scores = top_matches(ours, theirs, top)
+    return [
         {
             "query": path,
             "matches": [
                 {
-                    "rank": rank, "path": known.paths[g], "pid": int(known.pids[g]), "camid": int(known.camids[g]),
-                    "score": float(score),
+                    "rank": rank + 1, "path": found.paths[i], "score": float(score),
+                    "pid": int(found.pids[i]), "camid": int(found.camids[i]),
                 }
-                for rank, (g, score) in enumerate(zip(rows[q], scores[q], strict=True), 1)
+                for rank, (i, score) in enumerate(zip(row, values, strict=True))
             ],
         }
-        for q, path in enumerate(probes.paths)
+        for path, row, values in zip(asked.paths, indices, scores, strict=True)
     ]  # fmt: skip
-    return {"kind": "search", "model": str(model), "gallery": len(known), "queries": found}
 
 
-def _gallery(runner: Runner, gallery: str | os.PathLike[str], batch: int) -> FeatureSet:
-    if Path(gallery).suffix == ".npz":
-        sets = load_features(gallery)
+def _open_gallery(runner: Runner, source: str | os.PathLike[str], batch: int, threads: int | None) -> FeatureSet:
+    if Path(source).suffix == ".npz":
+        sets = load_features(source)
         return sets["gallery"] if "gallery" in sets else next(iter(sets.values()))
-    try:
-        records = read_dataset(gallery).gallery or list_images(gallery)
-    except DataError:
-        records = list_images(gallery)
-    return embed_records(runner, records, batch=batch)
+    if holds_images(source):
+        records = image_records([source])
+    else:
+        dataset = read_dataset(source)
+        records = dataset.gallery or dataset.train
+    return embed_records(runner, records, batch, threads)
+
+
+def _check_gallery(runner: Runner, gallery: FeatureSet) -> None:
+    if not len(gallery):
+        raise DataError("gallery", got="zero images", expected="at least one", mend="Check the path.")
+    if gallery.model and gallery.model != runner.sha256:
+        raise DataError(
+            "gallery", got=f"features of another model ({gallery.model[:12]}...)",
+            expected=f"of this one ({runner.sha256[:12]}...)", mend="Embed the gallery again with this model.",
+        )  # fmt: skip
+
+
+def search_files(
+    model: str | os.PathLike[str],
+    queries: Sequence[str | os.PathLike[str]],
+    gallery: str | os.PathLike[str],
+    *,
+    top: int = 10,
+    batch: int = 32,
+    threads: int | None = None,
+    head: bool = True,
+) -> dict[str, Any]:
+    """Opens `model` and searches. Returns JSON of kind ``search``: model, backend, head, queries as `search` gives."""
+    with open_runner(model, threads=threads) as runner:
+        results = search(runner, queries, gallery, top=top, head=head, batch=batch, threads=threads)
+        return {
+            "kind": "search", "model": runner.name, "backend": runner.backend, "head": head and runner.has_head,
+            "queries": results,
+        }  # fmt: skip
 
 
 def format_matches(result: dict[str, Any]) -> str:
-    """A search's result as text: each query, its matches below."""
-    lines = []
-    for entry in result["queries"]:
-        lines.append(entry["query"])
-        lines += [f"  {m['rank']:>3}  {m['score']:.4f}  {m['path']}" for m in entry["matches"]]
-    return "\n".join(lines)
+    """What `search_files` found, as text: one block a query."""
+    blocks = []
+    for found in result["queries"]:
+        lines = [f"{m['rank']:4d}  {m['score']:.4f}  {m['path']}" for m in found["matches"]]
+        blocks.append("\n".join([found["query"], *lines]))
+    return "\n\n".join(blocks)

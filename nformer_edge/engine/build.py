@@ -1,0 +1,129 @@
+"""A bundle becomes an engine: one backend, one precision, and a manifest that says what was really built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
+from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.core.spec import Backend, Precision, to_dict
+from nformer_edge.data.records import Dataset
+from nformer_edge.engine import onnxruntime, tensorrt, tensorrt_rtx
+from nformer_edge.engine.backend import BackendModule, EngineSpec, OpenBundle, open_bundle
+from nformer_edge.onnx.calibration import calibration_images
+
+__all__ = ["BACKENDS", "EngineSpec", "build_engine", "choose_backend", "default_name", "describe_engine"]
+
+KIND = "engine"
+
+#: Best first: the order in which ``auto`` tries them.
+BACKENDS: dict[str, BackendModule] = {
+    module.NAME: cast(BackendModule, module) for module in (tensorrt, tensorrt_rtx, onnxruntime)
+}
+
+#: What a bundle's manifest says of the model, and an engine's repeats.
+_INHERITED = ("model", "preprocess", "normalization", "landmark_rule", "landmark_seed", "opset", "checkpoint_sha256")
+
+
+def choose_backend(backend: Backend = "auto", precision: Precision = "fp32") -> tuple[str, str]:
+    """The backend to build for, and why.
+
+    Raises:
+        BackendError: if the one asked for cannot build here, or none can build this precision.
+    """
+    if backend != "auto":
+        missing = BACKENDS[backend].lacking()
+        if missing:
+            raise BackendError(
+                backend, got=", ".join(missing), expected="a machine that it can build on",
+                mend="Use --backend auto; `nformer-edge doctor` names the next steps.",
+            )  # fmt: skip
+        return backend, "as asked"
+    passed_over: list[str] = []
+    for name, module in BACKENDS.items():
+        missing = module.lacking()
+        if not missing and precision in module.PRECISIONS:
+            why = f"the best that this machine has ({'; '.join(passed_over)})" if passed_over else "the best there is"
+            return name, why
+        passed_over.append(f"{name}: {', '.join(missing) or f'no {precision} on this backend'}")
+    raise BackendError(
+        "backend", got="; ".join(passed_over), expected=f"one that can build {precision} here",
+        mend="Choose --int8 or no precision flag, or see `nformer-edge doctor`.",
+    )  # fmt: skip
+
+
+def default_name(bundle: OpenBundle, backend: str, precision: str) -> str:
+    """Such as ``osnet_x0_25_256x128_int8_onnxruntime``."""
+    size = bundle.spec.preprocess
+    return f"{bundle.spec.backbone.arch}_{size.height}x{size.width}_{precision}_{backend}"
+
+
+def build_engine(
+    bundle: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    spec: EngineSpec | None = None,
+    calib_data: Dataset | str | os.PathLike[str] | None = None,
+    force_calibration: bool = False,
+) -> Path:
+    """Builds the engine folder `out` from `bundle`.
+
+    Args:
+        bundle: folder that `export_bundle` wrote.
+        out: folder, written whole or not at all; beside the bundle under `default_name` if None.
+        spec: what to build; FP32 for the best backend if None.
+        calib_data: for INT8, the dataset that the model was trained on (its training images are used), or a folder of
+            images.
+        force_calibration: accept query or gallery images for calibration.
+
+    Returns:
+        The engine's folder.
+
+    Raises:
+        ArtifactError: if the bundle does not verify, or too little came out quantised.
+        BackendError: if the backend cannot build this here.
+        UsageError: for INT8 without `calib_data`.
+        DataError: for calibration images that cannot be used, query and gallery images among them.
+    """
+    spec = spec or EngineSpec()
+    name, why = choose_backend(spec.backend, spec.precision)
+    opened = open_bundle(bundle)
+    images = None
+    if spec.precision == "int8":
+        if calib_data is None:
+            raise UsageError(
+                "calib_data", got="none", expected="images to calibrate INT8 with",
+                mend="Name the dataset that the model was trained on: --calib-data DIR",
+            )  # fmt: skip
+        images = calibration_images(calib_data, spec.calib_num, spec.seed, force=force_calibration)
+    path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, spec.precision)
+    with atomic_folder(path, KIND) as folder:
+        built = BACKENDS[name].build(opened, folder, spec, images)
+        if images is not None:
+            built["calibration"]["forced"] = force_calibration
+        write_manifest(folder, KIND, _fields(opened, spec, name, why) | built)
+    return path
+
+
+def _fields(bundle: OpenBundle, spec: EngineSpec, backend: str, why: str) -> dict[str, Any]:
+    inherited = {key: bundle.manifest[key] for key in _INHERITED if key in bundle.manifest}
+    return {"backend": backend, "why": why, "spec": to_dict(spec), "bundle_sha256": bundle.sha256, **inherited}
+
+
+def describe_engine(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an engine's manifest says, verified, as JSON of kind ``engine``, with a ``summary`` to print."""
+    manifest = read_manifest(path, KIND)
+    megabytes = {name: entry["bytes"] / 1e6 for name, entry in manifest["files"].items() if name.endswith(".onnx")}
+    stages = ", ".join(f"{stage} {precision}" for stage, precision in manifest["precision"].items())
+    lines = [f"wrote {path}: {stages}, {sum(megabytes.values()):.1f} MB, for {manifest['backend']} ({manifest['why']})"]
+    for kind, count in manifest.get("audit", {}).items():
+        lines.append(f"  {kind}: {count['int8']} of {count['total']} in INT8")
+    if "calibration" in manifest:
+        used = manifest["calibration"]
+        lines.append(f"  calibrated with {used['num']} images, {used['method']}, sha256 {used['sha256'][:12]}")
+    return {
+        "kind": "engine", "engine": str(path), "backend": manifest["backend"], "why": manifest["why"],
+        "precision": manifest["precision"], "size_mb": megabytes, "audit": manifest.get("audit"),
+        "calibration": manifest.get("calibration"), "summary": "\n".join(lines),
+    }  # fmt: skip

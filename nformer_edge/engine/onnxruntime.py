@@ -1,0 +1,94 @@
+"""Engines for onnxruntime on the CPU: plain ONNX files, so that any onnxruntime opens them, here or elsewhere.
+
+FP32 is the bundle's graphs as they are: what onnxruntime's optimiser makes of them when it loads them depends on the
+CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ nodes beside the FP32 head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nformer_edge.core.errors import BackendError
+from nformer_edge.engine.backend import EngineSpec, OpenBundle
+from nformer_edge.engine.cpu import instruction_sets, saturates_int8
+from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
+from nformer_edge.onnx.calibration import calibration_sha256
+
+NAME = "onnxruntime"
+PRECISIONS = ("fp32", "int8")
+
+
+def lacking() -> tuple[str, ...]:
+    """See `BackendModule.lacking`."""
+    return () if importlib.util.find_spec("onnxruntime") else ("no package onnxruntime",)
+
+
+def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str] | None) -> dict[str, Any]:
+    """See `BackendModule.build`.
+
+    Raises:
+        BackendError: for FP16, a device that is not the CPU, or INT8 without the package onnx.
+    """
+    if spec.precision == "fp16":
+        raise BackendError(
+            "precision", got="fp16 for onnxruntime on a CPU", expected="fp32 or int8",
+            mend="Its CPU kernels would compute in float32 behind casts, and slower: use --int8, or a GPU backend.",
+        )  # fmt: skip
+    if spec.device != "cpu":
+        raise BackendError(
+            "device", got=spec.device, expected="cpu for onnxruntime", mend="Leave --device out, or use TensorRT."
+        )
+    if bundle.has_head:
+        bundle.copy(HEAD, folder)
+    bundle.copy(GOLDEN, folder)
+    fields: dict[str, Any] = {"versions": versions("onnxruntime", "onnx", "numpy")}
+    precision = {"backbone": "fp32"} | ({"head": "fp32"} if bundle.has_head else {})
+    if spec.precision == "fp32":
+        bundle.copy(BACKBONE, folder)
+        return fields | {"precision": precision}
+    assert images is not None, "build_engine chose them"
+    fields |= _build_int8(bundle, folder, spec, images)
+    return fields | {"precision": precision | {"backbone": "int8"}}
+
+
+def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str]) -> dict[str, Any]:
+    try:
+        from nformer_edge.onnx.quantize import quantize_backbone
+    except ImportError as e:
+        raise BackendError(
+            "INT8",
+            got=f"no package {e.name}",
+            expected="onnx and onnxruntime",
+            mend="pip install 'nformer-edge[quant]'",
+        ) from e
+    reduce_range = saturates_int8() if spec.reduce_range is None else spec.reduce_range
+    bundle.copy(BACKBONE, folder)  # the verified bytes; replaced by the quantised file below
+    counts = quantize_backbone(
+        folder / BACKBONE, folder / BACKBONE, images, bundle.spec.preprocess, method=spec.calib_method,
+        reduce_range=reduce_range,
+    )  # fmt: skip
+    _record_features(folder)
+    settings = {"method": spec.calib_method, "num": len(images), "seed": spec.seed, "reduce_range": reduce_range}
+    return {
+        "calibration": settings | {"sha256": calibration_sha256(images, settings)},
+        "audit": counts,
+        "built_on": {"instruction_sets": list(instruction_sets())},
+    }
+
+
+def _record_features(folder: Path) -> None:
+    """The self-test of an INT8 engine compares with what it gave when it was built, not with FP32."""
+    import onnxruntime
+
+    with np.load(folder / GOLDEN, allow_pickle=False) as z:
+        arrays = {name: z[name] for name in z.files}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(folder / BACKBONE, options, providers=["CPUExecutionProvider"])
+    (arrays["features"],) = session.run(["features"], {"images": arrays["images"]})
+    np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""What this machine can do, and for each thing that is missing the next step."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nformer_edge import __version__
+from nformer_edge.engine.cpu import instruction_sets
+from nformer_edge.engine.tensorrt import nvidia_driver, tensorrt_package
+from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
+
+_PLUGIN = "libnformer_plugins.so"
+
+
+def doctor() -> dict[str, Any]:
+    """Looks, and changes nothing. Each of ``checks`` has name, ok, found, and next (the next step, or "").
+
+    Returns:
+        JSON of kind ``doctor``: version, python, system, cpu, checks.
+    """
+    checks = [
+        _package("PyTorch", "torch", "to train, and to run checkpoints: pip install 'nformer-edge[train]'"),
+        _package("ONNX", "onnx", "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"),
+        _package("onnxruntime", "onnxruntime", "to run bundles and engines: pip install 'nformer-edge[cpu]'"),
+        _native_kernels(),
+        _gpus(),
+        _jetpack(),
+        _check("TensorRT", tensorrt_package(), "for a Jetson or a server GPU: pip install 'nformer-edge[tensorrt]'"),
+        _check("TensorRT-RTX", tensorrt_rtx_package(), "for a GeForce RTX: pip install 'nformer-edge[tensorrt-rtx]'"),
+        _plugin_library(),
+    ]
+    return {
+        "kind": "doctor",
+        "version": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": {
+            "architecture": platform.machine(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "instruction_sets": list(instruction_sets()),
+            "int8": int8_note(),
+        },
+        "checks": checks,
+    }
+
+
+def int8_note() -> str:
+    """What INT8 can gain on this CPU."""
+    found = set(instruction_sets())
+    if found & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}:
+        return "has instructions for INT8 products: INT8 engines should be faster than FP32"
+    return "no instructions for INT8 products (VNNI, dot product): INT8 engines are smaller, but may not be faster"
+
+
+def _check(name: str, found: str, step: str) -> dict[str, Any]:
+    return {"name": name, "ok": bool(found), "found": found, "next": "" if found else step}
+
+
+def _package(name: str, package: str, step: str) -> dict[str, Any]:
+    try:
+        found = metadata.version(package) if importlib.util.find_spec(package) else ""
+    except metadata.PackageNotFoundError:
+        found = "installed, version unknown"
+    return _check(name, found, step)
+
+
+def _native_kernels() -> dict[str, Any]:
+    there = importlib.util.find_spec("nformer_edge.kernels._native") is not None
+    return _check("native CPU kernels", "built" if there else "", "install with a C++ compiler: pip install .")
+
+
+def _gpus() -> dict[str, Any]:
+    """By nvidia-smi where there is one, else by the driver's own files (Jetson)."""
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        command = [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            done = None
+        if done is not None and done.returncode == 0 and done.stdout.strip():
+            return _check("NVIDIA GPU", "; ".join(done.stdout.strip().splitlines()), "")
+    driver = nvidia_driver()
+    return _check("NVIDIA GPU", driver, "none needed for onnxruntime; for TensorRT, install the NVIDIA driver")
+
+
+def _jetpack() -> dict[str, Any]:
+    try:
+        found = Path("/etc/nv_tegra_release").read_text().splitlines()[0].lstrip("# ")
+    except (OSError, IndexError):
+        found = ""
+    return _check("JetPack", found, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager")
+
+
+def _plugin_library() -> dict[str, Any]:
+    places = [Path(p) for p in (os.environ.get("NFORMER_EDGE_PLUGINS", ""),) if p]
+    places += [Path(sys.prefix) / "lib" / _PLUGIN, Path(__file__).parents[1] / "kernels" / _PLUGIN]
+    found = next((str(p) for p in places if p.is_file()), "")
+    step = "not needed by onnxruntime; for TensorRT, build plugins/ and name the file in NFORMER_EDGE_PLUGINS"
+    return _check("TensorRT plugin library", found, step)
+
+
+def format_doctor(found: dict[str, Any]) -> str:
+    """The report as text: one line a check, then the next steps."""
+    cpu = found["cpu"]
+    extensions = " ".join(cpu["instruction_sets"]) or "unknown extensions"
+    lines = [
+        f"nformer-edge {found['version']}, Python {found['python']}, {found['system']}",
+        f"CPU: {cpu['cores']} cores, {cpu['architecture']}, {extensions}",
+        f"     {cpu['int8']}",
+        "",
+    ]
+    width = max(len(c["name"]) for c in found["checks"])
+    for check in found["checks"]:
+        lines.append(f"{'yes' if check['ok'] else ' no'}  {check['name']:<{width}}  {check['found'] or check['next']}")
+    return "\n".join(lines)
