@@ -12,14 +12,12 @@ from typing import Any
 from nformer_edge.measure.parity import CAUSES, describe_failures
 from nformer_edge.measure.pipeline import STAGES
 from nformer_edge.measure.svg import Bar, Line, line_chart, stacked_bars
-from nformer_edge.measure.table import Row, gate_bound, gate_measured, number, percent, summary_rows
+from nformer_edge.measure.table import PERCENTILES, Row, gate_bound, gate_measured, number, percent, summary_rows
 
 Results = Sequence[dict[str, Any]]
 
 #: What stands where nothing was measured.
 NONE = "\N{EN DASH}"
-
-PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9")
 
 _SHORT = {
     "tensor": "tensor", "cosine_min": "cos min", "cosine_mean": "cos mean", "rank1_agreement": "rank-1",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9")
 STAGE_RESULTS = ("backbone", "+NFormer")
 
 
@@ -135,3 +136,45 @@ def gate_bound(gate: dict[str, Any]) -> str:
     if gate["bound"] is None:
         return ""
     return f"{'<=' if gate['gate'] == 'tensor' else '>='} {gate['bound']:g}"
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """An evaluation as text: one line for each way of ranking, and what was ranked."""
+    body = []
+    for r in result["results"]:
+        cmc = r["cmc"]
+        shown = [percent(v) for v in (r["mAP"], cmc[0], cmc[4], cmc[9], r["mINP"])]
+        body.append([r["name"], *shown, number(r["seconds"], 2)])
+    table = format_table(["ranking", "mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "seconds"], body)
+    data, first = result["data"], result["results"][0]
+    model = result["model"]["label"] if result["model"] else "features"
+    left_out = f", {first['left_out']:,} of them left out for want of a match" if first["left_out"] else ""
+    return (
+        f"{table}\n{model} on {data['name']}: {data['query']:,} queries{left_out}, {data['gallery']:,} in the gallery"
+    )
+
+
+def format_benchmark(result: dict[str, Any]) -> str:
+    """A benchmark as text: one line a run, a dash where the count allows no such figure; then the stages' means."""
+    runs = result["runs"]
+    body, stages = [], []
+    for run in runs:
+        streamed = run["scenario"] != "Offline"
+        figures = [number(run["latency"][f"{p}_ms"] if streamed else None) or "-" for p in PERCENTILES]
+        estimate = number(run["early_stopping_ms"]) if streamed else ""
+        body.append([run["pipeline"], run["name"], estimate or "-", *figures, number(run["images_per_second"])])
+        means = ", ".join(f"{name} {number(s['mean_ms'], 2)}" for name, s in run["stages"].items())
+        stages.append(f"{run['pipeline']}, {run['scenario']}, mean ms a query: {means}")
+    headers = ["pipeline", "run", "early stop", *PERCENTILES, "images/s"]
+    model = f"{result['model']['label']}, {result['data']['gallery']:,} in the gallery; ms from issue to reply"
+    return "\n".join([model, format_table(headers, body, left=2), *stages])
+
+
+def format_comparison(result: dict[str, Any]) -> str:
+    """A comparison as text: each model's latency, and its ratio to the first, pair by pair."""
+    ratios: list[dict[str, Any] | None] = [None, *result["ratios"]]
+    body = []
+    for run, ratio in zip(result["runs"], ratios, strict=True):
+        shown = [number(ratio[name], 3) for name in ("median", "p5", "p95")] if ratio else ["1", "", ""]
+        body.append([run["label"], run["name"], number(run["latency"]["p50_ms"]), *shown])
+    return format_table(["model", "run", "p50 ms", "ratio", "p5", "p95"], body, left=2)

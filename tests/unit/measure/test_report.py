@@ -13,7 +13,14 @@ from nformer_edge.measure.evaluate import evaluate_model
 from nformer_edge.measure.parity import parity
 from nformer_edge.measure.report import write_report
 from nformer_edge.measure.svg import Line, line_chart, ticks
-from nformer_edge.measure.table import format_gates, format_summary, format_table
+from nformer_edge.measure.table import (
+    format_benchmark,
+    format_comparison,
+    format_evaluation,
+    format_gates,
+    format_summary,
+    format_table,
+)
 
 VOID = {"meta", "img", "br"}
 
@@ -171,6 +178,18 @@ def test_the_summary_table_has_a_row_for_each_model_and_stage(results):
 
 def test_the_gates_table_ends_with_the_verdict_and_the_blame(results):
     assert format_gates(results[2]).splitlines()[-1] == "INT8 against PyTorch: failed, to blame: backbone"
+
+
+def test_an_evaluation_a_benchmark_and_a_comparison_have_their_text(results):
+    evaluation, benchmarked, compared = results[0], results[3], results[4]
+    text = format_evaluation(evaluation)
+    assert f"{100 * evaluation['results'][0]['mAP']:.1f}" in text
+    assert text.endswith("PyTorch on people: 24 queries, 54 in the gallery")
+    text = format_benchmark(benchmarked)
+    assert "SingleStream (short: 3 of 64 samples)" in text
+    assert text.count("mean ms a query") == len(benchmarked["runs"])
+    text = format_comparison(compared)
+    assert f"{compared['ratios'][0]['median']:.3f}" in text
 
 
 def test_table_columns_line_up():
