@@ -121,7 +121,7 @@ def _train(args: Args) -> None:
 
     config = configure(
         args.config or args.preset, seed=args.seed, arch=args.arch, imgsz=args.imgsz, epochs=args.epochs,
-        head_epochs=args.head_epochs, head=not args.no_head, rule=args.rule, k=args.k, landmarks=args.landmarks,
+        head_epochs=args.head_epochs, with_head=not args.no_head, rule=args.rule, k=args.k, landmarks=args.landmarks,
         layers=args.layers, heads=args.heads,
     )  # fmt: skip
     history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, device=args.device)
@@ -131,14 +131,14 @@ def _train(args: Args) -> None:
 @_command(
     "import", "weights from elsewhere -> checkpoint (torchreid's OSNet; torchvision's ResNet)",
     _option("weights", metavar="FILE", help="a .pth file; nothing in it is run"), _out("FILE.safetensors"), IMGSZ,
-    _option("--arch", type=_choice(spec.Arch), metavar="NAME", required=True, help="the architecture in the file"),
+    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="of the file; an OSNet is recognised"),
     _option("--allow-partial", action="store_true", help="accept missing or left-over tensors"),
 )  # fmt: skip
 def _import(args: Args) -> None:
     from nformer_edge.model.weights import import_checkpoint
 
-    result = import_checkpoint(args.weights, args.output, args.arch, imgsz=args.imgsz, partial=args.allow_partial)
-    _show(args, result, f"{result['matched']} tensors matched, wrote {args.output}")
+    result = import_checkpoint(args.weights, args.output, arch=args.arch, imgsz=args.imgsz, partial=args.allow_partial)
+    _show(args, result, result["summary"])
 
 
 @_command(

@@ -59,11 +59,13 @@ def _make_models(
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
     from nformer_edge.engine.build import EngineSpec, build_engine
     from nformer_edge.onnx.export import export_bundle
-    from nformer_edge.train.config import TrainConfig
+    from nformer_edge.train.config import TrainConfig, configure
     from nformer_edge.train.train import train
 
     checkpoint, bundle = out / "model.safetensors", out / "bundle"
-    config = TrainConfig.tiny(seed) if tiny else TrainConfig.demo(seed)
+    config = TrainConfig.demo(seed)
+    if tiny:
+        config = configure("demo", seed=seed, imgsz=(64, 32), epochs=2, head_epochs=1)
     with clock("train"):
         training = train(dataset, checkpoint, config)
     with clock("export"):

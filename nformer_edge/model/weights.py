@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec
+from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec, to_dict
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.model.checkpoint import Checkpoint
+from nformer_edge.model.checkpoint import Checkpoint, save_checkpoint
 
 _WIDTHS = {16: "osnet_x0_25", 32: "osnet_x0_5", 48: "osnet_x0_75", 64: "osnet_x1_0"}
 _MEND = "Pass a state dictionary as torchreid or torchvision publishes it."
@@ -99,6 +100,34 @@ def import_weights(
     model = ModelSpec(spec, None, preprocess or PreprocessSpec())
     extra = {"imported": Path(path).name, "imported_sha256": sha256_file(path)}
     return Checkpoint(model, backbone.eval(), None, extra), match
+
+
+def import_checkpoint(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    imgsz: Sequence[int] | None = None,
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Writes a published backbone as the checkpoint `out`.
+
+    Args:
+        arch: None recognises an OSNet with its own fully connected neck.
+        imgsz: height and width of the images; 256 x 128 if None.
+
+    Returns:
+        JSON: what matched, what was left over in the file, what the model misses, and the checkpoint's sha256.
+    """
+    spec = BackboneSpec(arch) if arch else None  # type: ignore[arg-type]
+    preprocess = PreprocessSpec(*imgsz) if imgsz else None
+    checkpoint, match = import_weights(path, spec, preprocess, partial)
+    digest = save_checkpoint(out, checkpoint.spec, checkpoint.backbone, None, checkpoint.extra)
+    return {
+        "kind": "import", "checkpoint": str(out), "sha256": digest, "model": to_dict(checkpoint.spec),
+        "matched": list(match.matched), "left_over": list(match.left), "missing": list(match.missing),
+        "summary": f"wrote {out}: {checkpoint.spec.backbone.arch}, {match}",
+    }  # fmt: skip
 
 
 def fill_backbone(backbone: Backbone, state: Mapping[str, Tensor]) -> Match:

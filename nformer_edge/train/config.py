@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import (
@@ -24,6 +25,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+T = TypeVar("T")
 
 Schedule = Literal["steps", "cosine"]
 Start = Literal["reciprocal_mean", "random"]
@@ -153,7 +156,8 @@ class TrainConfig:
         return cls(model, stage_one, HeadConfig(epochs=6, sets=10, views=3), holdout=0.1, seed=seed)
 
 
-PRESETS = {"published": TrainConfig, "demo": TrainConfig.demo}
+#: Where a configuration can start.
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"published": TrainConfig, "demo": TrainConfig.demo}
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -168,3 +172,41 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(str(path), got=str(e), expected="a TOML file", mend="Check the file.") from e
     return from_dict(TrainConfig, data, Path(path).name)
+
+
+def configure(
+    start: str | os.PathLike[str] = "published",
+    *,
+    seed: int | None = None,
+    arch: str | None = None,
+    imgsz: Sequence[int] | None = None,
+    epochs: int | None = None,
+    head_epochs: int | None = None,
+    with_head: bool = True,
+    **head: Any,
+) -> TrainConfig:
+    """A preset or a TOML file with single values replaced: what the command line's flags do.
+
+    Args:
+        start: a name in PRESETS, or a `.toml` file.
+        imgsz: height and width.
+        epochs, head_epochs: of the two stages.
+        with_head: False trains the backbone alone.
+        head: fields of `HeadSpec`. None anywhere keeps what `start` says.
+    """
+    config = PRESETS[str(start)]() if str(start) in PRESETS else read_config(start)
+    model = config.model
+    if not with_head:
+        model = replace(model, head=None)
+    elif model.head is not None:
+        model = replace(model, head=_with(model.head, **head))
+    size = dict(zip(("height", "width"), imgsz, strict=True)) if imgsz else {}
+    model = replace(model, backbone=_with(model.backbone, arch=arch), preprocess=_with(model.preprocess, **size))
+    return _with(
+        config, seed=seed, model=model, backbone=_with(config.backbone, epochs=epochs),
+        head=_with(config.head, epochs=head_epochs),
+    )  # fmt: skip
+
+
+def _with(spec: T, **values: Any) -> T:
+    return replace(spec, **{k: v for k, v in values.items() if v is not None})  # type: ignore[type-var]

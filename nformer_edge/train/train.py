@@ -166,3 +166,13 @@ def _stage_two(
     )
     backbone.to("cpu")
     return head, {"epochs": rows, "extraction_seconds": extracted, "seconds": time.perf_counter() - start}
+
+
+def format_history(history: dict[str, Any]) -> str:
+    """A training's history as text: a line a stage, then where the checkpoint is."""
+    lines = [f"{history['dataset']}: {history['images']:,} images of {history['identities']:,} identities"]
+    for stage, record in history["stages"].items():
+        epochs = [e for e in record["epochs"] if "loss" in e]
+        course = f"loss {epochs[0]['loss']:.3f} -> {epochs[-1]['loss']:.3f}, " if epochs else ""
+        lines.append(f"  {stage}: {len(epochs)} epochs, {course}{record['seconds']:.0f} s")
+    return "\n".join([*lines, f"wrote {history['checkpoint']}"])

@@ -1,0 +1,122 @@
+"""From person images to an INT8 engine and its proof, command by command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nformer_edge.core.artifact import read_manifest
+from nformer_edge.core.features import load_features
+
+Run = Callable[..., object]
+
+
+@pytest.mark.parametrize("model", ["model.safetensors", "bundle", "fp32", "int8"])
+def test_every_model_file_is_evaluated_with_and_without_the_head(run: Run, road: Path, model: str) -> None:
+    ran = run("evaluate", road / model, "--data", road / "data", "--json")
+    assert ran.code == 0, ran.err
+    results = {r["name"]: r for r in json.loads(ran.out)["results"]}
+    assert set(results) == {"backbone", "+NFormer"}
+    assert all(0 < r["mAP"] <= 1 and r["queries"] > 0 for r in results.values())
+
+
+def test_onnx_ranks_exactly_as_pytorch_and_parity_exits_zero(run: Run, road: Path) -> None:
+    ran = run("parity", road / "model.safetensors", road / "fp32", "--data", road / "data")
+    assert ran.code == 0, ran.err
+    assert "failed" not in ran.out
+
+
+def test_parity_with_another_model_exits_one_and_names_gate_and_stage(run: Run, road: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    assert run("train", "--data", road / "data", "-o", other, "--preset", "demo", "--imgsz", 64, 32,
+               "--epochs", 0, "--head-epochs", 0, "--seed", 9).code == 0  # fmt: skip
+    ran = run("parity", other, road / "fp32", "--data", road / "data")
+    assert ran.code == 1
+    assert "to blame: backbone" in ran.err
+    assert "cosine" in ran.err
+
+
+def test_the_int8_engine_says_what_it_was_calibrated_on(road: Path) -> None:
+    manifest = read_manifest(road / "int8", "engine")
+    assert manifest["precision"] == {"backbone": "int8", "head": "fp32"}
+    assert manifest["calibration"]["num"] == 48
+    assert len(manifest["calibration"]["sha256"]) == 64
+
+
+def test_embed_writes_a_store_that_evaluate_reads(run: Run, road: Path, tmp_path: Path) -> None:
+    store = tmp_path / "features.npz"
+    assert run("embed", road / "bundle", "--data", road / "data", "-o", store).code == 0
+    sets = load_features(store)
+    assert {"query", "gallery"} <= set(sets)
+    by_store = json.loads(run("evaluate", road / "bundle", "--data", store, "--json").out)
+    by_images = json.loads(run("evaluate", road / "bundle", "--data", road / "data", "--json").out)
+    assert [r["mAP"] for r in by_store["results"]] == [r["mAP"] for r in by_images["results"]]
+
+
+def test_search_finds_the_query_itself_first(run: Run, road: Path) -> None:
+    query = sorted((road / "data" / "query").iterdir())[0]
+    ran = run("search", road / "fp32", "--query", query, "--gallery", road / "data" / "query", "--top", 3, "--no-head",
+              "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    (found,) = json.loads(ran.out)["queries"]
+    first = found["matches"][0]
+    assert Path(first["path"]).name == query.name
+    assert first["score"] == pytest.approx(1, abs=1e-5)
+    assert len(found["matches"]) == 3
+
+
+def test_benchmark_and_report_draw_one_page_from_json(run: Run, road: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.json" for name in ("evaluation", "parity", "benchmark", "comparison")]
+    assert run("evaluate", road / "int8", "--data", road / "data", "-o", files[0]).code == 0
+    run("parity", road / "model.safetensors", road / "int8", "--data", road / "data", "-o", files[1])
+    few = ("--data", road / "data", "--gallery", 20, "--single-stream", 4)
+    assert run("benchmark", road / "int8", *few, "-o", files[2]).code == 0
+    assert run("benchmark", road / "fp32", road / "int8", *few, "-o", files[3]).code == 0
+    page = tmp_path / "report.html"
+    assert run("report", *files, road / "model.training.json", "-o", page).code == 0
+    html = page.read_text()
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "<script" not in html
+    assert "short: 4 of 64 samples" in html
+
+
+def test_training_again_gives_the_same_checkpoint(run: Run, road: Path, tmp_path: Path) -> None:
+    assert run("train", "--data", road / "data", "-o", tmp_path / "m.safetensors", "--preset", "demo",
+               "--imgsz", 64, 32, "--epochs", 2, "--head-epochs", 1).code == 0  # fmt: skip
+    assert (tmp_path / "m.safetensors").read_bytes() == (road / "model.safetensors").read_bytes()
+
+
+def test_stock_onnxruntime_runs_both_files_with_nothing_of_ours(road: Path, tmp_path: Path) -> None:
+    for name in ("backbone.onnx", "nformer.onnx", "golden.npz"):
+        shutil.copy(road / "bundle" / name, tmp_path)
+    code = """
+import numpy as np, onnxruntime, sys
+golden = np.load("golden.npz", allow_pickle=False)
+run = lambda name, **feed: onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+features = run("backbone.onnx", images=golden["images"])
+embeddings = run("nformer.onnx", features=golden["head_input"], landmarks=golden["landmarks"])
+np.testing.assert_allclose(features, golden["features"], rtol=1e-3, atol=1e-6)
+np.testing.assert_allclose(embeddings, golden["embeddings"], rtol=1e-3, atol=1e-6)
+assert not [m for m in sys.modules if m.startswith("nformer_edge")]
+"""
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_doctor_tells_backends_and_next_steps(run: Run) -> None:
+    ran = run("doctor")
+    assert ran.code == 0
+    for word in ("onnxruntime", "tensorrt", "CPU"):
+        assert word in ran.out
+
+
+def test_no_progress_bar_reaches_a_pipe(run: Run, road: Path) -> None:
+    ran = run("evaluate", road / "fp32", "--data", road / "data")
+    assert ran.err == ""
+    assert np.all([ord(c) >= 32 or c == "\n" for c in ran.out])
