@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import HeadSpec, from_dict, to_dict
+from nformer_edge.train.config import HeadConfig, TrainConfig, read_config
+from nformer_edge.train.schedule import rate
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = TrainConfig()
+    assert (config.model.preprocess.height, config.model.preprocess.width) == (256, 128)
+    assert config.model.head == HeadSpec(256, layers=4, heads=2, k=20, landmarks=5)
+    one = config.backbone
+    assert (one.p, one.k, one.lr, one.warmup, one.steps, one.epochs) == (16, 4, 3.5e-4, 10, (40, 70), 120)
+    assert (one.loss.label_smoothing, one.loss.margin, one.loss.center_weight) == (0.1, 0.3, 5e-4)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig.demo(3, "affinity")])
+def test_configuration_survives_json(config: TrainConfig) -> None:
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        'seed = 7\n[model.backbone]\narch = "osnet_x0_5"\n[backbone]\nsteps = [5, 9]\n[backbone.loss]\nmargin = 0.5\n'
+    )
+    config = read_config(tmp_path / "c.toml")
+    assert (config.seed, config.model.backbone.arch) == (7, "osnet_x0_5")
+    assert (config.backbone.steps, config.backbone.loss.margin, config.backbone.lr) == ((5, 9), 0.5, 3.5e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "TrainConfig key|c.toml key"),
+        ("[backbone]\nepoch = 3", "Did you mean 'epochs'"),
+        ("seed = 'x'", "expected int"),
+        ("seed = ", "expected a TOML file"),
+        ("holdout = 1.0", "holdout"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_says_why(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_config(tmp_path / "c.toml")
+
+
+def test_a_missing_configuration_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match="views: got 0"):
+        HeadConfig(views=0)
+
+
+def test_steps_schedule_warms_up_then_falls_tenfold() -> None:
+    rates = [rate(1.0, "steps", e, 120, 10, (40, 70)) for e in (0, 5, 10, 39.9, 40, 70, 119)]
+    assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0, 0.1, 0.01, 0.01])
+
+
+def test_cosine_schedule_falls_to_a_hundredth() -> None:
+    rates = [rate(2.0, "cosine", e, 10, 2) for e in (0, 2, 6, 10)]
+    assert rates == pytest.approx([0.2, 2.0, 1.01, 0.02])
+
+
+def test_schedule_without_warm_up_starts_at_the_full_rate() -> None:
+    assert rate(1.0, "cosine", 0.0, 5, 0) == 1.0
