@@ -62,7 +62,7 @@ inline void weighted_sum(const float* x, const int32_t* row, const float* weight
     Float16 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     for (int n = 0; n < count; ++n) {
       const Float16Anywhere* from = reinterpret_cast<const Float16Anywhere*>(x + row[n] * d + c);
-      const Float16 w = Float16{} + weight[n];
+      const Float16 w = weight[n] - Float16{};
       s0 += w * from[0], s1 += w * from[1], s2 += w * from[2], s3 += w * from[3];
     }
     Float16Anywhere* to = reinterpret_cast<Float16Anywhere*>(out + c);

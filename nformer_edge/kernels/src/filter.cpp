@@ -39,7 +39,7 @@ int64_t scan_panel(const float* rows, int64_t panels, const float* columns, int6
 #pragma GCC unroll 12
     for (int m = 0; m < kTileRows; ++m) {
       const Vec own = broadcast(limit[m]);
-      uint32_t bits = not_less(sum[m][0], smaller(own, limit0)) | not_less(sum[m][1], smaller(own, limit1)) << kLanes;
+      uint32_t bits = at_least(sum[m][0], smaller(own, limit0)) | at_least(sum[m][1], smaller(own, limit1)) << kLanes;
       if (__builtin_expect(bits != 0, 0)) {
         float scores[kTileColumns];
         store(scores, sum[m][0]);
@@ -57,40 +57,62 @@ int64_t scan_panel(const float* rows, int64_t panels, const float* columns, int6
 
 namespace {
 
-template <int R>
-int scan(const float* base, const int32_t* offset, const float* a, int count, float threshold, int32_t first,
-         Entry* out) {
+template <int R, int Width>
+int scan(const float* base, int64_t stride, const int32_t* offset, const float* a, float threshold,
+         const Entry* blocks, int count, Entry* out) {
+  constexpr int kVectors = Width / kLanes;
   int found = 0;
   const Vec limit = broadcast(threshold);
   Vec factor[R];
-  const float* at[R];
-  for (int i = 0; i < R; ++i) factor[i] = broadcast(a[i]), at[i] = base + offset[i];
-  for (int c = 0; c < count; c += kLanes) {
-    Vec sum = factor[0] * load(at[0] + c);
+  for (int i = 0; i < R; ++i) factor[i] = broadcast(a[i]);
+  for (int n = 0; n < count; ++n) {
+    if (blocks[n].score < threshold) continue;
+    const float* values = base + blocks[n].column * stride;
+    Vec sum[kVectors];
+    uint32_t bits = 0;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = factor[0] * load(values + offset[0] + v * kLanes);
 #pragma GCC unroll 16
-    for (int i = 1; i < R; ++i) sum += factor[i] * load(at[i] + c);
-    uint32_t bits = not_less(sum, limit);
-    if (bits) {
-      float scores[kLanes];
-      store(scores, sum);
+      for (int i = 1; i < R; ++i) sum[v] += factor[i] * load(values + offset[i] + v * kLanes);
+      bits |= at_least(sum[v], limit) << (v * kLanes);
+    }
+    if (!bits) continue;
+    float scores[Width];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(scores + v * kLanes, sum[v]);
+    const int32_t first = blocks[n].column * Width;
+    if (Width == kFan) {
+      // Many boxes pass: every one is written and those that passed are kept, as a loop over bits mispredicts its end.
+#pragma GCC unroll 16
+      for (int c = 0; c < Width; ++c) {
+        out[found] = {scores[c], first + c};
+        found += bits >> c & 1;
+      }
+    } else {
       for (; bits; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        out[found++] = {scores[lane], first + c + lane};
+        const int c = __builtin_ctz(bits);
+        out[found++] = {scores[c], first + c};
       }
     }
   }
   return found;
 }
 
-using Scan = int (*)(const float*, const int32_t*, const float*, int, float, int32_t, Entry*);
-constexpr Scan kScans[kMaxTreeRank] = {scan<1>,  scan<2>,  scan<3>,  scan<4>,  scan<5>,  scan<6>,  scan<7>,  scan<8>,
-                                       scan<9>,  scan<10>, scan<11>, scan<12>, scan<13>, scan<14>, scan<15>, scan<16>};
+using Scan = int (*)(const float*, int64_t, const int32_t*, const float*, float, const Entry*, int, Entry*);
+
+template <int Width>
+constexpr Scan kScans[kMaxTreeRank] = {scan<1, Width>,  scan<2, Width>,  scan<3, Width>,  scan<4, Width>,
+                                       scan<5, Width>,  scan<6, Width>,  scan<7, Width>,  scan<8, Width>,
+                                       scan<9, Width>,  scan<10, Width>, scan<11, Width>, scan<12, Width>,
+                                       scan<13, Width>, scan<14, Width>, scan<15, Width>, scan<16, Width>};
 
 }  // namespace
 
-int scan_block(int r, const float* base, const int32_t* offset, const float* a, int count, float threshold,
-               int32_t first, Entry* out) {
-  return kScans[r - 1](base, offset, a, count, threshold, first, out);
+int scan_blocks(int r, const float* base, int64_t stride, const int32_t* offset, const float* a, int width,
+                float threshold, const Entry* blocks, int count, Entry* out) {
+  const Scan scan = width == kFan ? kScans<kFan>[r - 1] : kScans<kLeaf>[r - 1];
+  return scan(base, stride, offset, a, threshold, blocks, count, out);
 }
 
 }  // namespace NFORMER_ISA

@@ -6,6 +6,7 @@
 // neighbours score with it, which is nearly final.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -17,11 +18,11 @@
 namespace nformer {
 namespace {
 
-constexpr int kLeaf = 64;      // columns in a leaf
-constexpr int kFan = 16;       // boxes that share a parent: one AVX-512 register, two AVX2
-constexpr int kRowLeaf = 16;   // rows that share a place in the row order
-constexpr int64_t kTask = 256;  // rows a thread takes at once; the first starts without a threshold
-constexpr int kMostLevels = 8;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kTask = 256;    // rows a thread takes at once; the first starts without a threshold
+constexpr int kSeeds = 2;           // times k: columns of the last row that set a threshold
+constexpr int kLeavesAtOnce = 16;   // between them the threshold may rise
 
 class Tree {
  public:
@@ -47,16 +48,12 @@ class Tree {
   const std::vector<Level>& levels() const { return levels_; }
   const float* leaf(int64_t n) const { return leaf_values_.data() + n * kLeaf * r_; }
   const float* group(int level, int64_t n) const { return levels_[level].boxes.data() + n * 2 * kFan * r_; }
-  float value(int32_t column, int64_t axis) const {
-    return leaf_values_[(column / kLeaf * r_ + axis) * kLeaf + column % kLeaf];
-  }
-  int64_t columns() const { return m_; }
   const float* exact() const { return exact_.data(); }
   const int32_t* ids() const { return ids_.data(); }
 
  private:
   void add_level(int64_t count) {
-    levels_.push_back({count, std::vector<float>((count + kFan - 1) / kFan * 2 * kFan * r_)});
+    levels_.push_back({count, std::vector<float>((count + kFan - 1) / kFan * 2 * kFan * r_, kNaN)});
   }
 
   float& bound(Level& level, int64_t box, int side, int64_t axis) {
@@ -69,8 +66,8 @@ class Tree {
     for (int64_t axis = 0; axis < r_; ++axis) {
       float* to = leaf_values_.data() + (leaf * r_ + axis) * kLeaf;
       for (int64_t n = begin; n < end; ++n) to[n - begin] = static_cast<float>(exact_[n * r_ + axis] * scaling.b);
-      std::fill(to + (end - begin), to + kLeaf, to[0]);  // no column: refused by its number
-      const auto range = std::minmax_element(to, to + kLeaf);
+      std::fill(to + (end - begin), to + kLeaf, kNaN);  // no column: passes no threshold
+      const auto range = std::minmax_element(to, to + (end - begin));
       bound(levels_[0], leaf, 0, axis) = *range.first;
       bound(levels_[0], leaf, 1, axis) = *range.second;
     }
@@ -98,7 +95,8 @@ class Tree {
   std::vector<Level> levels_;       // leaves' boxes first
 };
 
-// One worker's walk: rows in order, one at a time.
+// One worker's walk: rows in order, one at a time. Each level's boxes are scanned in one go, then the leaves a few at a
+// time, so that the processor always knows what comes next.
 class Walk {
  public:
   Walk(const Table& table, const RowTopK& x, const Tree& tree, const Scaling& scaling, const float* most)
@@ -108,70 +106,69 @@ class Walk {
         scaling_(scaling),
         most_(most),
         selection_(table, {tree.exact(), tree.ids(), x.r, scaling.a * scaling.b}, x.k),
-        capacity_(4 * x.k + 4 * kLeaf),
-        entries_(capacity_),
-        buffer_(capacity_) {
+        capacity_(2 * x.k + kLeavesAtOnce * kLeaf),
+        entries_(capacity_ + 1),
+        buffer_(capacity_),
+        seeds_(kSeeds * x.k),
+        boxes_(tree.levels()[0].count + kFan + 1),
+        groups_(boxes_.size()) {
     for (int64_t axis = 0; axis < x.r; ++axis) leaf_offset_[axis] = static_cast<int32_t>(axis * kLeaf);
   }
 
   void start() { state_.count = 0; }
 
   void find(int64_t row) {
-    const float* a = x_.a + row * x_.r;
+    row_ = x_.a + row * x_.r;
     double error = 0;
     for (int64_t axis = 0; axis < x_.r; ++axis) {
-      factor_[axis] = static_cast<float>(a[axis] * scaling_.a);
+      factor_[axis] = static_cast<float>(row_[axis] * scaling_.a);
       box_offset_[axis] = static_cast<int32_t>((factor_[axis] >= 0 ? kFan * x_.r : 0) + axis * kFan);
       error += std::fabs(factor_[axis]) * static_cast<double>(most_[axis]);
     }
     const double steps = static_cast<double>(x_.r + 2) * 0x1p-24;
     const float bound = static_cast<float>((error * steps * 1.0001 + std::ldexp(x_.r, -120)) * 1.0001);
-    const float seed = seed_threshold(bound);
-    state_ = {seed, 0, bound};
-    row_ = a;
-    const int top = static_cast<int>(tree_.levels().size()) - 1;
-    descend(top, 0);
-    selection_.finish(state_, entries_.data(), a, buffer_, x_.neighbors + row * x_.k);
+    state_ = {seed_threshold(bound), 0, bound};
+    scan_leaves(find_leaves());
+    selection_.finish(state_, entries_.data(), row_, buffer_, x_.neighbors + row * x_.k);
   }
 
  private:
-  // What the last row's neighbours score with this row: that many columns reach the least of it.
-  float seed_threshold(float error) const {
-    if (state_.count < x_.k) return -std::numeric_limits<float>::infinity();
-    float least = std::numeric_limits<float>::infinity();
-    for (int n = 0; n < x_.k; ++n) {
-      float score = 0;
-      for (int64_t axis = 0; axis < x_.r; ++axis) score += factor_[axis] * tree_.value(entries_[n].column, axis);
-      least = std::min(least, score);
-    }
-    return threshold_under(least - static_cast<double>(error), error);
-  }
-
-  // The boxes of one group, best first, so that the threshold rises early.
-  void descend(int level, int64_t group) {
-    Entry found[kFan];
-    int count = table_.scan_block(static_cast<int>(x_.r), tree_.group(level, group), box_offset_, factor_, kFan,
-                                  state_.threshold, static_cast<int32_t>(group * kFan), found);
-    const int64_t boxes = tree_.levels()[level].count;
-    while (count && found[count - 1].column >= boxes) --count;
-    if (state_.threshold == -std::numeric_limits<float>::infinity())
-      std::sort(found, found + count, [](const Entry& x, const Entry& y) { return x.score > y.score; });
+  // At least k of the last row's best columns score this much with this row.
+  float seed_threshold(float error) {
+    if (state_.count < x_.k) return -kInfinity;
+    const int count = std::min<int>(state_.count, kSeeds * x_.k);
     for (int n = 0; n < count; ++n) {
-      if (found[n].score < state_.threshold) continue;
-      if (level)
-        descend(level - 1, found[n].column);
-      else
-        scan_leaf(found[n].column);
+      const float* b = tree_.exact() + entries_[n].column * x_.r;
+      double score = 0;
+      for (int64_t axis = 0; axis < x_.r; ++axis) score += static_cast<double>(row_[axis]) * b[axis];
+      seeds_[n] = score;
     }
+    std::nth_element(seeds_.begin(), seeds_.begin() + (x_.k - 1), seeds_.begin() + count, std::greater<>());
+    return threshold_under(seeds_[x_.k - 1] * scaling_.a * scaling_.b - static_cast<double>(error), error);
   }
 
-  void scan_leaf(int64_t leaf) {
-    if (state_.count + kLeaf > capacity_) selection_.compact(state_, entries_.data(), capacity_ - kLeaf, row_, buffer_);
-    Entry* end = entries_.data() + state_.count;
-    int count = table_.scan_block(static_cast<int>(x_.r), tree_.leaf(leaf), leaf_offset_, factor_, kLeaf,
-                                  state_.threshold, static_cast<int32_t>(leaf * kLeaf), end);
-    while (count && end[count - 1].column >= tree_.columns()) --count;
-    state_.count += count;
+  // The leaves that may hold a neighbour, in boxes_. Returns how many.
+  int find_leaves() {
+    int count = 1;
+    boxes_[0] = {kInfinity, 0};
+    for (int level = static_cast<int>(tree_.levels().size()) - 1; level >= 0; --level) {
+      std::swap(boxes_, groups_);
+      count = table_.scan_blocks(static_cast<int>(x_.r), tree_.group(level, 0), 2 * kFan * x_.r, box_offset_, factor_,
+                                 kFan, state_.threshold, groups_.data(), count, boxes_.data());
+    }
+    if (state_.threshold == -kInfinity)
+      std::sort(boxes_.begin(), boxes_.begin() + count, [](const Entry& x, const Entry& y) { return x.score > y.score; });
+    return count;
+  }
+
+  void scan_leaves(int count) {
+    for (int n = 0; n < count; n += kLeavesAtOnce) {
+      if (state_.count > 2 * x_.k) selection_.compact(state_, entries_.data(), 2 * x_.k, row_, buffer_);
+      state_.count +=
+          table_.scan_blocks(static_cast<int>(x_.r), tree_.leaf(0), kLeaf * x_.r, leaf_offset_, factor_, kLeaf,
+                             state_.threshold, boxes_.data() + n, std::min(kLeavesAtOnce, count - n),
+                             entries_.data() + state_.count);
+    }
   }
 
   const Table& table_;
@@ -183,6 +180,8 @@ class Walk {
   int capacity_;
   std::vector<Entry> entries_;
   RankBuffer buffer_;
+  std::vector<double> seeds_;
+  std::vector<Entry> boxes_, groups_;
   Row state_;
   const float* row_ = nullptr;
   float factor_[kMaxTreeRank];
@@ -212,7 +211,7 @@ void row_top_k_tree(const Table& table, const RowTopK& x, int threads) {
   const std::vector<float> other = magnitudes(x.b, x.m, x.r, scaling.b, false);
   const std::vector<float> most = magnitudes(x.b, x.m, x.r, scaling.b, true);
   const Tree tree(x, scaling, weight.data(), threads);
-  const std::vector<int32_t> rows = kd_order(x.a, x.n, x.r, other.data(), kRowLeaf, threads);
+  const std::vector<int32_t> rows = kd_order(x.a, x.n, x.r, other.data(), 1, threads);
   parallel(threads, (x.n + kTask - 1) / kTask, [&](const auto& next) {
     Walk walk(table, x, tree, scaling, most.data());
     for (int64_t task; (task = next()) >= 0;) {

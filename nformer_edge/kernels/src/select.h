@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -28,22 +29,42 @@ struct Columns {
   int32_t id(int32_t column) const { return ids ? ids[column] : column; }
 };
 
-struct Ranked {
-  double score;
-  int32_t id;
-  int32_t column;
-  float approximate;
+// A column's place in the list as one number, larger is better. A score has 24 significant bits, so the last 29 of a
+// double are free to hold its number: equal scores, lower column first.
+constexpr int kNumberBits = 29;
+constexpr int64_t kMostColumns = int64_t{1} << kNumberBits;
 
-  bool operator<(const Ranked& other) const {
-    return score > other.score || (score == other.score && id < other.id);
-  }
+inline uint64_t place_of(double score, int32_t id) {
+  score += 0.0;  // -0 and 0 are equal
+  uint64_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits ^= bits >> 63 ? ~uint64_t{0} : uint64_t{1} << 63;
+  return (bits | (kMostColumns - 1)) - static_cast<uint64_t>(id);
+}
+
+// The exact score of a place.
+inline double score_of(uint64_t place) {
+  uint64_t bits = place & ~static_cast<uint64_t>(kMostColumns - 1);
+  bits = bits >> 63 ? bits ^ (uint64_t{1} << 63) : ~bits & ~static_cast<uint64_t>(kMostColumns - 1);
+  double score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+struct Ranked {
+  uint64_t place;
+  Entry entry;
+
+  bool operator<(const Ranked& other) const { return place > other.place; }
 };
 
 // A selection's scratch for exact scoring, one a worker.
 struct RankBuffer {
-  explicit RankBuffer(int64_t capacity) : columns(capacity), scores(capacity), ranked(capacity) {}
+  explicit RankBuffer(int64_t capacity)
+      : columns(capacity), scores(capacity), places(capacity), ranked(capacity) {}
   std::vector<int32_t> columns;
   std::vector<double> scores;
+  std::vector<uint64_t> places;
   std::vector<Ranked> ranked;
 };
 
@@ -86,20 +107,18 @@ class Selection {
         std::remove_if(entries, entries + row.count, [=](const Entry& e) { return e.score < threshold; }) - entries);
     if (row.count <= (k_ + capacity) / 2) return;
     rank(row, entries, a, buffer);
-    raise(row, threshold_under(buffer.ranked[k_ - 1].score * columns_.unscale, row.error));
+    raise(row, threshold_under(score_of(buffer.ranked[k_ - 1].place) * columns_.unscale, row.error));
     row.count = k_;
-    for (int n = 0; n < k_; ++n) entries[n] = {buffer.ranked[n].approximate, buffer.ranked[n].column};
+    for (int n = 0; n < k_; ++n) entries[n] = buffer.ranked[n].entry;
   }
 
   // The final list: `out` [k], and the columns' own positions in entries[0..row.count-1].
   void finish(Row& row, Entry* entries, const float* a, RankBuffer& buffer, int32_t* out) const {
     rank(row, entries, a, buffer);
-    row.count = std::min(row.count, static_cast<int32_t>(k_));
-    for (int n = 0; n < row.count; ++n) {
-      out[n] = buffer.ranked[n].id;
-      entries[n] = {buffer.ranked[n].approximate, buffer.ranked[n].column};
-    }
-    std::fill(out + row.count, out + k_, kNone);
+    for (int n = 0; n < row.count; ++n) entries[n] = buffer.ranked[n].entry;
+    const int kept = std::min(row.count, static_cast<int32_t>(k_));
+    for (int n = 0; n < kept; ++n) out[n] = columns_.id(entries[n].column);
+    std::fill(out + kept, out + k_, kNone);
   }
 
  private:
@@ -109,14 +128,21 @@ class Selection {
     for (int n = 0; n < row.count; ++n) buffer.columns[n] = entries[n].column;
     table_.score(a, columns_.values, columns_.r, buffer.columns.data(), row.count, buffer.scores.data());
     for (int n = 0; n < row.count; ++n)
-      buffer.ranked[n] = {buffer.scores[n], columns_.id(entries[n].column), entries[n].column, entries[n].score};
-    const auto first = buffer.ranked.begin();
-    const auto end = first + row.count;
-    if (row.count > 2 * k_)
-      std::partial_sort(first, first + k_, end);
-    else
-      std::sort(first, end);
+      buffer.places[n] = place_of(buffer.scores[n], columns_.id(entries[n].column));
+    if (row.count <= kFew) {
+      for (int n = 0; n < row.count; ++n) {
+        int before = 0;
+        for (int o = 0; o < row.count; ++o) before += buffer.places[o] > buffer.places[n];
+        buffer.ranked[before] = {buffer.places[n], entries[n]};
+      }
+      return;
+    }
+    for (int n = 0; n < row.count; ++n) buffer.ranked[n] = {buffer.places[n], entries[n]};
+    std::partial_sort(buffer.ranked.begin(), buffer.ranked.begin() + std::min(k_, row.count),
+                      buffer.ranked.begin() + row.count);
   }
+
+  static constexpr int kFew = 64;  // up to here counting who stands before beats a sort, whose branches mispredict
 
   const Table& table_;
   Columns columns_;

@@ -49,6 +49,8 @@ struct Scratch {
 
 constexpr int kBlockRows = 192;  // a multiple of every table's mr and nr; 192 x 256 floats fill 3/8 of a 512 KiB L2
 constexpr int kMaxTreeRank = 16;
+constexpr int kFan = 16;   // boxes that share a parent: one AVX-512 register, two of AVX2
+constexpr int kLeaf = 32;  // columns in a leaf
 
 struct Table {
   const char* name;
@@ -59,9 +61,11 @@ struct Table {
   // score is under both its row's and its column's threshold. Returns the number of hits.
   int64_t (*scan_panel)(const float* rows, int64_t panels, const float* columns, int64_t r, const float* row_threshold,
                         const float* column_threshold, int32_t row, int32_t column, Hit* hits);
-  // sum_r a[r] * base[offset[r] + c] for c in 0..count-1 (count a multiple of 16); entries not under the threshold.
-  int (*scan_block)(int r, const float* base, const int32_t* offset, const float* a, int count, float threshold,
-                    int32_t first, Entry* out);
+  // Of each block listed (its column; its score is an upper bound): scores sum_r a[r] * values[offset[r] + c] of its
+  // `width` members (kFan or kLeaf), at base + block * stride. Blocks and members under the threshold, and members that are
+  // NaN, are left out; a member's column is block * width + c. `out` has room for one more than all members.
+  int (*scan_blocks)(int r, const float* base, int64_t stride, const int32_t* offset, const float* a, int width,
+                     float threshold, const Entry* blocks, int count, Entry* out);
 
   // Exact. The same bits on every instruction set.
   void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
