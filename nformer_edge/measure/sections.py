@@ -238,8 +238,8 @@ def training(results: Results) -> str:
     for key, title, factor in (("loss", "Loss", 1), ("held_out_map", "Held-out mAP, %", 100)):
         lines: list[Line] = []
         for result in _of(results, "training"):
-            for stage, rows in result["stages"].items():
-                points = [(r["epoch"], factor * r[key]) for r in rows if r.get(key) is not None]
+            for stage, record in result["stages"].items():
+                points = [(r["epoch"], factor * r[key]) for r in record["epochs"] if r.get(key) is not None]
                 if points:
                     lines.append(Line(stage, points, len(lines)))
         chart = line_chart(lines, f"{title} by epoch", "epoch", title.lower())

@@ -120,7 +120,7 @@ def import_checkpoint(
         JSON: what matched, what was left over in the file, what the model misses, and the checkpoint's sha256.
     """
     spec = BackboneSpec(arch) if arch else None  # type: ignore[arg-type]
-    preprocess = PreprocessSpec(*imgsz) if imgsz else None
+    preprocess = PreprocessSpec(imgsz[0], imgsz[1]) if imgsz else None
     checkpoint, match = import_weights(path, spec, preprocess, partial)
     digest = save_checkpoint(out, checkpoint.spec, checkpoint.backbone, None, checkpoint.extra)
     return {

@@ -62,7 +62,7 @@ def measured(dataset, grid_runner):
         parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8"),
         benchmark("ref", dataset, single_stream=3, offline=8, warmup=0, opener=opener, label="PyTorch"),
         compare(["ref", "int8"], dataset, rounds=2, warmup=0, opener=opener, labels=["PyTorch", "INT8"]),
-        {"kind": "training", "stages": {"backbone": backbone, "head": head}},
+        {"kind": "training", "stages": {"backbone": {"epochs": backbone}, "head": {"epochs": head}}},
     ]
 
 
