@@ -119,9 +119,12 @@ def import_checkpoint(
     Returns:
         JSON: what matched, what was left over in the file, what the model misses, and the checkpoint's sha256.
     """
-    spec = BackboneSpec(arch) if arch else None  # type: ignore[arg-type]
+    own_neck = arch is None or (arch.startswith("osnet") and "fc.0.weight" in read_state(path))
+    spec = None if own_neck else BackboneSpec(arch)  # type: ignore[arg-type]
     preprocess = PreprocessSpec(imgsz[0], imgsz[1]) if imgsz else None
     checkpoint, match = import_weights(path, spec, preprocess, partial)
+    if arch is not None and checkpoint.spec.backbone.arch != arch:
+        raise ArtifactError(str(path), got=checkpoint.spec.backbone.arch, expected=arch, mend="Name what it holds.")
     digest = save_checkpoint(out, checkpoint.spec, checkpoint.backbone, None, checkpoint.extra)
     return {
         "kind": "import", "checkpoint": str(out), "sha256": digest, "model": to_dict(checkpoint.spec),

@@ -11,7 +11,8 @@ from torch import Tensor
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import BackboneSpec
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.model.weights import import_weights, read_state
+from nformer_edge.model.checkpoint import load_checkpoint
+from nformer_edge.model.weights import import_checkpoint, import_weights, read_state
 
 
 @pytest.fixture(name="published")
@@ -77,3 +78,19 @@ def test_import_runs_no_code_and_names_a_bad_file(tmp_path: Path, kind: str) -> 
         path.write_bytes(b"" if kind == "empty" else b"no weights" * 50)
     with pytest.raises(ArtifactError, match=r"w\.pth: got"):
         read_state(path)
+
+
+def test_import_writes_a_checkpoint_and_says_what_matched(tmp_path: Path, published: dict[str, Tensor]) -> None:
+    torch.save(published, tmp_path / "w.pth")
+    result = import_checkpoint(tmp_path / "w.pth", tmp_path / "m.safetensors", arch="osnet_x0_25", imgsz=(128, 64))
+    checkpoint = load_checkpoint(tmp_path / "m.safetensors")
+    assert (checkpoint.spec.preprocess.height, checkpoint.spec.preprocess.width) == (128, 64)
+    assert result["sha256"] == checkpoint.sha256
+    assert result["left_over"] == ["classifier.bias", "classifier.weight"]
+
+
+def test_import_under_another_name_is_refused(tmp_path: Path, published: dict[str, Tensor]) -> None:
+    torch.save(published, tmp_path / "w.pth")
+    with pytest.raises(ArtifactError, match="got osnet_x0_25, expected osnet_x1_0"):
+        import_checkpoint(tmp_path / "w.pth", tmp_path / "m.safetensors", arch="osnet_x1_0")
+    assert not (tmp_path / "m.safetensors").exists()
