@@ -65,9 +65,9 @@ struct SortedList {
   // The score at place k - 1, which a later candidate has to exceed. All slots are asked before one is chosen: a choice
   // first would index the list by a variable and drive it out of registers.
   NFORMER_HD float worst_of(int k) const {
-    float worst = 0.0F;
+    float worst = W::broadcast(score[0], (k - 1) % kLanes);
     NFORMER_UNROLL
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 1; slot < kSlots; ++slot) {
       float const here = W::broadcast(score[slot], (k - 1) % kLanes);
       worst = (k - 1) / kLanes == slot ? here : worst;
     }
