@@ -4,28 +4,37 @@
 // that end in a fixed tree, so a wider register only takes more lanes at once. A product of two float32 is exact in
 // double, so even a fused multiply-add would not change `dot`.
 #include "isa.h"
+#include "simd.h"
 
 namespace nformer {
 namespace NFORMER_ISA {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float Float8 __attribute__((vector_size(32)));
-typedef float Float8Anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float Float16 __attribute__((vector_size(64)));
-typedef float Float16Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+// Registers' own widths, several side by side: a vector wider than a register goes through memory.
+constexpr int kDoubles = kLanes / 2;
+typedef double DoubleVec __attribute__((vector_size(8 * kDoubles)));
+typedef float HalfVec __attribute__((vector_size(4 * kDoubles)));
+typedef float HalfVecAnywhere __attribute__((vector_size(4 * kDoubles), aligned(4), may_alias));
+constexpr int kDoubleVecs = 8 / kDoubles;
+constexpr int kFloatVecs = 16 / kLanes;
+
+inline DoubleVec load_wide(const float* p) {
+  return __builtin_convertvector(static_cast<HalfVec>(*reinterpret_cast<const HalfVecAnywhere*>(p)), DoubleVec);
+}
 
 // float32 [R] . float32 [R] in double: wrong by less than 1e-13 of sum |a_r b_r|.
 inline double dot(const float* a, const float* b, int64_t r) {
-  Double8 sum = {};
+  double lane[8] = {};
   int64_t i = 0;
-  for (; i + 8 <= r; i += 8) {
-    const Float8 x = *reinterpret_cast<const Float8Anywhere*>(a + i);
-    const Float8 y = *reinterpret_cast<const Float8Anywhere*>(b + i);
-    sum += __builtin_convertvector(x, Double8) * __builtin_convertvector(y, Double8);
+  if (r >= 8) {
+    DoubleVec sum[kDoubleVecs] = {};
+    for (; i + 8 <= r; i += 8) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kDoubleVecs; ++v)
+        sum[v] += load_wide(a + i + v * kDoubles) * load_wide(b + i + v * kDoubles);
+    }
+    __builtin_memcpy(lane, sum, sizeof lane);
   }
-  double lane[8];
-  for (int l = 0; l < 8; ++l) lane[l] = sum[l];
   for (int l = 0; i < r; ++i, ++l) lane[l] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
@@ -57,16 +66,18 @@ inline double exp_negative(double x) {
 
 // out[D] = sum_n weight[n] * x[row[n]], added in order of n.
 inline void weighted_sum(const float* x, const int32_t* row, const float* weight, int count, int64_t d, float* out) {
+  constexpr int kVecs = 4;
   int64_t c = 0;
-  for (; c + 64 <= d; c += 64) {
-    Float16 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  for (; c + kVecs * kLanes <= d; c += kVecs * kLanes) {
+    Vec sum[kVecs] = {};
     for (int n = 0; n < count; ++n) {
-      const Float16Anywhere* from = reinterpret_cast<const Float16Anywhere*>(x + row[n] * d + c);
-      const Float16 w = weight[n] - Float16{};
-      s0 += w * from[0], s1 += w * from[1], s2 += w * from[2], s3 += w * from[3];
+      const float* from = x + row[n] * d + c;
+      const Vec w = broadcast(weight[n]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[v] += w * load(from + v * kLanes);
     }
-    Float16Anywhere* to = reinterpret_cast<Float16Anywhere*>(out + c);
-    to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(out + c + v * kLanes, sum[v]);
   }
   for (; c < d; ++c) {
     float sum = 0;
@@ -76,12 +87,14 @@ inline void weighted_sum(const float* x, const int32_t* row, const float* weight
 }
 
 inline float dot_values(const float* x, const float* y, int64_t d) {
-  Float16 sum = {};
+  Vec sum[kFloatVecs] = {};
   int64_t c = 0;
-  for (; c + 16 <= d; c += 16)
-    sum += *reinterpret_cast<const Float16Anywhere*>(x + c) * *reinterpret_cast<const Float16Anywhere*>(y + c);
+  for (; c + 16 <= d; c += 16) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kFloatVecs; ++v) sum[v] += load(x + c + v * kLanes) * load(y + c + v * kLanes);
+  }
   float lane[16];
-  for (int l = 0; l < 16; ++l) lane[l] = sum[l];
+  __builtin_memcpy(lane, sum, sizeof lane);
   for (int l = 0; c < d; ++c, ++l) lane[l] += x[c] * y[c];
   for (int half = 8; half; half /= 2)
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
