@@ -6,6 +6,8 @@ quantised biases, TensorRT signed symmetric ones without. Weights are signed, on
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import tempfile
 from collections import Counter
@@ -101,7 +103,7 @@ def quantize_backbone(
         "WeightSymmetric": True,
         "QuantizeBias": not tensorrt,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(

@@ -106,10 +106,10 @@ def trace_backbone(backbone: Backbone, size: tuple[int, int], opset: int) -> Mod
     Batch norms that follow a convolution or the neck's linear layer are folded into it.
     """
     axes = {"images": {0: "B"}, "features": {0: "B"}}
-    return _trace(_folded_neck(backbone), (torch.zeros(2, 3, *size),), ("images",), "features", axes, opset)
+    return _trace(folded_neck(backbone), (torch.zeros(2, 3, *size),), ("images",), "features", axes, opset)
 
 
-def _folded_neck(backbone: Backbone) -> Backbone:
+def folded_neck(backbone: Backbone) -> Backbone:
     """A copy for inference. The exporter folds batch norm into convolutions by itself, but not into linear layers."""
     folded = copy.deepcopy(backbone).eval()
     if isinstance(folded.neck, BNNeck):

@@ -1,0 +1,60 @@
+"""A model and a dataset small enough to go down the whole road in a unit test, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
+
+TINY = ModelSpec(
+    BackboneSpec("osnet_x0_25", 32), HeadSpec(features=32, layers=2, heads=2, k=4, landmarks=3), PreprocessSpec(64, 32)
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """An untrained OSNet x0.25 for 64 x 32 images, with a head."""
+    import torch
+
+    from nformer_edge.model.backbone import Backbone
+    from nformer_edge.model.checkpoint import save_checkpoint
+    from nformer_edge.model.nformer import NFormer
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_checkpoint(path, TINY, Backbone(TINY.backbone), NFormer(TINY.head))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint) -> Path:
+    """The exported bundle of `tiny_checkpoint`. Do not write into it."""
+    from nformer_edge.onnx.export import export_bundle
+
+    return export_bundle(tiny_checkpoint, tiny_checkpoint.parent / "bundle", landmark_seed=7)
+
+
+@pytest.fixture(scope="session")
+def tiny_market(tmp_path_factory) -> Path:
+    """A folder in Market-1501's layout: 6 people to train on, 3 to find, 3 cameras; each person a colour."""
+    root = tmp_path_factory.mktemp("tiny-market")
+    rng = np.random.default_rng(0)
+    for folder, people, cameras in (
+        ("bounding_box_train", range(1, 7), (1, 2, 3)),
+        ("query", range(11, 14), (1,)),
+        ("bounding_box_test", range(11, 14), (2, 3)),
+    ):
+        (root / folder).mkdir()
+        for pid in people:
+            colour = np.random.default_rng(pid).integers(40, 215, 3)
+            for camera in cameras:
+                for shot in range(2):
+                    pixels = np.clip(colour + rng.normal(0, 20, (64, 32, 3)), 0, 255).astype(np.uint8)
+                    name = f"{pid:04d}_c{camera}s1_{shot:06d}_00.jpg"
+                    Image.fromarray(pixels).save(root / folder / name, quality=95)
+    return root
