@@ -103,6 +103,17 @@ class Canvas:
         if stripes is not None:
             part[mask & stripes.covers(xs, ys)] = stripes.colour
 
+    def box(self, x0: int, y0: int, x1: int, y1: int, colour: Colour, stripes: Stripes | None = None) -> None:
+        """Fills an upright rectangle, both corners included, given in any order."""
+        window = self._window(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+        if window is None:
+            return
+        xs, ys, area = window
+        part = self.pixels[area]
+        part[:] = colour
+        if stripes is not None:
+            part[stripes.covers(xs, ys)] = stripes.colour
+
     def ellipse(self, x: int, y: int, rx: int, ry: int, colour: Colour, below: int | None = None) -> None:
         """Fills an ellipse, or only its part above the line y = `below`."""
         if rx < 1 or ry < 1:

@@ -193,7 +193,7 @@ def _head(figure: _Figure) -> None:
     back = figure.at(-14, 905)[0]
     if person.long_hair:
         fall = figure.length(150)
-        canvas.polygon([(back - rx, y), (back + rx, y), (back + rx, y + fall), (back - rx, y + fall)], person.hair)
+        canvas.box(back - rx, y, back + rx, y + fall, person.hair)
     canvas.ellipse(back if figure.side else x, y, rx + 1, ry + 1, person.hair)
     if view == "front":
         canvas.ellipse(x, y + ry // 5, rx * 5 // 6, ry * 5 // 6, person.skin)
@@ -206,7 +206,7 @@ def _head(figure: _Figure) -> None:
             brim = figure.mirror * rx * 3 // 2 if figure.side else 0
             left, right = sorted((x - (0 if figure.side else rx + 3), x + (brim or rx + 3)))
             top = y - ry // 4
-            canvas.polygon([(left, top), (right, top), (right, top + 4), (left, top + 4)], _darker(person.hat, 75))
+            canvas.box(left, top, right, top + 4, _darker(person.hat, 75))
 
 
 def _backpack(figure: _Figure) -> None:
@@ -217,9 +217,9 @@ def _backpack(figure: _Figure) -> None:
         (x0, y1), (x1, y0) = figure.at(-88, 560), figure.at(88, 800)
     else:
         (x0, y1), (x1, y0) = figure.at(-138, 590), figure.at(138, 770)
-    canvas.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+    canvas.box(x0, y0, x1, y1, colour)
     low = y0 + (y1 - y0) * 6 // 10
-    canvas.polygon([(x0, low), (x1, low), (x1, y1), (x0, y1)], _darker(colour, 78))
+    canvas.box(x0, low, x1, y1, _darker(colour, 78))
 
 
 def _carried(figure: _Figure) -> None:
@@ -241,5 +241,5 @@ def _carried(figure: _Figure) -> None:
     if far:
         return
     (cx, cy), w, h = figure.at(x, up), figure.length(72), figure.length(62)
-    canvas.polygon([(cx - w, cy - h), (cx + w, cy - h), (cx + w, cy + h), (cx - w, cy + h)], person.bag_colour)
-    canvas.polygon([(cx - w, cy - h), (cx + w, cy - h), (cx + w, cy - h // 3), (cx - w, cy - h // 3)], dark)
+    canvas.box(cx - w, cy - h, cx + w, cy + h, person.bag_colour)
+    canvas.box(cx - w, cy - h, cx + w, cy - h // 3, dark)

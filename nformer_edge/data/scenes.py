@@ -124,10 +124,6 @@ def _darker(colour: Colour, by: int) -> Colour:
     return r, g, b
 
 
-def _box(canvas: Canvas, x0: int, y0: int, x1: int, y1: int, colour: Colour, stripes: Stripes | None = None) -> None:
-    canvas.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, stripes)
-
-
 def _background(canvas: Canvas, camera: Camera, draw: Draw) -> None:
     high, wide = canvas.pixels.shape[:2]
     horizon = high * draw.between(30, 62) // 100
@@ -139,14 +135,13 @@ def _background(canvas: Canvas, camera: Camera, draw: Draw) -> None:
     kind, period = patterns[camera.background]
     light = _darker(camera.wall, draw.between(-14, 14))
     lined = Stripes(kind, _darker(light, -22), shift, horizon // 2 if kind == "lower half" else shift, period)
-    _box(canvas, 0, 0, wide, horizon, light, lined)
+    canvas.box(0, 0, wide, horizon, light, lined)
     ground = _darker(camera.ground, draw.between(-14, 14))
     paved = camera.background in ("tiles", "grass")
-    _box(canvas, 0, horizon, wide, high, ground, Stripes("rows", _darker(ground, 12), 0, shift, 26) if paved else None)
+    canvas.box(0, horizon, wide, high, ground, Stripes("rows", _darker(ground, 12), 0, shift, 26) if paved else None)
     for _ in range(draw.between(0, 3)):  # things that stand about
         x, w, top = draw.between(-20, wide), draw.between(8, wide // 2), horizon - draw.between(0, high // 3)
-        _box(
-            canvas,
+        canvas.box(
             x,
             top,
             x + w,
@@ -168,10 +163,10 @@ def _occlude(canvas: Canvas, draw: Draw) -> None:
     kind = draw.pick(("post", "low wall", "passer-by"))
     if kind == "post":
         x = draw.between(0, wide)
-        _box(canvas, x, 0, x + draw.between(wide // 12, wide // 4), high, colour)
+        canvas.box(x, 0, x + draw.between(wide // 12, wide // 4), high, colour)
     elif kind == "low wall":
         top = high * draw.between(58, 82) // 100
-        _box(canvas, 0, top, wide, high, colour, Stripes("columns", _darker(colour, -25), draw.between(0, 60), 0, 30))
+        canvas.box(0, top, wide, high, colour, Stripes("columns", _darker(colour, -25), draw.between(0, 60), 0, 30))
     else:
         x, y = draw.pick((0, wide)), high * draw.between(25, 55) // 100
         half = wide * draw.between(20, 34) // 100
