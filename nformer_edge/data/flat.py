@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
+from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.preprocess import SUFFIXES
 from nformer_edge.data.records import JUNK, Dataset, ImageRecord
@@ -72,8 +74,19 @@ def looks_like_market1501(root: Path) -> bool:
 
 
 def read_market1501(root: Path) -> Dataset:
-    """Market-1501 (Zheng et al., ICCV 2015). In the gallery -1 is junk and 0 a distractor."""
-    return _read(root, "Market-1501", MARKET1501, "0002_c1s1_000451_03.jpg")
+    """Market-1501 (Zheng et al., ICCV 2015). In the gallery -1 is junk and 0 a distractor.
+
+    A generated dataset has the same layout; its manifest tells it apart, so that no table names it Market-1501.
+    """
+    name = "generated" if _is_generated(root) else "Market-1501"
+    return _read(root, name, MARKET1501, "0002_c1s1_000451_03.jpg")
+
+
+def _is_generated(root: Path) -> bool:
+    try:
+        return bool(json.loads((root / MANIFEST).read_text())["kind"] == "dataset")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def looks_like_dukemtmc(root: Path) -> bool:
