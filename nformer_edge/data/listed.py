@@ -19,21 +19,41 @@ _CSV_COLUMNS = ("path", "pid", "camid", "split")
 _CAMERA = re.compile(r"(?:^|_)c(\d+)(?=[s_.])", re.IGNORECASE)
 
 
-def inside(root: Path, name: str, where: str) -> str:
-    """`name`, a path relative to `root` from a list that we did not write, joined to it.
+class _Inside:
+    """Joins relative paths from a list that we did not write to `root`, and keeps them in it.
 
-    Raises:
-        DataError: if it is absolute, climbs with ``..`` or leads out of `root` through a symbolic link.
+    What each folder really is, is asked once: MSMT17 lists 126,441 images.
     """
-    pure = PurePosixPath(name.replace("\\", "/"))
-    leaves = pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts
-    path = root.joinpath(*pure.parts)
-    if leaves or not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            where, got=f"{name!r}, a way out of {root}", expected="a path inside that folder",
-            mend="Move the image there and write its relative path.",
-        )  # fmt: skip
-    return str(path)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._real_root = os.path.realpath(root)
+        self._stays: dict[str, bool] = {}
+
+    def __call__(self, name: str, where: str) -> str:
+        """`name` joined to the root.
+
+        Raises:
+            DataError: if it is absolute, climbs with ``..`` or leads out of the root through a symbolic link.
+        """
+        pure = PurePosixPath(name.replace("\\", "/"))
+        path = str(self.root.joinpath(*pure.parts))
+        leaves = pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts
+        if leaves or not self._folder_stays(os.path.dirname(path)) or (os.path.islink(path) and not self._real(path)):
+            raise DataError(
+                where, got=f"{name!r}, a way out of {self.root}", expected="a path inside that folder",
+                mend="Move the image there and write its relative path.",
+            )  # fmt: skip
+        return path
+
+    def _folder_stays(self, folder: str) -> bool:
+        if folder not in self._stays:
+            self._stays[folder] = self._real(folder)
+        return self._stays[folder]
+
+    def _real(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        return real == self._real_root or real.startswith(os.path.join(self._real_root, ""))
 
 
 def _missing(paths: Iterable[str], where: str) -> None:
@@ -71,6 +91,7 @@ def read_msmt17(root: Path) -> Dataset:
 
 def _read_msmt17_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
     records = []
+    inside = _Inside(folder)
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
@@ -81,7 +102,7 @@ def _read_msmt17_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
                 f"{file}, line {number}", got=f"{line.strip()!r}, which does not parse",
                 expected="one like 0000/0000_000_01_0303morning_0008_0.jpg 0", mend="Take the list of the archive.",
             )  # fmt: skip
-        records.append(ImageRecord(inside(folder, name, f"{file}, line {number}"), int(pid) + 1, int(fields[2])))
+        records.append(ImageRecord(inside(name, f"{file}, line {number}"), int(pid) + 1, int(fields[2])))
     if not records:
         raise DataError(str(file), got="zero images", expected="one image a line", mend="Unpack the dataset again.")
     _missing((r.path for r in records), file.name)
@@ -129,16 +150,16 @@ def read_csv(root: Path) -> Dataset:
             mend="Write it as the first line.",
         )  # fmt: skip
     splits: dict[str, list[ImageRecord]] = {split: [] for split in SPLITS}
+    inside = _Inside(file.parent)
     for row in rows:
-        split, record = _csv_record(file, rows.line_num, row)
+        split, record = _csv_record(inside, f"{file}, line {rows.line_num}", row)
         splits["junk" if record.pid == JUNK and split == "gallery" else split].append(record)
     dataset = Dataset(file.stem, str(file.parent), **{split: tuple(r) for split, r in splits.items()})
     _missing((r.path for split in SPLITS for r in dataset.split(split)), file.name)
     return dataset
 
 
-def _csv_record(file: Path, line: int, row: dict[str, str]) -> tuple[str, ImageRecord]:
-    where = f"{file}, line {line}"
+def _csv_record(inside: _Inside, where: str, row: dict[str, str]) -> tuple[str, ImageRecord]:
     values = {column: (row[column] or "").strip() for column in _CSV_COLUMNS}
     if values["split"] not in ("train", "query", "gallery"):
         raise DataError(
@@ -156,7 +177,7 @@ def _csv_record(file: Path, line: int, row: dict[str, str]) -> tuple[str, ImageR
             where, got=f"path {values['path']!r} with pid {pid} in {values['split']}",
             expected="a path, and a pid of 1 or more (in the gallery also 0 or -1)", mend="Mend the row.",
         )  # fmt: skip
-    return values["split"], ImageRecord(inside(file.parent, values["path"], where), pid, camid)
+    return values["split"], ImageRecord(inside(values["path"], where), pid, camid)
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -156,6 +156,7 @@ def test_csv_takes_quotes_other_column_orders_and_a_byte_order_mark(tmp_path: Pa
         ("/etc/passwd,4,1,query", "a way out"),
         ("C:\\secret.jpg,4,1,query", "a way out"),
         ("images/link.jpg,4,1,query", "a way out"),
+        ("elsewhere/secret.jpg,4,1,query", "a way out"),
         ("images/none.jpg,4,1,query", "no such file"),
         ("images/a.jpg,four,1,query", "'four'"),
         ("images/a.jpg,4,1,val", "split 'val'"),
@@ -169,6 +170,7 @@ def test_a_csv_row_that_cannot_be_used_is_named(tmp_path: Path, row: str, says: 
     (tmp_path / "secret.jpg").write_bytes(b"outside")
     root = _csv(tmp_path / "data", *GOOD, row)
     (root / "images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "elsewhere").symlink_to(tmp_path)
     with pytest.raises(DataError, match=says) as error:
         read_dataset(root)
     assert "\n" not in str(error.value)
