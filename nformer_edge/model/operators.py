@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nformer_edge.kernels import torch_ops
 from nformer_edge.model import ops
 
 
@@ -22,11 +23,24 @@ class Operators(Protocol):
     ) -> Tensor: ...
 
 
-_chosen: ContextVar[Operators] = ContextVar("operators", default=ops)
+class FastestOperators:
+    """The native kernels for the tensors that they take, plain torch for all others: same results, call by call."""
+
+    def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
+        return (torch_ops if torch_ops.supports(a, b) else ops).row_top_k(a, b, k)
+
+    def reciprocal_neighbor_attention(
+        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+    ) -> Tensor:
+        chosen = torch_ops if torch_ops.supports(a, b, v) else ops
+        return chosen.reciprocal_neighbor_attention(a, b, v, neighbors, scale)
+
+
+_chosen: ContextVar[Operators] = ContextVar("operators", default=FastestOperators())  # noqa: B039 - it has no state
 
 
 def operators() -> Operators:
-    """The operators that a model's forward uses now: plain torch, unless `using` says otherwise."""
+    """The operators that a model's forward uses now: `FastestOperators`, unless `using` says otherwise."""
     return _chosen.get()
 
 
