@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.preprocess import SUFFIXES
@@ -27,6 +27,7 @@ class _Inside:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._root = str(root)
         self._real_root = os.path.realpath(root)
         self._stays: dict[str, bool] = {}
 
@@ -36,9 +37,9 @@ class _Inside:
         Raises:
             DataError: if it is absolute, climbs with ``..`` or leads out of the root through a symbolic link.
         """
-        pure = PurePosixPath(name.replace("\\", "/"))
-        path = str(self.root.joinpath(*pure.parts))
-        leaves = pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts
+        plain = name.replace("\\", "/")
+        leaves = plain.startswith("/") or plain[1:2] == ":" or ".." in plain.split("/")
+        path = os.path.join(self._root, plain)
         if leaves or not self._folder_stays(os.path.dirname(path)) or (os.path.islink(path) and not self._real(path)):
             raise DataError(
                 where, got=f"{name!r}, a way out of {self.root}", expected="a path inside that folder",
@@ -96,7 +97,7 @@ def _read_msmt17_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
         if not line.strip():
             continue
         name, _, pid = line.strip().rpartition(" ")
-        fields = PurePosixPath(name).name.split("_")
+        fields = name.rpartition("/")[2].split("_")
         if not pid.isdigit() or len(fields) < 4 or not fields[2].isdigit():
             raise DataError(
                 f"{file}, line {number}", got=f"{line.strip()!r}, which does not parse",
