@@ -1,7 +1,7 @@
 // One launch: as many blocks as rows need, and the error that the launch gave.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -17,7 +17,7 @@ cudaError_t launch(void (*kernel)(Task, int64_t), Task task, int64_t heads, int6
     return cudaErrorInvalidValue;
   }
   void* arguments[] = {&task, &blocks_a_head};
-  return cudaLaunchKernel(reinterpret_cast<void const*>(kernel), dim3(static_cast<unsigned>(heads * blocks_a_head)),
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(heads * blocks_a_head)),
                           dim3(static_cast<unsigned>(threads)), arguments, 0, stream);
 }
 

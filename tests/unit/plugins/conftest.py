@@ -1,4 +1,4 @@
-"""The row logic of the kernels, compiled by g++ once a session and called through ctypes."""
+"""The kernels and their row logic on the CPU: compiled by g++ once a session and called through ctypes."""
 
 from __future__ import annotations
 
@@ -75,3 +75,25 @@ def row_logic(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> RowLog
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return RowLogic(out)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The .cu files themselves, launches and all, built against a GPU that the CPU plays thread by thread."""
+    out = tmp_path_factory.mktemp("emulated") / "libnformer_kernels.so"
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += [f"-I{PLUGINS / folder}" for folder in ("tests/emulated_cuda", "tests", "include", "src")]
+    names = ("row_top_k", "reciprocal_neighbor_attention", "c_api")
+    command += ["-shared", "-fPIC", "-x", "c++", *(str(PLUGINS / "src" / f"{name}.cu") for name in names)]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,7 +1,8 @@
-"""The checks of ``plugins/gpu_check.py`` themselves, here with the CPU build of the row logic in the GPU's place."""
+"""The checks of ``plugins/gpu_check.py``, and with them the kernels, on a GPU that the CPU emulates."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from pathlib import Path
@@ -25,40 +26,39 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "gpu_check", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "_stream", lambda: ctypes.c_void_p(None))
     return module
 
 
-class OnTheCpu:
-    """What `Kernels` is to a GPU."""
-
-    def __init__(self, row_logic) -> None:
-        self.row_logic = row_logic
-
-    def row_top_k(self, a, b, k):
-        return torch.from_numpy(self.row_logic.row_top_k(a.numpy(), b.numpy(), k))
-
-    def attention(self, a, b, v, neighbors, scale):
-        return torch.from_numpy(self.row_logic.attention(*(x.numpy() for x in (a, b, v, neighbors)), scale))
-
-
-def test_the_gpu_checks_pass_with_the_row_logic_on_the_cpu(gpu_check, row_logic) -> None:
-    kernels = OnTheCpu(row_logic)
-    done = gpu_check.check_exact_top_k(kernels, [(1, 1), (3, 40)])
-    done += gpu_check.check_edges(kernels, 300) + gpu_check.check_attention(kernels, 40)
+def test_the_kernels_pass_the_gpu_checks_on_an_emulated_gpu(gpu_check, emulated_library) -> None:
+    kernels = gpu_check.Kernels(emulated_library)
+    done = gpu_check.check_exact_top_k(kernels, [(9, 40)])
+    done += gpu_check.check_edges(kernels, 300) + gpu_check.check_attention(kernels, 12)
     assert [name for name, ok in done if not ok] == []
-    assert len(done) > 250
+    assert len(done) > 150
 
 
-def test_the_gpu_checks_notice_a_wrong_kernel(gpu_check, row_logic) -> None:
-    class Wrong(OnTheCpu):
+@pytest.mark.parametrize(
+    ("rows", "columns", "factors", "k"), [(70, 9001, 5, 20), (5, 8600, 16, 100), (70, 130, 20, 33)]
+)
+def test_the_kernels_agree_with_float64_over_several_blocks_and_tiles(
+    gpu_check, emulated_library, rows, columns, factors, k
+) -> None:
+    kernels = gpu_check.Kernels(emulated_library)
+    a, b = gpu_check.integers(1, -3, 4, 2, rows, factors), gpu_check.integers(2, -3, 4, 2, columns, factors)
+    assert torch.equal(kernels.row_top_k(a, b, k), gpu_check.reference_top_k(gpu_check.scores_of(a, b), k))
+
+
+def test_the_gpu_checks_notice_a_wrong_kernel(gpu_check, emulated_library) -> None:
+    class Wrong(gpu_check.Kernels):
         def row_top_k(self, a, b, k):
             return super().row_top_k(a, b, k).flip(2)
 
         def attention(self, *given):
             return super().attention(*given) * 1.01
 
-    wrong = Wrong(row_logic)
-    done = gpu_check.check_exact_top_k(wrong, [(2, 40)]) + gpu_check.check_attention(wrong, 20)
+    wrong = Wrong(emulated_library)
+    done = gpu_check.check_exact_top_k(wrong, [(1, 40)]) + gpu_check.check_attention(wrong, 5)
     failed = [name for name, ok in done if not ok]
     assert any(name.startswith("RowTopK") for name in failed)
     assert any(name.startswith("Attention") for name in failed)
