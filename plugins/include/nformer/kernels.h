@@ -49,8 +49,9 @@ cudaError_t reciprocal_neighbor_attention(AttentionTask const& task, cudaStream_
 extern "C" {
 NFORMER_API int32_t nformer_row_top_k(void const* a, void const* b, int32_t* neighbors, int64_t heads, int64_t rows,
                                       int64_t columns, int64_t factors, int64_t k, int32_t type, void* stream);
-NFORMER_API int32_t nformer_reciprocal_neighbor_attention(void const* a, void const* b, void const* v, int32_t const* neighbors,
-                                              void* y, int64_t heads, int64_t rows, int64_t factors, int64_t size,
-                                              int64_t neighbor_heads, int64_t count, float scale, int32_t type,
-                                              void* stream);
+NFORMER_API int32_t nformer_reciprocal_neighbor_attention(void const* a, void const* b, void const* v,
+                                                          int32_t const* neighbors, void* y, int64_t heads,
+                                                          int64_t rows, int64_t factors, int64_t size,
+                                                          int64_t neighbor_heads, int64_t count, float scale,
+                                                          int32_t type, void* stream);
 }
