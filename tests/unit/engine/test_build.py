@@ -15,7 +15,7 @@ from nformer_edge.core.errors import ArtifactError, BackendError, DataError, Usa
 from nformer_edge.engine import cpu, onnxruntime, tensorrt
 from nformer_edge.engine.build import BACKENDS, EngineSpec, build_engine, choose_backend, describe_engine
 from nformer_edge.evaluate.agreement import cosines
-from nformer_edge.onnx.quantize import audit
+from nformer_edge.onnx.quantize import audit, channel_gates
 from nformer_edge.runtime.open import open_runner, self_test
 
 
@@ -42,7 +42,7 @@ def test_an_fp32_engine_is_the_bundle_in_plain_files(tiny_bundle, tmp_path):
 def test_an_int8_engine_is_audited_and_agrees_with_fp32(int8_engine, tiny_bundle):
     manifest = read_manifest(int8_engine, "engine")
     assert manifest["precision"] == {"backbone": "int8", "head": "fp32"}
-    assert manifest["audit"] == {"Conv": {"total": 187, "int8": 187}, "Gemm": {"total": 1, "int8": 1}}
+    assert manifest["audit"] == {"Conv": {"total": 187, "int8": 139}, "Gemm": {"total": 1, "int8": 1}}
     assert manifest["calibration"]["num"] == 10
     assert len(manifest["calibration"]["sha256"]) == 64
     images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 64, 32)).astype(np.float32)
@@ -65,11 +65,21 @@ def test_an_int8_backbone_has_signed_weights_a_scale_for_each_channel_and_unsign
     assert constants[activations.input[2]].data_type == onnx.TensorProto.UINT8
 
 
+def test_channel_gates_stay_in_float_and_nothing_else_does(int8_engine, tiny_bundle):
+    kept = channel_gates(onnx.load(tiny_bundle / "backbone.onnx"))
+    model = onnx.load(int8_engine / "backbone.onnx")
+    makers = {name: n.op_type for n in model.graph.node for name in n.output}
+    floats = [n.name for n in model.graph.node if n.op_type == "Conv" and makers.get(n.input[1]) != "DequantizeLinear"]
+    assert len(floats) == 48  # two in each of 24 gates
+    assert set(floats) <= set(kept)
+    assert all("/gate" in name for name in kept)
+
+
 def test_a_description_has_a_summary_to_print(int8_engine):
     found = describe_engine(int8_engine)
     assert found["kind"] == "engine"
     assert "backbone int8, head fp32" in found["summary"]
-    assert "Conv: 187 of 187 in INT8" in found["summary"]
+    assert "Conv: 139 of 187 in INT8" in found["summary"]
     json.dumps(found)
 
 
