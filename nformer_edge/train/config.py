@@ -150,8 +150,8 @@ class TrainConfig:
         """For the generated dataset on a laptop's CPU: ResNet-18 at 64 x 32 in a few minutes."""
         head = HeadSpec(256, layers=2, heads=2, k=20, landmarks=64, rule=rule)  # type: ignore[arg-type]
         model = ModelSpec(BackboneSpec("resnet18", 256), head, PreprocessSpec(64, 32))
-        augment = AugmentSpec(pad=5, erase=0.2)
-        stage_one = BackboneConfig(epochs=6, p=8, lr=1e-3, schedule="cosine", warmup=1, augment=augment)
+        augment = AugmentSpec(pad=2, erase=0.1)
+        stage_one = BackboneConfig(epochs=7, p=8, lr=1.5e-3, schedule="cosine", warmup=1, augment=augment)
         return cls(model, stage_one, HeadConfig(epochs=4, sets=10, views=3), holdout=0.1, seed=seed)
 
 
