@@ -57,14 +57,16 @@ int64_t scan_panel(const float* rows, int64_t panels, const float* columns, int6
 
 namespace {
 
+// R is 0 for a length that is known only at run time.
 template <int R, int Width>
-int scan(const float* base, int64_t stride, const int32_t* offset, const float* a, float threshold,
+int scan(int r, const float* base, int64_t stride, const int32_t* offset, const float* a, float threshold,
          const Entry* blocks, int count, Entry* out) {
   constexpr int kVectors = Width / kLanes;
+  const int length = R ? R : r;
   int found = 0;
   const Vec limit = broadcast(threshold);
-  Vec factor[R];
-  for (int i = 0; i < R; ++i) factor[i] = broadcast(a[i]);
+  Vec factor[R ? R : kMaxTreeRank];
+  for (int i = 0; i < length; ++i) factor[i] = broadcast(a[i]);
   for (int n = 0; n < count; ++n) {
     if (blocks[n].score < threshold) continue;
     const float* values = base + blocks[n].column * stride;
@@ -73,8 +75,8 @@ int scan(const float* base, int64_t stride, const int32_t* offset, const float* 
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sum[v] = factor[0] * load(values + offset[0] + v * kLanes);
-#pragma GCC unroll 16
-      for (int i = 1; i < R; ++i) sum[v] += factor[i] * load(values + offset[i] + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 1; i < length; ++i) sum[v] += factor[i] * load(values + offset[i] + v * kLanes);
       bits |= at_least(sum[v], limit) << (v * kLanes);
     }
     if (!bits) continue;
@@ -99,20 +101,20 @@ int scan(const float* base, int64_t stride, const int32_t* offset, const float* 
   return found;
 }
 
-using Scan = int (*)(const float*, int64_t, const int32_t*, const float*, float, const Entry*, int, Entry*);
+using Scan = int (*)(int, const float*, int64_t, const int32_t*, const float*, float, const Entry*, int, Entry*);
 
+constexpr int kUnrolled = 8;
 template <int Width>
-constexpr Scan kScans[kMaxTreeRank] = {scan<1, Width>,  scan<2, Width>,  scan<3, Width>,  scan<4, Width>,
-                                       scan<5, Width>,  scan<6, Width>,  scan<7, Width>,  scan<8, Width>,
-                                       scan<9, Width>,  scan<10, Width>, scan<11, Width>, scan<12, Width>,
-                                       scan<13, Width>, scan<14, Width>, scan<15, Width>, scan<16, Width>};
+constexpr Scan kScans[kUnrolled + 1] = {scan<0, Width>, scan<1, Width>, scan<2, Width>, scan<3, Width>, scan<4, Width>,
+                                        scan<5, Width>, scan<6, Width>, scan<7, Width>, scan<8, Width>};
 
 }  // namespace
 
 int scan_blocks(int r, const float* base, int64_t stride, const int32_t* offset, const float* a, int width,
                 float threshold, const Entry* blocks, int count, Entry* out) {
-  const Scan scan = width == kFan ? kScans<kFan>[r - 1] : kScans<kLeaf>[r - 1];
-  return scan(base, stride, offset, a, threshold, blocks, count, out);
+  const int known = r <= kUnrolled ? r : 0;
+  const Scan scan = width == kFan ? kScans<kFan>[known] : kScans<kLeaf>[known];
+  return scan(r, base, stride, offset, a, threshold, blocks, count, out);
 }
 
 }  // namespace NFORMER_ISA
