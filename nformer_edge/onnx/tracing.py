@@ -26,7 +26,7 @@ from nformer_edge import __version__
 from nformer_edge.core.ops import DOMAIN, OPSET_VERSION, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.backbone import Backbone, BNNeck
-from nformer_edge.model.nformer import LayerNorm, NFormer
+from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.operators import using
 from nformer_edge.onnx.operators import IR_VERSION, check_opset, functions
 
@@ -79,9 +79,6 @@ class ExportedHead(nn.Module):
     def __init__(self, head: NFormer) -> None:
         super().__init__()
         self.head = copy.deepcopy(head).eval()
-        for name, module in list(self.head.named_modules()):
-            if isinstance(module, LayerNorm):
-                self.head.set_submodule(name, _fixed_size(module))
 
     def forward(
         self,
@@ -91,13 +88,6 @@ class ExportedHead(nn.Module):
         with using(_Nodes(self.head.spec)):
             out: Tensor = self.head(features, landmarks)
         return out
-
-
-def _fixed_size(norm: LayerNorm) -> nn.LayerNorm:
-    """The same layer under PyTorch's own class, whose size is a constant: the exporter cannot take it from a shape."""
-    fixed = nn.LayerNorm(norm.g.shape[0], eps=1e-5)
-    fixed.load_state_dict({"weight": norm.g.detach(), "bias": norm.b.detach()})
-    return fixed
 
 
 def trace_backbone(backbone: Backbone, size: tuple[int, int], opset: int) -> ModelProto:
