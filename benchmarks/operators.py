@@ -1,0 +1,219 @@
+"""The two operators on this CPU: every figure that the project claims for them, each beside a baseline of the same run.
+
+    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training] [--repeats 3]
+
+Each measurement runs in a process of its own, so that its peak memory is its own: the resident set's high-water mark
+less what was resident when the inputs stood ready. Times are wall clock; what is compared runs in turn, and the ratio
+is the median over turns of one turn's ratio. The dense baseline is the published formulation in plain torch: N x N
+affinities, masks and softmax. Features are clustered (an identity is a centre, its images are spread around it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nformer_edge.core.artifact import atomic_write_json
+from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.core.spec import HeadSpec
+from nformer_edge.kernels import native
+from nformer_edge.measure.machine import machine
+from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.operators import using
+
+MARKET, MSMT17, TRAINING = 19_281, 93_820, 7_000
+RULES = ("affinity", "features")
+
+
+class Dense:
+    """The operators as the published code computes them: everything N x N."""
+
+    def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
+        return (a @ b.transpose(1, 2)).topk(k, dim=2).indices.int()
+
+    def reciprocal_neighbor_attention(
+        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+    ) -> Tensor:
+        scores = a @ b.transpose(1, 2) / math.sqrt(v.shape[2])
+        mask = torch.zeros(neighbors.shape[0], *scores.shape[1:]).scatter_(2, neighbors.long(), 1.0)
+        mask = mask * mask.transpose(1, 2)
+        return torch.softmax(scores * mask + -1e9 * (1 - mask), dim=2) @ v
+
+
+def clustered(rows: int, size: int = 256, images: int = 25) -> Tensor:  # [N, D], unit length
+    generator = torch.Generator().manual_seed(0)
+    identity = torch.randint(0, max(1, rows // images), (rows,), generator=generator)
+    centres = torch.randn(max(1, rows // images), size, generator=generator)
+    return torch.nn.functional.normalize(centres[identity] + 0.7 * torch.randn(rows, size, generator=generator), dim=1)
+
+
+def head_of(rule: str, rows: int) -> tuple[NFormer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = NFormer(HeadSpec(rule=rule, input_scale="sqrt_dim")).eval()  # type: ignore[arg-type]
+    return head, clustered(rows), torch.from_numpy(draw_landmarks(rows, 4, 5, 0))
+
+
+def in_turn(repeats: int, **candidates: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each candidate, one after the other, `repeats` times after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _status_kib(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+
+def with_peak(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds and peak MB above the start of one run. The kernel's high-water mark starts anew (Linux, proc(5))."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before, start = _status_kib("VmRSS"), time.perf_counter()
+    run()
+    return time.perf_counter() - start, (_status_kib("VmHWM") - before) / 1024
+
+
+def linear_layers(head: NFormer, x: Tensor) -> None:
+    for block in head.h:
+        block.attn.c_attn(x)
+        block.mlp.c_proj(block.mlp.c_fc(block.attn.c_proj(x)))
+
+
+def head_time(rule: str, rows: int, repeats: int) -> dict[str, Any]:
+    """The whole head against its linear layers (and one N x N x 256 product under the features rule)."""
+    head, x, landmarks = head_of(rule, rows)
+    with torch.inference_mode():
+        parts = {"head": lambda: head(x, landmarks), "linear_layers": lambda: linear_layers(head, x)}
+        if rule == "features":
+            parts["product"] = lambda: x @ x.T
+        seconds = in_turn(repeats, **parts)
+    bases = [sum(turn) for turn in zip(*(s for name, s in seconds.items() if name != "head"), strict=True)]
+    ratios = [h / b for h, b in zip(seconds["head"], bases, strict=True)]
+    return {"rows": rows, "seconds": seconds, "ratio": statistics.median(ratios), "at_most": 1.6}
+
+
+def head_peak(rule: str, rows: int, way: str) -> dict[str, Any]:
+    head, x, landmarks = head_of(rule, rows)
+    with torch.inference_mode():
+        head(x[:512], landmarks % 512)  # libraries load and threads start before the count does
+        if way == "native":
+            seconds, peak = with_peak(lambda: head(x, landmarks))
+        else:
+            with using(Dense()):
+                seconds, peak = with_peak(lambda: head(x, landmarks))
+    return {"rows": rows, "seconds": seconds, "peak_mb": peak}
+
+
+def training_step(rule: str, rows: int, way: str) -> dict[str, Any]:
+    head, x, landmarks = head_of(rule, rows)
+    head.train()
+    optimizer = torch.optim.SGD(head.parameters(), lr=1e-4)
+
+    def step(features: Tensor, marks: Tensor) -> None:
+        optimizer.zero_grad()
+        head(features, marks).square().mean().backward()
+        optimizer.step()
+
+    def measure() -> tuple[float, float]:
+        step(x[:512], landmarks % 512)
+        first, peak = with_peak(lambda: step(x, landmarks))
+        return min(first, with_peak(lambda: step(x, landmarks))[0]), peak
+
+    if way == "native":
+        seconds, peak = measure()
+    else:
+        with using(Dense()):
+            seconds, peak = measure()
+    return {"rows": rows, "seconds": seconds, "peak_mb": peak}
+
+
+def top_k(rows: int, repeats: int) -> dict[str, Any]:
+    head, x, landmarks = head_of("affinity", rows)
+    with torch.inference_mode():
+        a, b, _ = (t.contiguous().numpy() for t in head.h[0].attn.factors(head.scaled(x), landmarks[0]))
+    native.row_top_k(a[:, :512].copy(), b[:, :512].copy(), 20)
+    first, peak = with_peak(lambda: native.row_top_k(a, b, 20))
+    more = [with_peak(lambda: native.row_top_k(a, b, 20))[0] for _ in range(repeats - 1)]
+    return {"rows": rows, "heads": 2, "length": 5, "k": 20, "seconds": min([first, *more]), "peak_mb": peak}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "head_time": head_time, "head_peak": head_peak, "training_step": training_step, "top_k": top_k,
+}  # fmt: skip
+
+
+def child(task: str, *arguments: Any) -> dict[str, Any]:
+    """Runs one task in a fresh process."""
+    print(f"  {task} {' '.join(map(str, arguments))} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, os.path.abspath(__file__), "--child", json.dumps([task, *arguments])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def compare(rule: str, task: str, rows: int, faster: float, **limits: float) -> dict[str, Any]:
+    ours, dense = (child(task, rule, rows, way) for way in ("native", "dense"))
+    return {
+        "native": ours, "dense": dense, "times_faster": dense["seconds"] / ours["seconds"],
+        "times_less_memory": dense["peak_mb"] / ours["peak_mb"], "at_least_times_faster": faster, **limits,
+    }  # fmt: skip
+
+
+def measure(only: list[str], repeats: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for rule in RULES:
+        if "head" in only:
+            results[f"head_{rule}"] = child("head_time", rule, MARKET, repeats)
+            results[f"head_dense_{rule}"] = compare(rule, "head_peak", MARKET, 25, peak_mb_at_most=600)
+        if "msmt17" in only:
+            results[f"msmt17_{rule}"] = child("head_peak", rule, MSMT17, "native") | {"peak_mb_at_most": 2500}
+        if "training" in only:
+            results[f"training_{rule}"] = compare(rule, "training_step", TRAINING, 5, at_least_times_less_memory=5)
+    if "top-k" in only:
+        runs = {rows: child("top_k", rows, repeats if rows < 1_000_000 else 1) for rows in (25_000, 100_000, 1_000_000)}
+        growth = runs[100_000]["seconds"] / runs[25_000]["seconds"]
+        results["top_k"] = {"runs": list(runs.values()), "growth_25k_to_100k": growth, "at_most": 6.0}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ["head", "msmt17", "top-k", "training"]
+    parser.add_argument("-o", "--out", default="runs/operators.json")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        task, *rest = json.loads(arguments.child)
+        print(json.dumps(TASKS[task](*rest)))
+        return
+    load = os.getloadavg()
+    results = measure(arguments.only, arguments.repeats)
+    report = {
+        "machine": machine(), "threads": torch.get_num_threads(), "instruction_set": native.instruction_sets()[0],
+        "load_average": {"before": load, "after": os.getloadavg()}, "results": results,
+    }  # fmt: skip
+    atomic_write_json(arguments.out, report)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
