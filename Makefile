@@ -1,5 +1,6 @@
 # make demo   the main job, from generated images to an INT8 engine and its accuracy proof
 # make test   lint, types, import floors and the whole test suite
+# make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
 
 PYTHON ?= python3
@@ -7,10 +8,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/kernels/src/*)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+gpu-check:
+	$(PYTHON) plugins/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

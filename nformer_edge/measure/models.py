@@ -23,9 +23,13 @@ Opener = Callable[..., Runner]
 _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
 
 
-def open_model(path: str | os.PathLike[str], threads: int | None, opener: Opener | None = None) -> Runner:
+def open_model(
+    path: str | os.PathLike[str], threads: int | None, opener: Opener | None = None, reference: bool = False
+) -> Runner:
     """Opens a checkpoint, bundle or engine. `opener` stands in for `runtime.open.open_runner`."""
-    return (opener or open_runner)(path, threads=threads)
+    if opener is not None:
+        return opener(path, threads=threads)
+    return open_runner(path, threads=threads, reference=reference)
 
 
 def open_dataset(data: Data, layout: str = "auto") -> Dataset:

@@ -17,8 +17,9 @@ _SELF_TEST_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
 
 
 def open_runner(
-    path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, device: str = "cpu"
-) -> Runner:
+    path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, device: str = "cpu",
+    reference: bool = False,
+) -> Runner:  # fmt: skip
     """Opens a model by what lies at `path`: a `.safetensors` checkpoint, a bundle's folder or an engine's folder.
 
     Args:
@@ -26,6 +27,7 @@ def open_runner(
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
         threads: CPU threads.
         device: for a checkpoint, ``cpu`` or a CUDA device.
+        reference: a checkpoint computes with the plain torch operators, to judge engines by.
 
     Raises:
         ArtifactError: if it is damaged, or none of these.
@@ -47,7 +49,7 @@ def open_runner(
             mend=f"Build one: nformer-edge build-engine --backend {backend}",
         )  # fmt: skip
     if runs_on == "pytorch":
-        return _open_checkpoint(path, threads, device)
+        return _open_checkpoint(path, threads, device, reference)
     if device != "cpu":
         raise UsageError("device", got=device, expected=f"cpu for {runs_on}", mend="Leave --device out.")
     if runs_on == "onnxruntime":
@@ -60,7 +62,7 @@ def open_runner(
     )  # fmt: skip
 
 
-def _open_checkpoint(path: Path, threads: int | None, device: str) -> Runner:
+def _open_checkpoint(path: Path, threads: int | None, device: str, plain: bool) -> Runner:
     try:
         from nformer_edge.runtime.torch_runner import TorchRunner
     except ImportError as e:
@@ -68,7 +70,7 @@ def _open_checkpoint(path: Path, threads: int | None, device: str) -> Runner:
             str(path), got=f"no {e.name} here", expected="PyTorch and safetensors, to run a checkpoint",
             mend="pip install 'nformer-edge[train]', or pass a bundle or an engine.",
         ) from e  # fmt: skip
-    return TorchRunner(path, threads=threads, device=device)
+    return TorchRunner(path, threads=threads, device=device, plain=plain)
 
 
 def _kind(path: Path) -> str:

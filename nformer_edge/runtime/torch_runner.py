@@ -12,7 +12,9 @@ import torch
 
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import ModelSpec
+from nformer_edge.model import ops
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.model.operators import FastestOperators, Operators, using
 from nformer_edge.runtime.runner import check_head_input, check_images, model_name
 
 
@@ -23,6 +25,9 @@ class TorchRunner:
         path: a `.safetensors` checkpoint.
         threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
         device: ``cpu`` or a CUDA device.
+        plain: the head computes with the plain torch operators, as a reference should: they round as a float32
+            product does, and so does every engine. The native kernels, faster and closer to exact, would now and then
+            choose the other of two neighbours that float32 cannot tell apart.
 
     Raises:
         ArtifactError: if the checkpoint cannot be read or has no backbone.
@@ -31,7 +36,9 @@ class TorchRunner:
 
     backend = "pytorch"
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu", plain: bool = False
+    ) -> None:
         checkpoint = load_checkpoint(path)
         if checkpoint.backbone is None:
             raise ArtifactError(
@@ -44,6 +51,7 @@ class TorchRunner:
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
         self._threads = threads
+        self._operators: Operators = ops if plain else FastestOperators()
         self._device = _device(device)
         self._model: Checkpoint | None = checkpoint
         for module in (checkpoint.backbone, checkpoint.head):
@@ -79,7 +87,7 @@ class TorchRunner:
         assert head is not None, "the spec has a head exactly where the checkpoint has"
         if len(features) == 0:
             return features
-        with self._computing():
+        with self._computing(), using(self._operators):
             x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
             return head(x, chosen).cpu().numpy()
 

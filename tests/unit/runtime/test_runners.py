@@ -205,3 +205,16 @@ def test_a_closed_checkpoint_says_so(tiny_checkpoint):
         pass
     with pytest.raises(BackendError, match="a closed runner"):
         runner.embed(pictures(1))
+
+
+def test_a_reference_never_computes_with_native_kernels(tiny_checkpoint, monkeypatch):
+    from nformer_edge.kernels import torch_ops
+
+    calls = []
+    monkeypatch.setattr(torch_ops, "supports", lambda *_: calls.append(1))
+    features = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
+    with open_runner(tiny_checkpoint, reference=True) as plain, open_runner(tiny_checkpoint) as fast:
+        reference = plain.relate(features)
+        assert not calls
+        np.testing.assert_allclose(fast.relate(features), reference, atol=1e-5)
+        assert calls
