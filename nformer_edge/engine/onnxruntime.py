@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from nformer_edge.core.cpu import instruction_sets, saturates_int8
 from nformer_edge.core.errors import BackendError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.cpu import instruction_sets, saturates_int8
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
 from nformer_edge.onnx.calibration import calibration_sha256
 

@@ -8,12 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "Pillow", "torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
+from nformer_edge.core.cpu import instruction_sets
 
-_INSTRUCTION_SETS = (
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8",
-    "amx_bf16", "asimd", "fphp", "asimddp", "i8mm", "bf16", "sve",
-)  # fmt: skip
+PACKAGES = ("numpy", "Pillow", "torch", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def _read(path: str) -> str:
@@ -55,13 +52,12 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """CPU, cores, instruction sets, memory, system and versions. Every value is JSON; null where it is not known."""
     info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
     board = _read("/proc/device-tree/model")
     return {
         "cpu": info.get("model name") or board or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cores": usable_cores(),
-        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "instruction_sets": list(instruction_sets()),
         "memory_mib": _memory_mib(),
         "system": f"{platform.system()} {platform.release()}",
         "board": board or None,

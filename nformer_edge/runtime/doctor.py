@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nformer_edge import __version__
-from nformer_edge.engine.cpu import instruction_sets
+from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.engine.tensorrt import nvidia_driver, tensorrt_package
 from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
 

@@ -10,9 +10,10 @@ import onnx
 import pytest
 from onnx import helper
 
+from nformer_edge.core import cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
-from nformer_edge.engine import cpu, onnxruntime, tensorrt
+from nformer_edge.engine import onnxruntime, tensorrt
 from nformer_edge.engine.build import BACKENDS, EngineSpec, build_engine, choose_backend, describe_engine
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.quantize import audit, channel_gates

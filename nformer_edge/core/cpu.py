@@ -6,8 +6,8 @@ from pathlib import Path
 
 #: Name in /proc/cpuinfo; x86 first, then Arm.
 KNOWN = (
-    "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimdhp",
-    "asimddp", "i8mm", "sve",
+    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8",
+    "amx_bf16", "asimd", "asimdhp", "fphp", "asimddp", "i8mm", "bf16", "sve",
 )  # fmt: skip
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
