@@ -157,7 +157,12 @@ def test_a_full_disk_is_named_and_the_old_file_survives(
 
 def test_ctrl_c_in_the_middle_leaves_nothing_half_written(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nformer_edge.cli", "make-data", "-o", str(tmp_path / "data")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+
+    def heed() -> None:  # a test run in the background of a shell has SIGINT ignored, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as process:
         deadline = time.monotonic() + 60
         while not any(tmp_path.rglob("*.png")) and time.monotonic() < deadline:
             time.sleep(0.01)
