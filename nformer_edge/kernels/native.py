@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -36,6 +37,12 @@ ISA_VARIABLE = "NFORMER_EDGE_ISA"
 def available() -> bool:
     """Whether the compiled kernels can be used here."""
     return _native is not None
+
+
+def folder() -> Path | None:
+    """Where the compiled kernels lie, which is not beside this file in an editable install."""
+    file = _native.__file__ if _native is not None else None
+    return Path(file).parent if file else None
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "row_top_k.h"
+#include "operators.h"
 #include "table.h"
 #include "threads.h"
 
@@ -34,54 +34,23 @@ std::vector<std::string> instruction_sets() {
   return {names, names + count};
 }
 
-// The first row of x [rows, length] with a NaN or infinity, or -1.
-int64_t first_bad_row(Floats x, int threads) {
+int64_t bad_row(Floats x, int threads) {
   const nb::gil_scoped_release release;
-  const int64_t rows = x.shape(0) * x.shape(1), length = x.shape(2);
-  std::atomic<int64_t> first{rows};
-  parallel_ranges(threads, rows, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      float sum = 0;  // x - x is 0 for a finite x and NaN otherwise
-      for (int64_t i = 0; i < length; ++i) sum += x.data()[row * length + i] - x.data()[row * length + i];
-      if (sum == 0) continue;
-      int64_t seen = first.load();
-      while (row < seen && !first.compare_exchange_weak(seen, row)) {
-      }
-      return;
-    }
-  });
-  return first < rows ? first.load() : -1;
+  return first_bad_row(x.data(), x.shape(0) * x.shape(1), x.shape(2), threads);
 }
 
-// The first row of neighbors [rows, K] with an entry outside -1..count-1, or -1.
-int64_t first_bad_list(Lists x, int64_t count, int threads) {
+int64_t bad_list(Lists x, int64_t count, int threads) {
   const nb::gil_scoped_release release;
-  const int64_t rows = x.shape(0) * x.shape(1), length = x.shape(2);
-  std::atomic<int64_t> first{rows};
-  parallel_ranges(threads, rows, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      int bad = 0;
-      for (int64_t i = 0; i < length; ++i) bad |= x.data()[row * length + i] < -1 || x.data()[row * length + i] >= count;
-      if (!bad) continue;
-      int64_t seen = first.load();
-      while (row < seen && !first.compare_exchange_weak(seen, row)) {
-      }
-      return;
-    }
-  });
-  return first < rows ? first.load() : -1;
+  return first_bad_list(x.data(), x.shape(0) * x.shape(1), x.shape(2), count, threads);
 }
 
-void row_top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree) {
+void top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree) {
   const Table& table = table_of(isa);
   const nb::gil_scoped_release release;
-  const StandardArithmetic scope;
-  const int64_t n = a.shape(1), m = b.shape(1), r = a.shape(2), k = out.shape(2);
-  for (size_t head = 0; head < a.shape(0); ++head) {
-    const RowTopK x{a.data() + head * n * r, b.data() + head * m * r, n, m, r, static_cast<int>(k),
-                    out.data() + head * n * k};
-    tree ? row_top_k_tree(table, x, threads) : row_top_k_dense(table, x, threads);
-  }
+  const TopKTensors x{a.data(),   b.data(),   static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1)),
+                      static_cast<int64_t>(b.shape(1)), static_cast<int64_t>(a.shape(2)),
+                      static_cast<int>(out.shape(2)),   out.data()};
+  row_top_k(table, x, threads, tree);
 }
 
 // Exact scores of the pairs (i, columns[h, i, n]); -infinity where the column is -1.
@@ -102,66 +71,35 @@ void pair_scores(Floats a, Floats b, Lists columns, nb::ndarray<double, nb::ndim
   });
 }
 
-struct Memory {
-  explicit Memory(int64_t k) : slots(k), weights(k), shares(2 * k) {}
-  Scratch scratch() { return {slots.data(), weights.data(), shares.data()}; }
-  std::vector<int32_t> slots;
-  std::vector<double> weights;
-  std::vector<float> shares;
-};
-
-constexpr int64_t kAttendRows = 128;
-
-Attention head_of(const Floats& a, const Floats& b, const Floats& v, const Lists& neighbors, double scale, size_t h) {
-  const int64_t n = a.shape(1), r = a.shape(2), d = v.shape(2), k = neighbors.shape(2);
-  const size_t list = neighbors.shape(0) == 1 ? 0 : h;
-  return {a.data() + h * n * r, b.data() + h * n * r, v.data() + h * n * d, neighbors.data() + list * n * k,
-          n,                    r,                    d,                    k,
-          scale};
+AttentionTensors tensors_of(const Floats& a, const Floats& b, const Floats& v, const Lists& neighbors, double scale) {
+  const auto size = [](size_t n) { return static_cast<int64_t>(n); };
+  return {a.data(),         b.data(),         v.data(),         neighbors.data(),         size(a.shape(0)), size(neighbors.shape(0)),
+          size(a.shape(1)), size(a.shape(2)), size(v.shape(2)), size(neighbors.shape(2)), scale};
 }
 
-void attend(Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut y, int threads,
-            const std::string& isa) {
+void attention(Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut y, int threads,
+               const std::string& isa) {
   const Table& table = table_of(isa);
   const nb::gil_scoped_release release;
-  for (size_t h = 0; h < a.shape(0); ++h) {
-    const Attention x = head_of(a, b, v, neighbors, scale, h);
-    parallel_ranges(threads, x.n, kAttendRows, [&](int64_t begin, int64_t end) {
-      Memory memory(x.k);
-      table.attend(x, begin, end, y.data() + h * x.n * x.d, memory.scratch());
-    });
-  }
+  attend(table, tensors_of(a, b, v, neighbors, scale), y.data(), threads);
 }
 
-void attend_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut ga, FloatsOut gb,
-                     FloatsOut gv, int threads, const std::string& isa) {
+void attention_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut ga,
+                        FloatsOut gb, FloatsOut gv, int threads, const std::string& isa) {
   const Table& table = table_of(isa);
   const nb::gil_scoped_release release;
-  for (size_t h = 0; h < a.shape(0); ++h) {
-    const Attention x = head_of(a, b, v, neighbors, scale, h);
-    std::vector<float> weight(x.n * x.k), slope(x.n * x.k);
-    const AttentionGradient g{gy.data() + h * x.n * x.d, weight.data(),           slope.data(),
-                              ga.data() + h * x.n * x.r, gb.data() + h * x.n * x.r, gv.data() + h * x.n * x.d};
-    parallel_ranges(threads, x.n, kAttendRows, [&](int64_t begin, int64_t end) {
-      Memory memory(x.k);
-      table.attend_backward_rows(x, g, begin, end, memory.scratch());
-    });
-    parallel_ranges(threads, x.n, kAttendRows, [&](int64_t begin, int64_t end) {
-      Memory memory(x.k);
-      table.attend_backward_columns(x, g, begin, end, memory.scratch());
-    });
-  }
+  attend_backward(table, tensors_of(a, b, v, neighbors, scale), gy.data(), ga.data(), gb.data(), gv.data(), threads);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("instruction_sets", &instruction_sets);
-  m.def("first_bad_row", &first_bad_row);
-  m.def("first_bad_list", &first_bad_list);
-  m.def("row_top_k", &row_top_k);
+  m.def("first_bad_row", &bad_row);
+  m.def("first_bad_list", &bad_list);
+  m.def("row_top_k", &top_k);
   m.def("pair_scores", &pair_scores);
-  m.def("attend", &attend);
-  m.def("attend_backward", &attend_backward);
+  m.def("attend", &attention);
+  m.def("attend_backward", &attention_backward);
   m.attr("MAX_TREE_RANK") = kMaxTreeRank;
 }

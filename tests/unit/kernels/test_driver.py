@@ -23,7 +23,9 @@ def build_and_run(folder: Path, *options: str, before: tuple[str, ...] = ()) -> 
     subprocess.run(
         ["cmake", "-S", SOURCES.parents[2], "-B", folder, *defaults, *options], check=True, capture_output=True
     )
-    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "--build", folder, "--target", "kernels_driver", "--parallel", "2"], check=True, capture_output=True
+    )
     driver = folder / "nformer_edge" / "kernels" / "src" / "kernels_driver"
     run = subprocess.run([*before, driver], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,98 @@
+#include "operators.h"
+
+#include <atomic>
+#include <vector>
+
+#include "row_top_k.h"
+#include "threads.h"
+
+namespace nformer {
+namespace {
+
+constexpr int64_t kCheckRows = 4096;
+constexpr int64_t kAttendRows = 128;
+
+// The first row of which `bad` holds, or -1.
+template <class Bad>
+int64_t first_row(int64_t rows, int threads, const Bad& bad) {
+  std::atomic<int64_t> first{rows};
+  parallel_ranges(threads, rows, kCheckRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!bad(row)) continue;
+      int64_t seen = first.load();
+      while (row < seen && !first.compare_exchange_weak(seen, row)) {
+      }
+      return;
+    }
+  });
+  return first < rows ? first.load() : -1;
+}
+
+Attention head_of(const AttentionTensors& x, int64_t h) {
+  const int32_t* neighbors = x.neighbors + (x.lists == 1 ? 0 : h) * x.n * x.k;
+  return {x.a + h * x.n * x.r, x.b + h * x.n * x.r, x.v + h * x.n * x.d, neighbors, x.n, x.r, x.d, x.k, x.scale};
+}
+
+// Runs work(begin, end, scratch) over the rows of one head.
+template <class Work>
+void over_rows(const Attention& x, int threads, const Work& work) {
+  parallel_ranges(threads, x.n, kAttendRows, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> slots(x.k);
+    std::vector<double> weights(x.k);
+    std::vector<float> shares(2 * x.k);
+    work(begin, end, Scratch{slots.data(), weights.data(), shares.data()});
+  });
+}
+
+}  // namespace
+
+int64_t first_bad_row(const float* x, int64_t rows, int64_t length, int threads) {
+  return first_row(rows, threads, [=](int64_t row) {
+    float sum = 0;  // x - x is 0 for a finite x and NaN otherwise
+    for (int64_t i = row * length; i < (row + 1) * length; ++i) sum += x[i] - x[i];
+    return sum != 0;
+  });
+}
+
+int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t count, int threads) {
+  return first_row(rows, threads, [=](int64_t row) {
+    int bad = 0;
+    for (int64_t i = row * length; i < (row + 1) * length; ++i) bad |= x[i] < -1 || x[i] >= count;
+    return bad != 0;
+  });
+}
+
+void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree) {
+  const StandardArithmetic scope;
+  for (int64_t h = 0; h < x.heads; ++h) {
+    const RowTopK head{x.a + h * x.n * x.r, x.b + h * x.m * x.r, x.n, x.m, x.r, x.k, x.neighbors + h * x.n * x.k};
+    tree ? row_top_k_tree(table, head, threads) : row_top_k_dense(table, head, threads);
+  }
+}
+
+void attend(const Table& table, const AttentionTensors& tensors, float* y, int threads) {
+  for (int64_t h = 0; h < tensors.heads; ++h) {
+    const Attention x = head_of(tensors, h);
+    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+      table.attend(x, begin, end, y + h * x.n * x.d, scratch);
+    });
+  }
+}
+
+void attend_backward(const Table& table, const AttentionTensors& tensors, const float* gy, float* ga, float* gb,
+                     float* gv, int threads) {
+  for (int64_t h = 0; h < tensors.heads; ++h) {
+    const Attention x = head_of(tensors, h);
+    std::vector<float> weight(x.n * x.k), slope(x.n * x.k);
+    const AttentionGradient g{gy + h * x.n * x.d, weight.data(),      slope.data(),
+                              ga + h * x.n * x.r, gb + h * x.n * x.r, gv + h * x.n * x.d};
+    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+      table.attend_backward_rows(x, g, begin, end, scratch);
+    });
+    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+      table.attend_backward_columns(x, g, begin, end, scratch);
+    });
+  }
+}
+
+}  // namespace nformer

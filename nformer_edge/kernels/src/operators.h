@@ -1,0 +1,41 @@
+// The two operators over whole tensors: heads, threads, and the checks that raw memory needs. Row-major throughout.
+#pragma once
+
+#include <cstdint>
+
+#include "table.h"
+
+namespace nformer {
+
+// a [H, N, R], b [H, M, R], both finite -> neighbors [H, N, k], k <= M.
+struct TopKTensors {
+  const float* a;
+  const float* b;
+  int64_t heads, n, m, r;
+  int k;
+  int32_t* neighbors;
+};
+
+// a, b [H, N, R], v [H, N, D], neighbors [lists = H or 1, N, K], each -1..N-1.
+struct AttentionTensors {
+  const float* a;
+  const float* b;
+  const float* v;
+  const int32_t* neighbors;
+  int64_t heads, lists, n, r, d, k;
+  double scale;
+};
+
+// The first row of x [rows, length] with a NaN or infinity, or -1.
+int64_t first_bad_row(const float* x, int64_t rows, int64_t length, int threads);
+// The first row of x [rows, length] with an entry outside -1..count-1, or -1.
+int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t count, int threads);
+
+void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
+// y [H, N, D].
+void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
+// From gy [H, N, D]; ga, gb, gv are shaped as a, b, v.
+void attend_backward(const Table& table, const AttentionTensors& x, const float* gy, float* ga, float* gb, float* gv,
+                     int threads);
+
+}  // namespace nformer
