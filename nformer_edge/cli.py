@@ -294,12 +294,9 @@ def _doctor(args: Args) -> None:
 )  # fmt: skip
 def _demo(args: Args) -> None:
     from nformer_edge.demo import format_demo, run_demo
-    from nformer_edge.measure.parity import require_passed
 
     result = run_demo(args.output, seed=args.seed, tiny=args.tiny, say=(lambda _: None) if args.json else print)
     _show(args, result, format_demo(result))
-    for judged in result["parity"]:
-        require_passed(judged)
 
 
 def _parser() -> argparse.ArgumentParser:

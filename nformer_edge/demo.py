@@ -117,7 +117,14 @@ class _Clock:
 
 
 def format_demo(result: dict[str, Any]) -> str:
-    """What the demo ends with: gates, one table, and where the report is."""
+    """What the demo ends with: the gates, those that failed by name, one table, and where the report is."""
+    from nformer_edge.measure.parity import describe_failures
+
     gates = "\n\n".join(format_gates(judged) for judged in result["parity"])
+    failed = [f"FAILED {j['engine']['label']}: {line}" for j in result["parity"] for line in describe_failures(j)]
+    verdict = "\n".join(failed) or "no gate failed"
     total = sum(result["seconds"].values())
-    return f"\n{gates}\n\n{format_models(result['results'])}\n\n{total:.0f} s in all\nreport: {result['report']}"
+    return (
+        f"\n{gates}\n\n{verdict}\n\n{format_models(result['results'])}\n\n"
+        f"{total:.0f} s in all\nreport: {result['report']}"
+    )
