@@ -47,7 +47,7 @@ def state():
 before = state()
 import nformer_edge
 for m in pkgutil.walk_packages(nformer_edge.__path__, "nformer_edge."):
-    if not m.name.rsplit(".", 1)[1].startswith("_"):
+    if not m.name.rsplit(".", 1)[1].startswith(("_", "lib")):  # lib*.so is for onnxruntime to load, no module
         importlib.import_module(m.name)
 assert state() == before
 """
