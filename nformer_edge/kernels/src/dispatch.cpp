@@ -17,8 +17,9 @@
 
 // tile_rows and tile_columns are read only once the machine is known to run the instruction set.
 #define NFORMER_TABLE(isa)                                                                                    \
-  {#isa,         isa::tile_rows(),          isa::tile_columns(),          isa::scan_panel, isa::scan_blocks, isa::score, \
-   isa::attend, isa::attend_backward_rows, isa::attend_backward_columns}
+  {#isa,             isa::tile_rows(), isa::tile_columns(),          isa::scan_panel, isa::scan_blocks, \
+   isa::kth_largest, isa::score,       isa::attend,                  isa::attend_backward_rows,         \
+   isa::attend_backward_columns}
 
 namespace nformer {
 namespace {

@@ -117,5 +117,22 @@ int scan_blocks(int r, const float* base, int64_t stride, const int32_t* offset,
   return scan(r, base, stride, offset, a, threshold, blocks, count, out);
 }
 
+// A score with at least k scores that reach it, itself among them; the largest such is the k-th.
+float kth_largest(float* scores, int count, int k) {
+  constexpr float kLowest = -__builtin_inff();
+  while (count % kLanes) scores[count++] = kLowest;
+  Vec best = broadcast(kLowest);
+  for (int i = 0; i < count; i += kLanes) {
+    const Vec own = load(scores + i);
+    decltype(own < own) reached = {};  // counted downwards: a comparison that holds is -1
+    for (int j = 0; j < count; ++j) reached += broadcast(scores[j]) >= own;
+    const Vec candidate = reached <= -k ? own : broadcast(kLowest);
+    best = best > candidate ? best : candidate;
+  }
+  float most = best[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = best[lane] > most ? best[lane] : most;
+  return most;
+}
+
 }  // namespace NFORMER_ISA
 }  // namespace nformer

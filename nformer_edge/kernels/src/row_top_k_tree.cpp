@@ -22,6 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kTask = 256;    // rows a thread takes at once; the first starts without a threshold
 constexpr int kSeeds = 2;           // times k: columns of the last row that set a threshold
+constexpr int kRoom = 3;            // times k: candidates that may wait before the threshold is raised
 constexpr int kLeavesAtOnce = 16;   // between them the threshold may rise
 
 class Tree {
@@ -106,10 +107,9 @@ class Walk {
         scaling_(scaling),
         most_(most),
         selection_(table, {tree.exact(), tree.ids(), x.r, scaling.a * scaling.b}, x.k),
-        capacity_(2 * x.k + kLeavesAtOnce * kLeaf),
+        capacity_(kRoom * x.k + kLeavesAtOnce * kLeaf),
         entries_(capacity_ + 1),
         buffer_(capacity_),
-        seeds_(kSeeds * x.k),
         boxes_(tree.levels()[0].count + kFan + 1),
         groups_(boxes_.size()) {
     for (int64_t axis = 0; axis < x.r; ++axis) leaf_offset_[axis] = static_cast<int32_t>(axis * kLeaf);
@@ -141,10 +141,9 @@ class Walk {
       const float* b = tree_.exact() + entries_[n].column * x_.r;
       double score = 0;
       for (int64_t axis = 0; axis < x_.r; ++axis) score += static_cast<double>(row_[axis]) * b[axis];
-      seeds_[n] = score;
+      buffer_.approximate[n] = static_cast<float>(score * scaling_.a * scaling_.b);
     }
-    std::nth_element(seeds_.begin(), seeds_.begin() + (x_.k - 1), seeds_.begin() + count, std::greater<>());
-    return threshold_under(seeds_[x_.k - 1] * scaling_.a * scaling_.b - static_cast<double>(error), error);
+    return threshold_under(selection_.kth_largest(buffer_, count) - static_cast<double>(error), error);
   }
 
   // The leaves that may hold a neighbour, in boxes_. Returns how many.
@@ -162,8 +161,9 @@ class Walk {
   }
 
   void scan_leaves(int count) {
+    const int room = capacity_ - kLeavesAtOnce * kLeaf;
     for (int n = 0; n < count; n += kLeavesAtOnce) {
-      if (state_.count > 2 * x_.k) selection_.compact(state_, entries_.data(), 2 * x_.k, row_, buffer_);
+      if (state_.count > room) selection_.compact(state_, entries_.data(), room, row_, buffer_);
       state_.count +=
           table_.scan_blocks(static_cast<int>(x_.r), tree_.leaf(0), kLeaf * x_.r, leaf_offset_, factor_, kLeaf,
                              state_.threshold, boxes_.data() + n, std::min(kLeavesAtOnce, count - n),
@@ -180,7 +180,6 @@ class Walk {
   int capacity_;
   std::vector<Entry> entries_;
   RankBuffer buffer_;
-  std::vector<double> seeds_;
   std::vector<Entry> boxes_, groups_;
   Row state_;
   const float* row_ = nullptr;

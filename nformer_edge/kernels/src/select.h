@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -61,11 +62,12 @@ struct Ranked {
 // A selection's scratch for exact scoring, one a worker.
 struct RankBuffer {
   explicit RankBuffer(int64_t capacity)
-      : columns(capacity), scores(capacity), places(capacity), ranked(capacity) {}
+      : columns(capacity), scores(capacity), places(capacity), ranked(capacity), approximate(capacity + 16) {}
   std::vector<int32_t> columns;
   std::vector<double> scores;
   std::vector<uint64_t> places;
   std::vector<Ranked> ranked;
+  std::vector<float> approximate;
 };
 
 inline float round_down(double x) {
@@ -98,13 +100,7 @@ class Selection {
 
   // Drops what cannot be in the list. Leaves at most (k + capacity) / 2 entries, by exact scores if it has to.
   void compact(Row& row, Entry* entries, int capacity, const float* a, RankBuffer& buffer) const {
-    if (row.count <= k_) return;
-    std::nth_element(entries, entries + (k_ - 1), entries + row.count,
-                     [](const Entry& x, const Entry& y) { return x.score > y.score; });
-    raise(row, threshold_under(entries[k_ - 1].score - static_cast<double>(row.error), row.error));
-    const float threshold = row.threshold;
-    row.count = static_cast<int32_t>(
-        std::remove_if(entries, entries + row.count, [=](const Entry& e) { return e.score < threshold; }) - entries);
+    prune(row, entries, buffer);
     if (row.count <= (k_ + capacity) / 2) return;
     rank(row, entries, a, buffer);
     raise(row, threshold_under(score_of(buffer.ranked[k_ - 1].place) * columns_.unscale, row.error));
@@ -112,8 +108,9 @@ class Selection {
     for (int n = 0; n < k_; ++n) entries[n] = buffer.ranked[n].entry;
   }
 
-  // The final list: `out` [k], and the columns' own positions in entries[0..row.count-1].
+  // The final list: `out` [k], and the candidates, best first, in entries[0..row.count-1].
   void finish(Row& row, Entry* entries, const float* a, RankBuffer& buffer, int32_t* out) const {
+    prune(row, entries, buffer);
     rank(row, entries, a, buffer);
     for (int n = 0; n < row.count; ++n) entries[n] = buffer.ranked[n].entry;
     const int kept = std::min(row.count, static_cast<int32_t>(k_));
@@ -121,7 +118,30 @@ class Selection {
     std::fill(out + kept, out + k_, kNone);
   }
 
+  // The k-th largest of buffer.approximate[0..count-1], which is used up.
+  float kth_largest(RankBuffer& buffer, int count) const {
+    if (count <= kFew) return table_.kth_largest(buffer.approximate.data(), count, k_);
+    const auto first = buffer.approximate.begin();
+    std::nth_element(first, first + (k_ - 1), first + count, std::greater<>());
+    return buffer.approximate[k_ - 1];
+  }
+
  private:
+  // Drops what the approximate scores alone rule out.
+  void prune(Row& row, Entry* entries, RankBuffer& buffer) const {
+    if (row.count <= k_) return;
+    for (int n = 0; n < row.count; ++n) buffer.approximate[n] = entries[n].score;
+    const double kth = kth_largest(buffer, row.count);
+    raise(row, threshold_under(kth - static_cast<double>(row.error), row.error));
+    int32_t kept = 0;
+    for (int n = 0; n < row.count; ++n) {
+      const Entry entry = entries[n];
+      entries[kept] = entry;
+      kept += entry.score >= row.threshold;  // without a branch that would mispredict
+    }
+    row.count = kept;
+  }
+
   static void raise(Row& row, float threshold) { row.threshold = std::max(row.threshold, threshold); }
 
   void rank(const Row& row, const Entry* entries, const float* a, RankBuffer& buffer) const {
@@ -142,7 +162,7 @@ class Selection {
                       buffer.ranked.begin() + row.count);
   }
 
-  static constexpr int kFew = 64;  // up to here counting who stands before beats a sort, whose branches mispredict
+  static constexpr int kFew = 96;  // up to here counting who stands before beats a sort, whose branches mispredict
 
   const Table& table_;
   Columns columns_;

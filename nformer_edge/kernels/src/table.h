@@ -67,6 +67,10 @@ struct Table {
   int (*scan_blocks)(int r, const float* base, int64_t stride, const int32_t* offset, const float* a, int width,
                      float threshold, const Entry* blocks, int count, Entry* out);
 
+  // The k-th largest of scores[0..count-1], 1 <= k <= count, by counting: for count up to a hundred or so. The array
+  // has room up to the next multiple of 16.
+  float (*kth_largest)(float* scores, int count, int k);
+
   // Exact. The same bits on every instruction set.
   void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
   // Rows (or columns) begin..end-1 of one head.
