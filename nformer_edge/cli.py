@@ -199,16 +199,34 @@ def _build_engine(args: Args) -> None:
     _show(args, result, result["summary"])
 
 
+def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
+    """``name=number`` as it stands on the command line, to a table."""
+    table = {}
+    for pair in pairs or ():
+        name, _, value = pair.partition("=")
+        try:
+            table[name] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise UsageError("augment", got=pair, expected="name=number", mend="Such as pad=10 erase=0.5.") from None
+    return table
+
+
 @_command(
     "embed", "images -> feature store (.npz)",
     MODEL, _option("--data", required=True, metavar="DIR", help="dataset, or a folder of images"), LAYOUT,
-    _out("FILE.npz"), BATCH, THREADS,
+    _out("FILE.npz"), BATCH, THREADS, SEED,
+    _option("--splits", nargs="+", metavar="SPLIT", help="train query gallery junk (default: the first three)"),
+    _option("--views", type=int, default=1, help="views of each training image: one plain, the others augmented"),
+    _option("--augment", nargs="+", metavar="NAME=X", help="flip, pad, erase (default flip=0.5 pad=10 erase=0.5)"),
 )  # fmt: skip
 def _embed(args: Args) -> None:
-    from nformer_edge.runtime.embed import embed_files
+    from nformer_edge.runtime.embed import embed_files, format_embedding
 
-    result = embed_files(args.model, args.data, args.output, batch=args.batch, threads=args.threads, layout=args.layout)
-    _show(args, result, f"wrote {args.output}: " + ", ".join(f"{k} {v}" for k, v in result["images"].items()))
+    result = embed_files(
+        args.model, args.data, args.output, batch=args.batch, threads=args.threads, layout=args.layout,
+        splits=args.splits, views=args.views, augment=_assignments(args.augment), seed=args.seed,
+    )  # fmt: skip
+    _show(args, result, format_embedding(result))
 
 
 @_command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class FeatureSet:
         camids: int64 [N], camera; unknown is -1.
         paths: N image paths, in the same order.
         model: sha256 of the model file that made the features, or "".
+        hashes: sha256 of each image file, in the same order; empty where nobody took them.
+        augmented: float32 [V - 1, N, D], further views of the same images, each augmented otherwise; None for none.
+        augmentation: JSON that says how the views were drawn, or "".
     """
 
     features: np.ndarray
@@ -32,6 +36,9 @@ class FeatureSet:
     camids: np.ndarray
     paths: tuple[str, ...]
     model: str = ""
+    hashes: tuple[str, ...] = ()
+    augmented: np.ndarray | None = None
+    augmentation: str = ""
 
     def __post_init__(self) -> None:
         rows = len(self.features)
@@ -45,6 +52,16 @@ class FeatureSet:
                     name, got=f"{len(getattr(self, name))} entries", expected=f"{rows}, one for each feature",
                     mend="Pass labels for exactly these images.",
                 )  # fmt: skip
+        if self.hashes and len(self.hashes) != rows:
+            raise DataError(
+                "hashes", got=f"{len(self.hashes)} entries", expected=f"{rows}, one for each feature, or none",
+                mend="Pass the hashes of exactly these images.",
+            )  # fmt: skip
+        if self.augmented is not None and (self.augmented.ndim != 3 or self.augmented.shape[1:] != self.features.shape):
+            raise DataError(
+                "augmented", got=f"shape {self.augmented.shape}", expected=f"[V - 1, {rows}, {self.features.shape[1]}]",
+                mend="Pass each view's features of exactly these images.",
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.features)
@@ -55,11 +72,29 @@ class FeatureSet:
         return replace(
             self, features=self.features[rows], pids=self.pids[rows], camids=self.camids[rows],
             paths=tuple(self.paths[i] for i in rows),
+            hashes=tuple(self.hashes[i] for i in rows) if self.hashes else (),
+            augmented=None if self.augmented is None else self.augmented[:, rows],
         )  # fmt: skip
 
     def with_features(self, features: np.ndarray) -> FeatureSet:
-        """The same images under other features, such as the head's output."""
-        return replace(self, features=features)
+        """The same images under other features, such as the head's output; augmented views are not kept."""
+        return replace(self, features=features, augmented=None, augmentation="")
+
+    @property
+    def views(self) -> int:
+        """V: how many views of each image there are, the plain one among them."""
+        return 1 if self.augmented is None else 1 + len(self.augmented)
+
+    def view(self, number: int) -> FeatureSet:
+        """One view alone: 0 is the plain one, 1 to `views` - 1 the augmented ones."""
+        if not 0 <= number < self.views:
+            raise DataError(
+                "view", got=number, expected=f"0..{self.views - 1}",
+                mend="Embed the images again with more --views.",
+            )  # fmt: skip
+        return self.with_features(
+            self.features if self.augmented is None or number == 0 else self.augmented[number - 1]
+        )
 
 
 def check_features(features: np.ndarray, subject: str = "features", dim: int | None = None) -> None:
@@ -91,12 +126,16 @@ def save_features(path: str | os.PathLike[str], sets: dict[str, FeatureSet]) -> 
             f"{split}/features": s.features, f"{split}/pids": s.pids, f"{split}/camids": s.camids,
             f"{split}/paths": np.array(s.paths, dtype=np.str_), f"{split}/model": np.array(s.model),
         }  # fmt: skip
+        if s.hashes:
+            arrays[f"{split}/sha256"] = np.array(s.hashes, dtype=np.str_)
+        if s.augmented is not None:
+            arrays |= {f"{split}/augmented": s.augmented, f"{split}/augmentation": np.array(s.augmentation)}
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
-    """Reads a feature store that `save_features` wrote.
+    """Reads a feature store that `save_features` wrote, of this version or an earlier one (without hashes and views).
 
     Raises:
         ArtifactError: if the file is missing, damaged or something else.
@@ -111,13 +150,7 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
                 raise ArtifactError(
                     str(path), got="another kind of .npz", expected=_FORMAT, mend="Make one with `nformer-edge embed`."
                 )
-            return {
-                str(split): FeatureSet(
-                    z[f"{split}/features"], z[f"{split}/pids"], z[f"{split}/camids"],
-                    tuple(str(p) for p in z[f"{split}/paths"]), str(z[f"{split}/model"]),
-                )
-                for split in z["splits"]
-            }  # fmt: skip
+            return {str(split): _read_split(z, str(split)) for split in z["splits"]}
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise ArtifactError(
             str(path),
@@ -125,3 +158,14 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
             expected="a feature store",
             mend="Make it again with `nformer-edge embed`.",
         ) from e
+
+
+def _read_split(z: Mapping[str, np.ndarray], split: str) -> FeatureSet:
+    with_views = f"{split}/augmented" in z
+    return FeatureSet(
+        z[f"{split}/features"], z[f"{split}/pids"], z[f"{split}/camids"],
+        tuple(str(p) for p in z[f"{split}/paths"]), str(z[f"{split}/model"]),
+        hashes=tuple(str(h) for h in z[f"{split}/sha256"]) if f"{split}/sha256" in z else (),
+        augmented=z[f"{split}/augmented"] if with_views else None,
+        augmentation=str(z[f"{split}/augmentation"]) if with_views else "",
+    )  # fmt: skip

@@ -25,11 +25,21 @@ def iter_batches(
 ) -> Iterator[np.ndarray]:
     """Yields float32 [B, 3, height, width] in the order of `paths`; the last batch may be smaller.
 
-    The numbers are those of `core.preprocess.preprocess_files`, whatever `batch` and `threads`.
+    The numbers are those of `core.preprocess.preprocess_files`, whatever `batch` and `threads`. Arguments and errors
+    are those of `iter_pixels`.
+    """
+    for pixels in iter_pixels(paths, spec, batch, threads):
+        yield normalize(pixels, spec)
+
+
+def iter_pixels(
+    paths: Sequence[Path], spec: PreprocessSpec, batch: int = 32, threads: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yields decoded and resized images, uint8 [B, height, width, 3], RGB, in the order of `paths`.
 
     Args:
         paths: image files.
-        spec: size, channel order and normalisation.
+        spec: the images' size.
         batch: B.
         threads: decoders, default one a CPU core (at most 8); at most two batches are decoded ahead.
 
@@ -47,6 +57,6 @@ def iter_batches(
             if chunk is not None:
                 ahead.append([pool.submit(decode, path, spec) for path in chunk])
             if ahead and (chunk is None or len(ahead) > 2):
-                yield normalize(np.stack([future.result() for future in ahead.popleft()]), spec)
+                yield np.stack([future.result() for future in ahead.popleft()])
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

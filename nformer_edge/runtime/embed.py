@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.features import FeatureSet, save_features
 from nformer_edge.core.ops import draw_landmarks
-from nformer_edge.core.preprocess import SUFFIXES
+from nformer_edge.core.preprocess import SUFFIXES, normalize
+from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.data.batches import iter_batches
+from nformer_edge.data.batches import iter_pixels
 from nformer_edge.data.readers import read_dataset
+from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import UNKNOWN_CAMERA, Dataset, ImageRecord
 from nformer_edge.runtime.open import open_runner
 from nformer_edge.runtime.runner import Runner, require_head
@@ -25,39 +30,85 @@ SPLITS = ("train", "query", "gallery")
 
 _UNKNOWN_PERSON = -1
 
+#: Pixels uint8 [B, H, W, 3], the files' hashes and the view's number to the backbone's input [B, 3, H, W].
+Draw = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
+
 
 def embed_records(
-    runner: Runner, records: Sequence[ImageRecord], batch: int = 32, threads: int | None = None
+    runner: Runner,
+    records: Sequence[ImageRecord],
+    batch: int = 32,
+    threads: int | None = None,
+    views: int = 1,
+    augment: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> FeatureSet:
-    """The backbone's features of `records`, in their order, with their labels.
+    """The backbone's features of `records`, in their order, with their labels and the files' hashes.
 
     Args:
         runner: an open model.
         records: images.
         batch: images decoded and run at once.
         threads: decoders; one a core if None.
+        views: views of each image, the plain one first. More than one needs the extra ``train``.
+        augment: fields of `data.loaders.AugmentSpec` for views 1 and up, where they are not training's own.
+        seed: with an image file's contents and a view's number it decides that view, whatever stands beside it.
 
     Raises:
         DataError: for the first image that cannot be read, or whose feature is not finite.
+        UsageError: if `views` is below 1, or `augment` does not fit.
     """
+    check_at_least("views", views, 1)
+    draw, recipe = _augmenter(runner.spec.preprocess, augment, seed) if views > 1 else (None, "")
     paths = tuple(r.path for r in records)
-    features = np.empty((len(paths), runner.spec.backbone.features), np.float32)
-    with tqdm(total=len(paths), desc="embedding", unit="img", **PROGRESS) as bar:
-        done = 0
-        for images in iter_batches(paths, runner.spec.preprocess, batch, threads):
-            features[done : done + len(images)] = runner.embed(images)
-            done += len(images)
-            bar.update(len(images))
-    bad = ~np.isfinite(features).all(axis=1)
+    features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
+    hashes: list[str] = []
+    with tqdm(total=len(paths) * views, desc="embedding", unit="img", **PROGRESS) as bar:
+        for pixels in iter_pixels(paths, runner.spec.preprocess, batch, threads):
+            rows = slice(len(hashes), len(hashes) + len(pixels))
+            hashes += [sha256_file(path) for path in paths[rows]]
+            for view in range(views):
+                plain = view == 0 or draw is None
+                images = normalize(pixels, runner.spec.preprocess) if plain else draw(pixels, hashes[rows], view)
+                features[view, rows] = runner.embed(images)
+                bar.update(len(pixels))
+    _check_finite(features, paths)
+    pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
+    further = features[1:] if views > 1 else None
+    return FeatureSet(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe)
+
+
+def _check_finite(features: np.ndarray, paths: tuple[str, ...]) -> None:
+    bad = ~np.isfinite(features).all(axis=(0, 2))
     if bad.any():
         raise DataError(
             paths[int(bad.argmax())], got=f"a feature with NaN or infinity ({int(bad.sum())} such images)",
             expected="finite numbers", mend="The model overflows: build it in a higher precision.",
         )  # fmt: skip
-    return FeatureSet(
-        features, np.array([r.pid for r in records], np.int64), np.array([r.camid for r in records], np.int64), paths,
-        runner.sha256,
-    )  # fmt: skip
+
+
+def _augmenter(spec: PreprocessSpec, augment: Mapping[str, Any] | None, seed: int) -> tuple[Draw, str]:
+    """What draws a view of a batch, and the JSON that says how it does."""
+    check_at_least("seed", seed, 0)
+    try:
+        from nformer_edge.data import loaders
+    except ImportError as e:
+        raise BackendError(
+            "views",
+            got=f"no {e.name} here",
+            expected="PyTorch, for augmented views",
+            mend="pip install 'nformer-edge[train]'",
+        ) from e
+    recipe = from_dict(loaders.AugmentSpec, dict(augment or {}), "augment")
+
+    def draw(pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
+        images = [
+            loaders.augment(image[None], spec, recipe, np.random.default_rng([seed, view, int(digest[:16], 16)]))
+            for image, digest in zip(pixels, hashes, strict=True)
+        ]
+        return np.concatenate(images)
+
+    return draw, json.dumps({"seed": seed, **to_dict(recipe)}, sort_keys=True)
 
 
 def embed_dataset(
@@ -126,21 +177,66 @@ def embed_files(
     batch: int = 32,
     threads: int | None = None,
     layout: str = "auto",
+    splits: Sequence[str] | None = None,
+    views: int = 1,
+    augment: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Embeds a dataset's query and gallery, or a folder of images, into the feature store `output`.
+    """Embeds a dataset's images, or a folder of images, into the feature store `output`.
+
+    Args:
+        splits: which to embed; those of SPLITS that have images if None.
+        views: views of each training image (`embed_records`); every other split has the plain one alone.
 
     Returns:
-        JSON of kind ``embed``: model, output, and images a split. A folder of images is one split, ``gallery``.
+        JSON of kind ``embed``: model and its sha256, output, seconds, images and views a split. A folder of images is
+        one split, ``gallery``.
+
+    Raises:
+        DataError: if a split that was asked for has no image.
+        UsageError: for views without training images.
     """
-    if layout == "auto" and holds_images(data):
-        records = {"gallery": image_records([data])}
-    else:
-        dataset = read_dataset(data, layout)
-        records = {s: dataset.split(s) for s in SPLITS if dataset.split(s)}
+    records = _split_records(data, layout, splits)
+    if views > 1 and "train" not in records:
+        raise UsageError(
+            "views", got=f"{views} without a split train", expected="1", mend="Only training images have several views."
+        )
+    start = time.perf_counter()
     with open_runner(model, threads=threads) as runner:
-        sets = {split: embed_records(runner, chosen, batch, threads) for split, chosen in records.items()}
+        sets = {
+            split: embed_records(runner, chosen, batch, threads, views if split == "train" else 1, augment, seed)
+            for split, chosen in records.items()
+        }
         save_features(output, sets)
         return {
-            "kind": "embed", "model": runner.name, "backend": runner.backend, "output": str(output),
+            "kind": "embed", "model": runner.name, "backend": runner.backend, "sha256": runner.sha256,
+            "output": str(output), "seconds": time.perf_counter() - start,
             "images": {split: len(s) for split, s in sets.items()},
+            "views": {split: s.views for split, s in sets.items()},
         }  # fmt: skip
+
+
+def _split_records(
+    data: str | os.PathLike[str], layout: str, splits: Sequence[str] | None
+) -> dict[str, tuple[ImageRecord, ...]]:
+    for name in splits or ():
+        check_choice("split", name, KNOWN_SPLITS)
+    if layout == "auto" and holds_images(data):
+        found = {"gallery": image_records([data])}
+    else:
+        dataset = read_dataset(data, layout)
+        found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
+    for name in splits or ():
+        if name not in found:
+            raise DataError(
+                f"{data}: {name}", got="no image", expected="at least one", mend="Leave that split out of --splits."
+            )
+    return found if splits is None else {s: found[s] for s in splits}
+
+
+def format_embedding(result: dict[str, Any]) -> str:
+    """What `embed_files` wrote, as text."""
+    views = result["views"]
+    counts = [f"{s} {n:,}" + (f" x {views[s]} views" if views[s] > 1 else "") for s, n in result["images"].items()]
+    total = sum(n * views[s] for s, n in result["images"].items())
+    return f"wrote {result['output']}: {', '.join(counts)}; {total / result['seconds']:.1f} images/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,40 @@ def test_a_feature_store_comes_back_as_it_was(tmp_path: Path) -> None:
         np.testing.assert_array_equal(back[split].features, s.features)
         np.testing.assert_array_equal(back[split].pids, s.pids)
         assert (back[split].paths, back[split].model) == (s.paths, "abc")
+
+
+def test_views_and_hashes_come_back_as_they_were(tmp_path: Path) -> None:
+    views = np.random.default_rng(1).standard_normal((2, 4, 8)).astype(np.float32)
+    hashes = tuple(f"{i:064x}" for i in range(4))
+    s = replace(make(), hashes=hashes, augmented=views, augmentation='{"seed": 3}')
+    save_features(tmp_path / "f.npz", {"train": s, "query": make(2)})
+    back = load_features(tmp_path / "f.npz")
+    assert (back["train"].views, back["query"].views, back["query"].hashes) == (3, 1, ())
+    assert (back["train"].hashes, back["train"].augmentation) == (hashes, '{"seed": 3}')
+    np.testing.assert_array_equal(back["train"].view(0).features, s.features)
+    np.testing.assert_array_equal(back["train"].view(2).features, views[1])
+    some = back["train"].take(np.array([3, 0]))
+    np.testing.assert_array_equal(some.view(1).features, views[0, [3, 0]])
+    assert some.hashes == (hashes[3], hashes[0])
+    with pytest.raises(DataError, match=r"view: got 3, expected 0\.\.2"):
+        s.view(3)
+
+
+def test_a_store_written_before_there_were_hashes_and_views_is_read(tmp_path: Path) -> None:
+    arrays = {"features": make().features, "pids": np.arange(4), "camids": np.arange(4), "model": np.array("abc")}
+    arrays["paths"] = np.array(["a", "b", "c", "d"])
+    named = {f"query/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "f.npz", format=np.array("nformer-edge-features-1"), splits=np.array(["query"]), **named)
+    old = load_features(tmp_path / "f.npz")["query"]
+    assert (old.views, old.hashes, old.augmentation) == (1, (), "")
+    np.testing.assert_array_equal(old.view(0).features, make().features)
+
+
+def test_views_and_hashes_must_fit_the_rows() -> None:
+    with pytest.raises(DataError, match="hashes: got 1 entries, expected 4"):
+        replace(make(), hashes=("a",))
+    with pytest.raises(DataError, match=r"augmented: got shape \(1, 3, 8\), expected \[V - 1, 4, 8\]"):
+        replace(make(), augmented=np.zeros((1, 3, 8), np.float32))
 
 
 def test_take_by_mask_and_by_index_agree() -> None:
