@@ -26,7 +26,7 @@ def open_runner(
         path: the model.
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
         threads: CPU threads.
-        device: for a checkpoint, ``cpu`` or a CUDA device.
+        device: for a checkpoint, ``cpu`` or a CUDA device; for a TensorRT engine the GPU, the first one if ``cpu``.
         reference: a checkpoint computes with the plain torch operators, to judge engines by.
 
     Raises:
@@ -50,6 +50,10 @@ def open_runner(
         )  # fmt: skip
     if runs_on == "pytorch":
         return _open_checkpoint(path, threads, device, reference)
+    if runs_on in ("tensorrt", "tensorrt-rtx"):
+        from nformer_edge.runtime.tensorrt_runner import TensorRTRunner
+
+        return TensorRTRunner(path, device=device)
     if device != "cpu":
         raise UsageError("device", got=device, expected=f"cpu for {runs_on}", mend="Leave --device out.")
     if runs_on == "onnxruntime":

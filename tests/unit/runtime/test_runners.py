@@ -148,7 +148,7 @@ def test_a_graph_that_onnxruntime_cannot_read_is_a_named_refusal(copy):
         ({"opset": 99}, "opset: got 99"),
         ({"landmark_rule": "dice"}, "landmark_rule: got 'dice'"),
         ({"kind": "cake"}, "got a cake, expected a bundle or an engine"),
-        ({"kind": "engine", "backend": "tensorrt"}, "an engine for tensorrt"),
+        ({"kind": "engine", "backend": "tensorcake"}, "an engine for tensorcake"),
     ],
 )
 def test_what_this_version_does_not_know_is_refused_by_name(copy, fields, message):

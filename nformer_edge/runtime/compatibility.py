@@ -1,0 +1,114 @@
+"""Whether a TensorRT engine was built for what is here. A plan is code: where anything differs it is not loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from nformer_edge.core.errors import BackendError
+
+Manifest = Mapping[str, Any]
+
+
+class Gpu(Protocol):
+    """What is compared of a GPU; `runtime.cuda.Device` has it."""
+
+    name: str
+    compute_capability: str
+    multiprocessors: int
+
+
+def rebuild_command(where: str, manifest: Manifest) -> str:
+    """The command that builds this engine again, here: BUNDLE is the bundle that it came from."""
+    spec = manifest.get("spec") or {}
+    words = ["nformer-edge build-engine BUNDLE"]
+    if spec.get("target"):
+        words.append(f"--target {spec['target']}")
+    else:
+        words.append(f"--backend {manifest.get('backend')}")
+        words += [f"--{spec['precision']}"] if spec.get("precision") in ("fp16", "int8") else []
+    words += ["--calib-data DIR"] if spec.get("precision") == "int8" else []
+    return " ".join([*words, f"-o {where}"])
+
+
+def check_version(where: str, manifest: Manifest, package: str, version: str) -> None:
+    """Refuses an engine of another TensorRT.
+
+    Args:
+        where: the engine's folder.
+        manifest: its manifest.
+        package: ``tensorrt`` or ``tensorrt_rtx``.
+        version: of that package here.
+
+    Raises:
+        BackendError: naming both versions and the command that rebuilds the engine.
+    """
+    built = str((manifest.get("versions") or {}).get(package) or "")
+    if built and _same_version(built, version):
+        return
+    raise BackendError(
+        f"{where}: {package}", got=f"an engine built with {built or 'a version that its manifest does not tell'}",
+        expected=f"{version}, which is installed here", mend=_again(where, manifest),
+    )  # fmt: skip
+
+
+def _same_version(built: str, here: str) -> bool:
+    """Equal as far as both are told: the packages of some releases leave the build number out."""
+    ours, theirs = ([int(n) for n in re.findall(r"\d+", text.partition(".post")[0])] for text in (built, here))
+    shared = min(len(ours), len(theirs))
+    return shared >= 2 and ours[:shared] == theirs[:shared]
+
+
+def check_gpu(where: str, manifest: Manifest, gpu: Gpu) -> None:
+    """Refuses an engine that was built for another GPU.
+
+    A plan's kernels were chosen by timing them on one model of GPU. ``hardware_compat`` in the manifest's ``built_for``
+    widens that: ``same_compute_capability`` to every GPU of that capability, ``ampere_plus`` to 8.0 and later.
+
+    Raises:
+        BackendError: naming both GPUs and the command that rebuilds the engine.
+    """
+    built = manifest.get("built_for") or {}
+    level = str(built.get("hardware_compat") or "none")
+    if level == "ampere_plus":
+        capability = tuple(int(n) for n in gpu.compute_capability.split("."))
+        wrong = [] if capability >= (8, 0) else ["compute capability 8.0 and later"]
+    else:
+        facts = {
+            "compute_capability": ("compute capability", gpu.compute_capability),
+            "gpu": ("GPU", gpu.name),
+            "multiprocessors": ("multiprocessors", gpu.multiprocessors),
+        }
+        compared = ["compute_capability"] if level == "same_compute_capability" else list(facts)
+        wrong = [
+            f"{facts[key][0]} {built[key]} (here {facts[key][1]})"
+            for key in compared
+            if key in built and str(built[key]) != str(facts[key][1])
+        ]
+    if wrong or "compute_capability" not in built:
+        raise BackendError(
+            f"{where}: GPU", got=f"an engine for {', '.join(wrong) or 'a GPU that this is not'}",
+            expected=f"one for {gpu.name}, compute capability {gpu.compute_capability}", mend=_again(where, manifest),
+        )  # fmt: skip
+
+
+def no_plugin(where: str, manifest: Manifest, sha256: str, found: str) -> BackendError:
+    """The refusal of a head whose plugin library is not here.
+
+    Args:
+        where: the engine's folder.
+        manifest: its manifest.
+        sha256: of the library that the engine was built with.
+        found: the library that is here instead, or "".
+    """
+    got = f"another library, {found}" if found else "no libnformer_plugins.so"
+    return BackendError(
+        f"{where}: plugin", got=got, expected=f"the library that the engine was built with, sha256 {sha256[:12]}...",
+        mend="Name it in NFORMER_EDGE_PLUGINS; or run `nformer-edge build-plugin`, then build the engine again: "
+        + rebuild_command(where, manifest),
+    )  # fmt: skip
+
+
+def _again(where: str, manifest: Manifest) -> str:
+    return f"Build it here: {rebuild_command(where, manifest)}"
