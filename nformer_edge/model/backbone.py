@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nformer_edge.core.spec import BackboneSpec
 from nformer_edge.model.osnet import OSNet
@@ -76,3 +80,18 @@ class Backbone(nn.Module):
         """The features before and after the neck's batch norm: for metric losses and for the classifier."""
         before, after = self.neck(self.pool(self.trunk(images)).flatten(1))
         return before, after
+
+
+def for_inference(backbone: Backbone) -> Backbone:
+    """The same function as `backbone` in evaluation mode, quicker on a CPU and rounded otherwise; `backbone` stays.
+
+    Batch norms are folded into the convolutions before them, and weights stand channels last. Of OSNet x0.25's time on
+    one core batch norm takes a quarter, and its many thin convolutions run faster in that order.
+    """
+    folded = copy.deepcopy(backbone).eval()
+    for module in folded.modules():
+        for (name, conv), (after, norm) in pairwise(list(module.named_children())):  # stand in the order of their calls
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, after, nn.Identity())
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

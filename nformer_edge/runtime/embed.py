@@ -59,7 +59,7 @@ def embed_records(
         UsageError: if `views` is below 1, or `augment` does not fit.
     """
     check_at_least("views", views, 1)
-    draw, recipe = _augmenter(runner.spec.preprocess, augment, seed) if views > 1 else (None, "")
+    draw, recipe = _views(runner.spec.preprocess, views, augment, seed)
     paths = tuple(r.path for r in records)
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
     hashes: list[str] = []
@@ -68,9 +68,7 @@ def embed_records(
             rows = slice(len(hashes), len(hashes) + len(pixels))
             hashes += [sha256_file(path) for path in paths[rows]]
             for view in range(views):
-                plain = view == 0 or draw is None
-                images = normalize(pixels, runner.spec.preprocess) if plain else draw(pixels, hashes[rows], view)
-                features[view, rows] = runner.embed(images)
+                features[view, rows] = runner.embed(draw(pixels, hashes[rows], view))
                 bar.update(len(pixels))
     _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
@@ -87,21 +85,23 @@ def _check_finite(features: np.ndarray, paths: tuple[str, ...]) -> None:
         )  # fmt: skip
 
 
-def _augmenter(spec: PreprocessSpec, augment: Mapping[str, Any] | None, seed: int) -> tuple[Draw, str]:
-    """What draws a view of a batch, and the JSON that says how it does."""
+def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, Any] | None, seed: int) -> tuple[Draw, str]:
+    """What draws a view of a batch, and the JSON that says how; "" where there is the plain one alone."""
+    if views == 1:
+        return lambda pixels, hashes, view: normalize(pixels, spec), ""
     check_at_least("seed", seed, 0)
     try:
         from nformer_edge.data import loaders
     except ImportError as e:
         raise BackendError(
-            "views",
-            got=f"no {e.name} here",
-            expected="PyTorch, for augmented views",
+            "views", got=f"no {e.name} here", expected="PyTorch, for augmented views",
             mend="pip install 'nformer-edge[train]'",
-        ) from e
+        ) from e  # fmt: skip
     recipe = from_dict(loaders.AugmentSpec, dict(augment or {}), "augment")
 
     def draw(pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
+        if view == 0:
+            return normalize(pixels, spec)
         images = [
             loaders.augment(image[None], spec, recipe, np.random.default_rng([seed, view, int(digest[:16], 16)]))
             for image, digest in zip(pixels, hashes, strict=True)

@@ -13,6 +13,7 @@ import torch
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.model import ops
+from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
 from nformer_edge.model.operators import FastestOperators, Operators, using
 from nformer_edge.runtime.runner import check_head_input, check_images, model_name
@@ -25,9 +26,10 @@ class TorchRunner:
         path: a `.safetensors` checkpoint.
         threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
         device: ``cpu`` or a CUDA device.
-        plain: the head computes with the plain torch operators, as a reference should: they round as a float32
-            product does, and so does every engine. The native kernels, faster and closer to exact, would now and then
-            choose the other of two neighbours that float32 cannot tell apart.
+        plain: the backbone runs layer by layer, nothing folded, and the head computes with the plain torch operators,
+            as a reference should: they round as a float32 product does, and so does every engine. The native kernels,
+            faster and closer to exact, would now and then choose the other of two neighbours that float32 cannot tell
+            apart.
 
     Raises:
         ArtifactError: if the checkpoint cannot be read or has no backbone.
@@ -53,6 +55,8 @@ class TorchRunner:
         self._threads = threads
         self._operators: Operators = ops if plain else FastestOperators()
         self._device = _device(device)
+        self._fold = not plain and self._device.type == "cpu"
+        self._images_to_features: Backbone | None = None
         self._model: Checkpoint | None = checkpoint
         for module in (checkpoint.backbone, checkpoint.head):
             if module is not None:
@@ -64,7 +68,7 @@ class TorchRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._model = None
+        self._model = self._images_to_features = None
 
     def golden(self) -> dict[str, np.ndarray]:
         """None: this is where golden vectors come from."""
@@ -73,12 +77,12 @@ class TorchRunner:
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`."""
         images = check_images(images, self.spec)
-        backbone = self._loaded().backbone
-        assert backbone is not None, "checked when opened"
+        backbone = self._backbone()
         if len(images) == 0:
             return np.empty((0, self.spec.backbone.features), np.float32)
         with self._computing():
-            return backbone(torch.from_numpy(images).to(self._device)).cpu().numpy()
+            x = torch.from_numpy(images).to(self._device)
+            return backbone(x.contiguous(memory_format=torch.channels_last) if self._fold else x).cpu().numpy()
 
     def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
         """See `Runner.relate`."""
@@ -90,6 +94,15 @@ class TorchRunner:
         with self._computing(), using(self._operators):
             x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
             return head(x, chosen).cpu().numpy()
+
+    def _backbone(self) -> Backbone:
+        backbone = self._loaded().backbone
+        assert backbone is not None, "checked when opened"
+        if not self._fold:
+            return backbone
+        if self._images_to_features is None:
+            self._images_to_features = for_inference(backbone)
+        return self._images_to_features
 
     def _loaded(self) -> Checkpoint:
         if self._model is None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nformer_edge.core.spec import Arch, BackboneSpec
-from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.osnet import ChannelGate
 from nformer_edge.model.resnet import IBN, resnet18, resnet50, resnet50_ibn_a
 
@@ -84,3 +84,22 @@ def test_fc_neck_serves_every_loss_with_one_feature() -> None:
     before, after = Backbone(BackboneSpec("osnet_x0_25", 32, "fc")).both(torch.randn(4, 3, 64, 32))
     assert before is after
     assert (after >= 0).all()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50_ibn_a", "osnet_x0_25"])
+@torch.no_grad()
+def test_folding_changes_rounding_alone_and_leaves_the_backbone_as_it_was(arch: Arch) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(arch, 32)).eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    folded = for_inference(backbone)
+    images = torch.randn(2, 3, 64, 32)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) < len(before) // 10
+    torch.testing.assert_close(folded(images), backbone(images), rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
