@@ -6,6 +6,7 @@ own library.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
@@ -52,7 +53,10 @@ class Device:
         self.multiprocessors = int(device.get_attribute(self._driver.device_attribute.MULTIPROCESSOR_COUNT))
         with self.named("opening the GPU"), _lock:
             if ordinal not in _contexts:
-                _contexts[ordinal] = device.retain_primary_context()
+                _contexts[ordinal] = context = device.retain_primary_context()
+                atexit.register(
+                    context.detach
+                )  # left to its destructor, pycuda detaches in the wrong way and complains
         self._context = _contexts[ordinal]
 
     @contextmanager

@@ -86,6 +86,9 @@ def fake_pycuda(gpu: FakeGpu) -> dict[str, types.ModuleType]:
             current()
             gpu.stack.depth -= 1
 
+        def detach(self) -> None:
+            pass
+
     class Device:
         def __init__(self, ordinal: int) -> None:
             assert 0 <= ordinal < gpu.count
