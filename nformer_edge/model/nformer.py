@@ -15,6 +15,20 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.operators import operators
 
+#: Rows that inference takes through a block's row-wise parts at once: what lies between them then stays in the CPU's
+#: cache (1024 x 1024 floats) instead of going to memory and back.
+_ROWS = 1024
+
+
+def _is_captured() -> bool:
+    """Whether what runs is being written down, for export or compilation, rather than computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+
+
+def _is_whole() -> bool:
+    """Whether all rows go at once: training keeps what lies between for its gradients, and a graph has no loop."""
+    return torch.is_grad_enabled() or _is_captured()
+
 
 class Projection(nn.Module):
     """``x w + b`` with `w` as [in, out], the way the published weights are stored."""
@@ -56,10 +70,20 @@ class Attention(nn.Module):
         landmarks: Tensor,  # int [l]
     ) -> tuple[Tensor, Tensor, Tensor]:  # a [H, N, l], b [H, N, l], v [H, N, D / H]
         """The affinity's two factors, ``a = q k_l^T`` and ``b = k q_l^T``, and the values."""
-        q, k, v = (self._split(t) for t in self.c_attn(x).chunk(3, dim=1))
-        a = q @ k.index_select(1, landmarks).transpose(1, 2)
-        b = k @ q.index_select(1, landmarks).transpose(1, 2)
+        if _is_whole():
+            q, k, v = self._queries_keys_values(x)
+            agents = k.index_select(1, landmarks), q.index_select(1, landmarks)
+            return q @ agents[0].transpose(1, 2), k @ agents[1].transpose(1, 2), v
+        agent_q, agent_k, _ = self._queries_keys_values(x.index_select(0, landmarks))
+        parts = []
+        for part in x.split(_ROWS):
+            q, k, v = self._queries_keys_values(part)
+            parts.append((q @ agent_k.transpose(1, 2), k @ agent_q.transpose(1, 2), v))
+        a, b, v = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
         return a, b, v
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> three of [H, N, D / H]
+        return tuple(self._split(t) for t in self.c_attn(x).chunk(3, dim=1))
 
     def _split(self, x: Tensor) -> Tensor:  # [N, D] -> [H, N, D / H]
         return x.reshape(x.shape[0], self.heads, x.shape[1] // self.heads).transpose(0, 1)
@@ -69,12 +93,12 @@ class Attention(nn.Module):
         x: Tensor,  # [N, D]
         landmarks: Tensor,  # int [l]
         neighbors: Tensor | None,  # int32 [1, N, K], or None under the affinity rule
-    ) -> Tensor:  # [N, D]
+    ) -> Tensor:  # [N, D], before `c_proj`
         a, b, v = self.factors(x, landmarks)
         if neighbors is None:
             neighbors = operators().row_top_k(a, b, self.k)
         y = operators().reciprocal_neighbor_attention(a, b, v, neighbors)
-        return self.c_proj(y.transpose(0, 1).flatten(1))
+        return y.transpose(0, 1).flatten(1)
 
 
 class Perceptron(nn.Module):
@@ -100,7 +124,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(spec.features)
 
     def forward(self, x: Tensor, landmarks: Tensor, neighbors: Tensor | None) -> Tensor:
-        x = self.ln_1(x + self.attn(x, landmarks, neighbors))
+        y = self.attn(x, landmarks, neighbors)
+        if _is_whole():
+            return self.rows(x, y)
+        return torch.cat([self.rows(*part) for part in zip(x.split(_ROWS), y.split(_ROWS), strict=True)])
+
+    def rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows attention; each row for itself."""
+        x = self.ln_1(x + self.attn.c_proj(y))
         return self.ln_2(x + self.mlp(x))
 
 
@@ -136,7 +167,7 @@ class NFormer(nn.Module):
 
     def encode(self, features: Tensor, landmarks: Tensor) -> Tensor:
         """The output before the BN neck, [N, D]: where triplet and center loss act in training."""
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined,no-untyped-call]
+        if not _is_captured():
             self._check(features, landmarks)
             if features.shape[0] == 0:
                 return features

@@ -23,7 +23,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kTask = 256;    // rows a thread takes at once; the first starts without a threshold
 constexpr int kSeeds = 2;           // times k: columns of the last row that set a threshold
 constexpr int kRoom = 3;            // times k: candidates that may wait before the threshold is raised
-constexpr int kLeavesAtOnce = 16;   // between them the threshold may rise
+constexpr int kLeavesAtOnce = 8;    // between them the threshold may rise
 
 class Tree {
  public:
