@@ -1,6 +1,6 @@
 """The two operators on this CPU: every figure that the project claims for them, each beside a baseline of the same run.
 
-    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training] [--repeats 3]
+    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training onnxruntime] [--repeats 3]
 
 Each measurement runs in a process of its own, so that its peak memory is its own: the resident set's high-water mark
 less what was resident when the inputs stood ready. Times are wall clock; what is compared runs in turn, and the ratio
@@ -34,8 +34,11 @@ from nformer_edge.kernels import native
 from nformer_edge.measure.machine import machine
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.operators import using
+from nformer_edge.onnx.tracing import trace_head
+from nformer_edge.runtime.onnxruntime_runner import open_session
 
 MARKET, MSMT17, TRAINING = 19_281, 93_820, 7_000
+ONNXRUNTIME = (1_000, 2_000, 5_000, 10_000, 20_000)
 RULES = ("affinity", "features")
 
 
@@ -178,8 +181,26 @@ def top_k(rows: int, repeats: int) -> dict[str, Any]:
     return {"rows": rows, "heads": 2, "length": 5, "k": 20, "seconds": min([first, *more]), "peak_mb": peak}
 
 
+def whole_head(rule: str, rows: int, way: str, repeats: int) -> dict[str, Any]:
+    """nformer.onnx in onnxruntime, with our kernels or by its bodies, and the same head in PyTorch."""
+    head, x, landmarks = head_of(rule, rows)
+    features, drawn = x.numpy(), landmarks.numpy()
+    if way == "pytorch":
+        run = lambda f, m: head(torch.from_numpy(f), torch.from_numpy(m))  # noqa: E731
+    else:
+        graph = trace_head(head, 18).SerializeToString()
+        session = open_session(graph, "nformer.onnx", torch.get_num_threads(), native=way == "native")
+        run = lambda f, m: session.run(None, {"features": f, "landmarks": m})  # noqa: E731
+    with torch.inference_mode():
+        run(features[:512], drawn % 512)
+        first, peak = with_peak(lambda: run(features, drawn))
+        more = [with_peak(lambda: run(features, drawn))[0] for _ in range(repeats - 1)]
+    return {"rows": rows, "seconds": statistics.median([first, *more]), "peak_mb": peak}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "head_time": head_time, "head_peak": head_peak, "training_step": training_step, "top_k": top_k,
+    "whole_head": whole_head,
 }  # fmt: skip
 
 
@@ -203,6 +224,12 @@ def compare(rule: str, task: str, rows: int, faster: float, **limits: float) -> 
     return {"native": ours, **against, "at_least_times_faster": faster, **limits}
 
 
+def onnxruntime_row(rule: str, rows: int, repeats: int) -> dict[str, Any]:
+    found = {way: child("whole_head", rule, rows, way, repeats) for way in ("native", "bodies", "pytorch")}
+    times = {f"{way}_by_native": found[way]["seconds"] / found["native"]["seconds"] for way in ("bodies", "pytorch")}
+    return {"rows": rows, **found, **times}
+
+
 def measure(only: list[str], repeats: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for rule in RULES:
@@ -213,6 +240,8 @@ def measure(only: list[str], repeats: int) -> dict[str, Any]:
             results[f"msmt17_{rule}"] = child("head_peak", rule, MSMT17, "native") | {"peak_mb_at_most": 2500}
         if "training" in only:
             results[f"training_{rule}"] = compare(rule, "training_step", TRAINING, 5, at_least_times_less_memory=5)
+        if "onnxruntime" in only:
+            results[f"onnxruntime_{rule}"] = [onnxruntime_row(rule, rows, repeats) for rows in ONNXRUNTIME]
     if "top-k" in only:
         runs = {rows: child("top_k", rows, repeats if rows < 1_000_000 else 1) for rows in (25_000, 100_000, 1_000_000)}
         growth = runs[100_000]["seconds"] / runs[25_000]["seconds"]
@@ -222,7 +251,7 @@ def measure(only: list[str], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["head", "msmt17", "top-k", "training"]
+    parts = ["head", "msmt17", "top-k", "training", "onnxruntime"]
     parser.add_argument("-o", "--out", default="runs/operators.json")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--repeats", type=int, default=3)

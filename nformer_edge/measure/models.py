@@ -24,12 +24,13 @@ _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
 
 
 def open_model(
-    path: str | os.PathLike[str], threads: int | None, opener: Opener | None = None, reference: bool = False
-) -> Runner:
+    path: str | os.PathLike[str], threads: int | None, opener: Opener | None = None, reference: bool = False,
+    native: bool = True,
+) -> Runner:  # fmt: skip
     """Opens a checkpoint, bundle or engine. `opener` stands in for `runtime.open.open_runner`."""
     if opener is not None:
         return opener(path, threads=threads)
-    return open_runner(path, threads=threads, reference=reference)
+    return open_runner(path, threads=threads, reference=reference, native=native)
 
 
 def open_dataset(data: Data, layout: str = "auto") -> Dataset:

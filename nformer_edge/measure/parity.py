@@ -74,7 +74,7 @@ def parity(
     records = [_thin(dataset.split(s), limit) for s in ("query", "gallery")]
     with open_model(engine_path, threads, opener) as engine:
         theirs = _embed(engine, records[0], batch), _embed(engine, records[1], batch)
-        with open_model(reference_path, threads, opener, reference=True) as reference:
+        with open_model(reference_path, threads, opener, reference=True, native=engine.native) as reference:
             if reference.has_head != engine.has_head:
                 raise UsageError(
                     str(engine_path), got="a head" if engine.has_head else "no head",

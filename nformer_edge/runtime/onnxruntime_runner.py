@@ -1,4 +1,8 @@
-"""Bundles and onnxruntime engines, run by stock onnxruntime on the CPU. Needs neither torch nor onnx."""
+"""Bundles and onnxruntime engines, run by stock onnxruntime on the CPU. Needs neither torch nor onnx.
+
+Where our kernels are compiled, the head's two nodes run in them (see `kernels.onnx_ops`); elsewhere the same file runs
+by the standard operators of its own function bodies.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import numpy as np
 from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import check_at_least
+from nformer_edge.kernels import onnx_ops
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, model_spec, read_golden, read_graph
 from nformer_edge.runtime.runner import check_head_input, check_images, model_name
 
@@ -27,6 +32,7 @@ class OnnxRuntimeRunner:
         kind: ``bundle`` or ``engine``.
         threads: intra-op threads; onnxruntime's choice (one a core) if None.
         max_batch: larger batches are split.
+        native: run the head's operators in the native kernels where they are compiled.
 
     Raises:
         ArtifactError: if the folder does not verify, or is of a version that this one does not know.
@@ -36,7 +42,13 @@ class OnnxRuntimeRunner:
     backend = "onnxruntime"
 
     def __init__(
-        self, path: str | os.PathLike[str], kind: str, *, threads: int | None = None, max_batch: int = MAX_BATCH
+        self,
+        path: str | os.PathLike[str],
+        kind: str,
+        *,
+        threads: int | None = None,
+        max_batch: int = MAX_BATCH,
+        native: bool = True,
     ) -> None:
         check_at_least("max_batch", max_batch, 1)
         if threads is not None:
@@ -55,6 +67,7 @@ class OnnxRuntimeRunner:
         stages = ("backbone", "head") if self.has_head else ("backbone",)
         self.precision: Mapping[str, str] = self._manifest.get("precision") or dict.fromkeys(stages, "fp32")
         self.landmark_seed = int(self._manifest["landmark_seed"])
+        self.native = native and onnx_ops.available()
         self._threads, self._max_batch = threads, max_batch
         self._sessions: dict[str, Any] = {}
 
@@ -92,15 +105,16 @@ class OnnxRuntimeRunner:
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
-            self._sessions[name] = open_session(read_graph(self._path, self._manifest, name), name, self._threads)
+            graph, native = read_graph(self._path, self._manifest, name), self.native and name == HEAD
+            self._sessions[name] = open_session(graph, name, self._threads, native)
         return self._sessions[name]
 
 
-def open_session(graph: bytes, name: str, threads: int | None = None) -> Any:
-    """An onnxruntime CPU session for a verified graph.
+def open_session(graph: bytes, name: str, threads: int | None = None, native: bool = False) -> Any:
+    """An onnxruntime CPU session for a verified graph, with our kernels registered if `native`.
 
     Raises:
-        BackendError: if onnxruntime is not installed.
+        BackendError: if onnxruntime is not installed, or refuses the kernels' library.
         ArtifactError: if it refuses the graph.
     """
     try:
@@ -114,6 +128,8 @@ def open_session(graph: bytes, name: str, threads: int | None = None) -> Any:
     options.log_severity_level = 3  # its warnings name graph internals that a user can do nothing about
     if threads is not None:
         options.intra_op_num_threads = threads
+    if native:
+        onnx_ops.register(options, threads)
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its exceptions share no base class of their own

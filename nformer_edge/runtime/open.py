@@ -19,6 +19,7 @@ _SELF_TEST_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
 def open_runner(
     path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, device: str = "cpu",
     reference: bool = False,
+    native: bool = True,
 ) -> Runner:  # fmt: skip
     """Opens a model by what lies at `path`: a `.safetensors` checkpoint, a bundle's folder or an engine's folder.
 
@@ -27,7 +28,9 @@ def open_runner(
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
         threads: CPU threads.
         device: for a checkpoint, ``cpu`` or a CUDA device; for a TensorRT engine the GPU, the first one if ``cpu``.
-        reference: a checkpoint computes with the plain torch operators, to judge engines by.
+        reference: a checkpoint runs layer by layer, nothing folded, to judge engines by.
+        native: the head's two operators run in the native kernels where they are compiled; otherwise as plain torch
+            or as the standard operators of the file's own bodies.
 
     Raises:
         ArtifactError: if it is damaged, or none of these.
@@ -49,7 +52,7 @@ def open_runner(
             mend=f"Build one: nformer-edge build-engine --backend {backend}",
         )  # fmt: skip
     if runs_on == "pytorch":
-        return _open_checkpoint(path, threads, device, reference)
+        return _open_checkpoint(path, threads, device, reference, native)
     if runs_on in ("tensorrt", "tensorrt-rtx"):
         from nformer_edge.runtime.tensorrt_runner import TensorRTRunner
 
@@ -59,14 +62,14 @@ def open_runner(
     if runs_on == "onnxruntime":
         from nformer_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path, kind, threads=threads)
+        return OnnxRuntimeRunner(path, kind, threads=threads, native=native)
     raise BackendError(
         str(path), got=f"an engine for {runs_on}", expected="one for a backend that this version runs",
         mend="Build one: nformer-edge build-engine --backend onnxruntime",
     )  # fmt: skip
 
 
-def _open_checkpoint(path: Path, threads: int | None, device: str, plain: bool) -> Runner:
+def _open_checkpoint(path: Path, threads: int | None, device: str, plain: bool, native: bool) -> Runner:
     try:
         from nformer_edge.runtime.torch_runner import TorchRunner
     except ImportError as e:
@@ -74,7 +77,7 @@ def _open_checkpoint(path: Path, threads: int | None, device: str, plain: bool) 
             str(path), got=f"no {e.name} here", expected="PyTorch and safetensors, to run a checkpoint",
             mend="pip install 'nformer-edge[train]', or pass a bundle or an engine.",
         ) from e  # fmt: skip
-    return TorchRunner(path, threads=threads, device=device, plain=plain)
+    return TorchRunner(path, threads=threads, device=device, plain=plain, native=native)
 
 
 def _kind(path: Path) -> str:

@@ -25,6 +25,7 @@ class Runner(Protocol):
         landmark_seed: landmarks are drawn from it where none are given.
         sha256: of the file that features of this model cite.
         has_head: whether `relate` is there.
+        native: whether the two operators run in our CPU kernels, which choose neighbours by exact scores.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Runner(Protocol):
     landmark_seed: int
     sha256: str
     has_head: bool
+    native: bool
 
     def __enter__(self) -> Runner: ...
 

@@ -69,6 +69,7 @@ class TensorRTRunner:
             )  # fmt: skip
         self.precision: Mapping[str, str] = self._manifest["precision"]
         self.landmark_seed = int(self._manifest["landmark_seed"])
+        self.native = False
         self._device: Device | None = None
         self._runtime: Any = None
         self._stages: dict[str, Stage] = {}

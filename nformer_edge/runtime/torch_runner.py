@@ -26,10 +26,10 @@ class TorchRunner:
         path: a `.safetensors` checkpoint.
         threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
         device: ``cpu`` or a CUDA device.
-        plain: the backbone runs layer by layer, nothing folded, and the head computes with the plain torch operators,
-            as a reference should: they round as a float32 product does, and so does every engine. The native kernels,
-            faster and closer to exact, would now and then choose the other of two neighbours that float32 cannot tell
-            apart.
+        plain: the backbone runs layer by layer, nothing folded, as a reference should.
+        native: the head computes with the native kernels rather than the plain torch operators. Closer to exact, they
+            now and then choose the other of two neighbours that a float32 product cannot tell apart, so a reference
+            should choose as the engine does that it judges.
 
     Raises:
         ArtifactError: if the checkpoint cannot be read or has no backbone.
@@ -39,7 +39,13 @@ class TorchRunner:
     backend = "pytorch"
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu", plain: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        plain: bool = False,
+        native: bool = True,
     ) -> None:
         checkpoint = load_checkpoint(path)
         if checkpoint.backbone is None:
@@ -53,7 +59,8 @@ class TorchRunner:
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
         self._threads = threads
-        self._operators: Operators = ops if plain else FastestOperators()
+        self.native = native
+        self._operators: Operators = FastestOperators() if native else ops
         self._device = _device(device)
         self._fold = not plain and self._device.type == "cpu"
         self._images_to_features: Backbone | None = None

@@ -33,6 +33,7 @@ class GridRunner:
         preprocess = PreprocessSpec(height=32, width=16)
         self.spec = ModelSpec(BackboneSpec("osnet_x0_25", 24, "fc"), HEAD if head else None, preprocess)
         self.has_head = head
+        self.native = False
         self.distort = distort or (lambda x: x)
         self.distort_head = distort_head or (lambda x: x)
         self.projection = np.random.default_rng(0).normal(size=(3 * 8 * 4, 24)).astype(np.float32)

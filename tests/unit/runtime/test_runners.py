@@ -13,6 +13,7 @@ from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.evaluate.agreement import tensor_error
+from nformer_edge.kernels import onnx_ops
 from nformer_edge.runtime import onnxruntime_runner
 from nformer_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from nformer_edge.runtime.open import open_runner, self_test
@@ -112,6 +113,22 @@ def test_batches_above_the_limit_are_split_and_come_back_in_order(tiny_bundle):
         np.testing.assert_allclose(small.embed(images), large.embed(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not onnx_ops.available(), reason="the kernels are not compiled in this tree")
+def test_the_head_runs_in_the_native_kernels_and_by_its_bodies_with_the_same_result(tiny_bundle, monkeypatch):
+    features = np.random.default_rng(3).normal(size=(90, 32)).astype(np.float32)
+    registered = []
+    register = onnx_ops.register
+    monkeypatch.setattr(onnx_ops, "register", lambda *args: (registered.append(args), register(*args)))
+    with open_runner(tiny_bundle, native=False) as bodies:
+        expected = bodies.relate(features)
+        assert not bodies.native
+        assert not registered
+    with open_runner(tiny_bundle) as runner:
+        assert runner.native
+        assert len(registered) == 1
+        assert tensor_error(runner.relate(features), expected, 1e-6, 1e-3).worst <= 1
+
+
 def test_a_changed_byte_is_refused_before_onnxruntime_sees_the_file(copy, monkeypatch):
     seen = []
     monkeypatch.setattr(onnxruntime_runner, "open_session", lambda *args: seen.append(args))
@@ -207,13 +224,13 @@ def test_a_closed_checkpoint_says_so(tiny_checkpoint):
         runner.embed(pictures(1))
 
 
-def test_a_reference_never_computes_with_native_kernels(tiny_checkpoint, monkeypatch):
+def test_plain_operators_are_used_where_asked_for(tiny_checkpoint, monkeypatch):
     from nformer_edge.kernels import torch_ops
 
     calls = []
     monkeypatch.setattr(torch_ops, "supports", lambda *_: calls.append(1))
     features = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
-    with open_runner(tiny_checkpoint, reference=True) as plain, open_runner(tiny_checkpoint) as fast:
+    with open_runner(tiny_checkpoint, native=False) as plain, open_runner(tiny_checkpoint) as fast:
         reference = plain.relate(features)
         assert not calls
         np.testing.assert_allclose(fast.relate(features), reference, atol=1e-5)
