@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least
 from nformer_edge.core.terminal import PROGRESS
@@ -36,8 +36,16 @@ class AugmentSpec:
             check_at_least(name, getattr(self, name), 0)
 
 
-def augment(pixels: np.ndarray, spec: PreprocessSpec, recipe: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
-    """Normalises and augments a batch.
+def augment(
+    pixels: np.ndarray,
+    spec: PreprocessSpec,
+    recipe: AugmentSpec,
+    rng: np.random.Generator,
+    *,
+    first: int = 0,
+    whole: int | None = None,
+) -> np.ndarray:
+    """Normalises and augments a batch, or one rank's share of it.
 
     Padding is black before normalisation, as in the published recipe (torchvision's Pad); an erased rectangle
     becomes the mean colour, 0 after normalisation.
@@ -45,22 +53,28 @@ def augment(pixels: np.ndarray, spec: PreprocessSpec, recipe: AugmentSpec, rng: 
     Args:
         pixels: uint8 [B, H, W, 3], RGB, of the spec's size; left as it is.
         rng: decides everything.
+        first: the place of these images in their batch.
+        whole: images in the batch; all that `pixels` holds if None. What happens to an image follows from its place in
+            the batch, so it does not depend on how the batch is shared out.
 
     Returns:
         float32 [B, 3, H, W].
     """
     rows, height, width = pixels.shape[:3]
-    flips = (rng.random((rows,)) < recipe.flip).tolist()
-    tops, lefts = rng.integers(0, 2 * recipe.pad + 1, (2, rows)).tolist()
+    whole = rows if whole is None else whole
+    mine = slice(first, first + rows)
+    flips = (rng.random((whole,)) < recipe.flip)[mine].tolist()
+    tops, lefts = rng.integers(0, 2 * recipe.pad + 1, (2, whole))[:, mine].tolist()
     padded = np.pad(pixels, ((0, 0), (recipe.pad,) * 2, (recipe.pad,) * 2, (0, 0)))
     moved = np.empty_like(pixels)
     for i, (flip, top, left) in enumerate(zip(flips, tops, lefts, strict=True)):
         crop = padded[i, top : top + height, left : left + width]
         moved[i] = crop[:, ::-1] if flip else crop
     images = normalize(moved, spec)
-    for hit in np.flatnonzero(rng.random((rows,)) < recipe.erase):
+    for hit in np.flatnonzero(rng.random((whole,)) < recipe.erase):
         top, left, h, w = _erased(height, width, recipe, rng)
-        images[hit, :, top : top + h, left : left + w] = 0
+        if first <= hit < first + rows:
+            images[hit - first, :, top : top + h, left : left + w] = 0
     return images
 
 
@@ -124,32 +138,52 @@ class TrainLoader:
         sampler: yields rows; `PKSampler` over ``images.pids``.
         recipe: the augmentation.
         seed: with `set_epoch`, decides every flip, crop and rectangle.
+        rank, ranks: which share of each batch is prepared: one of `ranks` parts of equally many identities, in order.
+            All ranks draw the same batches and the same augmentations.
+
+    Raises:
+        UsageError: if a batch's identities cannot be shared out evenly.
     """
 
     def __init__(
-        self, images: TrainImages, sampler: PKSampler, recipe: AugmentSpec | None = None, seed: int = 0
-    ) -> None:
+        self, images: TrainImages, sampler: PKSampler, recipe: AugmentSpec | None = None, seed: int = 0,
+        rank: int = 0, ranks: int = 1,
+    ) -> None:  # fmt: skip
         self.images, self.sampler, self.recipe, self.seed = images, sampler, recipe or AugmentSpec(), seed
-        self.epoch = 0
+        self.rank, self.ranks = rank, ranks
+        self.epoch = self.start = 0
+        if sampler.p % ranks:
+            raise UsageError(
+                "p", got=f"{sampler.p} identities a batch for {ranks} ranks", expected=f"a multiple of {ranks}",
+                mend="Change p in the configuration, or the number of processes.",
+            )  # fmt: skip
 
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration draws what belongs to `epoch`."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next iteration draws what belongs to `epoch`, without its first `start` batches."""
+        self.epoch, self.start = epoch, start
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
+        """Batches in a whole epoch."""
         return len(self.sampler)
 
     def _prepare(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, self.epoch, step])
-        images = augment(self.images.pixels(rows), self.images.spec, self.recipe, rng)
-        return torch.from_numpy(images), torch.from_numpy(self.images.labels[rows])
+        count = len(rows) // self.ranks
+        first = self.rank * count
+        mine = rows[first : first + count]
+        images = augment(
+            self.images.pixels(mine), self.images.spec, self.recipe, rng, first=first, whole=len(rows)
+        )  # fmt: skip
+        return torch.from_numpy(images), torch.from_numpy(self.images.labels[mine])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images float32 [B, 3, H, W] and labels int64 [B] in 0..num_classes-1."""
+        """Yields images float32 [B / ranks, 3, H, W] and their labels int64 in 0..num_classes-1."""
         with ThreadPoolExecutor(1, thread_name_prefix="augment") as pool:
             ahead = None
             for step, rows in enumerate(self.sampler):
+                if step < self.start:
+                    continue
                 ready, ahead = ahead, pool.submit(self._prepare, step, rows)
                 if ready is not None:
                     yield ready.result()

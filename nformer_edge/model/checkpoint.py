@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from nformer_edge.core.artifact import atomic_write, sha256_file
+from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
 from nformer_edge.core.spec import ModelSpec, from_dict, to_dict
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.tensorfile import TensorFile
 
-_KIND = "nformer-edge-checkpoint"
-_VERSION = "1"
+_FILE = TensorFile("nformer-edge-checkpoint", "a checkpoint (.safetensors)", "Pass what `nformer-edge train` wrote.")
 
 
 @dataclass(frozen=True)
@@ -70,12 +64,9 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("backbone", backbone), ("head", head)):
         if module is not None:
-            tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
     text = json.dumps(to_dict(spec), sort_keys=True), json.dumps(extra or {}, sort_keys=True, allow_nan=False)
-    metadata = {"kind": _KIND, "version": _VERSION, "spec": text[0], "extra": text[1]}
-    metadata["sha256"] = _digest(tensors, metadata)
-    with atomic_write(path) as file:
-        file.write(_ordered(safetensors.torch.save(tensors, metadata)))
+    _FILE.write(path, tensors, {"spec": text[0], "extra": text[1]})
     return sha256_file(path)
 
 
@@ -85,12 +76,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         ArtifactError: naming what does not hold.
     """
-    tensors, metadata = _read(Path(path))
-    if _digest(tensors, metadata) != metadata["sha256"]:
-        raise ArtifactError(
-            str(path), got="contents that do not match their sha256", expected="the file as it was written",
-            mend="The file was changed: copy it or train again.",
-        )  # fmt: skip
+    tensors, metadata = _FILE.read(path)
     try:
         spec = from_dict(ModelSpec, json.loads(metadata["spec"]))
         extra = json.loads(metadata["extra"])
@@ -106,52 +92,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         head = NFormer(spec.head).eval()
         _fill(path, head, tensors, "head.")
     return Checkpoint(spec, backbone, head, extra, sha256_file(path))
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    expected, mend = "a checkpoint (.safetensors)", "Pass what `nformer-edge train` wrote."
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise ArtifactError(str(path), got=got, expected=expected, mend=mend)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            if metadata.get("kind") != _KIND or "sha256" not in metadata:
-                raise ArtifactError(str(path), got="another kind of .safetensors", expected=expected, mend=mend)
-            if metadata.get("version") != _VERSION:
-                got = f"version {metadata.get('version')}"
-                raise ArtifactError(str(path), got=got, expected=f"version {_VERSION}", mend="Update nformer-edge.")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise ArtifactError(
-            str(path), got=f"a truncated or damaged file ({e})", expected=expected, mend="Copy it again."
-        ) from e
-
-
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Sha256 over every tensor's name, type, shape and bytes, and over the metadata but the hash itself."""
-    digest = hashlib.sha256()
-    for key in sorted(set(metadata) - {"sha256"}):
-        _feed(digest, f"{key}={metadata[key]}".encode())
-    for name in sorted(tensors):
-        _feed(digest, f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        _feed(digest, tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same file with its metadata in alphabetic order: safetensors writes it in a random one."""
-    (size,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors stay aligned to 8 bytes
-    return struct.pack("<Q", len(text)) + text + data[8 + size :]
-
-
-def _feed(digest: Any, data: bytes) -> None:
-    digest.update(struct.pack("<Q", len(data)))  # lengths keep neighbouring fields apart
-    digest.update(data)
 
 
 def _fill(path: str | os.PathLike[str], module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:

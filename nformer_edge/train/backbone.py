@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,11 @@ from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, aug
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
+from nformer_edge.train.compute import Compute
 from nformer_edge.train.config import BackboneConfig
+from nformer_edge.train.course import Course
 from nformer_edge.train.losses import Criterion
+from nformer_edge.train.norms import share_batch_norm
 from nformer_edge.train.optimize import Optimizer
 
 Watch = Callable[[Backbone], float]
@@ -32,57 +35,62 @@ def train_backbone(
     seed: int = 0,
     device: str = "cpu",
     watch: Watch | None = None,
+    compute: Compute | None = None,
+    **kept: Any,
 ) -> list[dict[str, Any]]:
     """Trains `backbone` in place and leaves it in evaluation mode.
 
     Args:
         images: what to learn from.
         watch: called after each epoch with the backbone in evaluation mode; returns the held-out mAP.
+        compute: who computes; one process in float32 on `device` if None.
+        kept: ``state``, ``on_row`` and ``on_best`` of `Course`: to go on after an interruption, and to look on.
 
     Returns:
         One row an epoch: epoch, loss, accuracy, lr, seconds and, with `watch`, held_out_map (0..1).
 
     Raises:
         DataError: if there are fewer than two identities, or the loss is not finite.
+        UsageError: if a batch cannot be shared out among the ranks.
     """
-    loader = TrainLoader(images, PKSampler(images.pids, config.p, config.k, seed), config.augment, seed)
+    compute = compute or Compute(device)
+    sampler = PKSampler(images.pids, config.p, config.k, seed)
+    loader = TrainLoader(images, sampler, config.augment, seed, compute.rank, compute.world)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        criterion = Criterion(config.loss, images.num_classes, backbone.spec.features).to(device)
-    backbone.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = Optimizer(backbone, criterion, config)
-    rows = []
-    with tqdm(total=config.epochs, desc="backbone", unit="epoch", **PROGRESS) as bar:
-        for epoch in range(config.epochs):
-            row = _epoch(epoch, loader, backbone, criterion, optimizer, device)
-            if watch is not None:
-                row["held_out_map"] = watch(backbone.eval())
-            rows.append(row)
+        criterion = Criterion(config.loss, images.num_classes, backbone.spec.features)
+    criterion.to(compute.device, compute.dtype)
+    backbone.to(compute.device, compute.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = share_batch_norm(backbone, compute.device) if compute.world > 1 else backbone
+    course = Course(trained, criterion, Optimizer(trained, criterion, config, compute), watch=watch, **kept)
+    course.restore()
+    with tqdm(total=config.epochs, initial=course.epoch, desc="backbone", unit="epoch", **PROGRESS) as bar:
+        while course.epoch < config.epochs:
+            _epoch(course, loader)
+            row = course.close_epoch()
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
             bar.update()
-    backbone.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return rows
+    course.finish()
+    if trained is not backbone:
+        backbone.load_state_dict(trained.state_dict())
+    backbone.to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    return course.rows
 
 
-def _epoch(
-    epoch: int, loader: TrainLoader, backbone: Backbone, criterion: Criterion, optimizer: Optimizer, device: str
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    backbone.train()
-    loader.set_epoch(epoch)
-    losses, accuracies, total = [], [], len(loader)
-    for step, (batch, labels) in enumerate(loader):
-        optimizer.schedule(epoch + step / total)
-        batch = batch.to(device, memory_format=torch.channels_last)
-        labels = labels.to(device)
-        before, after = backbone.both(batch)
-        loss, accuracy = criterion(before, after, labels)
-        losses.append(optimizer.step(loss))
-        accuracies.append(float(accuracy))
-    return {
-        "epoch": epoch + 1, "loss": float(np.mean(losses)), "accuracy": float(np.mean(accuracies)),
-        "lr": optimizer.lr, "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+def _epoch(course: Course, loader: TrainLoader) -> None:
+    """What is left of the epoch."""
+    compute, optimizer = course.compute, course.optimizer
+    course.model.train()
+    loader.set_epoch(course.epoch, course.step)
+    total = len(loader)
+    for images, labels in loader:
+        part = optimizer.part(course.step, total)
+        optimizer.schedule(course.epoch + (course.step - part[0]) / total)
+        batch = images.to(compute.device, compute.dtype, memory_format=torch.channels_last)
+        before, after = compute.forward(partial(Backbone.both, images=batch), sync=part[0] == part[1] - 1)
+        before, after = compute.gather(before.to(compute.dtype)), compute.gather(after.to(compute.dtype))
+        loss, accuracy = course.criterion(before, after, compute.gather(labels.to(compute.device)))
+        course.took(optimizer.step(loss, part), float(accuracy), part)
 
 
 @torch.inference_mode()
@@ -93,7 +101,8 @@ def extract(
     backbone.to(device).eval()
     batches = evaluation_batches(records, spec.preprocess, batch)
     bar = tqdm(batches, total=-(-len(records) // batch), desc="features", unit="batch", **PROGRESS)
-    rows = [backbone(images.to(device)).cpu().numpy() for images in bar]
+    dtype = next(backbone.parameters()).dtype
+    rows = [backbone(images.to(device, dtype)).float().cpu().numpy() for images in bar]
     return _labelled(rows, records, spec)
 
 

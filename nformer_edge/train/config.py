@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import (
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 Schedule = Literal["steps", "cosine"]
 Start = Literal["reciprocal_mean", "random"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,31 @@ class BackboneConfig:
     Args:
         p, k: identities in a batch and images of each.
         weight_decay: L2, as Adam adds it to the gradient.
+        accumulate: batches whose gradients make one step. A bigger `p` looks for hard examples in more images and
+            takes the batch norm's statistics over them; this does not.
         schedule: ``steps`` divides by ten at each of `steps` (epochs); ``cosine`` falls to a hundredth.
-        warmup: epochs over which the rate rises linearly from a tenth.
+        warmup: epochs over which the rate rises linearly from `warmup_factor` of itself.
         augment: flips, crops and erased rectangles.
     """
 
     epochs: int = 120
     p: int = 16
     k: int = 4
+    accumulate: int = 1
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
     schedule: Schedule = "steps"
     steps: tuple[int, ...] = (40, 70)
     warmup: int = 10
+    warmup_factor: float = 0.01
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentSpec = field(default_factory=AugmentSpec)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("p", 2), ("k", 2), ("lr", 0), ("weight_decay", 0), ("warmup", 0)):
+        for name, least in (
+            ("epochs", 0), ("p", 2), ("k", 2), ("accumulate", 1), ("lr", 0), ("weight_decay", 0), ("warmup", 0),
+            ("warmup_factor", 0),
+        ):  # fmt: skip
             check_at_least(name, getattr(self, name), least)
         check_choice("schedule", self.schedule, ("steps", "cosine"))
 
@@ -89,8 +97,10 @@ class HeadConfig:
 
     Args:
         epochs: 0 leaves the head at its start.
-        sets: sets of images in an epoch, each one step.
+        sets: batches in an epoch.
         set_size: N, images in one set, drawn around a random image; all of them where there are fewer.
+        batch: sets in a batch. The head relates images of one set only; losses and batch norm see all of them.
+        accumulate: batches whose gradients make one step.
         views: how many times the training images are extracted, each time with another augmentation; features of
             images that the backbone has learnt by heart teach the head nothing.
         start: ``reciprocal_mean`` (`model.start`) or ``random`` (as published).
@@ -100,6 +110,8 @@ class HeadConfig:
     epochs: int = 20
     sets: int = 20
     set_size: int = 7000
+    batch: int = 1
+    accumulate: int = 1
     views: int = 4
     start: Start = "reciprocal_mean"
     strength: float = 0.5
@@ -108,12 +120,13 @@ class HeadConfig:
     schedule: Schedule = "cosine"
     steps: tuple[int, ...] = ()
     warmup: int = 1
+    warmup_factor: float = 0.1
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("epochs", 0), ("sets", 1), ("set_size", 2), ("views", 1), ("strength", 0), ("lr", 0), ("weight_decay", 0),
-            ("warmup", 0),
+            ("epochs", 0), ("sets", 1), ("set_size", 2), ("batch", 1), ("accumulate", 1), ("views", 1),
+            ("strength", 0), ("lr", 0), ("weight_decay", 0), ("warmup", 0), ("warmup_factor", 0),
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), least)
         check_choice("schedule", self.schedule, ("steps", "cosine"))
@@ -130,6 +143,9 @@ class TrainConfig:
         holdout: share of the training identities kept out of training, to watch and choose by.
         seed: everything random follows from it.
         cache_mib: training images stay decoded in memory up to this size.
+        precision: of the forward and backward pass; ``fp16`` needs a GPU, ``fp64`` is for checks.
+        deterministic: refuse operations whose result depends on the order in which threads finish.
+        save_minutes: an interrupted training loses at most so much, and the batch at hand.
     """
 
     model: ModelSpec = field(default_factory=lambda: ModelSpec(head=HeadSpec()))
@@ -138,10 +154,14 @@ class TrainConfig:
     holdout: float = 0.0
     seed: int = 0
     cache_mib: int = 2048
+    precision: Precision = "fp32"
+    deterministic: bool = False
+    save_minutes: float = 2.0
 
     def __post_init__(self) -> None:
-        check_at_least("seed", self.seed, 0)
-        check_at_least("cache_mib", self.cache_mib, 0)
+        for name in ("seed", "cache_mib", "save_minutes"):
+            check_at_least(name, getattr(self, name), 0)
+        check_choice("precision", self.precision, get_args(Precision))
         if not 0 <= self.holdout < 1:
             raise UsageError("holdout", got=self.holdout, expected="0 <= holdout < 1", mend="Keep out fewer people.")
 
@@ -153,7 +173,9 @@ class TrainConfig:
         head = HeadSpec(256, layers, heads=2, k=20, landmarks=landmarks, rule=rule)  # type: ignore[arg-type]
         model = ModelSpec(BackboneSpec("resnet18", 256), head, PreprocessSpec(64, 32))
         augment = AugmentSpec(pad=2, erase=0.1)
-        stage_one = BackboneConfig(epochs=7, p=8, lr=1.5e-3, schedule="cosine", warmup=1, augment=augment)
+        stage_one = BackboneConfig(
+            epochs=7, p=8, lr=1.5e-3, schedule="cosine", warmup=1, warmup_factor=0.1, augment=augment
+        )
         return cls(model, stage_one, HeadConfig(epochs=2, sets=10, views=3, lr=3e-5), holdout=0.1, seed=seed)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from nformer_edge.core.spec import HeadSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
+from nformer_edge.train.compute import Compute
 from nformer_edge.train.config import HeadConfig
+from nformer_edge.train.course import Course
 from nformer_edge.train.losses import Criterion
 from nformer_edge.train.optimize import Optimizer
 
@@ -34,12 +35,17 @@ def train_head(
     seed: int = 0,
     device: str = "cpu",
     watch: Watch | None = None,
+    compute: Compute | None = None,
+    **kept: Any,
 ) -> tuple[NFormer, list[dict[str, Any]]]:
     """Trains a head on the features of the training images.
 
     Args:
         views: the same images in the same order, each time augmented otherwise; one will do.
         watch: called before the first and after each epoch; returns the held-out mAP. The best epoch's head is kept.
+        compute: who computes; one process in float32 on `device` if None.
+        kept: ``state``, ``on_row`` and ``on_best`` of `Course`: to go on after an interruption, and to look on. With
+            ``on_last``, a function that is called with the last epoch's tensors.
 
     Returns:
         The head in evaluation mode, and one row an epoch: epoch (0 is the start), loss, accuracy, lr, seconds and,
@@ -47,44 +53,38 @@ def train_head(
 
     Raises:
         DataError: if features are not usable, or there are fewer than two identities.
+        UsageError: if a batch's sets cannot be shared out among the ranks.
     """
+    compute = compute or Compute(device)
+    compute.share_of(config.batch, "batch")
     stack, labels = _stack(views, spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = NFormer(spec)
-        criterion = Criterion(config.loss, int(labels.max()) + 1, spec.features).to(device)
+        criterion = Criterion(config.loss, int(labels.max()) + 1, spec.features)
+    criterion.to(compute.device, compute.dtype)
     if config.start == "reciprocal_mean":
         start_as_reciprocal_mean(head, stack[0], config.strength)
-    head.to(device)
-    optimizer = Optimizer(head, criterion, config)
-    rng = np.random.default_rng([seed, 2])
-    _settle(head, stack, config, rng, device)
-    keeper = _Keeper(head, watch)
-    with tqdm(total=config.epochs, desc="head", unit="epoch", **PROGRESS) as bar:
-        for epoch in range(config.epochs):
-            row = _epoch(epoch, stack, labels, head, criterion, optimizer, rng, device)
-            keeper.note(row)
+    head.to(compute.device, compute.dtype)
+    on_last = kept.pop("on_last", None)
+    rng = np.random.default_rng([seed, 2])  # everything random in this stage comes from here: its state is saved
+    course = Course(head, criterion, Optimizer(head, criterion, config, compute), watch=watch, rng=rng, **kept)
+    if not course.restore():
+        _settle(head, stack, config, rng, compute)
+        if watch is not None:
+            course.note({"epoch": 0})
+    with tqdm(total=config.epochs, initial=course.epoch, desc="head", unit="epoch", **PROGRESS) as bar:
+        while course.epoch < config.epochs:
+            _epoch(course, stack, labels, head, config)
+            row = course.close_epoch()
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
-    return keeper.best.to("cpu").eval(), keeper.rows
-
-
-class _Keeper:
-    """Keeps the head of the best epoch by held-out mAP; of the last where nothing is held out."""
-
-    def __init__(self, head: NFormer, watch: Watch | None) -> None:
-        self.head, self.watch, self.best = head, watch, head
-        self.rows: list[dict[str, Any]] = []
-        self.highest = -1.0
-        if watch is not None:
-            self.note({"epoch": 0})
-
-    def note(self, row: dict[str, Any]) -> None:
-        if self.watch is not None:
-            row["held_out_map"] = self.watch(self.head.eval())
-            if row["held_out_map"] > self.highest:
-                self.highest, self.best = row["held_out_map"], copy.deepcopy(self.head)
-        self.rows.append(row)
+    course.finish()
+    if on_last is not None:
+        on_last(head.state_dict())
+    if course.best is not None:
+        head.load_state_dict(course.best)
+    return head.to("cpu", torch.float32).eval(), course.rows
 
 
 def _stack(views: Sequence[FeatureSet], spec: HeadSpec) -> tuple[Tensor, Tensor]:
@@ -122,53 +122,52 @@ def _draw(stack: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, T
     return mixed[rows], rows
 
 
-def _landmarks(spec: HeadSpec, images: int, rng: np.random.Generator, device: str) -> Tensor:
+def _landmarks(spec: HeadSpec, images: int, rng: np.random.Generator, device: torch.device) -> Tensor:
     drawn = draw_landmarks(images, spec.layers, spec.landmarks, int(rng.integers(2**31)))
     return torch.from_numpy(drawn).to(device)
 
 
 @torch.no_grad()
-def _settle(head: NFormer, stack: Tensor, config: HeadConfig, rng: np.random.Generator, device: str) -> None:
+def _settle(head: NFormer, stack: Tensor, config: HeadConfig, rng: np.random.Generator, compute: Compute) -> None:
     """Gives the neck's batch norm the statistics of the untrained head, so that the start ranks as it should."""
     features, _ = _draw(stack, config.set_size, rng)
-    encoded = head.encode(features.to(device), _landmarks(head.spec, len(features), rng, device))
+    landmarks = _landmarks(head.spec, len(features), rng, compute.device)
+    encoded = head.encode(features.to(compute.device, compute.dtype), landmarks)
     head.bottleneck.running_mean = encoded.mean(dim=0)
     head.bottleneck.running_var = encoded.var(dim=0)
 
 
-def _epoch(
-    epoch: int,
-    stack: Tensor,
-    labels: Tensor,
-    head: NFormer,
-    criterion: Criterion,
-    optimizer: Optimizer,
-    rng: np.random.Generator,
-    device: str,
-) -> dict[str, Any]:
-    start = time.perf_counter()
+def _encode(head: NFormer, sets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    return torch.cat([head.encode(features, landmarks) for features, landmarks, _ in sets])
+
+
+def _epoch(course: Course, stack: Tensor, labels: Tensor, head: NFormer, config: HeadConfig) -> None:
+    """What is left of the epoch. Ranks share out a batch's sets; batch norm and losses see all of them."""
+    compute, optimizer = course.compute, course.optimizer
+    assert course.rng is not None
     head.train()
-    config = optimizer.config
-    assert isinstance(config, HeadConfig)
-    losses, accuracies = [], []
-    for step in range(config.sets):
-        optimizer.schedule(epoch + step / config.sets)
-        features, rows = _draw(stack, config.set_size, rng)
-        before = head.encode(features.to(device), _landmarks(head.spec, len(features), rng, device))
-        loss, accuracy = criterion(before, head.bottleneck(before), labels[rows].to(device))
-        losses.append(optimizer.step(loss))
-        accuracies.append(float(accuracy))
-    return {
-        "epoch": epoch + 1, "loss": float(np.mean(losses)), "accuracy": float(np.mean(accuracies)),
-        "lr": optimizer.lr, "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    share = config.batch // compute.world
+    while course.step < config.sets:
+        part = optimizer.part(course.step, config.sets)
+        optimizer.schedule(course.epoch + (course.step - part[0]) / config.sets)
+        sets = []
+        for place in range(config.batch):  # every rank draws every set, so that all go on from the same state
+            features, rows = _draw(stack, config.set_size, course.rng)
+            landmarks = _landmarks(head.spec, len(features), course.rng, compute.device)
+            if place // share == compute.rank:
+                sets.append((features.to(compute.device, compute.dtype), landmarks, labels[rows].to(compute.device)))
+        encoded = compute.forward(partial(_encode, sets=sets), sync=part[0] == part[1] - 1)
+        before = compute.gather(encoded.to(compute.dtype))
+        chosen = compute.gather(torch.cat([target for _, _, target in sets]))
+        loss, accuracy = course.criterion(before, head.bottleneck(before), chosen)
+        course.took(optimizer.step(loss, part), float(accuracy), part)
 
 
 @torch.inference_mode()
 def relate(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0) -> tuple[FeatureSet, FeatureSet]:
     """Query and gallery through the head together, as published: the held-out evaluation's way."""
     joint = torch.from_numpy(np.concatenate([query.features, gallery.features]).astype(np.float32))
-    device = head.bottleneck.weight.device
+    device, dtype = head.bottleneck.weight.device, head.bottleneck.weight.dtype
     drawn = draw_landmarks(len(joint), head.spec.layers, head.spec.landmarks, seed)
-    out = head(joint.to(device), torch.from_numpy(drawn).to(device)).cpu().numpy()
+    out = head(joint.to(device, dtype), torch.from_numpy(drawn).to(device)).float().cpu().numpy()
     return query.with_features(out[: len(query)]), gallery.with_features(out[len(query) :])

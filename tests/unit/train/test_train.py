@@ -16,10 +16,11 @@ from nformer_edge.data.loaders import AugmentSpec, TrainImages
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint
-from nformer_edge.train import train as train_module
+from nformer_edge.train import stages
 from nformer_edge.train.backbone import extract, extract_view, train_backbone
 from nformer_edge.train.config import BackboneConfig, HeadConfig, TrainConfig
-from nformer_edge.train.train import split_holdout, train
+from nformer_edge.train.holdout import split_holdout
+from nformer_edge.train.train import train
 
 PREPROCESS = PreprocessSpec(32, 16)
 
@@ -119,11 +120,18 @@ def test_an_interrupted_run_leaves_what_stood_there(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "train_head", interrupted)
+    monkeypatch.setattr(stages, "train_head", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(dataset, out, tiny(backbone=replace(tiny().backbone, epochs=1)))
     assert out.read_bytes() == b"yesterday's"
-    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", "m.backbone.safetensors"}
+    beside = (
+        "backbone.safetensors",
+        "backbone.best.safetensors",
+        "backbone.state.safetensors",
+        "training.csv",
+        "views.npz",
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", *(f"m.{name}" for name in beside)}
     assert load_checkpoint(tmp_path / "m.backbone.safetensors").backbone is not None
 
 
