@@ -16,7 +16,7 @@ from nformer_edge.core import spec
 from nformer_edge.core.errors import NFormerEdgeError, UsageError
 
 Args = argparse.Namespace
-Option = Callable[[argparse.ArgumentParser], object]
+Option = Callable[[argparse._ActionsContainer], object]
 
 #: Which extra brings a package that a command needs.
 _EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train", "onnxruntime": "cpu"}
@@ -26,6 +26,15 @@ _COMMANDS: dict[str, tuple[str, tuple[Option, ...], Callable[[Args], None]]] = {
 
 def _option(*names: str, **settings: Any) -> Option:
     return lambda parser: parser.add_argument(*names, **settings)
+
+
+def _one_of(*options: Option) -> Option:
+    def add(parser: argparse._ActionsContainer) -> None:
+        group = parser.add_mutually_exclusive_group(required=True)
+        for option in options:
+            option(group)
+
+    return add
 
 
 def _choice(literal: Any) -> Callable[[str], str]:
@@ -100,8 +109,15 @@ def _summary(args: Args) -> None:
 
 
 @_command(
-    "train", "both stages: backbone on images, then the NFormer head on its features",
-    DATA, LAYOUT, _out("FILE.safetensors"), IMGSZ, SEED, DEVICE,
+    "train", "both stages: backbone on images, then the NFormer head on its features; or the head alone on a store",
+    _one_of(
+        _option("--data", metavar="DIR", help="dataset folder or CSV file (layout found by itself)"),
+        _option("--features", metavar="STORE.npz", help="train the head alone, on what `embed` wrote"),
+    ),
+    LAYOUT, _out("FILE.safetensors"), IMGSZ, DEVICE,
+    _option("--seed", type=int, help="everything random follows from it (default 0)"),
+    _option("--backbone", metavar="CHECKPOINT", help="with --features: what made them; goes into the checkpoint"),
+    _option("--resume", action="store_true", help="go on from where an interrupted run of this training was"),
     _option("--preset", choices=("published", "demo"), default="published", help="where the configuration starts"),
     _option("--config", metavar="FILE.toml", help="configuration file; flags win over it"),
     _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="resnet50, osnet_x0_25 ..."),
@@ -114,18 +130,30 @@ def _summary(args: Args) -> None:
     _option("--landmarks", type=int, help="landmark images a layer"),
     _option("--layers", type=int, help="layers of the head"),
     _option("--heads", type=int, help="attention heads"),
+    _option("--holdout", type=float, metavar="SHARE", help="share of the identities to watch by, not to train on"),
+    _option("--precision", metavar="NAME", help="fp32 | bf16 | fp16 (GPU) | fp64 (default fp32)"),
+    _option("--accumulate", type=int, metavar="N", help="batches whose gradients make one step"),
+    _option("--deterministic", action="store_true", default=None, help="refuse operations that may differ by a bit"),
+    _option("--tensorboard", metavar="DIR", help="event files for TensorBoard"),
 )  # fmt: skip
 def _train(args: Args) -> None:
     from nformer_edge.train.config import configure
+    from nformer_edge.train.stored import train_from_features
     from nformer_edge.train.train import format_history, train
 
     config = configure(
         args.config or args.preset, seed=args.seed, arch=args.arch, imgsz=args.imgsz, epochs=args.epochs,
         head_epochs=args.head_epochs, with_head=not args.no_head, rule=args.rule, k=args.k, landmarks=args.landmarks,
-        layers=args.layers, heads=args.heads,
+        layers=args.layers, heads=args.heads, holdout=args.holdout, precision=args.precision,
+        accumulate=args.accumulate, deterministic=args.deterministic,
     )  # fmt: skip
-    history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, device=args.device)
-    _show(args, history, format_history(history))
+    how = {"device": args.device, "resume": args.resume, "tensorboard": args.tensorboard}
+    if args.features:
+        history = train_from_features(args.features, args.output, config, backbone=args.backbone, **how)
+    else:
+        history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, **how)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
+        _show(args, history, format_history(history))
 
 
 @_command(

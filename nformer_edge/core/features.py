@@ -29,6 +29,8 @@ class FeatureSet:
         hashes: sha256 of each image file, in the same order; empty where nobody took them.
         augmented: float32 [V - 1, N, D], further views of the same images, each augmented otherwise; None for none.
         augmentation: JSON that says how the views were drawn, or "".
+        spec: JSON of the `ModelSpec` that made the features, its head left out, or "": a head trained on the features
+            alone goes into a checkpoint with it.
     """
 
     features: np.ndarray
@@ -39,6 +41,7 @@ class FeatureSet:
     hashes: tuple[str, ...] = ()
     augmented: np.ndarray | None = None
     augmentation: str = ""
+    spec: str = ""
 
     def __post_init__(self) -> None:
         rows = len(self.features)
@@ -130,6 +133,8 @@ def save_features(path: str | os.PathLike[str], sets: dict[str, FeatureSet]) -> 
             arrays[f"{split}/sha256"] = np.array(s.hashes, dtype=np.str_)
         if s.augmented is not None:
             arrays |= {f"{split}/augmented": s.augmented, f"{split}/augmentation": np.array(s.augmentation)}
+        if s.spec:
+            arrays[f"{split}/spec"] = np.array(s.spec)
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -168,4 +173,5 @@ def _read_split(z: Mapping[str, np.ndarray], split: str) -> FeatureSet:
         hashes=tuple(str(h) for h in z[f"{split}/sha256"]) if f"{split}/sha256" in z else (),
         augmented=z[f"{split}/augmented"] if with_views else None,
         augmentation=str(z[f"{split}/augmentation"]) if with_views else "",
+        spec=str(z[f"{split}/spec"]) if f"{split}/spec" in z else "",
     )  # fmt: skip

@@ -233,18 +233,30 @@ def cmc(results: Results) -> str:
 
 
 def training(results: Results) -> str:
-    """Loss and held-out mAP by epoch of each training stage; an epoch without either is not drawn."""
-    charts = ""
-    for key, title, factor in (("loss", "Loss", 1), ("held_out_map", "Held-out mAP, %", 100)):
-        lines: list[Line] = []
-        for result in _of(results, "training"):
-            for stage, record in result["stages"].items():
-                points = [(r["epoch"], factor * r[key]) for r in record["epochs"] if r.get(key) is not None]
-                if points:
-                    lines.append(Line(stage, points, len(lines)))
-        chart = line_chart(lines, f"{title} by epoch", "epoch", title.lower())
-        charts += f"<h3>{text(title)}</h3>{chart}" if chart else ""
-    return section("Training", charts)
+    """Each stage of each training as a line, and its learning curves: loss and held-out mAP by epoch."""
+    found = [(r, stage, record) for r in _of(results, "training") for stage, record in r["stages"].items()]
+    several = len(_of(results, "training")) > 1
+    cells = []
+    lines: dict[str, list[Line]] = {"loss": [], "held_out_map": []}
+    for color, (result, stage, record) in enumerate(found):
+        label = f"{stage}, {result['checkpoint'].rpartition('/')[2]}" if several else stage
+        for key, factor in (("loss", 1), ("held_out_map", 100)):
+            points = [(r["epoch"], factor * r[key]) for r in record["epochs"] if r.get(key) is not None]
+            if points:  # an epoch without a figure is not drawn
+                lines[key].append(Line(label, points, color))
+        if record["epochs"]:
+            last, best = record["epochs"][-1], record.get("best") or {}
+            cells.append(
+                row([text(label), number(last["epoch"], 0), number(last.get("loss"), 3) or NONE,
+                     percent(best.get("held_out_map")) or NONE, number(best.get("epoch"), 0) or NONE,
+                     number(record.get("seconds"), 0) or NONE])
+            )  # fmt: skip
+    body = table(["stage", "epochs", "last loss", "best held-out mAP", "after epoch", "seconds"], cells)
+    for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):
+        chart = line_chart(lines[key], f"{title} by epoch", "epoch", title.lower())
+        body += f"<h3>{text(title)}</h3>{chart}" if chart else ""
+    note = "Held-out mAP: on training identities that were kept out of training, ranked in the plain view."
+    return section("Training", body, note if lines["held_out_map"] else "")
 
 
 def machine(results: Results) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def embed_records(
     _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
-    return FeatureSet(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe)
+    spec = json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
+    return FeatureSet(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe, spec)
 
 
 def _check_finite(features: np.ndarray, paths: tuple[str, ...]) -> None:

@@ -206,6 +206,10 @@ def configure(
     epochs: int | None = None,
     head_epochs: int | None = None,
     with_head: bool = True,
+    accumulate: int | None = None,
+    holdout: float | None = None,
+    precision: str | None = None,
+    deterministic: bool | None = None,
     **head: Any,
 ) -> TrainConfig:
     """A preset or a TOML file with single values replaced: what the command line's flags do.
@@ -215,6 +219,8 @@ def configure(
         imgsz: height and width.
         epochs, head_epochs: of the two stages.
         with_head: False trains the backbone alone.
+        accumulate: of both stages.
+        holdout, precision, deterministic: of `TrainConfig`.
         head: fields of `HeadSpec`. None anywhere keeps what `start` says.
     """
     config = PRESETS[str(start)]() if str(start) in PRESETS else read_config(start)
@@ -226,8 +232,9 @@ def configure(
     size = dict(zip(("height", "width"), imgsz, strict=True)) if imgsz else {}
     model = replace(model, backbone=_with(model.backbone, arch=arch), preprocess=_with(model.preprocess, **size))
     return _with(
-        config, seed=seed, model=model, backbone=_with(config.backbone, epochs=epochs),
-        head=_with(config.head, epochs=head_epochs),
+        config, seed=seed, model=model, backbone=_with(config.backbone, epochs=epochs, accumulate=accumulate),
+        head=_with(config.head, epochs=head_epochs, accumulate=accumulate), holdout=holdout, precision=precision,
+        deterministic=deterministic,
     )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ def first_stage(
         run.logs.rows["backbone"] = done["record"]["epochs"]
         return _loaded(load_checkpoint(path).backbone), done["record"], done["sha256"]
     backbone, device = start_backbone(config, initial), str(run.compute.device)
+    if holdout is None:
+        run.clean(BEST_BACKBONE)  # an earlier run's
 
     def watch(model: Backbone) -> float:
         assert holdout is not None
@@ -72,7 +74,7 @@ def first_stage(
         images, backbone, config.backbone, seed=config.seed, watch=watch if holdout else None, compute=run.compute,
         state=state, on_row=partial(run.logs.note, "backbone"), on_best=keep_best,
     )  # fmt: skip
-    record = {"epochs": rows, "seconds": time.perf_counter() - start}
+    record = {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}
     if run.compute.leads:
         digest = save_checkpoint(path, spec, backbone, None, extra)
         if config.model.head is not None:
@@ -104,6 +106,8 @@ def second_stage(
     start = time.perf_counter()
     spec = config.model
     assert spec.head is not None
+    if held is None:
+        run.clean(BEST_HEAD)  # an earlier run's
     state = run.state("head", {**run.identity, "config": _stage_identity(config, "backbone"), "features": source})
 
     def watch(head: NFormer) -> float:
@@ -125,7 +129,13 @@ def second_stage(
     if run.compute.leads:
         save_checkpoint(run.out, spec, backbone, head, extra)
     run.compute.wait()
-    return {"epochs": rows, "seconds": time.perf_counter() - start}, sha256_file(run.out)
+    return {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}, sha256_file(run.out)
+
+
+def _best(rows: Sequence[Record]) -> Record | None:
+    """Epoch and held-out mAP of the best epoch, the earliest of equals; None where nothing was watched."""
+    watched = [{k: row[k] for k in ("epoch", "held_out_map")} for row in rows if "held_out_map" in row]
+    return max(watched, key=lambda row: row["held_out_map"], default=None)
 
 
 def extract_views(

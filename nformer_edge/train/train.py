@@ -103,8 +103,7 @@ def format_history(history: dict[str, Any]) -> str:
     for stage, record in history["stages"].items():
         epochs = [e for e in record["epochs"] if "loss" in e]
         course = f"loss {epochs[0]['loss']:.3f} -> {epochs[-1]['loss']:.3f}, " if epochs else ""
-        watched = [e for e in record["epochs"] if e.get("held_out_map") is not None]
-        best = max(watched, key=lambda e: e["held_out_map"], default=None)
+        best = record["best"]
         kept = f"best held-out mAP {100 * best['held_out_map']:.1f} after epoch {best['epoch']}, " if best else ""
         lines.append(f"  {stage}: {len(epochs)} epochs, {course}{kept}{record['seconds']:.0f} s")
     return "\n".join([*lines, f"wrote {history['checkpoint']}"])
