@@ -58,11 +58,18 @@ def this_machine(root: Path = Path("/")) -> Machine:
     gpu, capability, memory = ("", "", 0.0) if l4t else _first_gpu()
     chip = _chip(root)
     return Machine(
-        architecture=platform.machine(), l4t=l4t, cuda=_cuda(root), tensorrt=package_version("tensorrt"),
-        tensorrt_rtx=package_version("tensorrt_rtx"), onnxruntime=_version("onnxruntime"),
-        driver=nvidia_driver() or l4t, gpu=gpu or chip, compute_capability=capability or _CHIPS.get(chip, ""), power_mode=_power_mode(root),
+        architecture=platform.machine(),
+        l4t=l4t,
+        cuda=_cuda(root),
+        tensorrt=package_version("tensorrt"),
+        tensorrt_rtx=package_version("tensorrt_rtx"),
+        onnxruntime=_version("onnxruntime"),
+        driver=nvidia_driver() or l4t,
+        gpu=gpu or chip,
+        compute_capability=capability or _CHIPS.get(chip, ""),
+        power_mode=_power_mode(root),
         memory_gib=memory or (_board_memory(root) if l4t else 0.0),
-    )  # fmt: skip
+    )
 
 
 def _read(path: Path) -> str:

@@ -58,9 +58,9 @@ def require_match(target: Target, machine: Machine, *, with_head: bool = True) -
     return found
 
 
-def format_preflight(target: Target, found: list[Mismatch]) -> str:
+def format_preflight(name: str, summary: str, note: str, found: list[Mismatch]) -> str:
     """As text: one line a mismatch."""
-    lines = [f"{target.name}: {target.summary}", *([f"  note: {target.note}"] if target.note else [])]
+    lines = [f"{name}: {summary}", *([f"  note: {note}"] if note else [])]
     lines += [f"  {'NO  ' if m.blocks else 'note'}  {m}" for m in found]
     return "\n".join([*lines, *([] if found else ["  all matches"])])
 

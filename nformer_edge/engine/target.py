@@ -19,8 +19,8 @@ else:
 
 _HERE = Path(__file__).resolve()
 
-#: In a checkout, and in an installed package.
-_PLACES = (_HERE.parents[2] / "export" / "recipes", _HERE.parents[1] / "export" / "recipes")
+#: In an installed package, and in a checkout.
+_PLACES = (_HERE.parents[1] / "export" / "recipes", _HERE.parents[2] / "export" / "recipes")
 
 #: Packages and systems of which a recipe may ask a range of versions.
 VERSIONS = ("l4t", "cuda", "tensorrt", "tensorrt_rtx", "onnxruntime")
@@ -112,7 +112,7 @@ def recipes_folder() -> Path:
         if place.is_dir():
             return place
     raise ArtifactError(
-        str(_PLACES[-1]), got="no such folder", expected="the recipes of this package", mend="Install it again."
+        str(_PLACES[0]), got="no such folder", expected="the recipes of this package", mend="Install it again."
     )
 
 

@@ -7,25 +7,35 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nformer_edge import __version__
 from nformer_edge.core.cpu import instruction_sets
+from nformer_edge.engine.machine import this_machine
+from nformer_edge.engine.plugin import find_plugin, plugin_facts
+from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
+from nformer_edge.engine.target import Target, read_target
 from nformer_edge.engine.tensorrt import nvidia_driver, tensorrt_package
 from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
 
-_PLUGIN = "libnformer_plugins.so"
 
-
-def doctor() -> dict[str, Any]:
+def doctor(target: str | None = None) -> dict[str, Any]:
     """Looks, and changes nothing. Each of ``checks`` has name, ok, found, and next (the next step, or "").
 
+    Args:
+        target: name or file of a recipe to compare this machine with.
+
     Returns:
-        JSON of kind ``doctor``: version, python, system, cpu, checks.
+        JSON of kind ``doctor``: version, python, system, cpu, checks; with `target`, also ``target``: name, summary,
+        note and ``mismatches``, each with what, got, expected, mend, blocks.
+
+    Raises:
+        UsageError: if there is no such target.
     """
+    compared = {} if target is None else {"target": _compared(read_target(target))}
     checks = [
         _package("PyTorch", "torch", "to train, and to run checkpoints: pip install 'nformer-edge[train]'"),
         _package("ONNX", "onnx", "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"),
@@ -49,7 +59,14 @@ def doctor() -> dict[str, Any]:
             "int8": int8_note(),
         },
         "checks": checks,
+        **compared,
     }
+
+
+def _compared(target: Target) -> dict[str, Any]:
+    found = preflight(target, this_machine())
+    return {"name": target.name, "summary": target.summary, "note": target.note,
+            "mismatches": [asdict(m) for m in found]}  # fmt: skip
 
 
 def int8_note() -> str:
@@ -101,10 +118,13 @@ def _jetpack() -> dict[str, Any]:
 
 
 def _plugin_library() -> dict[str, Any]:
-    places = [Path(p) for p in (os.environ.get("NFORMER_EDGE_PLUGINS", ""),) if p]
-    places += [Path(sys.prefix) / "lib" / _PLUGIN, Path(__file__).parents[1] / "kernels" / _PLUGIN]
-    found = next((str(p) for p in places if p.is_file()), "")
-    step = "not needed by onnxruntime; for TensorRT, build plugins/ and name the file in NFORMER_EDGE_PLUGINS"
+    library = find_plugin()
+    found = ""
+    if library is not None:
+        facts = plugin_facts(library)
+        codes = ", ".join(f"sm_{a}" for a in facts.get("architectures", ()))
+        found = f"{library} (TensorRT {facts['tensorrt']}, {codes})" if facts else str(library)
+    step = "not needed by onnxruntime; for TensorRT: nformer-edge build-plugin"
     return _check("TensorRT plugin library", found, step)
 
 
@@ -121,4 +141,8 @@ def format_doctor(found: dict[str, Any]) -> str:
     width = max(len(c["name"]) for c in found["checks"])
     for check in found["checks"]:
         lines.append(f"{'yes' if check['ok'] else ' no'}  {check['name']:<{width}}  {check['found'] or check['next']}")
+    if "target" in found:
+        target = found["target"]
+        mismatches = [Mismatch(**m) for m in target["mismatches"]]
+        lines += ["", format_preflight(target["name"], target["summary"], target["note"], mismatches)]
     return "\n".join(lines)

@@ -162,7 +162,7 @@ IPluginCreator* const* creators(int32_t& count) {
 
 // For a process that opened the library itself: registers the creators that are not there yet. 0 on success.
 NFORMER_EXPORT int32_t nformer_register_plugins() noexcept {
-  nvinfer1::IPluginRegistry* const registry = getPluginRegistry();
+  nvinfer1::IPluginRegistry* const registry = nformer::trt::registry();
   if (registry == nullptr) {
     return -1;
   }

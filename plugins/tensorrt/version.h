@@ -17,3 +17,14 @@ namespace nformer::trt {
 void set_logger_finder(nvinfer1::ILoggerFinder* given) noexcept;
 }  // namespace nformer::trt
 #endif
+
+namespace nformer::trt {
+// The process's plugin registry. A library that was linked without libnvinfer.so finds it in the process that loads it,
+// and opens in others all the same: there it has no registry.
+#ifdef NFORMER_WEAK_REGISTRY
+#pragma weak getPluginRegistry
+inline nvinfer1::IPluginRegistry* registry() { return getPluginRegistry != nullptr ? getPluginRegistry() : nullptr; }
+#else
+inline nvinfer1::IPluginRegistry* registry() { return getPluginRegistry(); }
+#endif
+}  // namespace nformer::trt

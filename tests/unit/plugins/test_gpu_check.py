@@ -22,11 +22,13 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_check", PLUGINS / "gpu_check.py")
     assert spec is not None
     assert spec.loader is not None
+    for name in ("gpu_operators", "gpu_times", "gpu_engines"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_check", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "_stream", lambda: ctypes.c_void_p(None))
+    monkeypatch.setattr(module.gpu_operators, "DEVICE", "cpu")
+    monkeypatch.setattr(module.gpu_operators, "_stream", lambda: ctypes.c_void_p(None))
     return module
 
 
@@ -72,3 +74,89 @@ def test_the_references_of_the_gpu_check_agree_with_the_plain_torch_operators(gp
         expected = reciprocal_neighbor_attention(a, b, v, lists, 0.3)
         assert (gpu_check.reference_attention(a, b, v, lists, 0.3) - expected).abs().max() <= 1e-12
         assert (gpu_check.plain_attention(a, b, v, lists, 0.3).double() - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("rule", ["features", "affinity"])
+def test_a_whole_head_with_the_kernels_equals_the_dense_one(gpu_check, emulated_library, monkeypatch, rule) -> None:
+    times = gpu_check.gpu_times
+
+    def median_ms(run, repeats=20):
+        run()
+        return 1.0
+
+    monkeypatch.setattr(times, "median_ms", median_ms)
+    row = times.time_head(gpu_check.Kernels(emulated_library), 70, rule)
+    assert row["ok"], row
+    assert row["times_faster"] == 1.0
+
+
+def test_both_operators_complete_at_a_size_and_are_compared(gpu_check, emulated_library, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check.gpu_times, "median_ms", lambda run, repeats=20: run() is None or 1.0)
+    row = gpu_check.gpu_times.complete(gpu_check.Kernels(emulated_library), 300)
+    assert row["ok"], row
+
+
+def test_goals_are_met_not_met_or_could_not_be_told(gpu_check) -> None:
+    judged = gpu_check.gpu_times.judge(
+        [
+            {"what": "RowTopK N=19281 R=5 H=2 k=20 torch.float32", "times_the_floor": 2.9},
+            {"what": "RowTopK N=19281 R=256 H=1 k=20 torch.float32", "times_the_floor": 9.0},
+            {"what": "Attention N=19281 R=5", "times_the_floor": float("nan")},
+            {"what": "head N=19281, 4 layers", "times_faster": 19.9},
+            {"what": "head N=19281, 4 layers", "skipped": "dense torch: out of memory"},
+        ]
+    )
+    assert [goal["met"] for goal in judged] == [True, None, False, None]
+
+
+def scripted(fails: str = ""):
+    """A command that writes what parity writes, and fails where told."""
+    said: list[tuple[str, ...]] = []
+
+    def run(*words: str):
+        said.append(words)
+        ok = " ".join(words[:3]) != fails and words[0] != fails
+        if words[0] == "parity" and ok:
+            Path(words[words.index("-o") + 1]).write_text('{"kind": "parity"}')
+        return {"step": " ".join(words[:2]), "ok": ok, "code": 0 if ok else 2, "said": ["a line"]}
+
+    return run, said
+
+
+def test_engines_are_built_and_judged_in_every_precision(gpu_check, tmp_path, monkeypatch, capsys) -> None:
+    engines = gpu_check.gpu_engines
+    monkeypatch.setattr(engines, "missing", list)
+    monkeypatch.setenv("NFORMER_EDGE_PLUGINS", "")
+    run, said = scripted()
+    result = engines.check_engines(tmp_path, run=run)
+    assert [words[0] for words in said] == ["demo", "build-plugin", *["build-engine", "parity", "benchmark"] * 3]
+    assert set(result["gates"]) == {"fp32", "fp16", "int8"}
+    assert engines.failures(result) == []
+    built = [words for words in said if words[0] == "build-engine"]
+    assert "--calib-data" in built[2]
+    assert "--calib-data" not in built[1]
+    engines.show(result)
+    assert capsys.readouterr().out.count("ok ") == len(said)
+
+
+def test_a_plugin_that_cannot_be_built_stops_the_engines_and_fails_the_check(gpu_check, tmp_path, monkeypatch) -> None:
+    engines = gpu_check.gpu_engines
+    monkeypatch.setattr(engines, "missing", list)
+    monkeypatch.setenv("NFORMER_EDGE_PLUGINS", "")
+    run, said = scripted("build-plugin")
+    result = engines.check_engines(tmp_path, run=run)
+    assert len(said) == 2
+    assert engines.failures(result) == ["build-plugin -o: a line"]
+    whole = {"checks": {"failed": []}, "sanitizer": "passed", "engines": result}
+    assert gpu_check.failed(whole)
+    assert not gpu_check.failed({**whole, "engines": {"skipped": "no package tensorrt"}})
+
+
+def test_a_machine_without_tensorrt_says_what_it_lacks(gpu_check, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check.gpu_engines.importlib.util, "find_spec", lambda _: None)
+    result = gpu_check.gpu_engines.check_engines(tmp_path)
+    assert "no tensorrt (pip install 'nformer-edge[tensorrt]')" in result["skipped"]
+
+
+def test_what_could_not_be_told_is_null_in_the_json(gpu_check) -> None:
+    assert gpu_check._plain({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
