@@ -85,7 +85,7 @@ def test_a_recipe_of_ones_own_is_read(tmp_path):
 def test_a_machine_that_matches_has_nothing_to_mend(library):
     assert what("jetson-orin-jp62", ORIN) == {}
     assert require_match(read_target("jetson-orin-jp62"), ORIN) == []
-    assert "all matches" in format_preflight(read_target("jetson-orin-jp62"), [])
+    assert "all matches" in format_preflight("mine", "a device", "", [])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,16 @@ def test_a_jetson_is_known_by_its_files(tmp_path):
 def test_a_machine_that_is_no_jetson_has_none_of_it(tmp_path):
     machine = this_machine(tmp_path)
     assert (machine.l4t, machine.power_mode, machine.cuda) == ("", "", "")
+
+
+def test_the_doctor_compares_with_a_target():
+    from nformer_edge.runtime.doctor import doctor, format_doctor
+
+    found = doctor("jetson-orin-jp62")
+    assert found["target"]["name"] == "jetson-orin-jp62"
+    assert any(m["what"] == "l4t" and m["blocks"] for m in found["target"]["mismatches"])
+    assert "NO    l4t: got none, expected from 36.4" in format_doctor(found)
+    assert "target" not in doctor()
 
 
 def test_versions_compare_by_number():
