@@ -157,16 +157,27 @@ def _train(args: Args) -> None:
 
 
 @_command(
-    "import", "weights from elsewhere -> checkpoint (torchreid's OSNet; torchvision's ResNet)",
-    _option("weights", metavar="FILE", help="a .pth file; nothing in it is run"), _out("FILE.safetensors"), IMGSZ,
-    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="of the file; an OSNet is recognised"),
-    _option("--allow-partial", action="store_true", help="accept missing or left-over tensors"),
+    "import", "published weights -> checkpoint, saying what matched",
+    _option("weights", metavar="FILE", help="OSNet (torchreid), ResNet (torchvision), reid-strong-baseline, NFormer or"
+            " FastReID BoT; nothing in it is run"),
+    _out("FILE.safetensors"), IMGSZ,
+    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="what it must hold (default: whatever it does)"),
+    _option("--features", type=int, help="put a projection to so many features in place of the file's neck"),
+    _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
+    _option("--heads", type=int, help="attention heads, of an NFormer (default 2)"),
+    _option("--k", type=int, help="neighbours, of an NFormer (default 20)"),
+    _option("--landmarks", type=int, help="landmarks, of an NFormer (default 5)"),
+    _option("--partial", "--allow-partial", action="store_true", help="accept missing or left-over tensors"),
 )  # fmt: skip
 def _import(args: Args) -> None:
-    from nformer_edge.model.weights import import_checkpoint
+    from nformer_edge.model.weights import format_import, import_checkpoint
 
-    result = import_checkpoint(args.weights, args.output, arch=args.arch, imgsz=args.imgsz, partial=args.allow_partial)
-    _show(args, result, result["summary"])
+    result = import_checkpoint(
+        args.weights, args.output, arch=args.arch, imgsz=args.imgsz, partial=args.partial, stem=args.stem,
+        features=args.features,
+        head={name: v for name in ("heads", "k", "landmarks") if (v := getattr(args, name)) is not None},
+    )  # fmt: skip
+    _show(args, result, format_import(result))
 
 
 @_command(
@@ -202,6 +213,7 @@ def _export(args: Args) -> None:
 @_command(
     "build-engine", "bundle -> engine for one backend and precision",
     _option("bundle"), _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
+    _option("--target", metavar="NAME", help="a recipe, such as jetson-orin-jp62: what is built; other flags win over it"),
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
@@ -215,6 +227,7 @@ def _export(args: Args) -> None:
 )  # fmt: skip
 def _build_engine(args: Args) -> None:
     from nformer_edge.engine.build import EngineSpec, build_engine, describe_engine
+    from nformer_edge.engine.for_target import build_for_target
 
     chosen = EngineSpec(
         backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
@@ -237,6 +250,20 @@ def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
         except ValueError:
             raise UsageError("augment", got=pair, expected="name=number", mend="Such as pad=10 erase=0.5.") from None
     return table
+
+
+@_command(
+    "build-plugin", "compile the two operators as a plugin library for TensorRT, on the machine that will run it",
+    _option("-o", "--output", metavar="DIR", help="default: where engines look for it"),
+    _option("--tensorrt-root", metavar="DIR", help="unpacked tarball (default: JetPack's or apt's headers)"),
+    _option("--nvcc", metavar="FILE", help="CUDA compiler (default: the one on the PATH, or /usr/local/cuda's)"),
+    _option("--arch", default="auto", help="auto: this machine's GPU | all | such as 87,89 (default auto)"),
+)  # fmt: skip
+def _build_plugin(args: Args) -> None:
+    from nformer_edge.engine.plugin_build import build_plugin, format_plugin
+
+    built = build_plugin(args.output, tensorrt_root=args.tensorrt_root, nvcc=args.nvcc, architectures=args.arch)
+    _show(args, built, format_plugin(built, args.output))
 
 
 @_command(
@@ -325,11 +352,14 @@ def _report(args: Args) -> None:
     _show(args, {"kind": "report", "page": str(page)}, f"wrote {page}")
 
 
-@_command("doctor", "what this machine can do, and the next step for what is missing")
+@_command(
+    "doctor", "what this machine can do, and the next step for what is missing",
+    _option("--target", metavar="NAME", help="what here does not match this target, such as jetson-orin-jp62"),
+)  # fmt: skip
 def _doctor(args: Args) -> None:
     from nformer_edge.runtime.doctor import doctor, format_doctor
 
-    found = doctor()
+    found = doctor(args.target)
     _show(args, found, format_doctor(found))
 
 

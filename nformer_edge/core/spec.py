@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 from nformer_edge.core.errors import UsageError
 
 Arch = Literal["resnet18", "resnet50", "resnet50_ibn_a", "osnet_x1_0", "osnet_x0_75", "osnet_x0_5", "osnet_x0_25"]
-Neck = Literal["bnneck", "fc"]
+Neck = Literal["bnneck", "bn", "fc"]
+Stem = Literal["standard", "no_relu", "ceil_pool"]
 NeighborRule = Literal["features", "affinity"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -60,20 +61,34 @@ class PreprocessSpec:
 class BackboneSpec:
     """One image to one feature.
 
-    `neck` is ``bnneck`` (projection to `features`, then batch norm: Luo et al. 2019) or ``fc`` (OSNet's own fully
-    connected layer with batch norm and ReLU: Zhou et al. 2019, as torchreid trains it).
+    `neck` is ``bnneck`` (projection to `features`, then batch norm), ``bn`` (batch norm alone, on as many features as
+    the trunk has channels: Luo et al. 2019) or ``fc`` (OSNet's own fully connected layer with batch norm and ReLU: Zhou
+    et al. 2019, as torchreid trains it).
+
+    `stem` is how a ResNet begins: ``standard``, ``no_relu`` (reid-strong-baseline and the published NFormer leave out
+    the first ReLU) or ``ceil_pool`` (FastReID's pooling is padded at the end alone, which shifts it by a pixel).
+    Weights trained with one are wrong under another.
     """
 
     arch: Arch = "resnet50"
     features: int = 256
     neck: Neck = "bnneck"
+    stem: Stem = "standard"
 
     def __post_init__(self) -> None:
         check_choice("arch", self.arch, typing.get_args(Arch))
         check_choice("neck", self.neck, typing.get_args(Neck))
+        check_choice("stem", self.stem, typing.get_args(Stem))
         check_at_least("features", self.features, 1)
         if self.neck == "fc" and not self.arch.startswith("osnet"):
             raise UsageError("neck", got=f"fc with {self.arch}", expected="fc with an OSNet", mend="Use bnneck.")
+        if self.stem != "standard" and not self.arch.startswith("resnet"):
+            raise UsageError(
+                "stem",
+                got=f"{self.stem} with {self.arch}",
+                expected=f"{self.stem} with a ResNet",
+                mend="Leave stem out.",
+            )
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from nformer_edge.core.spec import BackboneSpec
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import BackboneSpec, Stem
 from nformer_edge.model.osnet import OSNet
 from nformer_edge.model.resnet import ResNet, resnet18, resnet50, resnet50_ibn_a
 
-_TRUNKS: dict[str, Callable[[], ResNet | OSNet]] = {
+_RESNETS: dict[str, Callable[[Stem], ResNet]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "resnet50_ibn_a": resnet50_ibn_a,
-    "osnet_x1_0": lambda: OSNet(1.0),
-    "osnet_x0_75": lambda: OSNet(0.75),
-    "osnet_x0_5": lambda: OSNet(0.5),
-    "osnet_x0_25": lambda: OSNet(0.25),
 }
+_OSNET_WIDTHS = {"osnet_x1_0": 1.0, "osnet_x0_75": 0.75, "osnet_x0_5": 0.5, "osnet_x0_25": 0.25}
+
+
+def _trunk(spec: BackboneSpec) -> ResNet | OSNet:
+    return _RESNETS[spec.arch](spec.stem) if spec.arch in _RESNETS else OSNet(_OSNET_WIDTHS[spec.arch])
 
 
 class BNNeck(nn.Module):
@@ -40,6 +42,23 @@ class BNNeck(nn.Module):
         return before, self.bn(before)
 
 
+class BatchNormNeck(nn.Module):
+    """Batch norm without shift on the pooled feature itself, as Luo et al. (2019) have it."""
+
+    def __init__(self, inputs: int, features: int) -> None:
+        super().__init__()
+        if inputs != features:
+            raise UsageError(
+                "features", got=f"{features} with neck bn", expected=f"{inputs}, the trunk's channels",
+                mend="Give that number, or use bnneck, which projects.",
+            )  # fmt: skip
+        self.bn = nn.BatchNorm1d(features)
+        self.bn.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.bn(x)
+
+
 class FCNeck(nn.Module):
     """OSNet's own: linear, batch norm, ReLU. Its output serves every loss."""
 
@@ -55,16 +74,22 @@ class FCNeck(nn.Module):
         return after, after
 
 
+_NECKS: dict[str, type[BNNeck] | type[BatchNormNeck] | type[FCNeck]] = {
+    "bnneck": BNNeck,
+    "bn": BatchNormNeck,
+    "fc": FCNeck,
+}
+
+
 class Backbone(nn.Module):
     """Preprocessed images to features (`BackboneSpec`)."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.trunk = _TRUNKS[spec.arch]()
+        self.trunk = _trunk(spec)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        neck = FCNeck if spec.neck == "fc" else BNNeck
-        self.neck = neck(self.trunk.channels, spec.features)
+        self.neck = _NECKS[spec.neck](self.trunk.channels, spec.features)
 
     def forward(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nformer_edge.core.spec import Stem
+
 
 class IBN(nn.Module):
     """Instance norm on the first half of the channels, batch norm on the rest."""
@@ -75,12 +77,18 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images to a feature map, a sixteenth of the image's sides."""
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], ibn: bool = False) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        ibn: bool = False,
+        stem: Stem = "standard",
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.relu = nn.Identity() if stem == "no_relu" else nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if stem == "ceil_pool" else nn.MaxPool2d(3, 2, 1)
         inputs = 64
         for i, (depth, stride) in enumerate(zip(depths, (1, 2, 2, 1), strict=True)):
             width, with_ibn = 64 << i, ibn and i < 3
@@ -104,16 +112,16 @@ class ResNet(nn.Module):
         return x
 
 
-def resnet18() -> ResNet:
+def resnet18(stem: Stem = "standard") -> ResNet:
     """ResNet-18, 512 channels."""
-    return ResNet(BasicBlock, (2, 2, 2, 2))
+    return ResNet(BasicBlock, (2, 2, 2, 2), stem=stem)
 
 
-def resnet50() -> ResNet:
+def resnet50(stem: Stem = "standard") -> ResNet:
     """ResNet-50, 2048 channels."""
-    return ResNet(Bottleneck, (3, 4, 6, 3))
+    return ResNet(Bottleneck, (3, 4, 6, 3), stem=stem)
 
 
-def resnet50_ibn_a() -> ResNet:
+def resnet50_ibn_a(stem: Stem = "standard") -> ResNet:
     """ResNet-50 with IBN-a in its first three stages, 2048 channels."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), ibn=True)
+    return ResNet(Bottleneck, (3, 4, 6, 3), ibn=True, stem=stem)

@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 from nformer_edge import __version__
 from nformer_edge.core.ops import DOMAIN, OPSET_VERSION, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model.backbone import Backbone, BNNeck
+from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.operators import using
 from nformer_edge.onnx.operators import IR_VERSION, check_opset, functions
@@ -105,7 +105,7 @@ def folded_neck(backbone: Backbone) -> Backbone:
     if isinstance(folded.neck, BNNeck):
         folded.neck.projection = fuse_linear_bn_eval(folded.neck.projection, folded.neck.bn)
         folded.neck.bn = nn.Identity()  # type: ignore[assignment]
-    else:
+    elif isinstance(folded.neck, FCNeck):
         fc = folded.neck.fc
         fc[0] = fuse_linear_bn_eval(cast(nn.Linear, fc[0]), cast(nn.BatchNorm1d, fc[1]))
         fc[1] = nn.Identity()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nformer_edge.core.spec import Arch, BackboneSpec
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import Arch, BackboneSpec, Stem
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.osnet import ChannelGate
 from nformer_edge.model.resnet import IBN, resnet18, resnet50, resnet50_ibn_a
@@ -103,3 +104,31 @@ def test_folding_changes_rounding_alone_and_leaves_the_backbone_as_it_was(arch: 
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) < len(before) // 10
     torch.testing.assert_close(folded(images), backbone(images), rtol=1e-3, atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_resnets_stem_is_what_the_spec_says() -> None:
+    torch.manual_seed(0)
+    nets = {stem: resnet18(stem).eval() for stem in typing.get_args(Stem)}
+    for net in nets.values():
+        net.load_state_dict(nets["standard"].state_dict())
+    images = torch.randn(1, 3, 64, 32)
+    normed = nets["standard"].bn1(nets["standard"].conv1(images))
+    pooled = {
+        "standard": nn.functional.max_pool2d(normed.relu(), 3, 2, 1),
+        "no_relu": nn.functional.max_pool2d(normed, 3, 2, 1),
+        "ceil_pool": nn.functional.max_pool2d(nn.functional.pad(normed.relu(), (0, 1, 0, 1)), 3, 2),
+    }
+    for stem, net in nets.items():
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        torch.testing.assert_close(x, pooled[stem], rtol=0, atol=0)
+        assert net(images).shape == (1, 512, 4, 2)
+
+
+def test_batch_norm_alone_takes_the_trunks_own_features() -> None:
+    before, after = Backbone(BackboneSpec("resnet18", 512, "bn")).eval().both(torch.randn(2, 3, 64, 32))
+    torch.testing.assert_close(after, before / (1 + 1e-5) ** 0.5)
+    with pytest.raises(UsageError, match="got 256 with neck bn, expected 512"):
+        Backbone(BackboneSpec("resnet18", 256, "bn"))
+    with pytest.raises(UsageError, match="no_relu with osnet_x0_25"):
+        BackboneSpec("osnet_x0_25", 256, "bnneck", "no_relu")

@@ -43,7 +43,7 @@ def test_import_recognises_an_osnet_and_loads_it_whole(tmp_path: Path, published
 
 def test_import_refuses_a_partial_match_unless_allowed(tmp_path: Path, published: dict[str, Tensor]) -> None:
     torch.save({k: v for k, v in published.items() if not k.startswith("conv5")}, tmp_path / "w.pth")
-    with pytest.raises(ArtifactError, match=r"5 missing; the first missing is trunk\.conv5"):
+    with pytest.raises(ArtifactError, match=r"5 missing; the first missing is backbone\.trunk\.conv5"):
         import_weights(tmp_path / "w.pth")
     _, match = import_weights(tmp_path / "w.pth", partial=True)
     assert len(match.missing) == 5
@@ -52,14 +52,19 @@ def test_import_refuses_a_partial_match_unless_allowed(tmp_path: Path, published
 def test_import_fills_the_trunk_of_a_backbone_with_another_neck(tmp_path: Path, published: dict[str, Tensor]) -> None:
     torch.save(published, tmp_path / "w.pth")
     _, match = import_weights(tmp_path / "w.pth", BackboneSpec("osnet_x0_25", 256, "bnneck"), partial=True)
-    assert all(name.startswith("neck.") for name in match.missing)
+    assert all(name.startswith("backbone.neck.") for name in match.missing)
     assert {"fc.0.weight", "classifier.weight"} <= set(match.left)
 
 
-def test_import_of_nothing_that_fits_is_refused(tmp_path: Path) -> None:
+def test_import_of_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     torch.save({"something": torch.zeros(3)}, tmp_path / "w.pth")
-    with pytest.raises(ArtifactError, match="unknown network"):
-        import_weights(tmp_path / "w.pth")
+    for spec in (None, BackboneSpec("resnet18")):
+        with pytest.raises(ArtifactError, match=r"unknown layout \(such as something\)"):
+            import_weights(tmp_path / "w.pth", spec, partial=True)
+
+
+def test_import_of_nothing_that_fits_is_refused(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(3), "layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "w.pth")
     with pytest.raises(ArtifactError, match="no tensor that fits"):
         import_weights(tmp_path / "w.pth", BackboneSpec("resnet18"), partial=True)
 

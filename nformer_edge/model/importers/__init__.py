@@ -1,0 +1,1 @@
+"""How others lay out their weights: one module a project, each from a state dictionary to a `Plan`."""

@@ -1,0 +1,53 @@
+"""Which ResNet a state dictionary holds, under torchvision's names behind some prefix; and torchvision's own files."""
+
+from __future__ import annotations
+
+import re
+
+from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.spec import Arch, BackboneSpec, PreprocessSpec
+from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, renamed
+
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], Arch] = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (True, (3, 4, 6, 3)): "resnet50",
+}
+CHANNELS: dict[str, int] = {"resnet18": 512, "resnet50": 2048, "resnet50_ibn_a": 2048}
+
+
+def resnet_arch(state: State, prefix: str = "") -> Arch:
+    """The architecture by its blocks.
+
+    Raises:
+        ArtifactError: for a ResNet that this version does not build.
+    """
+    blocks = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.")
+    found = {(int(m[1]), int(m[2])) for name in state if (m := blocks.match(name))}
+    depths = tuple(sum(stage == i for stage, _ in found) for i in range(1, 5))
+    bottleneck = f"{prefix}layer1.0.conv3.weight" in state
+    arch = _DEPTHS.get((bottleneck, depths))
+    if arch is None:
+        raise ArtifactError(
+            "weights", got=f"a ResNet of {'bottlenecks' if bottleneck else 'basic blocks'}, {depths} a stage",
+            expected="resnet18, resnet50 or resnet50_ibn_a", mend="Import weights of one of these.",
+        )  # fmt: skip
+    with_ibn = f"{prefix}layer1.0.bn1.IN.weight" in state
+    return "resnet50_ibn_a" if with_ibn and arch == "resnet50" else arch
+
+
+def plan(state: State, wanted: Wanted) -> Plan | None:
+    """Torchvision's ResNet, or IBN-Net's under the same names: an ImageNet trunk and its classifier ``fc``."""
+    if "layer1.0.conv1.weight" not in state or "conv1.weight" not in state:
+        return None
+    backbone = wanted.backbone or BackboneSpec(resnet_arch(state))
+    names = renamed(state, [("fc.", "fc."), ("", "backbone.trunk.")])
+    own = {ours: theirs for ours, theirs in names.items() if ours.startswith("backbone.")}
+    return Plan(
+        "torchvision ResNet",
+        model_spec(backbone, PreprocessSpec(), wanted, None),
+        {ours: state[theirs] for ours, theirs in own.items()},
+        own,
+        aside=("fc.",),
+        anew=("backbone.neck.",),
+        notes=("Its last stride is 1 here. The neck is untrained: train the backbone before you rank by it.",),
+    )

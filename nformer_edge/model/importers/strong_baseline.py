@@ -1,0 +1,82 @@
+"""Reid-strong-baseline's ResNet (Luo et al., CVPRW 2019), and the published NFormer, which grew from it.
+
+Their plain ResNets leave out the first ReLU; the IBN ones have it. Both test at 256 x 128, bilinear, after the neck.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, PreprocessSpec, Stem
+from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, renamed
+from nformer_edge.model.importers.resnets import CHANNELS, resnet_arch
+
+_HEAD_NOTE = (
+    "A file does not say how many attention heads, neighbours and landmarks it was trained with:"
+    " {heads}, {k} and {landmarks} are taken, as published."
+)
+_STEM_NOTE = "The stem has no ReLU, as that project trains it."
+
+
+def plan(state: State, wanted: Wanted) -> Plan | None:
+    """The baseline alone: ``base.*``, ``bottleneck.*`` (batch norm without projection) and a classifier."""
+    if "base.conv1.weight" not in state or "projection.weight" in state:
+        return None
+    arch = resnet_arch(state, "base.")
+    backbone = BackboneSpec(arch, CHANNELS[arch], "bn", _stem(arch))
+    names = renamed(state, [("base.", "backbone.trunk."), ("bottleneck.", "backbone.neck.bn.")])
+    names = {ours: theirs for ours, theirs in names.items() if not theirs.startswith("base.fc.")}
+    spec = model_spec(backbone, PreprocessSpec(), wanted, None)
+    return Plan(
+        "reid-strong-baseline",
+        spec,
+        {ours: state[theirs] for ours, theirs in names.items()},
+        names,
+        aside=("classifier.", "base.fc."),  # the IBN trunk carries ImageNet's classifier along
+        notes=(_STEM_NOTE,) if spec.backbone.stem == "no_relu" else (),
+    )
+
+
+def plan_nformer(state: State, wanted: Wanted) -> Plan | None:
+    """The published NFormer checkpoint: ``backbone.*`` and ``nformer.*``; or its first stage, ``base.*``."""
+    prefix = next((p for p in ("backbone.", "") if f"{p}base.conv1.weight" in state), None)
+    if prefix is None or f"{prefix}projection.weight" not in state:
+        return None
+    arch = resnet_arch(state, f"{prefix}base.")
+    features = int(state[f"{prefix}projection.weight"].shape[0])
+    head = _head(state, features, wanted) if any(name.startswith("nformer.h.") for name in state) else None
+    names = renamed(state, [
+        (f"{prefix}base.fc.", "aside."), (f"{prefix}base.", "backbone.trunk."),
+        (f"{prefix}projection.weight", "backbone.neck.projection.weight"),
+        (f"{prefix}bottleneck.", "backbone.neck.bn."),
+        ("nformer.h.", "head.h."), ("nformer.bottleneck.", "head.bottleneck."),
+    ])  # fmt: skip
+    names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("aside.")}
+    tensors = {ours: state[theirs] for ours, theirs in names.items()}
+    folded = _fold_bias(tensors, state, f"{prefix}projection.bias")
+    backbone = BackboneSpec(arch, features, "bnneck", _stem(arch))
+    spec = model_spec(backbone, PreprocessSpec(), wanted, head)
+    notes: tuple[str, ...] = (_STEM_NOTE,) if spec.backbone.stem == "no_relu" else ()
+    if head is not None:
+        notes += (_HEAD_NOTE.format(heads=head.heads, k=head.k, landmarks=head.landmarks),)
+    aside = (f"{prefix}classifier.", f"{prefix}base.fc.", "nformer.classifier.")
+    return Plan("published NFormer", spec, tensors, names, folded, aside, notes=notes)
+
+
+def _stem(arch: str) -> Stem:
+    return "standard" if arch == "resnet50_ibn_a" else "no_relu"
+
+
+def _head(state: State, features: int, wanted: Wanted) -> HeadSpec:
+    """Sizes by the tensors; the rest as published: neighbours by features, which testing brings to unit length."""
+    layers = len({name.split(".")[2] for name in state if name.startswith("nformer.h.")})
+    return HeadSpec(features, layers, **wanted.head)  # type: ignore[arg-type]
+
+
+def _fold_bias(tensors: dict[str, Tensor], state: State, name: str) -> frozenset[str]:
+    """Their projection has a bias and ours none: the batch norm that follows subtracts it with its mean. Exact."""
+    mean = tensors.get("backbone.neck.bn.running_mean")
+    if name not in state or mean is None or state[name].shape != mean.shape:
+        return frozenset()
+    tensors["backbone.neck.bn.running_mean"] = mean - state[name]
+    return frozenset({name})
