@@ -1,0 +1,308 @@
+"""The per-query protocol: the head sees the gallery and one query at a time, as the paper says it evaluates.
+
+For query q the set is the gallery's N images and, last, q. Run anew, that is one full pass a query. Here one pass over
+the gallery alone keeps what every layer saw, projected and chose (`GalleryPass`); a query then costs what it changes:
+
+- its own row, in every layer;
+- the rows whose lists it enters, and those that it pushes out of a list: their reciprocal neighbours change;
+- through the layers, the reciprocal neighbours of any row that changed before.
+
+Landmarks are gallery images, the same for all queries, and their projections are those of the gallery's own pass.
+
+Letters: N gallery images, B queries taken at once, H heads, K neighbours, l landmarks, D features, P changed rows:
+pairs of a query of the batch and an image of its set, the B queries themselves first. Image N is the query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.model.nformer import Block, NFormer
+from nformer_edge.model.operators import operators
+
+#: Changed rows whose neighbours' values are gathered at once: 2048 x 21 x 512 floats take 84 MiB.
+_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The gallery's neighbour lists, and what it takes to say which of them a new image enters.
+
+    Args:
+        rows: [h, N, R] and `columns` [h, N, R], whose products are the scores; h is 1 under the features rule.
+        chosen: int64 [h, N, K], -1 where there are fewer than K images.
+        last: [h, N], the score in the last place; -infinity where the list is not full.
+        mutual: bool [h, N, K], whether each neighbour chose back.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    chosen: Tensor
+    last: Tensor
+    mutual: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer made of the gallery alone.
+
+    Args:
+        x: [N, D], what it saw.
+        a, b, v: [H, N, l], [H, N, l] and [H, N, D / H], the affinity's factors and the values.
+        agents: the landmarks' keys and queries, [H, l, D / H] each.
+        lists: whom its rows attend to.
+    """
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    v: Tensor
+    agents: tuple[Tensor, Tensor]
+    lists: Lists
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a batch of queries changes.
+
+    Args:
+        query: int64 [P], which query of the batch; the first B are 0..B-1.
+        image: int64 [P], which image of its set; N, the query itself, for the first B.
+        x: [P, D], its row.
+    """
+
+    query: Tensor
+    image: Tensor
+    x: Tensor
+
+
+class GalleryPass:
+    """The head over a gallery alone, kept layer by layer: 4 layers of 16,000 x 512 features take 0.3 GiB.
+
+    Args:
+        head: in evaluation mode, on the features' device.
+        gallery: [N, D], N >= 1.
+        landmarks: int32 [layers, l], gallery images.
+
+    `embeddings` is the head's output for the gallery alone, [N, D].
+    """
+
+    def __init__(self, head: NFormer, gallery: Tensor, landmarks: Tensor) -> None:
+        self.head = head
+        self.layers: list[Layer] = []
+        unit = torch.nn.functional.normalize(gallery, dim=1, eps=1e-12)
+        shared = _lists(unit[None], unit[None], head.spec.k) if head.spec.rule == "features" else None
+        x = head.scaled(gallery)
+        for block, drawn in zip(head.h, landmarks, strict=True):
+            agents = _projected(block, x.index_select(0, drawn))
+            a, b, v = _factors(block, x, (agents[1], agents[0]))
+            lists = shared or _lists(a, b, head.spec.k)
+            self.layers.append(Layer(x, a, b, v, (agents[1], agents[0]), lists))
+            y = operators().reciprocal_neighbor_attention(a, b, v, lists.chosen.int())
+            x = _rest(block, x, y)
+        self.embeddings: Tensor = head.bottleneck(x)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def ask(self, queries: Tensor, exact: bool = True) -> Changed:
+        """The head over the gallery and each of `queries` [B, D] alone.
+
+        Args:
+            exact: gallery rows change as the query changes them; otherwise the gallery stays as it was without, and
+                the query alone is computed. Under the affinity rule a change reaches nearly every list, so that only
+                the latter is there.
+
+        Returns:
+            The queries' embeddings, and those of the gallery rows that changed.
+        """
+        count, size = len(queries), len(self)
+        index = torch.arange(count, device=queries.device)
+        state = Changed(index, torch.full_like(index, size), self.head.scaled(queries))
+        if self.head.spec.rule == "features":
+            unit = torch.nn.functional.normalize(queries, dim=1, eps=1e-12)
+            meeting = Meeting.of(self.layers[0].lists, unit[None], unit[None])
+        for layer, block in zip(self.layers, self.head.h, strict=True):
+            a, b, v = _factors(block, state.x, layer.agents)
+            if self.head.spec.rule == "affinity":
+                meeting = Meeting.of(layer.lists, a[:, :count], b[:, :count])
+            after = meeting.reached(state) if exact and self.head.spec.rule == "features" else state
+            state = _advance(block, layer, meeting, state, after, (a, b, v))
+        return Changed(state.query, state.image, self.head.bottleneck(state.x))
+
+    def ask_all(self, queries: Tensor, exact: bool = True, batch: int = 32) -> Iterator[tuple[slice, Changed]]:
+        """`ask` for [Q, D] in batches, with a progress bar."""
+        for start in tqdm(range(0, len(queries), batch), desc="per query", unit="batch", **PROGRESS):
+            rows = slice(start, min(start + batch, len(queries)))
+            yield rows, self.ask(queries[rows], exact)
+
+
+class Meeting:
+    """Who chooses whom when each query of a batch joins the gallery, in h lists (see `Lists`).
+
+    Args:
+        own: int64 [h, B, K], the queries' lists; N is the query itself.
+        entered: bool [h, B, N], whether the query enters each gallery row's list and pushes out its last.
+        chosen: bool [h, B, N], whether the query chose each gallery row.
+    """
+
+    def __init__(self, lists: Lists, own: Tensor, entered: Tensor) -> None:
+        self.lists, self.own, self.entered = lists, own, entered
+        size = lists.chosen.shape[1]
+        self.chosen = torch.zeros_like(entered)
+        heads, queries, places = ((own >= 0) & (own < size)).nonzero(as_tuple=True)
+        self.chosen[heads, queries, own[heads, queries, places]] = True
+
+    @classmethod
+    def of(cls, lists: Lists, a: Tensor, b: Tensor) -> Meeting:
+        """From the queries' factors [h, B, R]. A score is a float64 sum rounded to float32, as in the native kernels;
+        the query stands last in its set, so that a tie keeps it out."""
+        size, k = lists.chosen.shape[1:]
+        own = operators().row_top_k(a, lists.columns, k).long()
+        last = _last_scores(a, lists.columns, own)
+        itself = _rounded((a.double() * b.double()).sum(dim=2), a) > last
+        own = torch.cat([own[:, :, :-1], torch.where(itself, size, own[:, :, -1])[:, :, None]], dim=2)
+        scores = _rounded(b.double() @ lists.rows.double().transpose(1, 2), a)
+        return cls(lists, own, scores > lists.last[:, None, :])
+
+    def slots(self, query: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Whom the pairs [P] may attend to: images int64 [h, P, K + 1], and whether the choice is mutual, bool.
+
+        The last slot is the query, in a gallery row's list; N stands for it. What does not count is image 0.
+        """
+        size = self.lists.chosen.shape[1]
+        is_query = image == size
+        row = torch.where(is_query, 0, image)
+        theirs, own = self.lists.chosen[:, row], self.own[:, query]
+        entered = self.entered[:, query, row]  # [h, P]
+        images = torch.where(is_query[:, None], own, theirs)
+        other = images.clamp(0, size - 1)
+        asked = query[:, None].expand_as(images[0])
+        entered_theirs = torch.stack([self.entered[h, asked, other[h]] for h in range(len(own))])
+        pushed_me = entered_theirs & (
+            torch.stack([self.lists.chosen[h, other[h], -1] for h in range(len(own))]) == row[:, None]
+        )
+        mutual = self.lists.mutual[:, row] & ~pushed_me
+        mutual[:, :, -1] &= ~entered
+        mutual = torch.where(is_query[:, None], entered_theirs | (own == size), mutual) & (images >= 0)
+        joined = entered & self.chosen[:, query, row] & ~is_query
+        images = torch.cat([torch.where(mutual, images, 0), torch.where(joined, size, 0)[:, :, None]], dim=2)
+        return images, torch.cat([mutual, joined[:, :, None]], dim=2)
+
+    def reached(self, state: Changed) -> Changed:
+        """The pairs that a layer must compute: those that changed before it, those whose mutual neighbours did, and
+        those whose lists of mutual neighbours changed. `x` is left empty. Lists must be one for all heads."""
+        (entered,), (chosen,), lists = self.entered, self.chosen, self.lists
+        size = entered.shape[1]
+        mask = entered & chosen
+        query, row = entered.nonzero(as_tuple=True)
+        lost = lists.mutual[0, row, -1]
+        mask[query[lost], row[lost]] = True
+        mask[query[lost], lists.chosen[0, row[lost], -1]] = True
+        before = state.image < size
+        mask[state.query[before], state.image[before]] = True
+        (images,), (mutual,) = self.slots(state.query, state.image)
+        mutual = mutual & (images < size)
+        mask[state.query[:, None].expand_as(images)[mutual], images[mutual]] = True
+        query, image = mask.nonzero(as_tuple=True)
+        themselves = torch.arange(len(mask), device=mask.device)
+        return Changed(
+            torch.cat([themselves, query]), torch.cat([torch.full_like(themselves, size), image]), state.x[:0]
+        )
+
+
+def _advance(
+    block: Block, layer: Layer, meeting: Meeting, before: Changed, after: Changed, patch: tuple[Tensor, Tensor, Tensor]
+) -> Changed:
+    """One layer: the rows `after` from those that changed `before`, with their factors `patch` [H, P, ...]."""
+    queries, size = meeting.entered.shape[1:]
+    place = torch.full((queries, size + 1), -1, dtype=torch.long, device=before.query.device)
+    place[before.query, before.image] = torch.arange(len(before.query), device=before.query.device)
+    out = []
+    for start in range(0, len(after.query), _ROWS):
+        query, image = after.query[start : start + _ROWS], after.image[start : start + _ROWS]
+        images, mutual = meeting.slots(query, image)
+        here = place[query, image]
+        a = _pick(layer.a, patch[0], image, here)
+        there = place[query[None, :, None], images]
+        y = _attend(a, layer, patch, images, there, mutual)
+        x = _pick(layer.x[None], before.x[None], image, here)[0]
+        out.append(_rest(block, x, y))
+    return Changed(after.query, after.image, torch.cat(out))
+
+
+def _attend(
+    a: Tensor, layer: Layer, patch: tuple[Tensor, Tensor, Tensor], images: Tensor, there: Tensor, mutual: Tensor
+) -> Tensor:
+    """Softmax over the mutual neighbours, then the weighted sum of their values: [H, P, D / H], zero without any."""
+    heads = []
+    for h in range(len(a)):
+        one = h if len(images) > 1 else 0
+        counts, place = mutual[one], (images[one], there[one])
+        b = _pick(layer.b[h : h + 1], patch[1][h : h + 1], *place)[0]
+        v = _pick(layer.v[h : h + 1], patch[2][h : h + 1], *place)[0]
+        scores = (a[h][:, None, :] * b).sum(dim=2) / math.sqrt(v.shape[2])
+        highest = scores.masked_fill(~counts, -math.inf).amax(dim=1, keepdim=True)
+        weights = (scores - highest).masked_fill(~counts, -math.inf).exp().nan_to_num(0.0)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        heads.append((weights[:, None, :] @ v)[:, 0])
+    return torch.stack(heads)
+
+
+def _pick(base: Tensor, patch: Tensor, image: Tensor, here: Tensor) -> Tensor:
+    """Rows of `patch` [H, P, ...] where `here` is one of them, of `base` [H, N, ...] at `image` elsewhere."""
+    found = here >= 0
+    picked = base[:, torch.where(found, 0, image)]
+    picked[:, found] = patch[:, here[found]]
+    return picked
+
+
+def _projected(block: Block, x: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> q, k, v, each [H, N, D / H]
+    heads = block.attn.heads
+    return tuple(t.reshape(len(x), heads, -1).transpose(0, 1) for t in block.attn.c_attn(x).chunk(3, dim=1))
+
+
+def _factors(block: Block, x: Tensor, agents: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """`Attention.factors` with the landmarks' keys and queries given."""
+    q, k, v = _projected(block, x)
+    return q @ agents[0].transpose(1, 2), k @ agents[1].transpose(1, 2), v
+
+
+def _rest(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """What follows attention, for x [N, D] and y [H, N, D / H], in pieces that stay in cache."""
+    rows = y.transpose(0, 1).flatten(1)
+    pieces = range(0, len(x), _ROWS)
+    return torch.cat([block.rows(x[i : i + _ROWS], rows[i : i + _ROWS]) for i in pieces]) if len(x) else x
+
+
+def _lists(rows: Tensor, columns: Tensor, k: int) -> Lists:
+    chosen = operators().row_top_k(rows, columns, k).long()
+    index = torch.arange(chosen.shape[1], device=chosen.device)
+    mutual = []
+    for one in chosen:
+        pieces = []
+        for start in range(0, len(one), _ROWS):
+            piece, i = one[start : start + _ROWS], index[start : start + _ROWS]
+            pieces.append((one[piece.clamp_min(0)] == i[:, None, None]).any(dim=2) & (piece >= 0))
+        mutual.append(torch.cat(pieces))
+    return Lists(rows, columns, chosen, _last_scores(rows, columns, chosen), torch.stack(mutual))
+
+
+def _last_scores(rows: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
+    """The score in the last place of each list, [h, N]; -infinity where nobody stands there."""
+    last = chosen[:, :, -1]
+    theirs = torch.stack([columns[h, last[h].clamp_min(0)] for h in range(len(last))])
+    scores = _rounded((rows.double() * theirs.double()).sum(dim=2), rows)
+    return scores.masked_fill(last < 0, -math.inf)
+
+
+def _rounded(scores: Tensor, like: Tensor) -> Tensor:
+    """Float64 sums to the float32 that the kernels compare; float64 models keep theirs."""
+    return scores if like.dtype == torch.float64 else scores.float()
