@@ -213,7 +213,7 @@ def _export(args: Args) -> None:
 @_command(
     "build-engine", "bundle -> engine for one backend and precision",
     _option("bundle"), _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
-    _option("--target", metavar="NAME", help="a recipe, such as jetson-orin-jp62: what is built; other flags win over it"),
+    _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags win over it"),
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
@@ -233,9 +233,11 @@ def _build_engine(args: Args) -> None:
         backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
         batch=args.batch, workspace=args.workspace, device=args.device, seed=args.seed,
     )  # fmt: skip
-    engine = build_engine(
-        args.bundle, args.output, chosen, calib_data=args.calib_data, force_calibration=args.force_calib
-    )
+    images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
+    if args.target:
+        engine = build_for_target(args.bundle, args.output, chosen, target=args.target, **images)
+    else:
+        engine = build_engine(args.bundle, args.output, chosen, **images)
     result = describe_engine(engine)
     _show(args, result, result["summary"])
 

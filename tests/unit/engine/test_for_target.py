@@ -1,0 +1,45 @@
+"""A recipe says what is built, flags win over it, and a machine that is not the target's builds nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nformer_edge.cli import main
+from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.engine.backend import EngineSpec
+from nformer_edge.engine.for_target import build_for_target, with_target
+from nformer_edge.engine.target import read_target
+
+
+def test_a_recipe_fills_what_was_not_asked_for():
+    spec = with_target(EngineSpec(), read_target("jetson-orin-jp62"))
+    assert (spec.backend, spec.precision, spec.workspace) == ("tensorrt", "int8", 2.0)
+
+
+def test_what_was_asked_for_wins_over_the_recipe():
+    spec = with_target(EngineSpec(precision="fp16", workspace=1.0), read_target("jetson-orin-jp62"))
+    assert (spec.backend, spec.precision, spec.workspace) == ("tensorrt", "fp16", 1.0)
+
+
+def test_an_engine_is_built_for_the_cpu_by_its_recipe(tiny_bundle, tiny_market, tmp_path, capsys):
+    words = ["build-engine", str(tiny_bundle), "--target", "cpu", "--calib-data", str(tiny_market)]
+    assert main([*words, "--calib-method", "minmax", "-o", str(tmp_path / "engine"), "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert (built["backend"], built["precision"]) == ("onnxruntime", {"backbone": "int8", "head": "fp32"})
+
+
+def test_a_machine_that_is_not_the_targets_builds_nothing(tiny_bundle, tmp_path):
+    with pytest.raises(
+        BackendError, match=r"target jetson-thor-jp72: \d things on this machine do not match: \(1\) l4t"
+    ):
+        build_for_target(tiny_bundle, tmp_path / "engine", EngineSpec(), target="jetson-thor-jp72")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_misspelt_target_is_refused_on_the_command_line(tiny_bundle, capsys):
+    assert main(["build-engine", str(tiny_bundle), "--target", "cpus"]) == 2
+    assert "Did you mean 'cpu'?" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        build_for_target(tiny_bundle, None, EngineSpec(), target="cpus")
