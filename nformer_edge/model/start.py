@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.nformer import Block, NFormer
+
+#: Directions with hardly any variance are raised to this share of the largest before they are divided by.
+FLOOR = 1e-3
 
 
 @torch.no_grad()
@@ -15,22 +18,31 @@ def start_as_reciprocal_mean(
     head: NFormer,
     features: Tensor,  # [M, D]
     strength: float = 1.0,
+    sharpness: float | None = None,
 ) -> None:
     """Sets the weights so that each layer adds to each image the plain mean of its reciprocal neighbours.
 
     Values and projections become the identity, the perceptrons' outputs zero. Under the features rule queries and
     keys start small, so that all neighbours weigh alike. Under the affinity rule they also choose the neighbours:
     they start as a whitening of what the layer sees, so that the landmark product approximates the cosine there.
+    With `sharpness` they start so under both rules, and near neighbours weigh more (`relate_by_cosine`).
 
     Args:
         head: changed in place.
         features: training features, as the head will get them.
         strength: weight of the neighbours' mean against the image's own feature.
+        sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
     """
     spec = head.spec
     size = spec.features // spec.heads
     x = head.scaled(features)
     for block in head.h:
+        if sharpness is not None:
+            relate_by_cosine(block, x, strength, sharpness, spec.landmarks)
+            block.mlp.c_proj.w.zero_()
+            block.mlp.c_proj.b.zero_()
+            x = block.ln_1(x)
+            continue
         w, b = block.attn.c_attn.w, block.attn.c_attn.b
         b.zero_()
         w[:, 2 * spec.features :] = math.sqrt(strength) * torch.eye(spec.features)
@@ -58,3 +70,34 @@ def _whitening(
     order = values.argsort(descending=True)[:size]
     kept = values[order].clamp_min(1e-3 * float(values.max()))
     return (vectors[:, order] * kept**-0.25 / landmarks**0.25).to(x.dtype)
+
+
+def relate_by_cosine(
+    block: Block,
+    x: Tensor,  # [M, D], what the layer sees
+    strength: float,
+    sharpness: float,
+    landmarks: int,
+) -> None:
+    """Makes the attention add `strength` times the neighbours' mean, weighted by ``softmax(sharpness * cosine)``.
+
+    The cosine is that of rows less their mean, as the landmark product approximates it: its error falls with the
+    square root of the number of landmarks.
+    """
+    attn, features = block.attn, x.shape[1]
+    size = features // attn.heads
+    attn.c_attn.b.zero_()
+    attn.c_attn.w[:, 2 * features :] = torch.eye(features)
+    attn.c_proj.w.copy_(strength * torch.eye(features))
+    attn.c_proj.b.zero_()
+    mean = x.mean(dim=0)
+    centred = (x - mean).double()
+    variance, directions = torch.linalg.eigh(centred.T @ centred / len(x))
+    variance, directions = variance.flip(0)[:size], directions.flip(1)[:, :size]
+    # landmarks stand between queries and keys with their own covariance: each side undoes half of it
+    half = directions * variance.clamp_min(FLOOR * float(variance.max())) ** -0.25
+    logit = max(sharpness, FLOOR) * math.sqrt(size) / float(variance.sum())
+    half = (half * (logit / landmarks) ** 0.25).to(x.dtype)
+    for start in range(0, 2 * features, size):
+        attn.c_attn.w[:, start : start + size] = half
+        attn.c_attn.b[start : start + size] = -(mean @ half)

@@ -29,7 +29,7 @@ else:
 T = TypeVar("T")
 
 Schedule = Literal["steps", "cosine"]
-Start = Literal["reciprocal_mean", "random"]
+Start = Literal["reciprocal_mean", "discriminant", "random"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
@@ -103,8 +103,14 @@ class HeadConfig:
         accumulate: batches whose gradients make one step.
         views: how many times the training images are extracted, each time with another augmentation; features of
             images that the backbone has learnt by heart teach the head nothing.
-        start: ``reciprocal_mean`` (`model.start`) or ``random`` (as published).
+        start: ``reciprocal_mean`` (`model.start`), ``discriminant`` (`model.discriminant`), ``random`` (as published).
+        spread: each image's features are moved so many times as far from its person's mean, as those of people whom
+            the backbone never saw lie; 1 leaves them.
         strength: of the start's neighbour mean against the image's own feature.
+        sharpness: of the start's softmax, in logits from cosine 0 to 1. None lets all neighbours weigh nearly alike
+            under the features rule.
+        hold_choice: queries and keys stay as they started. Under the affinity rule they choose the neighbours: a
+            choice that no gradient flows through, and that many landmarks make sensitive to small steps.
     """
 
     epochs: int = 20
@@ -114,7 +120,10 @@ class HeadConfig:
     accumulate: int = 1
     views: int = 4
     start: Start = "reciprocal_mean"
+    spread: float = 1.0
     strength: float = 0.5
+    sharpness: float | None = None
+    hold_choice: bool = False
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
     schedule: Schedule = "cosine"
@@ -126,11 +135,11 @@ class HeadConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("epochs", 0), ("sets", 1), ("set_size", 2), ("batch", 1), ("accumulate", 1), ("views", 1),
-            ("strength", 0), ("lr", 0), ("weight_decay", 0), ("warmup", 0), ("warmup_factor", 0),
+            ("spread", 0), ("strength", 0), ("lr", 0), ("weight_decay", 0), ("warmup", 0), ("warmup_factor", 0),
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), least)
         check_choice("schedule", self.schedule, ("steps", "cosine"))
-        check_choice("start", self.start, ("reciprocal_mean", "random"))
+        check_choice("start", self.start, get_args(Start))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from nformer_edge.core.features import FeatureSet, check_features
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.model.discriminant import start_as_discriminant
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
 from nformer_edge.train.compute import Compute
@@ -57,14 +58,16 @@ def train_head(
     """
     compute = compute or Compute(device)
     compute.share_of(config.batch, "batch")
-    stack, labels = _stack(views, spec)
+    stack, labels = _stack(views, spec, config.spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = NFormer(spec)
         criterion = Criterion(config.loss, int(labels.max()) + 1, spec.features)
     criterion.to(compute.device, compute.dtype)
     if config.start == "reciprocal_mean":
-        start_as_reciprocal_mean(head, stack[0], config.strength)
+        start_as_reciprocal_mean(head, stack[0], config.strength, config.sharpness)
+    elif config.start == "discriminant":
+        start_as_discriminant(head, stack[0], labels, config.strength, config.sharpness or 0.0)
     head.to(compute.device, compute.dtype)
     on_last = kept.pop("on_last", None)
     rng = np.random.default_rng([seed, 2])  # everything random in this stage comes from here: its state is saved
@@ -73,9 +76,10 @@ def train_head(
         _settle(head, stack, config, rng, compute)
         if watch is not None:
             course.note({"epoch": 0})
+    held = _Held(head if config.hold_choice else None)
     with tqdm(total=config.epochs, initial=course.epoch, desc="head", unit="epoch", **PROGRESS) as bar:
         while course.epoch < config.epochs:
-            _epoch(course, stack, labels, head, config)
+            _epoch(course, stack, labels, head, config, held)
             row = course.close_epoch()
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
@@ -87,7 +91,22 @@ def train_head(
     return head.to("cpu", torch.float32).eval(), course.rows
 
 
-def _stack(views: Sequence[FeatureSet], spec: HeadSpec) -> tuple[Tensor, Tensor]:
+def spread(features: np.ndarray, pids: np.ndarray, factor: float) -> np.ndarray:
+    """Moves each image `factor` times as far from its person's mean. Returns float32 [N, D].
+
+    Features of images that their own backbone was trained on lie closer together than those of people it never saw.
+    Features that are nowhere negative, as a ReLU leaves them, are cut off at 0.
+    """
+    _, labels = np.unique(pids, return_inverse=True)
+    sums = np.zeros((int(labels.max()) + 1, features.shape[1]))
+    np.add.at(sums, labels, features)
+    means = (sums / np.bincount(labels)[:, None])[labels]
+    floor = 0.0 if features.min() >= 0 else -np.inf
+    moved: np.ndarray = np.maximum(means + factor * (features - means), floor).astype(np.float32)
+    return moved
+
+
+def _stack(views: Sequence[FeatureSet], spec: HeadSpec, factor: float) -> tuple[Tensor, Tensor]:
     """Views as float32 [V, M, D] and labels int64 [M] in 0..C-1."""
     if not views or len(views[0]) == 0:
         raise DataError("training features", got="none", expected="one view or more", mend="Extract them first.")
@@ -101,7 +120,8 @@ def _stack(views: Sequence[FeatureSet], spec: HeadSpec) -> tuple[Tensor, Tensor]
         raise DataError(
             "training features", got=f"{len(classes)} identities", expected="at least two", mend="Add people."
         )
-    stack = np.stack([v.features.astype(np.float32) for v in views])
+    features = [v.features if factor == 1 else spread(v.features, v.pids, factor) for v in views]
+    stack = np.stack([x.astype(np.float32) for x in features])
     return torch.from_numpy(stack), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -141,7 +161,22 @@ def _encode(head: NFormer, sets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Ten
     return torch.cat([head.encode(features, landmarks) for features, landmarks, _ in sets])
 
 
-def _epoch(course: Course, stack: Tensor, labels: Tensor, head: NFormer, config: HeadConfig) -> None:
+class _Held:
+    """Queries and keys as they are now, to be put back after every step; nothing where there is no head."""
+
+    def __init__(self, head: NFormer | None) -> None:
+        tensors = [t for block in head.h for t in (block.attn.c_attn.w, block.attn.c_attn.b)] if head else []
+        self._kept = [(t, t.detach()[..., : t.shape[-1] // 3 * 2].clone()) for t in tensors]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensor, kept in self._kept:
+            tensor[..., : kept.shape[-1]] = kept
+
+
+def _epoch(
+    course: Course, stack: Tensor, labels: Tensor, head: NFormer, config: HeadConfig, held: _Held
+) -> None:  # fmt: skip
     """What is left of the epoch. Ranks share out a batch's sets; batch norm and losses see all of them."""
     compute, optimizer = course.compute, course.optimizer
     assert course.rng is not None
@@ -160,7 +195,9 @@ def _epoch(course: Course, stack: Tensor, labels: Tensor, head: NFormer, config:
         before = compute.gather(encoded.to(compute.dtype))
         chosen = compute.gather(torch.cat([target for _, _, target in sets]))
         loss, accuracy = course.criterion(before, head.bottleneck(before), chosen)
-        course.took(optimizer.step(loss, part), float(accuracy), part)
+        value = optimizer.step(loss, part)
+        held.put_back()
+        course.took(value, float(accuracy), part)
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from nformer_edge.evaluate.ranking import evaluate
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.ops import row_top_k
 from nformer_edge.model.start import start_as_reciprocal_mean
-from nformer_edge.train.config import HeadConfig
-from nformer_edge.train.head import relate, train_head
+from nformer_edge.train.config import HeadConfig, Start
+from nformer_edge.train.head import relate, spread, train_head
 
 
 def people(ids: int, each: int, noise: float, seed: int, size: int = 32) -> FeatureSet:
@@ -107,3 +109,44 @@ def test_head_refuses_features_of_another_length_and_one_identity() -> None:
 def test_head_refuses_views_of_other_images() -> None:
     with pytest.raises(DataError, match="views of other images"):
         train_head([people(5, 4, 0.5, seed=0), people(4, 5, 0.5, seed=0)], spec("features"), HeadConfig())
+
+
+def disturbed(ids: int, each: int, seed: int) -> FeatureSet:
+    """People under a disturbance that is strong in a quarter of the directions, as a new camera site is."""
+    images = people(ids, each, 0.3, seed)
+    images.features[:, :8] += 3 * np.random.default_rng(seed + 100).normal(size=(len(images), 8)).astype(np.float32)
+    return images
+
+
+@pytest.mark.parametrize("rule", ["features", "affinity"])
+def test_discriminant_start_ranks_disturbed_features_better_than_the_reciprocal_mean(rule: NeighborRule) -> None:
+    test, learnt = disturbed(40, 8, seed=1), disturbed(60, 8, seed=0)
+    one_head = HeadSpec(32, layers=2, heads=1, k=8, landmarks=200, rule=rule)
+    starts: tuple[Start, ...] = ("reciprocal_mean", "discriminant")
+    heads = [train_head([learnt], one_head, HeadConfig(epochs=0, start=start, strength=1.0))[0] for start in starts]
+    mean, discriminant = (evaluate(*relate(head, *split(test))).mAP for head in heads)
+    assert discriminant >= mean + 0.05
+
+
+def test_held_choice_leaves_queries_and_keys_and_trains_the_rest() -> None:
+    config = HeadConfig(epochs=1, sets=2, start="discriminant", hold_choice=True)
+    start, _ = train_head([people(20, 6, 1.0, seed=0)], spec("affinity"), replace(config, epochs=0))
+    head, _ = train_head([people(20, 6, 1.0, seed=0)], spec("affinity"), config)
+    for before, after in zip(start.h, head.h, strict=True):
+        assert torch.equal(before.attn.c_attn.w[:, :64], after.attn.c_attn.w[:, :64])
+        assert torch.equal(before.attn.c_attn.b[:64], after.attn.c_attn.b[:64])
+        assert not torch.equal(before.attn.c_attn.w[:, 64:], after.attn.c_attn.w[:, 64:])
+
+
+def test_spread_moves_images_away_from_their_person_and_keeps_its_mean() -> None:
+    images = people(5, 6, 0.5, seed=0)
+    moved = spread(images.features, images.pids, 2.0)
+    for pid in range(1, 6):
+        mine, theirs = images.features[images.pids == pid], moved[images.pids == pid]
+        assert np.allclose(theirs - theirs.mean(axis=0), 2 * (mine - mine.mean(axis=0)), atol=1e-5)
+        assert np.allclose(theirs.mean(axis=0), mine.mean(axis=0), atol=1e-5)
+
+
+def test_spread_keeps_features_that_a_relu_gave_from_going_below_zero() -> None:
+    images = people(5, 6, 0.5, seed=0)
+    assert spread(np.maximum(images.features, 0), images.pids, 3.0).min() == 0

@@ -1,0 +1,102 @@
+"""A start that already knows what tells people apart: the discriminant of the training features, in closed form.
+
+Weights from elsewhere see a new camera site through directions in which images of one person differ from camera to
+camera. The first layer's perceptron starts as the linear map that makes such differences small, and the layers after it
+as the mean over reciprocal neighbours in the mapped space.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.model.nformer import Block, NFormer
+from nformer_edge.model.start import FLOOR, relate_by_cosine
+
+
+def discriminant(
+    x: Tensor,  # [M, D]
+    labels: Tensor,  # int64 [M], 0..C-1
+    shrinkage: float = 0.3,
+    between: float = 0.25,
+) -> tuple[Tensor, Tensor]:
+    """The linear map ``(x - mean) w``: whitens what varies within a person, stretches what varies between people.
+
+    Within-class covariance normalisation (Hatch et al., Interspeech 2006), then each principal direction of the
+    people's means times its variance to the power `between`. Mapped rows have mean square length D.
+
+    Args:
+        shrinkage: this share of the mean variance is added to every direction before it is whitened.
+        between: 0 whitens only.
+
+    Returns:
+        w [D, D] and mean [D].
+    """
+    rows = x.double()
+    mean = rows.mean(dim=0)
+    counts = torch.bincount(labels)
+    centers = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, labels, rows)
+    centers = centers / counts.clamp_min(1)[:, None]
+    apart = rows - centers[labels]
+    within, directions = torch.linalg.eigh(apart.T @ apart / len(rows))
+    w = directions * (within.clamp_min(0) + shrinkage * within.mean()) ** -0.5
+    people = ((centers - mean) @ w)[counts > 0]
+    variance, directions = torch.linalg.eigh(people.T @ people / len(people))
+    w = w @ (directions * variance.clamp_min(FLOOR * float(variance.max())) ** between)
+    length = float(((rows - mean) @ w).pow(2).sum(dim=1).mean())
+    return (w * math.sqrt(rows.shape[1] / length)).to(x.dtype), mean.to(x.dtype)
+
+
+@torch.no_grad()
+def start_as_discriminant(
+    head: NFormer,
+    features: Tensor,  # [M, D]
+    labels: Tensor,  # int64 [M], 0..C-1
+    strength: float = 1.0,
+    sharpness: float = 1.0,
+) -> None:
+    """Sets the weights: layer 1 maps by `discriminant`, the others add the mean of the reciprocal neighbours there.
+
+    Queries and keys start so that the landmark product approximates the cosine of what the layer sees. Under the
+    affinity rule layer 1 relates nothing, since neighbours are better chosen after the map; under the features rule,
+    whose neighbours are given, it takes part like the others.
+
+    Args:
+        head: changed in place.
+        features: training features, as the head will get them.
+        strength: weight of the neighbours' mean against the image's own feature.
+        sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
+
+    Raises:
+        UsageError: for the affinity rule with one layer.
+    """
+    spec = head.spec
+    if spec.rule == "affinity" and spec.layers < 2:
+        raise UsageError(
+            "layers", got=spec.layers, expected="2 or more for the discriminant start under the affinity rule",
+            mend="Give the head another layer, or start it as the reciprocal mean.",
+        )  # fmt: skip
+    x = head.scaled(features)
+    for layer, block in enumerate(head.h):
+        relates = layer > 0 or spec.rule == "features"
+        relate_by_cosine(block, x, strength if relates else 0.0, sharpness, spec.landmarks)
+        x = block.ln_1(x)
+        block.mlp.c_proj.w.zero_()
+        block.mlp.c_proj.b.zero_()
+        if layer == 0:
+            _map_linearly(block, *discriminant(x, labels))
+        x = block.ln_2(x + block.mlp(x))
+    head.bottleneck.reset_running_stats()
+
+
+def _map_linearly(block: Block, w: Tensor, mean: Tensor) -> None:
+    """Makes ``x + perceptron(x)`` the map ``(x - mean) w``: gelu(u) - gelu(-u) is u, so pairs of units are linear."""
+    size = len(mean)
+    identity = torch.eye(size, dtype=w.dtype)
+    block.mlp.c_fc.b[: 2 * size] = 0
+    block.mlp.c_fc.w[:, :size], block.mlp.c_fc.w[:, size : 2 * size] = identity, -identity
+    block.mlp.c_proj.w[:size], block.mlp.c_proj.w[size : 2 * size] = w - identity, identity - w
+    block.mlp.c_proj.b.copy_(-(mean @ w))

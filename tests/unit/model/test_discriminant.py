@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.core.spec import HeadSpec
+from nformer_edge.model.discriminant import discriminant, start_as_discriminant
+from nformer_edge.model.nformer import NFormer
+
+
+def labelled(people: int = 40, each: int = 10, size: int = 16) -> tuple[Tensor, Tensor]:
+    """People who differ in all directions, under a disturbance that is strong in the first two."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(people), each)
+    disturbance = rng.normal(size=(len(labels), size))
+    disturbance[:, :2] *= 8
+    rows = rng.normal(size=(people, size))[labels] + 0.3 * disturbance
+    return torch.from_numpy(rows), torch.from_numpy(labels)
+
+
+def within(rows: Tensor, labels: Tensor) -> Tensor:
+    centers = torch.stack([rows[labels == label].mean(dim=0) for label in range(int(labels.max()) + 1)])
+    apart = rows - centers[labels]
+    return apart.T @ apart / len(rows)
+
+
+def test_map_makes_what_varies_within_a_person_equal_in_all_directions() -> None:
+    rows, labels = labelled()
+    w, mean = discriminant(rows, labels, shrinkage=0, between=0)
+    variance = torch.linalg.eigvalsh(within((rows - mean) @ w, labels))
+    assert variance.max() / variance.min() == pytest.approx(1, abs=1e-9)
+
+
+def test_mapped_rows_have_mean_square_length_d() -> None:
+    rows, labels = labelled()
+    w, mean = discriminant(rows, labels)
+    assert ((rows - mean) @ w).pow(2).sum(dim=1).mean() == pytest.approx(16)
+
+
+def test_labels_without_images_change_nothing() -> None:
+    rows, labels = labelled()
+    w, gaps = discriminant(rows, labels)[0], discriminant(rows, labels * 2)[0]
+    assert torch.allclose(w @ w.T, gaps @ gaps.T)
+
+
+def test_first_layer_starts_as_the_map() -> None:
+    rows, labels = labelled()
+    torch.manual_seed(0)
+    head = NFormer(HeadSpec(16, layers=2, heads=2, k=5, landmarks=8, rule="affinity")).double()
+    start_as_discriminant(head, rows, labels)
+    block, unit = head.h[0], torch.nn.functional.normalize(rows, dim=1)
+    x = torch.nn.functional.layer_norm(unit, (16,))
+    w, mean = discriminant(x, labels)
+    assert torch.allclose(x + block.mlp(x), (x - mean) @ w, atol=1e-9)
+
+
+def test_landmark_product_starts_as_the_cosine_in_units_of_sharpness() -> None:
+    rows, labels = labelled(people=80, each=10)
+    torch.manual_seed(0)
+    head = NFormer(HeadSpec(16, layers=2, heads=1, k=5, landmarks=800, rule="affinity")).double()
+    start_as_discriminant(head, rows, labels, sharpness=3.0)
+    landmarks = torch.from_numpy(draw_landmarks(800, 1, 800, 0)[0]).long()
+    with torch.no_grad():
+        x = torch.nn.functional.layer_norm(rows / rows.norm(dim=1, keepdim=True), (16,))
+        x = head.h[0].ln_2(x + head.h[0].mlp(x))
+        a, b, _ = head.h[1].attn.factors(x, landmarks)
+    logits = (a[0] @ b[0].T) / 4  # the softmax's scale, 1 / sqrt(D)
+    cosine = torch.nn.functional.cosine_similarity(x[:, None] - x.mean(dim=0), x[None] - x.mean(dim=0), dim=2)
+    assert np.corrcoef(logits.flatten(), cosine.flatten())[0, 1] >= 0.97
+    assert logits.diagonal().mean() == pytest.approx(3, rel=0.1)
+
+
+def test_affinity_rule_needs_a_layer_after_the_map() -> None:
+    rows, labels = labelled()
+    with pytest.raises(UsageError, match="2 or more"):
+        start_as_discriminant(NFormer(HeadSpec(16, layers=1, rule="affinity")), rows, labels)
