@@ -147,16 +147,17 @@ def extract_views(
         source: sha256 of the backbone's checkpoint: views of another one are extracted anew.
     """
     path, device = run.beside(VIEWS), str(run.compute.device)
-    kept = list(load_features(path).values()) if run.resume and path.is_file() else []
-    if len(kept) == config.head.views and all(v.model == source for v in kept):
-        return kept
-    views = []
+    views: list[FeatureSet] = []
     if run.compute.leads:
-        recipe, seed = config.backbone.augment, config.seed
-        for v in range(config.head.views):
-            view = extract_view(backbone, images, config.model, recipe, seed=seed + v, device=device)
-            views.append(replace(view, model=source))
-        save_features(path, {f"view-{v}": view for v, view in enumerate(views)})
+        kept = list(load_features(path).values()) if run.resume and path.is_file() else []
+        if len(kept) == config.head.views and all(v.model == source for v in kept):
+            views = kept
+        else:
+            recipe, seed = config.backbone.augment, config.seed
+            for v in range(config.head.views):
+                view = extract_view(backbone, images, config.model, recipe, seed=seed + v, device=device)
+                views.append(replace(view, model=source))
+            save_features(path, {f"view-{v}": view for v, view in enumerate(views)})
     run.compute.wait()
     return views or list(load_features(path).values())
 

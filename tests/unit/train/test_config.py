@@ -6,7 +6,7 @@ import pytest
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import HeadSpec, from_dict, to_dict
-from nformer_edge.train.config import HeadConfig, TrainConfig, read_config
+from nformer_edge.train.config import HeadConfig, TrainConfig, configure, read_config
 from nformer_edge.train.schedule import rate
 
 
@@ -16,6 +16,10 @@ def test_defaults_are_the_published_recipe() -> None:
     assert config.model.head == HeadSpec(256, layers=4, heads=2, k=20, landmarks=5)
     one = config.backbone
     assert (one.p, one.k, one.lr, one.warmup, one.steps, one.epochs) == (16, 4, 3.5e-4, 10, (40, 70), 120)
+    assert (one.warmup_factor, one.schedule, one.weight_decay, one.accumulate) == (0.01, "steps", 5e-4, 1)
+    augment = one.augment
+    assert (augment.flip, augment.pad, augment.erase) == (0.5, 10, 0.5)
+    assert (config.head.set_size, config.head.epochs) == (7000, 20)
     assert (one.loss.label_smoothing, one.loss.margin, one.loss.center_weight) == (0.1, 0.3, 5e-4)
 
 
@@ -49,6 +53,21 @@ def test_a_configuration_that_cannot_be_used_says_why(tmp_path: Path, text: str,
         read_config(tmp_path / "c.toml")
 
 
+def test_flags_win_over_the_file_and_leave_what_they_do_not_name(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("seed = 7\nprecision = 'bf16'\n[backbone]\nepochs = 9\n[head]\naccumulate = 3\n")
+    assert configure(tmp_path / "c.toml") == read_config(tmp_path / "c.toml")
+    changed = configure(tmp_path / "c.toml", epochs=2, accumulate=4, holdout=0.2, deterministic=True, k=5)
+    assert (changed.seed, changed.precision, changed.backbone.epochs, changed.holdout) == (7, "bf16", 2, 0.2)
+    assert (changed.backbone.accumulate, changed.head.accumulate, changed.deterministic) == (4, 4, True)
+    assert changed.model.head is not None
+    assert changed.model.head.k == 5
+
+
+def test_a_precision_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UsageError, match=r"precision: got 'fp8', expected fp32 \| bf16 \| fp16 \| fp64"):
+        configure(precision="fp8")
+
+
 def test_a_missing_configuration_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml"):
         read_config(tmp_path / "none.toml")
@@ -57,6 +76,10 @@ def test_a_missing_configuration_is_a_clear_error(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(UsageError, match="views: got 0"):
         HeadConfig(views=0)
+
+
+def test_warm_up_begins_at_the_share_that_it_is_given() -> None:
+    assert [rate(1.0, "steps", e, 120, 10, (40, 70), 0.01) for e in (0, 5, 10)] == pytest.approx([0.01, 0.505, 1.0])
 
 
 def test_steps_schedule_warms_up_then_falls_tenfold() -> None:
