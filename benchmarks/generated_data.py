@@ -43,8 +43,9 @@ def one_seed(seed: int, folder: Path) -> dict[str, tuple[float, float]]:
         model = folder / f"{rule}.safetensors"
         train(dataset, model, config, initial=None if first else backbone)
         scores = _scores(model, dataset, rerank=first)
-        rows |= {name: value for name, value in scores.items() if name != "+NFormer" and first}
-        rows[f"+NFormer, {rule} rule"] = scores["+NFormer"]
+        rows |= {name: value for name, value in scores.items() if not name.startswith("+NFormer") and first}
+        rows[f"+NFormer, {rule} rule, joint"] = scores["+NFormer"]
+        rows[f"+NFormer, {rule} rule, per-query"] = scores["+NFormer per-query"]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What a model ranks like: backbone, NFormer over queries and gallery together, and re-ranking beside them.
+"""What a model ranks like: backbone, NFormer by both query protocols, and re-ranking beside them.
 
 JSON of a result (fractions 0 to 1, times in seconds)::
 
@@ -7,9 +7,12 @@ JSON of a result (fractions 0 to 1, times in seconds)::
                "landmark_seed"} or null for a feature store alone,
      "data": {"name", "query", "gallery", "source": "images" | "features"},
      "embed_seconds": 1.2 or null,
-     "results": [{"name": "backbone" | "+NFormer" | "k-reciprocal" | "reciprocal mean" | "query expansion",
+     "per_query": null, or why the per-query protocol is not there,
+     "results": [{"name": "backbone" | "+NFormer" | "+NFormer per-query" | "k-reciprocal" | "reciprocal mean"
+                          | "query expansion",
                   "mAP", "mINP", "cmc": [50], "queries", "left_out", "seconds",
-                  "seeds": [0, ...], "mAP_by_seed": [...], "rank1_by_seed": [...]  (+NFormer only)}],
+                  "protocol": "joint" | "per-query", "seeds": [0, ...], "mAP_by_seed": [...],
+                  "rank1_by_seed": [...]  (NFormer only), "exact", "changed_rows"  (per-query only)}],
      "rank_lists": [{"result", "query": {"path", "pid", "camid"},
                      "gallery": [{"path", "pid", "camid", "correct", "distance"}]}]}
 """
@@ -38,6 +41,7 @@ from nformer_edge.measure.models import (
     open_model,
 )
 from nformer_edge.runtime.embed import embed_records, relate_sets
+from nformer_edge.runtime.protocols import JOINT, PER_QUERY, relate_per_query
 from nformer_edge.runtime.runner import Runner
 
 VERSION = 1
@@ -46,7 +50,7 @@ VERSION = 1
 def evaluate_model(
     model_path: str | os.PathLike[str] | None, data: Data, *, batch: int = 32, rerank: bool = False,
     seeds: Sequence[int] | None = None, rank_lists: int = 6, top: int = 10, threads: int | None = None,
-    label: str | None = None, layout: str = "auto", opener: Opener | None = None,
+    label: str | None = None, layout: str = "auto", opener: Opener | None = None, per_query: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Ranks a dataset's queries against its gallery with a checkpoint, bundle or engine.
 
@@ -62,6 +66,7 @@ def evaluate_model(
         label: what the report calls the model.
         layout: of the dataset's folder.
         opener: stands in for `open_runner`.
+        per_query: also rank each query alone with the gallery (`runtime.protocols`), where PyTorch runs the head.
 
     Returns:
         the JSON that this module's docstring describes.
@@ -82,13 +87,14 @@ def evaluate_model(
             data, seconds = dataset, time.perf_counter() - start
         model = describe_model(model_path, runner, label)
         chosen = tuple(seeds) if seeds is not None else (runner.landmark_seed,)
-        results, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top)
-    return _document(model, data, query, gallery, seconds, results, lists)
+        results, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top, per_query)
+        why = _without_per_query(runner, per_query)
+    return _document(model, data, query, gallery, seconds, results, lists, why)
 
 
 def _document(
     model: dict[str, Any] | None, data: Data, query: FeatureSet, gallery: FeatureSet, seconds: float | None,
-    results: list[dict[str, Any]], lists: list[dict[str, Any]],
+    results: list[dict[str, Any]], lists: list[dict[str, Any]], without_per_query: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     features = is_feature_store(data)
     name = os.path.basename(str(data)) if features else open_dataset(data).name
@@ -101,6 +107,7 @@ def _document(
             "name": name, "query": len(query), "gallery": len(gallery), "source": "features" if features else "images",
         },
         "embed_seconds": seconds,
+        "per_query": without_per_query,
         "results": results,
         "rank_lists": lists,
     }  # fmt: skip
@@ -121,7 +128,7 @@ def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:
 
 def _score(
     runner: Runner | None, query: FeatureSet, gallery: FeatureSet, rerank: bool, seeds: tuple[int, ...],
-    rank_lists: int, top: int,
+    rank_lists: int, top: int, per_query: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     start = time.perf_counter()
     backbone = evaluate(query, gallery)
@@ -133,13 +140,33 @@ def _score(
         for seed in seeds:
             start = time.perf_counter()
             q, g = relate_sets(runner, query, gallery, seed=seed)
-            by_seed.append(scores("+NFormer", evaluate(q, g), time.perf_counter() - start))
+            by_seed.append(scores("+NFormer", evaluate(q, g), time.perf_counter() - start) | {"protocol": JOINT})
             if seed == seeds[0]:
                 lists += _rank_lists("+NFormer", q, g, shown, top)
         results.append(_over_seeds(by_seed, seeds))
+        if _without_per_query(runner, per_query) is None:
+            results.append(_over_seeds([_alone(runner, query, gallery, seed) for seed in seeds], seeds))
     if rerank:
         results += _baselines(query, gallery)
     return results, lists
+
+
+def _without_per_query(runner: Runner, wanted: bool) -> str | None:
+    """Why an evaluation of this model has no per-query protocol; None where it has."""
+    if not runner.has_head:
+        return "the model has no head"
+    if not hasattr(runner, "with_head"):
+        return f"{runner.backend} runs the head as one graph: evaluate the checkpoint that it was made from"
+    return None if wanted else "not asked for"
+
+
+def _alone(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = relate_per_query(runner, query, gallery, seed)
+    ranked = evaluate(found.query, found.gallery, distances=found.distances)
+    return scores("+NFormer per-query", ranked, time.perf_counter() - start) | {
+        "protocol": PER_QUERY, "exact": found.exact, "changed_rows": found.changed,
+    }  # fmt: skip
 
 
 def _over_seeds(by_seed: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9")
-STAGE_RESULTS = ("backbone", "+NFormer")
+STAGE_RESULTS = ("backbone", "+NFormer", "+NFormer per-query")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _single_stream(results: Iterable[dict[str, Any]], label: str, stage: str) ->
 
 
 def summary_rows(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """Backbone and +NFormer of every evaluated model, in the order of the results; joined by the model's label."""
+    """Backbone and NFormer, by each protocol, of every evaluated model in the results' order, joined by its label."""
     rows = []
     for result in results:
         if result["kind"] != "evaluation" or result["model"] is None:
@@ -144,14 +144,25 @@ def format_evaluation(result: dict[str, Any]) -> str:
     for r in result["results"]:
         cmc = r["cmc"]
         shown = [percent(v) for v in (r["mAP"], cmc[0], cmc[4], cmc[9], r["mINP"])]
-        body.append([r["name"], *shown, number(r["seconds"], 2)])
+        body.append([_ranking(r), *shown, number(r["seconds"], 2)])
     table = format_table(["ranking", "mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "seconds"], body)
     data, first = result["data"], result["results"][0]
     model = result["model"]["label"] if result["model"] else "features"
     left_out = f", {first['left_out']:,} of them left out for want of a match" if first["left_out"] else ""
+    why = result.get("per_query")
+    without = f"\nno per-query protocol: {why}" if why and any("protocol" in r for r in result["results"]) else ""
     return (
         f"{table}\n{model} on {data['name']}: {data['query']:,} queries{left_out}, {data['gallery']:,} in the gallery"
+        f"{without}"
     )
+
+
+def _ranking(result: dict[str, Any]) -> str:
+    """The name of a way of ranking, with its query protocol."""
+    if "protocol" not in result:
+        return result["name"]
+    frozen = "" if result.get("exact", True) else ", gallery frozen"
+    return f"+NFormer, {result['protocol']}{frozen}"
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +16,11 @@ from nformer_edge.core.spec import ModelSpec
 from nformer_edge.model import ops
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.operators import FastestOperators, Operators, using
-from nformer_edge.runtime.runner import check_head_input, check_images, model_name
+from nformer_edge.runtime.runner import check_head_input, check_images, model_name, require_head
+
+T = TypeVar("T")
 
 
 class TorchRunner:
@@ -101,6 +105,14 @@ class TorchRunner:
         with self._computing(), using(self._operators):
             x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
             return head(x, chosen).cpu().numpy()
+
+    def with_head(self, use: Callable[[NFormer], T]) -> T:
+        """What `use` makes of the head, computed as `relate` computes; see `runtime.protocols`."""
+        require_head(self.spec)
+        head = self._loaded().head
+        assert head is not None, "the spec has a head exactly where the checkpoint has"
+        with self._computing(), using(self._operators):
+            return use(head)
 
     def _backbone(self) -> Backbone:
         backbone = self._loaded().backbone

@@ -10,6 +10,7 @@ from nformer_edge.core.features import FeatureSet, save_features
 from nformer_edge.data.records import Dataset
 from nformer_edge.measure.evaluate import evaluate_model
 from nformer_edge.measure.models import model_sizes, stage_precision
+from nformer_edge.measure.table import format_evaluation, summary_rows
 
 
 def by_name(result):
@@ -100,3 +101,20 @@ def test_sizes_of_a_checkpoint_are_told_by_stage(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 60)
     assert model_sizes(path) == {"backbone": 40 / 1e6, "head": 20 / 1e6, "total": 60 / 1e6}
+
+
+def test_both_protocols_stand_side_by_side_where_pytorch_runs_the_head(tiny_checkpoint, tiny_bundle, tiny_market):
+    with_both = evaluate_model(tiny_checkpoint, tiny_market, seeds=(0, 1), rank_lists=0, threads=1)
+    joint, alone = (by_name(with_both)[name] for name in ("+NFormer", "+NFormer per-query"))
+    assert (joint["protocol"], alone["protocol"]) == ("joint", "per-query")
+    assert (alone["seeds"], len(alone["mAP_by_seed"]), alone["exact"]) == ([0, 1], 2, True)
+    text = format_evaluation(with_both)
+    assert "+NFormer, joint" in text
+    assert "+NFormer, per-query" in text
+    assert {r.stage for r in summary_rows([with_both])} == {"backbone", "+NFormer", "+NFormer per-query"}
+    assert with_both["per_query"] is None
+    json.dumps(with_both)
+
+    without = evaluate_model(tiny_bundle, tiny_market, rank_lists=0, threads=1)
+    assert "+NFormer per-query" not in by_name(without)
+    assert "no per-query protocol: onnxruntime runs the head as one graph" in format_evaluation(without)
