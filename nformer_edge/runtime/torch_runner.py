@@ -36,7 +36,7 @@ class TorchRunner:
             should choose as the engine does that it judges.
 
     Raises:
-        ArtifactError: if the checkpoint cannot be read or has no backbone.
+        ArtifactError: if the checkpoint cannot be read; later, if it is a head alone and is to embed images.
         BackendError: if the device is not there.
     """
 
@@ -52,10 +52,6 @@ class TorchRunner:
         native: bool = True,
     ) -> None:
         checkpoint = load_checkpoint(path)
-        if checkpoint.backbone is None:
-            raise ArtifactError(
-                str(path), got="a head alone", expected="a backbone", mend="Pass a checkpoint of a whole model."
-            )
         self.spec: ModelSpec = checkpoint.spec
         self.name = model_name(checkpoint.spec)
         self.sha256 = checkpoint.sha256
@@ -116,7 +112,11 @@ class TorchRunner:
 
     def _backbone(self) -> Backbone:
         backbone = self._loaded().backbone
-        assert backbone is not None, "checked when opened"
+        if backbone is None:
+            raise ArtifactError(
+                self.name, got="a head alone", expected="a backbone, to embed images",
+                mend="Pass a checkpoint of a whole model, or a feature store in place of images.",
+            )  # fmt: skip
         if not self._fold:
             return backbone
         if self._images_to_features is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nformer_edge.core.errors import BackendError, DataError, UsageError
+from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import FeatureSet
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
@@ -73,6 +73,18 @@ def test_what_cannot_be_taken_apart_is_refused(models, tiny_bundle):
         relate_per_query(runner, query, gallery)
     with open_runner(models[None], threads=1) as runner, pytest.raises(UsageError, match="a backbone alone"):
         relate_per_query(runner, query, gallery)
+
+
+def test_a_head_alone_relates_features_and_embeds_no_image(models, tmp_path):
+    from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+
+    whole = load_checkpoint(models["features"])
+    save_checkpoint(tmp_path / "head.safetensors", whole.spec, None, whole.head)
+    query, gallery = people(3, 1), people(20, 2)
+    with open_runner(tmp_path / "head.safetensors", threads=1) as runner:
+        assert relate_per_query(runner, query, gallery).distances.shape == (3, 20)
+        with pytest.raises(ArtifactError, match="got a head alone, expected a backbone"):
+            runner.embed(np.zeros((1, 3, 64, 32), np.float32))
 
 
 def test_bad_features_are_refused_at_the_door(models):
