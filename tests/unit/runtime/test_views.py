@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nformer_edge.cli import main
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import load_features
 from nformer_edge.data.readers import read_dataset
@@ -65,3 +66,13 @@ def test_views_that_nobody_can_train_on_are_refused(tiny_bundle, tiny_market, tm
         embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", splits=("query",), views=2)
     with pytest.raises(UsageError, match="Did you mean 'erase'"):
         embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", views=2, augment={"erasee": 1})
+
+
+def test_the_command_takes_splits_views_and_their_augmentation(tiny_bundle, tiny_market, tmp_path, capsys):
+    command = ["embed", str(tiny_bundle), "--data", str(tiny_market), "-o", str(tmp_path / "s.npz")]
+    assert main([*command, "--splits", "train", "--views", "2", "--augment", "pad=4", "erase=0.25", "--seed", "3"]) == 0
+    assert "train 36 x 2 views" in capsys.readouterr().out
+    recipe = json.loads(load_features(tmp_path / "s.npz")["train"].augmentation)
+    assert (recipe["seed"], recipe["pad"], recipe["erase"], recipe["flip"]) == (3, 4, 0.25, 0.5)
+    assert main([*command, "--augment", "pad"]) == 2
+    assert "augment: got pad, expected name=number" in capsys.readouterr().err
