@@ -50,6 +50,16 @@ def _choice(literal: Any) -> Callable[[str], str]:
     return parse
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    """``1:8:32`` for argparse."""
+    from nformer_edge.engine.backend import parse_sizes
+
+    try:
+        return parse_sizes(text)
+    except UsageError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _command(name: str, summary: str, *options: Option) -> Callable[[Callable[[Args], None]], Callable[[Args], None]]:
     def register(function: Callable[[Args], None]) -> Callable[[Args], None]:
         _COMMANDS[name] = (summary, options, function)
@@ -217,13 +227,23 @@ def _export(args: Args) -> None:
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
-    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate"),
+    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--calib-method", type=_choice(spec.CalibrationMethod), default="percentile", metavar="NAME",
             help="minmax | entropy | percentile"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
+    _option("--batch", type=_sizes, default=(1, 8, 32), metavar="A:B:C",
+            help="images the backbone sees at once: fewest, tuned for, most (TensorRT; default 1:8:32)"),
+    _option("--gallery-size", type=_sizes, default=(20, 2000, 50000), metavar="A:B:C",
+            help="images the head sees together, likewise (TensorRT; default 20:2000:50000)"),
     _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
-    BATCH, SEED, DEVICE,
+    _option("--timing-cache", default="", metavar="FILE", help="kernels measured before, kept for the next build"),
+    _option("--hardware-compat", choices=("none", "same_compute_capability", "ampere_plus"), default="none",
+            help="the plan runs on more GPUs, and slower (TensorRT)"),
+    _option("--version-compat", action="store_true", help="the plan runs on later versions too (TensorRT)"),
+    _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
+    _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
+    SEED, DEVICE,
 )  # fmt: skip
 def _build_engine(args: Args) -> None:
     from nformer_edge.engine.build import EngineSpec, build_engine, describe_engine
@@ -231,7 +251,9 @@ def _build_engine(args: Args) -> None:
 
     chosen = EngineSpec(
         backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
-        batch=args.batch, workspace=args.workspace, device=args.device, seed=args.seed,
+        batch=args.batch, gallery_size=args.gallery_size, workspace=args.workspace, device=args.device, seed=args.seed,
+        timing_cache=args.timing_cache, hardware_compat=args.hardware_compat, version_compat=args.version_compat,
+        dla=args.dla, capabilities=tuple(args.capabilities), verbose=args.verbose,
     )  # fmt: skip
     images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
     if args.target:
@@ -411,7 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(args, f"{args.command}: got no {e.name}. Install it: pip install 'nformer-edge[{extra}]'", 2)
     except KeyboardInterrupt:
-        return _fail(args, "interrupted. Nothing half-written was left; run the command again.", 130)
+        again = "run the command again" + (", with --resume to go on" if hasattr(args, "resume") else "")
+        return _fail(args, f"interrupted. Nothing half-written was left; {again}.", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:

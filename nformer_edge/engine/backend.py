@@ -1,14 +1,33 @@
-"""What every backend file says of itself, and what it is given to build from."""
+"""What every backend file says of itself, and what it is given to build from.
+
+An engine is a folder: for TensorRT and TensorRT-RTX the plain plans `backbone.engine` and `nformer.engine` (trtexec
+opens them as they are), `golden.npz`, `build.log` with every line of the builder, for INT8 `calibration.json` (the
+ranges that were measured; a later build may take them up), and `manifest.json` with these fields:
+
+- ``backend``, ``why``, ``spec`` (what was asked: `EngineSpec`), ``bundle_sha256``, ``files`` with their hashes, and
+  what the bundle says of the model.
+- ``versions``: ``{"tensorrt": "10.3.0"}`` or ``{"tensorrt_rtx": "1.7.1.116"}``, of the module that built.
+- ``built_for``: ``gpu``, ``compute_capability`` such as ``8.7`` and ``multiprocessors`` of the GPU that it was built
+  on, with ``hardware_compat`` where it is wider; for TensorRT-RTX ``compute_capabilities``, those it is compiled for.
+- ``precision``: of each stage, as built: the narrowest type that any of its products has.
+- ``audit``: of each stage the number of layers by type, of products asked and built by type, and those that came out
+  otherwise: `engine.audit`.
+- ``profiles``: of each stage's inputs the least, best and largest shape.
+- ``plugin_sha256``: of the plugin library that the head needs, or null.
+- ``calibration``: method, number, seed and hash of the images, for INT8.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nformer_edge.core.artifact import MANIFEST, read_manifest, read_verified, sha256_file
+from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import (
     Backend,
     CalibrationMethod,
@@ -18,6 +37,11 @@ from nformer_edge.core.spec import (
     check_choice,
 )
 from nformer_edge.onnx.bundle import HEAD, KIND, model_spec
+
+if TYPE_CHECKING:
+    from nformer_edge.engine.calibrate import Calibration
+
+HardwareCompat = Literal["none", "same_compute_capability", "ampere_plus"]
 
 
 @dataclass(frozen=True)
@@ -29,32 +53,82 @@ class EngineSpec:
         precision: of the backbone. The head stays FP32 on onnxruntime.
         calib_method: for INT8, how ranges follow from activations.
         calib_num: for INT8, calibration images at most.
-        batch: the batch that the builder tunes for; onnxruntime runs any.
+        batch: images the backbone sees at once: fewest, tuned for, most; onnxruntime runs any number.
+        gallery_size: images the head sees together, likewise; queries count among them.
         workspace: GiB that a builder may use; its own choice if None.
         device: where it will run.
         seed: of the choice of calibration images.
         reduce_range: for INT8 on onnxruntime, 7-bit weights; None decides by this machine's CPU.
+        timing_cache: for TensorRT, a file of measured kernels: read if it is there, written afterwards.
+        hardware_compat: for TensorRT, ``none``, ``same_compute_capability`` or ``ampere_plus``: the plan runs on more
+            GPUs, and slower.
+        version_compat: for TensorRT, the plan carries a runtime that later versions open.
+        dla: for TensorRT on Jetson, the core that runs the backbone.
+        capabilities: for TensorRT-RTX, compute capabilities to compile for; all that it knows if empty.
+        verbose: keep all that the builder says in `build.log`.
     """
 
     backend: Backend = "auto"
     precision: Precision = "fp32"
     calib_method: CalibrationMethod = "percentile"
     calib_num: int = 256
-    batch: int = 32
+    batch: tuple[int, ...] = (1, 8, 32)
+    gallery_size: tuple[int, ...] = (20, 2000, 50000)
     workspace: float | None = None
     device: str = "cpu"
     seed: int = 0
     reduce_range: bool | None = None
+    timing_cache: str = ""
+    hardware_compat: HardwareCompat = "none"
+    version_compat: bool = False
+    dla: int | None = None
+    capabilities: tuple[str, ...] = ()
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx"))
         check_choice("precision", self.precision, ("fp32", "fp16", "int8"))
         check_choice("calib_method", self.calib_method, ("minmax", "entropy", "percentile"))
         check_at_least("calib_num", self.calib_num, 1)
-        check_at_least("batch", self.batch, 1)
+        check_choice("hardware_compat", self.hardware_compat, typing.get_args(HardwareCompat))
+        check_sizes("batch", self.batch)
+        check_sizes("gallery_size", self.gallery_size)
         check_at_least("seed", self.seed, 0)
         if self.workspace is not None:
             check_at_least("workspace", self.workspace, 0.0)
+        if self.dla is not None:
+            check_at_least("dla", self.dla, 0)
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """`workspace` in bytes."""
+        return None if self.workspace is None else int(self.workspace * (1 << 30))
+
+
+def check_sizes(name: str, sizes: tuple[int, ...]) -> None:
+    """Raises UsageError unless `sizes` are fewest, best and most, in order."""
+    if not (len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]):
+        raise UsageError(
+            name, got=":".join(map(str, sizes)), expected="fewest:best:most, each at least 1",
+            mend=f"Such as --{name.replace('_', '-')} 1:8:32",
+        )  # fmt: skip
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """``1:8:32``, or ``32`` for 1 to 32, tuned for 32.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    try:
+        sizes = tuple(int(part) for part in text.split(":"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) == 1:
+        sizes = (1, *sizes, *sizes)
+    if not (len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]):
+        raise UsageError("sizes", got=repr(text), expected="fewest:best:most or one number", mend="Such as 1:8:32")
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -99,6 +173,11 @@ class BackendModule(Protocol):
         ...
 
     @staticmethod
-    def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str] | None) -> dict[str, Any]:
+    def lacking_to_run() -> tuple[str, ...]:
+        """What this machine lacks besides, to run what it could build."""
+        ...
+
+    @staticmethod
+    def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None) -> dict[str, Any]:
         """Writes the engine's files into `folder`. Returns the manifest's fields that only the backend knows."""
         ...

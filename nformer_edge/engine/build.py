@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
-from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.core.errors import BackendError
 from nformer_edge.core.spec import Backend, Precision, to_dict
 from nformer_edge.data.records import Dataset
 from nformer_edge.engine import onnxruntime, tensorrt, tensorrt_rtx
 from nformer_edge.engine.backend import BackendModule, EngineSpec, OpenBundle, open_bundle
-from nformer_edge.onnx.calibration import calibration_images
+from nformer_edge.engine.calibrate import choose_calibration
 
 __all__ = ["BACKENDS", "EngineSpec", "build_engine", "choose_backend", "default_name", "describe_engine"]
 
@@ -43,7 +43,7 @@ def choose_backend(backend: Backend = "auto", precision: Precision = "fp32") -> 
         return backend, "as asked"
     passed_over: list[str] = []
     for name, module in BACKENDS.items():
-        missing = module.lacking()
+        missing = (*module.lacking(), *(m for m in module.lacking_to_run() if m not in module.lacking()))
         if not missing and precision in module.PRECISIONS:
             why = f"the best that this machine has ({'; '.join(passed_over)})" if passed_over else "the best there is"
             return name, why
@@ -73,8 +73,8 @@ def build_engine(
         bundle: folder that `export_bundle` wrote.
         out: folder, written whole or not at all; beside the bundle under `default_name` if None.
         spec: what to build; FP32 for the best backend if None.
-        calib_data: for INT8, the dataset that the model was trained on (its training images are used), or a folder of
-            images.
+        calib_data: for INT8, the dataset that the model was trained on (its training images are used), a folder of
+            images, or the `calibration.json` of an earlier engine.
         force_calibration: accept query or gallery images for calibration.
 
     Returns:
@@ -89,19 +89,12 @@ def build_engine(
     spec = spec or EngineSpec()
     name, why = choose_backend(spec.backend, spec.precision)
     opened = open_bundle(bundle)
-    images = None
+    calibration = None
     if spec.precision == "int8":
-        if calib_data is None:
-            raise UsageError(
-                "calib_data", got="none", expected="images to calibrate INT8 with",
-                mend="Name the dataset that the model was trained on: --calib-data DIR",
-            )  # fmt: skip
-        images = calibration_images(calib_data, spec.calib_num, spec.seed, force=force_calibration)
+        calibration = choose_calibration(calib_data, spec, force=force_calibration)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, spec.precision)
     with atomic_folder(path, KIND) as folder:
-        built = BACKENDS[name].build(opened, folder, spec, images)
-        if images is not None:
-            built["calibration"]["forced"] = force_calibration
+        built = BACKENDS[name].build(opened, folder, spec, calibration)
         write_manifest(folder, KIND, _fields(opened, spec, name, why) | built)
     return path
 
@@ -114,16 +107,38 @@ def _fields(bundle: OpenBundle, spec: EngineSpec, backend: str, why: str) -> dic
 def describe_engine(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What an engine's manifest says, verified, as JSON of kind ``engine``, with a ``summary`` to print."""
     manifest = read_manifest(path, KIND)
-    megabytes = {name: entry["bytes"] / 1e6 for name, entry in manifest["files"].items() if name.endswith(".onnx")}
+    graphs = (".onnx", ".engine")
+    megabytes = {name: entry["bytes"] / 1e6 for name, entry in manifest["files"].items() if name.endswith(graphs)}
     stages = ", ".join(f"{stage} {precision}" for stage, precision in manifest["precision"].items())
     lines = [f"wrote {path}: {stages}, {sum(megabytes.values()):.1f} MB, for {manifest['backend']} ({manifest['why']})"]
-    for kind, count in manifest.get("audit", {}).items():
-        lines.append(f"  {kind}: {count['int8']} of {count['total']} in INT8")
+    lines += [f"  {line}" for line in _audit_lines(manifest.get("audit") or {})]
     if "calibration" in manifest:
         used = manifest["calibration"]
         lines.append(f"  calibrated with {used['num']} images, {used['method']}, sha256 {used['sha256'][:12]}")
+    if "built_for" in manifest:
+        lines.append("  built for " + ", ".join(f"{k} {_plain(v)}" for k, v in manifest["built_for"].items()))
     return {
         "kind": "engine", "engine": str(path), "backend": manifest["backend"], "why": manifest["why"],
         "precision": manifest["precision"], "size_mb": megabytes, "audit": manifest.get("audit"),
-        "calibration": manifest.get("calibration"), "summary": "\n".join(lines),
+        "calibration": manifest.get("calibration"), "built_for": manifest.get("built_for"),
+        "summary": "\n".join(lines),
     }  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _audit_lines(audit: dict[str, Any]) -> list[str]:
+    """onnxruntime's audit counts the products of a graph, TensorRT's those of a plan."""
+    lines = []
+    for name, found in audit.items():
+        if "products" not in found:
+            lines.append(f"{name}: {found['int8']} of {found['total']} in INT8")
+            continue
+        counts = [f"{c['built']} of {c['asked']} in {kind.upper()}" for kind, c in found["products"].items()]
+        untold = sum(c["untold"] for c in found["products"].values())
+        lines.append(f"{name}: products as built: {', '.join(counts)}" + (f"; {untold} not told" if untold else ""))
+        if found["other"]:
+            lines.append(f"{name}: in another type: " + ", ".join(f"{n} {t}" for n, t in found["other"].items()))
+    return lines

@@ -46,9 +46,6 @@ def with_target(spec: EngineSpec, target: Target) -> EngineSpec:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(target.engine):
         value = getattr(target.engine, field.name)
-        if not hasattr(default, field.name) or getattr(spec, field.name) != getattr(default, field.name):
-            continue
-        if isinstance(getattr(default, field.name), int) and isinstance(value, tuple):
-            value = value[1]  # where a backend tunes for one size and runs any
-        changes[field.name] = value
+        if value not in ((), None) and getattr(spec, field.name) == getattr(default, field.name):
+            changes[field.name] = value
     return dataclasses.replace(spec, **changes)

@@ -7,7 +7,6 @@ CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ no
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 from nformer_edge.core.cpu import instruction_sets, saturates_int8
 from nformer_edge.core.errors import BackendError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
+from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
-from nformer_edge.onnx.calibration import calibration_sha256
 
 NAME = "onnxruntime"
 PRECISIONS = ("fp32", "int8")
@@ -28,7 +27,12 @@ def lacking() -> tuple[str, ...]:
     return () if importlib.util.find_spec("onnxruntime") else ("no package onnxruntime",)
 
 
-def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str] | None) -> dict[str, Any]:
+def lacking_to_run() -> tuple[str, ...]:
+    """See `BackendModule.lacking_to_run`."""
+    return ()
+
+
+def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None) -> dict[str, Any]:
     """See `BackendModule.build`.
 
     Raises:
@@ -51,33 +55,23 @@ def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[s
     if spec.precision == "fp32":
         bundle.copy(BACKBONE, folder)
         return fields | {"precision": precision}
-    assert images is not None, "build_engine chose them"
-    fields |= _build_int8(bundle, folder, spec, images)
+    assert calibration is not None, "build_engine chose it"
+    fields |= _build_int8(bundle, folder, spec, calibration)
     return fields | {"precision": precision | {"backbone": "int8"}}
 
 
-def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str]) -> dict[str, Any]:
-    try:
-        from nformer_edge.onnx.quantize import quantize_backbone
-    except ImportError as e:
-        raise BackendError(
-            "INT8",
-            got=f"no package {e.name}",
-            expected="onnx and onnxruntime",
-            mend="pip install 'nformer-edge[quant]'",
-        ) from e
+def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration) -> dict[str, Any]:
+    ranges, facts = calibration.ranges(bundle, folder)
+    from nformer_edge.onnx.quantize import quantize_backbone
+
     reduce_range = saturates_int8() if spec.reduce_range is None else spec.reduce_range
     bundle.copy(BACKBONE, folder)  # the verified bytes; replaced by the quantised file below
-    counts = quantize_backbone(
-        folder / BACKBONE, folder / BACKBONE, images, bundle.spec.preprocess, method=spec.calib_method,
-        reduce_range=reduce_range,
-    )  # fmt: skip
+    counts = quantize_backbone(folder / BACKBONE, folder / BACKBONE, ranges, reduce_range=reduce_range)
     _record_features(folder)
-    settings = {"method": spec.calib_method, "num": len(images), "seed": spec.seed, "reduce_range": reduce_range}
     return {
-        "calibration": settings | {"sha256": calibration_sha256(images, settings)},
+        "calibration": facts,
         "audit": counts,
-        "built_on": {"instruction_sets": list(instruction_sets())},
+        "built_on": {"instruction_sets": list(instruction_sets()), "reduce_range": reduce_range},
     }
 
 

@@ -1,20 +1,26 @@
-"""TensorRT: what it needs here, and an honest refusal. Plans are not built by this version."""
+"""TensorRT 8.5 to 11: plans for the GPU of this machine, the head's operators from our plugin library."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from nformer_edge.core.errors import BackendError
+from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
+from nformer_edge.engine.calibrate import Calibration
+from nformer_edge.engine.job import run_job
+from nformer_edge.engine.plans import Run, build_plans
+from nformer_edge.engine.plugin import LIBRARY, find_plugin
 
 NAME = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8")
 
-NOT_YET = "a version of nformer-edge that does not build its engines yet"
+#: Versions without DLA, from this one on and below that one: NVIDIA's notes on 10.8 to 11.4.0.
+_NO_DLA = ((10, 8), (11, 4, 1))
 
 
 def tensorrt_package() -> str:
@@ -45,18 +51,83 @@ def nvidia_driver() -> str:
 def lacking() -> tuple[str, ...]:
     """See `BackendModule.lacking`."""
     missing = [] if tensorrt_package() else ["no package tensorrt"]
-    missing += [] if nvidia_driver() else ["no NVIDIA driver"]
-    return (*missing, NOT_YET)
+    return (*missing, *lacking_to_run())
 
 
-def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str] | None) -> dict[str, Any]:
-    """See `BackendModule.build`. Always refuses, and says what is lacking."""
-    refuse(NAME, lacking(), "package tensorrt (nformer-edge[tensorrt]), an NVIDIA GPU and its driver")
+def lacking_to_run() -> tuple[str, ...]:
+    """See `BackendModule.lacking_to_run`."""
+    return () if nvidia_driver() else ("no NVIDIA driver",)
 
 
-def refuse(name: str, missing: tuple[str, ...], expected: str) -> NoReturn:
-    """Raises BackendError with all that is missing."""
-    raise BackendError(
-        name, got=", ".join(missing), expected=expected,
-        mend="Use --backend onnxruntime here; the bundle's ONNX files also open in trtexec.",
-    )  # fmt: skip
+def installed_version() -> tuple[int, ...]:
+    """Of the package, as far as it tells; the module is asked where the metadata is missing."""
+    text = tensorrt_package()
+    if not re.match(r"\d+\.", text):
+        import tensorrt
+
+        text = str(tensorrt.__version__)
+    return tuple(int(n) for n in re.findall(r"\d+", text.partition(".post")[0]))
+
+
+def build(
+    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, run: Run = run_job
+) -> dict[str, Any]:
+    """See `BackendModule.build`.
+
+    Raises:
+        BackendError: for a head without its plugin library, or a DLA that this build could not use.
+        UsageError: for a device that is no GPU.
+    """
+    here = installed_version()
+    if spec.dla is not None:
+        refuse_dla(bundle, spec, here)
+    library = _plugin(here[0]) if bundle.has_head else None
+    plugin = {"plugin": str(library), "plugin_sha256": sha256_file(library)} if library is not None else {}
+    job = {
+        "package": "tensorrt", "workspace": spec.workspace_bytes, "timing_cache": spec.timing_cache,
+        "hardware_compat": spec.hardware_compat, "version_compat": spec.version_compat, "dla": spec.dla,
+        "device": gpu_ordinal(spec.device), "verbose": spec.verbose, **plugin,
+    }  # fmt: skip
+    fields = build_plans(bundle, folder, spec, calibration, typed=here >= (10,), plugin=True, job=job, run=run)
+    return fields | {"plugin_sha256": plugin.get("plugin_sha256")}
+
+
+def _plugin(major: int) -> Path:
+    library = find_plugin(major)
+    if library is None:
+        raise BackendError(
+            "plugin", got=f"no {LIBRARY} for TensorRT {major}", expected="it: the head's two operators are in it",
+            mend="nformer-edge build-plugin; or export a checkpoint without a head.",
+        )  # fmt: skip
+    return library
+
+
+def refuse_dla(bundle: OpenBundle, spec: EngineSpec, here: tuple[int, ...]) -> None:
+    """Raises BackendError where a DLA cannot do the work, with the reason."""
+    reason = ""
+    if bundle.has_head:
+        reason = (
+            "the head's operators are a plugin and plugins run on the GPU alone, so every batch would wait for the GPU "
+            "and for a copy between the two"
+        )
+    elif spec.precision == "fp32":
+        reason = "a DLA computes in FP16 and INT8 alone"
+    elif _NO_DLA[0] <= here < _NO_DLA[1]:
+        reason = f"TensorRT {'.'.join(map(str, here[:3]))} has no DLA: 10.7 was the last before 11.4.1"
+    if reason:
+        raise BackendError(
+            "dla", got=f"core {spec.dla}: {reason}", expected="the GPU",
+            mend="Leave --dla out, or export the backbone alone and build it with --fp16 or --int8.",
+        )  # fmt: skip
+
+
+def gpu_ordinal(device: str) -> int:
+    """0 for ``cuda`` and for ``cpu``, what a command says unless told otherwise.
+
+    Raises:
+        UsageError: for a device that is no GPU.
+    """
+    name, _, number = device.partition(":")
+    if name not in ("cpu", "cuda") or not (number.isdecimal() or not number):
+        raise UsageError("device", got=device, expected="a GPU, such as cuda:0", mend="Choose one, or leave it out.")
+    return int(number or 0)

@@ -1,16 +1,31 @@
-"""TensorRT-RTX: what it needs here, and an honest refusal. Its engines are not built by this version."""
+"""TensorRT-RTX: compiles ahead of time for the GeForce GPUs that are asked for, with no GPU and no driver.
+
+It takes no plugins, so the head's operators are the standard-operator bodies of the same file, which its parser
+inlines. Where there is no GPU, a finished plan cannot be opened either; the audit reads the list of layers that the
+builder prints, with the same names and types as the inspector's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nformer_edge.core.errors import BackendError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.tensorrt import NOT_YET, nvidia_driver, package_version, refuse
+from nformer_edge.engine.calibrate import Calibration
+from nformer_edge.engine.job import run_job
+from nformer_edge.engine.plans import Run, build_plans
+from nformer_edge.engine.tensorrt import nvidia_driver, package_version
 
 NAME = "tensorrt-rtx"
 PRECISIONS = ("fp32", "fp16", "int8")
+
+#: What `ComputeCapability` of 1.7 names, without the alias for the GPU that is there.
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+#: What is built for unless told otherwise. Not Turing (7.5): for it the compiler of 1.7 refuses an FP32 GEMM, and the
+#: neck and the head's affinities are FP32 by policy.
+USUAL = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 def tensorrt_rtx_package() -> str:
@@ -20,11 +35,37 @@ def tensorrt_rtx_package() -> str:
 
 def lacking() -> tuple[str, ...]:
     """See `BackendModule.lacking`."""
-    missing = [] if tensorrt_rtx_package() else ["no package tensorrt_rtx"]
-    missing += [] if nvidia_driver() else ["no NVIDIA driver"]
-    return (*missing, NOT_YET)
+    return () if tensorrt_rtx_package() else ("no package tensorrt_rtx",)
 
 
-def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, images: Sequence[str] | None) -> dict[str, Any]:
-    """See `BackendModule.build`. Always refuses, and says what is lacking."""
-    refuse(NAME, lacking(), "package tensorrt_rtx (nformer-edge[tensorrt-rtx]), a GeForce RTX GPU and its driver")
+def lacking_to_run() -> tuple[str, ...]:
+    """See `BackendModule.lacking_to_run`."""
+    return () if nvidia_driver() else ("no NVIDIA driver",)
+
+
+def build(
+    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, run: Run = run_job
+) -> dict[str, Any]:
+    """See `BackendModule.build`.
+
+    Raises:
+        BackendError: for an option that TensorRT-RTX does not have.
+    """
+    unknown = [c for c in spec.capabilities if c not in CAPABILITIES]
+    if unknown:
+        raise BackendError(
+            "capabilities", got=", ".join(unknown), expected=f"among {', '.join(CAPABILITIES)} for TensorRT-RTX",
+            mend="Use TensorRT for other GPUs: --backend tensorrt on the machine itself.",
+        )  # fmt: skip
+    for name, value in (("dla", spec.dla), ("hardware_compat", spec.hardware_compat != "none" or None)):
+        if value is not None:
+            raise BackendError(
+                name, got=f"{name} with TensorRT-RTX", expected="a GeForce GPU, compiled for by its capability",
+                mend="Leave it out; --capabilities names the GPUs.",
+            )  # fmt: skip
+    job = {
+        "package": "tensorrt_rtx", "workspace": spec.workspace_bytes, "timing_cache": spec.timing_cache,
+        "version_compat": spec.version_compat, "capabilities": list(spec.capabilities or USUAL),
+        "verbose": spec.verbose,
+    }  # fmt: skip
+    return build_plans(bundle, folder, spec, calibration, typed=True, plugin=False, job=job, run=run)

@@ -1,125 +1,81 @@
-"""Static INT8 for the backbone as Q/DQ nodes. The head stays as it is: Q/DQ next to a Scan body ends onnxruntime.
+"""Static INT8 for the backbone as Q/DQ nodes, in the form that onnxruntime's CPU kernels want; what stays in float.
 
-Every backend wants its own form: onnxruntime's CPU kernels unsigned activations (their products are u8 x s8) with
-quantised biases, TensorRT signed symmetric ones without. Weights are signed, one scale a channel, for both.
+Unsigned activations (the kernels' products are u8 x s8), quantised biases, signed weights with one scale a channel.
+TensorRT wants another form of the same ranges: `quantize_tensorrt`. The head stays as it is: Q/DQ next to a Scan body
+ends onnxruntime.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from tqdm import tqdm
 
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import CalibrationMethod as Method
 from nformer_edge.core.spec import PreprocessSpec
-from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.data.batches import iter_batches
-
-#: Images whose activations are held at once. All of them are kept while a histogram is taken: ResNet-50 at 256 x 128
-#: makes some 100 MB an image.
-CALIBRATION_BATCH = 4
-
-#: What is a product, and so what an INT8 build is about.
-PRODUCTS = ("Conv", "Gemm", "MatMul")
-
-_METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
+from nformer_edge.onnx.half import PRODUCTS
+from nformer_edge.onnx.ranges import CALIBRATED, Ranges, calibrate
 
 
-class BatchReader(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds the calibrator one batch at a time and tells it how many there are, so that it never holds two."""
-
-    def __init__(self, paths: Sequence[str], spec: PreprocessSpec, batch: int = CALIBRATION_BATCH) -> None:
-        self._count = math.ceil(len(paths) / batch)
-        self._batches: Iterator[np.ndarray] = iter_batches(paths, spec, batch)
-        self._left = 0
-        self._bar = tqdm(total=len(paths), desc="calibrating", unit="img", **PROGRESS)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        """The next `end_index` - `start_index` batches may be taken."""
-        self._left = end_index - start_index
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch, or None at the end of the range."""
-        if self._left == 0:
-            return None
-        self._left -= 1
-        images = next(self._batches)
-        self._bar.update(len(images))
-        return {"images": images}
+def measure_ranges(source: Path, paths: Sequence[str], spec: PreprocessSpec, method: Method = "percentile") -> Ranges:
+    """Calibrates a float backbone as `export` wrote it. See `ranges.calibrate`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return calibrate(_prepared(source, Path(folder)), paths, spec, method)
 
 
 def quantize_backbone(
-    source: Path,
-    out: Path,
-    paths: Sequence[str],
-    spec: PreprocessSpec,
-    *,
-    method: Method = "percentile",
-    target: Literal["cpu", "tensorrt"] = "cpu",
-    reduce_range: bool = False,
+    source: Path, out: Path, ranges: Ranges, *, reduce_range: bool = False
 ) -> dict[str, dict[str, int]]:
-    """Writes `source` with Q/DQ nodes to `out`.
+    """Writes `source` with Q/DQ nodes for onnxruntime's CPU kernels to `out`.
 
     Args:
         source: a float backbone as `export` wrote it.
         out: the file to write.
-        paths: calibration images.
-        spec: their preprocessing.
-        method: how ranges follow from activations.
-        target: whose form of Q/DQ.
+        ranges: of its tensors.
         reduce_range: 7-bit weights, for x86 CPUs without VNNI, whose 16-bit sums of two u8 x s8 products saturate.
 
     Returns:
         `audit` of what was written.
 
     Raises:
-        DataError: for an image that cannot be read.
         ArtifactError: if less than half of the products came out quantised.
     """
-    tensorrt = target == "tensorrt"
-    options: dict[str, Any] = {
-        "CalibStridedMinMax": 1,  # one batch at a time, for every method
-        "CalibTensorRangeSymmetric": tensorrt,
-        "ActivationSymmetric": tensorrt,
-        "WeightSymmetric": True,
-        "QuantizeBias": not tensorrt,
-    }
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        quantize_static(
-            prepared, out, BatchReader(paths, spec), quant_format=QuantFormat.QDQ, per_channel=True,
-            reduce_range=reduce_range, activation_type=QuantType.QInt8 if tensorrt else QuantType.QUInt8,
-            weight_type=QuantType.QInt8, calibrate_method=_METHODS[method], extra_options=options,
-            nodes_to_exclude=float_nodes(onnx.load(prepared)),
-        )  # fmt: skip
+    options = {"ActivationSymmetric": False, "WeightSymmetric": True, "QuantizeBias": True}
+    with tempfile.TemporaryDirectory() as folder:
+        model = onnx.load(_prepared(source, Path(folder)))
+    quantizer = QDQQuantizer(
+        model, True, reduce_range, QuantType.QInt8, QuantType.QUInt8, ranges.for_onnxruntime(), [], float_nodes(model),
+        CALIBRATED, options,
+    )  # fmt: skip
+    quantizer.quantize_model()
+    quantizer.model.save_model_to_file(str(out))
     counts = audit(onnx.load(out))
+    require_quantized(out.name, counts)
+    return counts
+
+
+def _prepared(source: Path, folder: Path) -> Path:
+    """With the types and shapes of all tensors, which calibrator and quantizer look up."""
+    prepared = folder / "prepared.onnx"
+    quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
+    return prepared
+
+
+def require_quantized(where: str, counts: dict[str, dict[str, int]]) -> None:
+    """Raises ArtifactError unless at least half of the products are in INT8."""
     total, quantized = (sum(c[key] for c in counts.values()) for key in ("total", "int8"))
     if not 2 * quantized >= total > 0:
         raise ArtifactError(
-            out.name, got=f"{quantized} of {total} products in INT8", expected="at least half",
+            where, got=f"{quantized} of {total} products in INT8", expected="at least half",
             mend="Report this with the versions of onnx and onnxruntime.",
         )  # fmt: skip
-    return counts
 
 
 def float_nodes(model: onnx.ModelProto) -> list[str]:

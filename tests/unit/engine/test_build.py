@@ -14,7 +14,8 @@ from nformer_edge.core import cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.engine import onnxruntime, tensorrt
-from nformer_edge.engine.build import BACKENDS, EngineSpec, build_engine, choose_backend, describe_engine
+from nformer_edge.engine.backend import parse_sizes
+from nformer_edge.engine.build import EngineSpec, build_engine, choose_backend, describe_engine
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.quantize import audit, channel_gates
 from nformer_edge.runtime.open import open_runner, self_test
@@ -120,6 +121,7 @@ def test_auto_takes_what_is_there_and_says_why():
 
 def test_auto_prefers_a_backend_that_lacks_nothing(monkeypatch):
     monkeypatch.setattr(tensorrt, "lacking", lambda: ())
+    monkeypatch.setattr(tensorrt, "lacking_to_run", lambda: ())
     assert choose_backend("auto", "fp16") == ("tensorrt", "the best there is")
 
 
@@ -128,8 +130,6 @@ def test_a_backend_that_cannot_build_here_says_what_is_missing(name, tiny_bundle
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(BackendError, match=f"{name}: got no package tensorrt"):
         build_engine(tiny_bundle, tmp_path / "e", EngineSpec(backend=name))
-    with pytest.raises(BackendError, match="Use --backend onnxruntime"):
-        BACKENDS[name].build(None, tmp_path, EngineSpec(), None)
 
 
 def test_onnxruntime_that_is_not_installed_is_named(monkeypatch):
@@ -150,7 +150,10 @@ def test_an_engine_without_a_name_stands_beside_its_bundle(tiny_bundle, tmp_path
         ({"precision": "int4"}, "precision: got 'int4'"),
         ({"calib_method": "max"}, "calib_method: got 'max'"),
         ({"calib_num": 0}, "calib_num: got 0"),
-        ({"batch": 0}, "batch: got 0"),
+        ({"batch": (0, 1, 2)}, "batch: got 0:1:2"),
+        ({"gallery_size": (20, 10, 30)}, "gallery_size: got 20:10:30"),
+        ({"hardware_compat": "ampere"}, "Did you mean 'ampere_plus'"),
+        ({"dla": -1}, "dla: got -1"),
     ],
 )
 def test_a_spec_refuses_what_cannot_be(settings, message):
@@ -187,3 +190,36 @@ def test_the_audit_counts_only_products_that_take_int8_from_both_sides():
 def test_weights_lose_a_bit_only_where_products_would_saturate(flags, saturates, monkeypatch):
     monkeypatch.setattr(cpu, "instruction_sets", lambda: flags)
     assert cpu.saturates_int8() is saturates
+
+
+def test_a_table_of_ranges_serves_a_second_build_without_images(int8_engine, tiny_bundle, tmp_path):
+    table = int8_engine / "calibration.json"
+    second = build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=table)
+    first, again = read_manifest(int8_engine, "engine"), read_manifest(second, "engine")
+    assert again["calibration"] == first["calibration"]
+    constants = [
+        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(e / "backbone.onnx").graph.initializer}
+        for e in (int8_engine, second)
+    ]
+    assert all(np.array_equal(constants[0][name], constants[1][name]) for name in constants[0])
+
+
+def test_a_table_of_another_backbone_is_refused(int8_engine, tiny_bundle, tmp_path):
+    table = json.loads((int8_engine / "calibration.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(table | {"backbone_sha256": "0" * 64}))
+    with pytest.raises(ArtifactError, match="got ranges of another backbone"):
+        build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "other.json")
+    (tmp_path / "broken.json").write_text('{"kind": "calibration", "ranges": {"x": [1]}}')
+    with pytest.raises(ArtifactError, match="got no readable table of ranges"):
+        build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(("text", "sizes"), [("1:8:32", (1, 8, 32)), ("16", (1, 16, 16))])
+def test_sizes_are_read_as_fewest_best_and_most(text, sizes):
+    assert parse_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "8:1:2", "0:1:2", "1:2", "a:b:c", "1:2:3:4"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UsageError, match="fewest:best:most"):
+        parse_sizes(text)
