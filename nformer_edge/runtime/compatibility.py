@@ -7,8 +7,17 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from nformer_edge.core.errors import BackendError
+from nformer_edge.core.spec import to_dict
+from nformer_edge.engine.backend import EngineSpec
 
 Manifest = Mapping[str, Any]
+
+#: What a rebuild must repeat of `EngineSpec` besides backend and precision, where it is not the default.
+_FLAGS = {
+    "batch": "--batch", "gallery_size": "--gallery-size", "workspace": "--workspace", "calib_num": "--calib-num",
+    "calib_method": "--calib-method", "hardware_compat": "--hardware-compat", "version_compat": "--version-compat",
+    "dla": "--dla", "capabilities": "--capabilities",
+}  # fmt: skip
 
 
 class Gpu(Protocol):
@@ -21,15 +30,22 @@ class Gpu(Protocol):
 
 def rebuild_command(where: str, manifest: Manifest) -> str:
     """The command that builds this engine again, here: BUNDLE is the bundle that it came from."""
-    spec = manifest.get("spec") or {}
-    words = ["nformer-edge build-engine BUNDLE"]
-    if spec.get("target"):
-        words.append(f"--target {spec['target']}")
-    else:
-        words.append(f"--backend {manifest.get('backend')}")
-        words += [f"--{spec['precision']}"] if spec.get("precision") in ("fp16", "int8") else []
+    spec, default = manifest.get("spec") or {}, to_dict(EngineSpec())
+    words = [f"nformer-edge build-engine BUNDLE --backend {manifest.get('backend')}"]
+    words += [f"--{spec['precision']}"] if spec.get("precision") in ("fp16", "int8") else []
+    for name, flag in _FLAGS.items():
+        value = spec.get(name)
+        if value in (None, False, "", [], default.get(name)):
+            continue
+        words.append(flag if value is True else f"{flag} {_flag_value(name, value)}")
     words += ["--calib-data DIR"] if spec.get("precision") == "int8" else []
     return " ".join([*words, f"-o {where}"])
+
+
+def _flag_value(name: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return (" " if name == "capabilities" else ":").join(map(str, value))
+    return str(value)
 
 
 def check_version(where: str, manifest: Manifest, package: str, version: str) -> None:
@@ -70,27 +86,35 @@ def check_gpu(where: str, manifest: Manifest, gpu: Gpu) -> None:
         BackendError: naming both GPUs and the command that rebuilds the engine.
     """
     built = manifest.get("built_for") or {}
-    level = str(built.get("hardware_compat") or "none")
-    if level == "ampere_plus":
+    if "compute_capabilities" in built:  # TensorRT-RTX, which compiles for all of one capability
+        some = [str(c) for c in built["compute_capabilities"]]
+        wrong = [] if gpu.compute_capability in some else [f"compute capability {', '.join(some)}"]
+    elif built.get("hardware_compat") == "ampere_plus":
         capability = tuple(int(n) for n in gpu.compute_capability.split("."))
         wrong = [] if capability >= (8, 0) else ["compute capability 8.0 and later"]
+    elif "compute_capability" not in built:
+        wrong = ["a GPU that its manifest does not tell"]
     else:
-        facts = {
-            "compute_capability": ("compute capability", gpu.compute_capability),
-            "gpu": ("GPU", gpu.name),
-            "multiprocessors": ("multiprocessors", gpu.multiprocessors),
-        }
-        compared = ["compute_capability"] if level == "same_compute_capability" else list(facts)
-        wrong = [
-            f"{facts[key][0]} {built[key]} (here {facts[key][1]})"
-            for key in compared
-            if key in built and str(built[key]) != str(facts[key][1])
-        ]
-    if wrong or "compute_capability" not in built:
+        wrong = _differences(built, gpu)
+    if wrong:
         raise BackendError(
-            f"{where}: GPU", got=f"an engine for {', '.join(wrong) or 'a GPU that this is not'}",
+            f"{where}: GPU", got=f"an engine for {', '.join(wrong)}",
             expected=f"one for {gpu.name}, compute capability {gpu.compute_capability}", mend=_again(where, manifest),
         )  # fmt: skip
+
+
+def _differences(built: Mapping[str, Any], gpu: Gpu) -> list[str]:
+    facts = {
+        "compute_capability": ("compute capability", gpu.compute_capability),
+        "gpu": ("GPU", gpu.name),
+        "multiprocessors": ("multiprocessors", gpu.multiprocessors),
+    }
+    compared = ["compute_capability"] if built.get("hardware_compat") == "same_compute_capability" else list(facts)
+    return [
+        f"{facts[key][0]} {built[key]} (here {facts[key][1]})"
+        for key in compared
+        if key in built and str(built[key]) != str(facts[key][1])
+    ]
 
 
 def no_plugin(where: str, manifest: Manifest, sha256: str, found: str) -> BackendError:

@@ -10,12 +10,18 @@ from nformer_edge.cli import main
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.backend import EngineSpec
 from nformer_edge.engine.for_target import build_for_target, with_target
-from nformer_edge.engine.target import read_target
+from nformer_edge.engine.target import read_target, target_names
 
 
 def test_a_recipe_fills_what_was_not_asked_for():
     spec = with_target(EngineSpec(), read_target("jetson-orin-jp62"))
     assert (spec.backend, spec.precision, spec.workspace) == ("tensorrt", "int8", 2.0)
+    assert (spec.batch, spec.gallery_size) == ((1, 8, 32), (20, 2000, 50000))
+
+
+def test_every_recipe_makes_a_spec():
+    for name in target_names():
+        assert with_target(EngineSpec(), read_target(name)).backend == read_target(name).engine.backend
 
 
 def test_what_was_asked_for_wins_over_the_recipe():

@@ -98,3 +98,9 @@ def make_engine(tiny_bundle, tmp_path, plugin_library):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fakes():
+    """The module that plays GPU, pycuda and TensorRT."""
+    return fake_gpu

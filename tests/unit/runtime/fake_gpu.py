@@ -257,7 +257,7 @@ def fake_tensorrt(gpu: FakeGpu, version: str = "10.3.0", name: str = "tensorrt")
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
     class DataType(enum.Enum):
-        FLOAT, HALF, INT8, INT32, INT64 = "float32", "float16", "int8", "int32", "int64"
+        FLOAT, HALF, INT8, INT32 = "float32", "float16", "int8", "int32"
 
     class TensorIOMode(enum.Enum):
         NONE, INPUT, OUTPUT = range(3)

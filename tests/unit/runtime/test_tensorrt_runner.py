@@ -137,7 +137,7 @@ def test_copies_are_told_apart_from_computing(gpu, make_engine):
 def test_an_engine_for_rtx_runs_on_tensorrt_rtx(gpu, make_engine):
     gpu.install("1.7.1.116", "tensorrt_rtx")
     engine = make_engine(backend="tensorrt-rtx", versions={"tensorrt_rtx": "1.7.1.116"}, plugin_sha256=None,
-                         plans={"nformer.engine": b""})  # fmt: skip
+                         plans={"nformer.engine": b""}, built_for={"compute_capabilities": ["8.7"]})  # fmt: skip
     gpu.failing["deserialize_cuda_engine"] = "the stop"  # far enough: the right package was asked
     with pytest.raises(ArtifactError, match=r"backbone.engine.*the stop.*expected a plan that TensorRT 1\.7\.1"):
         open_runner(engine).__enter__()
@@ -193,6 +193,17 @@ def test_another_tensorrt_is_refused_with_the_command_that_rebuilds(gpu, make_en
     assert "cuInit" not in gpu.calls
 
 
+def test_the_command_that_rebuilds_repeats_what_was_asked(gpu, make_engine):
+    gpu.install("11.4.0.106")
+    asked = {"precision": "int8", "batch": [1, 4, 16], "gallery_size": [20, 100, 900], "hardware_compat": "ampere_plus",
+             "version_compat": True, "workspace": 2.0, "dla": None, "calib_num": 256}  # fmt: skip
+    message = refused(make_engine(spec=asked), BackendError, "tensorrt: got an engine built with")
+    assert (
+        "build-engine BUNDLE --backend tensorrt --int8 --batch 1:4:16 --gallery-size 20:100:900 --workspace 2.0 "
+        "--hardware-compat ampere_plus --version-compat --calib-data DIR -o " in message
+    )
+
+
 @pytest.mark.parametrize(("built", "here"), [("10.3.0", "10.3.0.26"), ("10.16.1.11", "10.16.1.11")])
 def test_versions_that_agree_as_far_as_they_are_told_are_taken(gpu, make_engine, built, here):
     gpu.install(here)
@@ -206,7 +217,8 @@ def test_versions_that_agree_as_far_as_they_are_told_are_taken(gpu, make_engine,
         ({"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9", "multiprocessors": 128}, r"8\.9 \(here 8\.7\)"),
         ({"gpu": "Fake Orin", "compute_capability": "8.7", "multiprocessors": 8}, r"multiprocessors 8 \(here 16\)"),
         ({"gpu": "Other Orin", "compute_capability": "8.7"}, r"GPU Other Orin \(here Fake Orin\)"),
-        ({}, "a GPU that this is not"),
+        ({}, "a GPU that its manifest does not tell"),
+        ({"compute_capabilities": ["8.6", "8.9"]}, r"compute capability 8\.6, 8\.9"),
         ({"compute_capability": "8.9", "hardware_compat": "same_compute_capability"}, r"8\.9 \(here 8\.7\)"),
     ],
 )
@@ -221,6 +233,7 @@ def test_another_gpu_is_refused_with_the_command_that_rebuilds(gpu, make_engine,
     [
         {"gpu": "Other Orin", "compute_capability": "8.7", "hardware_compat": "same_compute_capability"},
         {"gpu": "NVIDIA A100", "compute_capability": "8.0", "hardware_compat": "ampere_plus"},
+        {"compute_capabilities": ["8.6", "8.7"]},
     ],
 )
 def test_a_plan_built_to_be_compatible_runs_on_another_gpu(gpu, make_engine, built_for):
