@@ -155,7 +155,7 @@ class Stage:
             raise self._device.out_of_memory(where)
         raise ArtifactError(
             where, got=f"nothing from TensorRT{tensorrt_words(self._lines)}",
-            expected=f"a plan that TensorRT {self._trt.__version__} runs on {self._device.name}",
+            expected=f"a plan that {self._trt.__name__} {self._trt.__version__} runs on {self._device.name}",
             mend="Build the engine again on this machine.",
         )  # fmt: skip
 

@@ -139,7 +139,7 @@ def test_an_engine_for_rtx_runs_on_tensorrt_rtx(gpu, make_engine):
     engine = make_engine(backend="tensorrt-rtx", versions={"tensorrt_rtx": "1.7.1.116"}, plugin_sha256=None,
                          plans={"nformer.engine": b""}, built_for={"compute_capabilities": ["8.7"]})  # fmt: skip
     gpu.failing["deserialize_cuda_engine"] = "the stop"  # far enough: the right package was asked
-    with pytest.raises(ArtifactError, match=r"backbone.engine.*the stop.*expected a plan that TensorRT 1\.7\.1"):
+    with pytest.raises(ArtifactError, match=r"backbone.engine.*the stop.*expected a plan that tensorrt_rtx 1\.7\.1"):
         open_runner(engine).__enter__()
 
 
