@@ -76,7 +76,7 @@ class Attention(nn.Module):
             return q @ agents[0].transpose(1, 2), k @ agents[1].transpose(1, 2), v
         agent_q, agent_k, _ = self._queries_keys_values(x.index_select(0, landmarks))
         parts = []
-        for part in x.split(_ROWS):
+        for part in torch.split(x, _ROWS):
             q, k, v = self._queries_keys_values(part)
             parts.append((q @ agent_k.transpose(1, 2), k @ agent_q.transpose(1, 2), v))
         a, b, v = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
@@ -127,7 +127,7 @@ class Block(nn.Module):
         y = self.attn(x, landmarks, neighbors)
         if _is_whole():
             return self.rows(x, y)
-        return torch.cat([self.rows(*part) for part in zip(x.split(_ROWS), y.split(_ROWS), strict=True)])
+        return torch.cat([self.rows(*part) for part in zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True)])
 
     def rows(self, x: Tensor, y: Tensor) -> Tensor:
         """What follows attention; each row for itself."""
