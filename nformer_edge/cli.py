@@ -134,7 +134,7 @@ def _summary(args: Args) -> None:
     _option("--epochs", type=int, help="epochs of stage one"),
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_true", help="train the backbone alone"),
-    _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone"),
+    _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone, such as `import` wrote"),
     _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbours by features | affinity"),
     _option("--k", type=int, help="neighbours an image"),
     _option("--landmarks", type=int, help="landmark images a layer"),
@@ -152,10 +152,10 @@ def _train(args: Args) -> None:
     from nformer_edge.train.train import format_history, train
 
     config = configure(
-        args.config or args.preset, seed=args.seed, arch=args.arch, imgsz=args.imgsz, epochs=args.epochs,
-        head_epochs=args.head_epochs, with_head=not args.no_head, rule=args.rule, k=args.k, landmarks=args.landmarks,
-        layers=args.layers, heads=args.heads, holdout=args.holdout, precision=args.precision,
-        accumulate=args.accumulate, deterministic=args.deterministic,
+        args.config or args.preset, initial=args.initial, seed=args.seed, arch=args.arch, imgsz=args.imgsz,
+        epochs=args.epochs, head_epochs=args.head_epochs, with_head=not args.no_head, rule=args.rule, k=args.k,
+        landmarks=args.landmarks, layers=args.layers, heads=args.heads, holdout=args.holdout,
+        precision=args.precision, accumulate=args.accumulate, deterministic=args.deterministic,
     )  # fmt: skip
     how = {"device": args.device, "resume": args.resume, "tensorboard": args.tensorboard}
     if args.features:

@@ -64,7 +64,7 @@ def train_backbone(
     trained = share_batch_norm(backbone, compute.device) if compute.world > 1 else backbone
     course = Course(trained, criterion, Optimizer(trained, criterion, config, compute), watch=watch, **kept)
     course.restore()
-    with tqdm(total=config.epochs, initial=course.epoch, desc="backbone", unit="epoch", **PROGRESS) as bar:
+    with course.bar("backbone", config.epochs) as bar:
         while course.epoch < config.epochs:
             _epoch(course, loader)
             row = course.close_epoch()

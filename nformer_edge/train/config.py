@@ -165,7 +165,7 @@ class TrainConfig:
     cache_mib: int = 2048
     precision: Precision = "fp32"
     deterministic: bool = False
-    save_minutes: float = 2.0
+    save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("seed", "cache_mib", "save_minutes"):
@@ -195,6 +195,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {"published": TrainConfig, "demo
 def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     """A training configuration from TOML; absent keys take the published recipe's values.
 
+    There is a head unless the file says ``head = false`` in its table ``model``, and it has the backbone's features.
+
     Raises:
         UsageError: if the file is missing or not TOML, or holds an unknown key or a value of the wrong type.
     """
@@ -203,6 +205,12 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
             data: dict[str, Any] = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(str(path), got=str(e), expected="a TOML file", mend="Check the file.") from e
+    if isinstance(model := data.get("model"), dict):
+        head, backbone = model.setdefault("head", {}), model.get("backbone", {})
+        if head is False:
+            model["head"] = None
+        elif isinstance(head, dict) and isinstance(backbone, dict) and "features" in backbone:
+            head.setdefault("features", backbone["features"])
     return from_dict(TrainConfig, data, Path(path).name)
 
 
@@ -214,6 +222,7 @@ def configure(
     imgsz: Sequence[int] | None = None,
     epochs: int | None = None,
     head_epochs: int | None = None,
+    initial: str | os.PathLike[str] | None = None,
     with_head: bool = True,
     accumulate: int | None = None,
     holdout: float | None = None,
@@ -227,6 +236,7 @@ def configure(
         start: a name in PRESETS, or a `.toml` file.
         imgsz: height and width.
         epochs, head_epochs: of the two stages.
+        initial: a checkpoint whose backbone and preprocessing take the place of a preset's (a file names its own).
         with_head: False trains the backbone alone.
         accumulate: of both stages.
         holdout, precision, deterministic: of `TrainConfig`.
@@ -234,6 +244,8 @@ def configure(
     """
     config = PRESETS[str(start)]() if str(start) in PRESETS else read_config(start)
     model = config.model
+    if initial is not None and str(start) in PRESETS:
+        model = _like(initial, model)
     if not with_head:
         model = replace(model, head=None)
     elif model.head is not None:
@@ -245,6 +257,14 @@ def configure(
         head=_with(config.head, epochs=head_epochs, accumulate=accumulate), holdout=holdout, precision=precision,
         deterministic=deterministic,
     )  # fmt: skip
+
+
+def _like(initial: str | os.PathLike[str], model: ModelSpec) -> ModelSpec:
+    from nformer_edge.model.checkpoint import load_checkpoint
+
+    made = load_checkpoint(initial).spec
+    head = None if model.head is None else replace(model.head, features=made.backbone.features)
+    return replace(made, head=head)
 
 
 def _with(spec: T, **values: Any) -> T:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.train.compute import Compute
 from nformer_edge.train.losses import Criterion
 from nformer_edge.train.optimize import Optimizer
@@ -57,6 +59,11 @@ class Course:
     @property
     def compute(self) -> Compute:
         return self.optimizer.compute
+
+    def bar(self, stage: str, epochs: int) -> tqdm:
+        """A progress bar over epochs; the leading rank's alone."""
+        quiet = {} if self.compute.leads else {"disable": True}
+        return tqdm(total=epochs, initial=self.epoch, desc=stage, unit="epoch", **{**PROGRESS, **quiet})
 
     def restore(self) -> bool:
         """Takes up the state on disk, if there is one. Returns whether there was."""

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import FeatureSet, check_features
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.model.discriminant import start_as_discriminant
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
@@ -77,7 +75,7 @@ def train_head(
         if watch is not None:
             course.note({"epoch": 0})
     held = _Held(head if config.hold_choice else None)
-    with tqdm(total=config.epochs, initial=course.epoch, desc="head", unit="epoch", **PROGRESS) as bar:
+    with course.bar("head", config.epochs) as bar:
         while course.epoch < config.epochs:
             _epoch(course, stack, labels, head, config, held)
             row = course.close_epoch()

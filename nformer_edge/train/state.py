@@ -31,7 +31,7 @@ class StateFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], identity: dict[str, Any], minutes: float = 2.0, resume: bool = False,
+        self, path: str | os.PathLike[str], identity: dict[str, Any], minutes: float = 5.0, resume: bool = False,
         writes: bool = True,
     ) -> None:  # fmt: skip
         self.path, self.identity, self.resume, self.writes = Path(path), identity, resume, writes

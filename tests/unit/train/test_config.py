@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import HeadSpec, from_dict, to_dict
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, from_dict, to_dict
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.train.config import HeadConfig, TrainConfig, configure, read_config
 from nformer_edge.train.schedule import rate
 
@@ -61,6 +63,22 @@ def test_flags_win_over_the_file_and_leave_what_they_do_not_name(tmp_path: Path)
     assert (changed.backbone.accumulate, changed.head.accumulate, changed.deterministic) == (4, 4, True)
     assert changed.model.head is not None
     assert changed.model.head.k == 5
+
+
+def test_a_file_that_names_another_backbone_keeps_the_head_and_fits_it(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[model.backbone]\nfeatures = 512\n")
+    assert read_config(tmp_path / "c.toml").model.head == HeadSpec(512)
+    (tmp_path / "c.toml").write_text("[model]\nhead = false\n")
+    assert read_config(tmp_path / "c.toml").model.head is None
+    (tmp_path / "c.toml").write_text("[model.head]\nk = 7\n")
+    assert read_config(tmp_path / "c.toml").model.head == HeadSpec(k=7)
+
+
+def test_an_initial_checkpoint_says_what_is_trained(tmp_path: Path) -> None:
+    made = ModelSpec(BackboneSpec("osnet_x0_25", 24, neck="fc"), None, PreprocessSpec(64, 32))
+    save_checkpoint(tmp_path / "m.safetensors", made, Backbone(made.backbone))
+    config = configure("published", initial=tmp_path / "m.safetensors", imgsz=(96, 48), k=5)
+    assert config.model == ModelSpec(made.backbone, HeadSpec(24, k=5), PreprocessSpec(96, 48))
 
 
 def test_a_precision_that_does_not_exist_is_named() -> None:
