@@ -191,7 +191,7 @@ def _import(args: Args) -> None:
 
 
 @_command(
-    "evaluate", "mAP, mINP and CMC of a checkpoint, bundle or engine, with and without the head",
+    "evaluate", "mAP, mINP and CMC of a checkpoint, bundle or engine; of the head by both query protocols",
     MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--seed", type=int, nargs="+", help="landmark seeds, each one pass (default: the model's own)"),
     _option("--rerank", action="store_true", help="k-reciprocal re-ranking (20/6/0.3) and other baselines beside it"),
