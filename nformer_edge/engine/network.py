@@ -161,25 +161,25 @@ class _Build:
             cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
             cache = self._checked(f"reading the timing cache {file}", cache)
             self._checked(f"taking the timing cache {file}", config.set_timing_cache(cache, False))
-        if job.capabilities:
+        if hasattr(trt, "ComputeCapability"):  # TensorRT-RTX
             config.num_compute_capabilities = len(job.capabilities)
             for i, capability in enumerate(job.capabilities):
                 name = f"SM{capability.replace('.', '')}"
-                known = getattr(trt.ComputeCapability, name, None)
-                self._checked(f"compiling for compute capability {capability}", known)
-                self._checked(f"compiling for {name}", config.set_compute_capability(known, i))
+                known = self._checked(f"compiling for {capability}", getattr(trt.ComputeCapability, name, None))
+                self._checked(f"compiling for {capability}", config.set_compute_capability(known, i))
 
     def _set_hardware_compat(self, config: Any) -> None:
         trt, wanted = self._trt, self._job.hardware_compat
         if wanted == "ampere_plus":
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         elif wanted == "same_compute_capability":
-            if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
-                raise UsageError(
-                    "hardware_compat", got=f"{wanted} with TensorRT {trt.__version__}", expected="TensorRT 10.13 or so",
-                    mend="Use ampere_plus, or leave it out.",
-                )  # fmt: skip
-            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+            if hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
+                config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+                return
+            raise UsageError(
+                "hardware_compat", got=f"{wanted} with TensorRT {trt.__version__}", expected="a later TensorRT 10",
+                mend="Use ampere_plus, or leave it out.",
+            )  # fmt: skip
 
     def _add_profile(self, builder: Any, network: Any, config: Any) -> None:
         profile = self._checked("making a profile", builder.create_optimization_profile())

@@ -170,6 +170,23 @@ def test_facts_come_from_a_manifest_that_holds(tmp_path):
         plugin_facts(library)
 
 
+def test_the_doctor_tells_the_library_and_survives_a_changed_one(tmp_path, monkeypatch):
+    from nformer_edge.runtime.doctor import doctor
+
+    def check():
+        return next(c for c in doctor()["checks"] if c["name"] == "TensorRT plugin library")
+
+    assert "build-plugin" in check()["next"]
+    library = tmp_path / plugin.LIBRARY
+    library.write_bytes(b"a library")
+    write_manifest(tmp_path, "plugin", {"tensorrt": "10.3.0", "architectures": ["87", "89"]})
+    monkeypatch.setenv(plugin.ENVIRONMENT, str(library))
+    assert check()["found"] == f"{library} (TensorRT 10.3.0, sm_87, sm_89)"
+    library.write_bytes(b"b library")
+    assert not check()["ok"]
+    assert "Build it again" in check()["next"]
+
+
 def test_a_library_of_other_bytes_is_never_opened(tmp_path):
     library = tmp_path / plugin.LIBRARY
     library.write_bytes(b"a library")
