@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,15 @@ from torch import nn
 
 from nformer_edge.cli import main
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
+from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, augment
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.train import compute as compute_module
+from nformer_edge.train.backbone import train_backbone
 from nformer_edge.train.compute import Compute, FabricCompute, open_compute
 from nformer_edge.train.config import BackboneConfig, HeadConfig, TrainConfig
 from nformer_edge.train.head import train_head
@@ -35,8 +35,6 @@ from nformer_edge.train.train import train
 
 pytest.importorskip("lightning_fabric", reason="several ranks and mixed precision need lightning-fabric")
 
-RANKS = Path(__file__).with_name("ranks.py")
-ranks: Any = SimpleNamespace(**runpy.run_path(str(RANKS)))
 CONFIG = TrainConfig(
     ModelSpec(BackboneSpec("osnet_x0_25", 16), HeadSpec(16, layers=1, k=4, landmarks=4), PreprocessSpec(64, 32)),
     BackboneConfig(epochs=2, p=4, k=2, lr=1e-3, warmup=1, augment=AugmentSpec(pad=2)),
@@ -52,11 +50,22 @@ def _data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def torchrun(script: Path | list[str], *words: Any) -> None:
-    program = [str(script)] if isinstance(script, Path) else ["-m", *script]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def people(ids: int = 12, each: int = 6, size: int = 16) -> FeatureSet:
+    rng = np.random.default_rng(0)
+    pids = np.repeat(np.arange(1, ids + 1), each)
+    features = rng.normal(size=(ids, size))[pids - 1] + rng.normal(size=(ids * each, size))
+    return FeatureSet(features.astype(np.float32), pids, pids % 2, ("",) * len(pids))
+
+
+def both_stages(data: str, config: TrainConfig, compute: Compute) -> tuple[dict[str, Any], list[Any]]:
+    """Parameters and rows of both stages."""
+    assert config.model.head is not None
+    images = TrainImages(read_dataset(data).train, config.model.preprocess)
+    backbone = start_backbone(config, None)
+    rows = train_backbone(images, backbone, config.backbone, compute=compute)
+    head, more = train_head([people()], config.model.head, config.head, compute=compute)
+    tensors = {f"{part}.{k}": v for part, m in (("b", backbone), ("h", head)) for k, v in m.state_dict().items()}
+    return tensors, [{k: v for k, v in row.items() if k != "seconds"} for row in (*rows, *more)]
 
 
 def worst(was: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> float:
@@ -66,36 +75,29 @@ def worst(was: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> float:
 
 
 def test_two_ranks_equal_one_rank_of_the_same_batch(data: Path, tmp_path: Path) -> None:
-    """Both stages, in float64 so that nothing hides behind rounding; steps of two batches and, at the end, of one."""
-    config = replace(
-        CONFIG, backbone=replace(CONFIG.backbone, accumulate=2),
-        head=replace(CONFIG.head, accumulate=2),
-    )  # fmt: skip
-    alone, rows = ranks.both_stages(str(data), config, open_compute("cpu", "fp64"))
-    torchrun(RANKS, data, tmp_path, json.dumps(to_dict(config)))
-    for rank in (0, 1):
-        tensors, texts = ranks.RESULT.read(tmp_path / f"{rank}.safetensors")
-        assert worst(alone, tensors) <= 1e-6  # parameters are kept in float32
-        for was, now in zip(rows, json.loads(texts["rows"]), strict=True):
-            assert now == {k: pytest.approx(v, rel=1e-9) for k, v in was.items()}
-
-
-def test_two_ranks_train_by_the_command_line_and_one_of_them_writes(data: Path, tmp_path: Path) -> None:
+    """Both stages by the command line, in float64 so that nothing hides behind rounding; batch norm and hard examples
+    over the whole batch; steps of two batches and, at an epoch's end, of one. One of the ranks writes."""
     (tmp_path / "c.toml").write_text(
         "precision = 'fp64'\nholdout = 0.25\n[model.preprocess]\nheight = 64\nwidth = 32\n"
-        "[model.backbone]\narch = 'osnet_x0_25'\nfeatures = 16\n"
-        "[model.head]\nfeatures = 16\nlayers = 1\nk = 4\n[backbone]\nepochs = 1\np = 4\nk = 2\n[head]\nepochs = 1\n"
-        "sets = 2\nbatch = 2\nset_size = 20\nviews = 1\n"
+        "[model.backbone]\narch = 'osnet_x0_25'\nfeatures = 16\n[model.head]\nlayers = 1\nk = 4\n"
+        "[backbone]\nepochs = 2\np = 4\nk = 2\nlr = 1e-3\nwarmup = 1\naugment.pad = 2\n"
+        "[head]\nepochs = 2\nsets = 3\nbatch = 2\nset_size = 20\nviews = 1\nlr = 1e-3\n"
     )
-    flags = ("train", "--data", data, "--config", tmp_path / "c.toml", "-o")
-    torchrun(["nformer_edge.cli"], *flags, tmp_path / "two.safetensors")
-    assert main([*map(str, flags), str(tmp_path / "one.safetensors")]) == 0
+    flags = ["train", "--data", str(data), "--config", str(tmp_path / "c.toml"), "--accumulate", "2", "-o"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*ranks, "-m", "nformer_edge.cli", *flags, str(tmp_path / "two.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert main([*flags, str(tmp_path / "one.safetensors")]) == 0
     was, now = (load_checkpoint(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
     for part in ("backbone", "head"):
-        assert worst(getattr(was, part).state_dict(), getattr(now, part).state_dict()) <= 1e-6
-    history = json.loads((tmp_path / "two.training.json").read_text())
-    assert history["ranks"] == 2
-    assert len((tmp_path / "two.training.csv").read_text().splitlines()) == 4  # header, epoch 1; epochs 0 and 1
+        assert worst(getattr(was, part).state_dict(), getattr(now, part).state_dict()) <= 1e-6  # kept in float32
+    one, two = (json.loads((tmp_path / f"{n}.training.json").read_text()) for n in ("one", "two"))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    for stage in ("backbone", "head"):
+        for a, b in zip(one["stages"][stage]["epochs"], two["stages"][stage]["epochs"], strict=True):
+            assert b == {k: pytest.approx(v, rel=1e-9) for k, v in a.items()} | {k: b[k] for k in b if k == "seconds"}
+    assert done.stdout.count("wrote") == 1
 
 
 def test_the_comparison_of_two_models_sees_a_small_difference(data: Path) -> None:
@@ -108,15 +110,15 @@ def test_the_comparison_of_two_models_sees_a_small_difference(data: Path) -> Non
 
 def test_fabric_alone_in_fp32_gives_the_same_bits_as_plain_torch(data: Path) -> None:
     config = replace(CONFIG, precision="fp32")
-    plain, rows = ranks.both_stages(str(data), config, Compute())
-    through, more = ranks.both_stages(str(data), config, FabricCompute("cpu", "fp32"))
+    plain, rows = both_stages(str(data), config, Compute())
+    through, more = both_stages(str(data), config, FabricCompute("cpu", "fp32"))
     assert all(torch.equal(t, through[k]) for k, t in plain.items())
     assert rows == more
 
 
 def test_bf16_learns_about_as_fp32_does_and_keeps_float32_weights(data: Path) -> None:
-    full, rows = ranks.both_stages(str(data), replace(CONFIG, precision="fp32"), Compute())
-    half, more = ranks.both_stages(str(data), replace(CONFIG, precision="bf16"), open_compute("cpu", "bf16"))
+    full, rows = both_stages(str(data), replace(CONFIG, precision="fp32"), Compute())
+    half, more = both_stages(str(data), replace(CONFIG, precision="bf16"), open_compute("cpu", "bf16"))
     assert all(t.dtype == full[k].dtype for k, t in half.items())
     assert [r["loss"] for r in more] != [r["loss"] for r in rows]
     assert [r["loss"] for r in more] == [pytest.approx(r["loss"], rel=0.1) for r in rows]
@@ -140,8 +142,8 @@ def test_one_process_in_fp32_loads_no_engine(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_accumulated_batches_are_one_step() -> None:
     config = replace(CONFIG.head, sets=4, accumulate=2, epochs=1, set_size=1000, batch=1)
-    _, rows = train_head([ranks.people()], HeadSpec(16, layers=1, k=4, landmarks=4), config)
-    _, single = train_head([ranks.people()], HeadSpec(16, layers=1, k=4, landmarks=4), replace(config, accumulate=1))
+    _, rows = train_head([people()], HeadSpec(16, layers=1, k=4, landmarks=4), config)
+    _, single = train_head([people()], HeadSpec(16, layers=1, k=4, landmarks=4), replace(config, accumulate=1))
     assert rows[0]["lr"] != single[0]["lr"]  # the rate belongs to the step, not to its parts
     assert rows[0]["loss"] == pytest.approx(single[0]["loss"], rel=0.05)
 
@@ -179,7 +181,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(data: Path) -> None:
     compute = Compute()
     compute.world = 2
     with pytest.raises(UsageError, match="batch: got 1 for 2 ranks"):
-        train_head([ranks.people()], HeadSpec(16), HeadConfig(), compute=compute)
+        train_head([people()], HeadSpec(16), HeadConfig(), compute=compute)
 
 
 def test_a_share_is_augmented_as_in_its_batch() -> None:

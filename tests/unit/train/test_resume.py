@@ -89,7 +89,7 @@ def _kill_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 # three batches and the epoch's end, three times; the stage's end; then the same for the head
-@pytest.mark.parametrize("writes", [1, 3, 4, 13, 15, 25])
+@pytest.mark.parametrize("writes", [1, 3, 13, 15])
 def test_killed_after_a_batch_it_goes_on_to_the_same_numbers(
     data: Path, whole: Whole, tmp_path: Path, kill_after: Any, writes: int
 ) -> None:
@@ -105,7 +105,7 @@ def test_killed_after_a_batch_it_goes_on_to_the_same_numbers(
     assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", *(f"m.{name}" for name in beside)}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_sigkill_at_a_random_moment_changes_no_number(data: Path, whole: Whole, tmp_path: Path, seed: int) -> None:
     out = tmp_path / "m.safetensors"
     script = Path(__file__).with_name("killed.py")
