@@ -14,6 +14,7 @@ from typing import Any
 
 from nformer_edge import __version__
 from nformer_edge.core.cpu import instruction_sets
+from nformer_edge.core.errors import NFormerEdgeError
 from nformer_edge.engine.machine import this_machine
 from nformer_edge.engine.plugin import find_plugin, plugin_facts
 from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
@@ -118,14 +119,15 @@ def _jetpack() -> dict[str, Any]:
 
 
 def _plugin_library() -> dict[str, Any]:
-    library = find_plugin()
-    found = ""
-    if library is not None:
+    name, library = "TensorRT plugin library", find_plugin()
+    if library is None:
+        return _check(name, "", "not needed by onnxruntime; for TensorRT: nformer-edge build-plugin")
+    try:
         facts = plugin_facts(library)
-        codes = ", ".join(f"sm_{a}" for a in facts.get("architectures", ()))
-        found = f"{library} (TensorRT {facts['tensorrt']}, {codes})" if facts else str(library)
-    step = "not needed by onnxruntime; for TensorRT: nformer-edge build-plugin"
-    return _check("TensorRT plugin library", found, step)
+    except NFormerEdgeError as e:
+        return _check(name, "", f"{e} Build it again: nformer-edge build-plugin")
+    codes = ", ".join(f"sm_{a}" for a in facts.get("architectures", ()))
+    return _check(name, f"{library} (TensorRT {facts['tensorrt']}, {codes})" if facts else str(library), "")
 
 
 def format_doctor(found: dict[str, Any]) -> str:

@@ -143,6 +143,18 @@ def test_an_engine_for_rtx_runs_on_tensorrt_rtx(gpu, make_engine):
         open_runner(engine).__enter__()
 
 
+def test_parity_and_benchmark_work_unchanged(gpu, make_engine, tiny_checkpoint, tiny_market):
+    from nformer_edge.measure.benchmark import benchmark
+    from nformer_edge.measure.parity import parity
+
+    engine = make_engine()
+    compared = parity(tiny_checkpoint, engine, tiny_market, batch=5, draws=100)
+    assert compared["kind"] == "parity"
+    assert compared["status"] != "failed", compared
+    timed = benchmark(engine, tiny_market, single_stream=2, gallery=6, batch=4)
+    assert {"copy_in", "copy_out", "backbone", "head"} <= set(str(timed).replace("'", " ").split())
+
+
 # ---- what it refuses, by name ----
 
 
