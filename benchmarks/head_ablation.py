@@ -69,7 +69,9 @@ class Setting:
         untrained, _ = train_head(chosen, self.spec, replace(self.config, epochs=0), seed=seed)
         row: dict[str, Any] = {"settings": self.values, "start": score(*relate(untrained, query, gallery))}
         begin = time.perf_counter()
-        head, epochs = train_head(chosen, self.spec, self.config, seed=seed)
+        head, epochs = untrained, []
+        if self.config.epochs:
+            head, epochs = train_head(chosen, self.spec, self.config, seed=seed)
         row |= {"seconds": time.perf_counter() - begin, "epochs": epochs}
         row["trained"] = [score(*relate(head, query, gallery, seed=s)) for s in range(landmark_seeds)]
         return row
