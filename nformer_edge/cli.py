@@ -343,6 +343,25 @@ def _parity(args: Args) -> None:
 
 
 @_command(
+    "fleet", "queries of one model against a gallery of another: accuracy and threshold of every pairing",
+    _option("models", nargs="+", metavar="model", help="models or feature stores; the first is the reference"),
+    _option("--data", metavar="DIR", help="dataset folder or CSV file; not needed for feature stores alone"),
+    LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--false-match-rate", type=float, default=0.001, metavar="SHARE",
+            help="pairs of different people that the threshold may accept (default 0.001)"),
+)  # fmt: skip
+def _fleet(args: Args) -> None:
+    from nformer_edge.measure.fleet import fleet
+    from nformer_edge.measure.fleet_table import format_fleet
+
+    result = fleet(
+        args.models, args.data, false_match_rate=args.false_match_rate, batch=args.batch, threads=args.threads,
+        layout=args.layout,
+    )  # fmt: skip
+    _show(args, result, format_fleet(result))
+
+
+@_command(
     "benchmark", "latency and throughput by MLPerf's conventions; several models are timed in turn",
     _option("models", nargs="+", metavar="model"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--single-stream", type=int, default=130, metavar="N", help="queries of one image (default 130)"),

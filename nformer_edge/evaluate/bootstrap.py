@@ -9,6 +9,8 @@ import numpy as np
 from nformer_edge.core.errors import DataError
 
 DRAWS = 10_000
+ONE_SIDED = (0.05, 0.95)  # each bound holds with 95 %
+TWO_SIDED = (0.025, 0.975)  # both together hold with 95 %
 _DRAWN_AT_ONCE = 1 << 22
 
 
@@ -16,8 +18,9 @@ _DRAWN_AT_ONCE = 1 << 22
 class Ratio:
     """Engine's mean over reference's mean.
 
-    `lower` and `upper` are one-sided 95 % bounds: the 5th and 95th percentile of the draws. Both and `value` are NaN
-    where the reference's mean is zero, `lower` and `upper` also where it is zero in any draw: nothing can be said.
+    `lower` and `upper` are, if nothing else was asked for, one-sided 95 % bounds: the 5th and 95th percentile of the
+    draws. Both and `value` are NaN where the reference's mean is zero, `lower` and `upper` also where it is zero in any
+    draw: nothing can be said.
     """
 
     value: float
@@ -27,7 +30,10 @@ class Ratio:
     draws: int
 
 
-def paired_ratio(engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Ratio:
+def paired_ratio(
+    engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, seed: int = 0,
+    quantiles: tuple[float, float] = ONE_SIDED,
+) -> Ratio:  # fmt: skip
     """Ratio of means of two scores of the same queries; each draw takes the same queries of both.
 
     Args:
@@ -35,6 +41,7 @@ def paired_ratio(engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, 
         reference: float [Q], of the same queries.
         draws: bootstrap samples of Q queries with replacement.
         seed: of the draws.
+        quantiles: of the draws, for `lower` and `upper`.
 
     Raises:
         DataError: if the lengths differ, there is no query, or a score is not finite.
@@ -62,5 +69,5 @@ def paired_ratio(engine: np.ndarray, reference: np.ndarray, draws: int = DRAWS, 
         sums[:, start:stop] = pairs[:, drawn].sum(axis=2)
     if not (sums[1] > 0).all():
         return Ratio(value, float("nan"), float("nan"), queries, draws)
-    lower, upper = np.quantile(sums[0] / sums[1], [0.05, 0.95])
+    lower, upper = np.quantile(sums[0] / sums[1], quantiles)
     return Ratio(value, float(lower), float(upper), queries, draws)

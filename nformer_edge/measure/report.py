@@ -11,11 +11,12 @@ from typing import Any
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.measure import sections
+from nformer_edge.measure.fleet_table import fleet
 from nformer_edge.measure.gallery_pictures import rank_lists
 from nformer_edge.measure.sections import text
 from nformer_edge.measure.style import CSS
 
-KINDS = ("evaluation", "parity", "benchmark", "comparison", "training")
+KINDS = ("evaluation", "parity", "benchmark", "comparison", "training", "fleet")
 
 
 def read_result(source: dict[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def read_result(source: dict[str, Any] | str | os.PathLike[str]) -> dict[str, An
     if kind not in KINDS:
         raise ArtifactError(
             where, got=f"kind {kind!r}", expected=" | ".join(KINDS),
-            mend="Pass what `evaluate`, `parity`, `benchmark` or `train` wrote with --json.",
+            mend="Pass what `evaluate`, `parity`, `benchmark`, `fleet` or `train` wrote with --json.",
         )  # fmt: skip
     return result
 
@@ -72,7 +73,7 @@ def write_report(
 def render(results: Sequence[dict[str, Any]], title: str) -> str:
     """The page as a string."""
     parts = (
-        sections.summary, sections.gates, rank_lists, sections.cmc, sections.latency, sections.comparison,
+        sections.summary, sections.gates, fleet, rank_lists, sections.cmc, sections.latency, sections.comparison,
         sections.baselines, sections.training, sections.machine,
     )  # fmt: skip
     try:
