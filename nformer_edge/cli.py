@@ -242,6 +242,7 @@ def _export(args: Args) -> None:
             help="the plan runs on more GPUs, and slower (TensorRT)"),
     _option("--version-compat", action="store_true", help="the plan runs on later versions too (TensorRT)"),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
+    _option("--keep-graphs", action="store_true", help="leave the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
     SEED, DEVICE,
 )  # fmt: skip
@@ -254,6 +255,7 @@ def _build_engine(args: Args) -> None:
         batch=args.batch, gallery_size=args.gallery_size, workspace=args.workspace, device=args.device, seed=args.seed,
         timing_cache=args.timing_cache, hardware_compat=args.hardware_compat, version_compat=args.version_compat,
         dla=args.dla, capabilities=tuple(args.capabilities), verbose=args.verbose,
+        keep_graphs=args.keep_graphs,
     )  # fmt: skip
     images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
     if args.target:

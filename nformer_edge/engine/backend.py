@@ -66,6 +66,7 @@ class EngineSpec:
         dla: for TensorRT on Jetson, the core that runs the backbone.
         capabilities: for TensorRT-RTX, compute capabilities to compile for; all that it knows if empty.
         verbose: keep all that the builder says in `build.log`.
+        keep_graphs: for TensorRT, leave the ONNX files that were parsed in the engine's folder, to look into.
     """
 
     backend: Backend = "auto"
@@ -84,6 +85,7 @@ class EngineSpec:
     dla: int | None = None
     capabilities: tuple[str, ...] = ()
     verbose: bool = False
+    keep_graphs: bool = False
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx"))

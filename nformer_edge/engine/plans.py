@@ -6,7 +6,7 @@ import io
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,8 +20,11 @@ from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
 from nformer_edge.onnx.bundle import GOLDEN
 
-BACKBONE_PLAN = "backbone.engine"
-HEAD_PLAN = "nformer.engine"
+if TYPE_CHECKING:
+    from nformer_edge.engine.graphs import PreparedGraph
+    from nformer_edge.onnx.ranges import Ranges
+
+PLANS = {"backbone": "backbone.engine", "head": "nformer.engine"}
 LOG = "build.log"
 
 Run = Callable[[PlanJob], BuiltPlan]
@@ -49,46 +52,56 @@ def build_plans(
     Raises:
         BackendError: if a stage cannot be built, or is not what was asked for.
     """
+    ranges, facts = calibration.ranges(bundle, folder) if calibration is not None else (None, None)
+    fields: dict[str, Any] = {"precision": {}, "audit": {}, "profiles": {}}
+    (folder / LOG).touch()
+    shapes = profiles(bundle, spec)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = folder if spec.keep_graphs else Path(temporary)
+        for stage, profile in tqdm(shapes.items(), desc="building plans", unit="plan", **PROGRESS):
+            graph = _prepared(stage, bundle, work, spec, ranges, typed=typed, plugin=plugin)
+            own: dict[str, Any] = {
+                "stage": stage, "graph": str(graph.path), "plan": str(folder / PLANS[stage]), "log": str(folder / LOG),
+                "profile": profile, "flags": graph.flags, "float32": graph.float32,
+            }  # fmt: skip
+            if stage == "backbone" or not plugin:
+                own |= {"plugin": "", "plugin_sha256": ""}
+            built = run(PlanJob(**{**job, **own}))
+            audit = audit_plan(stage, built.layers, graph.asked, strict=typed)
+            fields["audit"][stage], fields["profiles"][stage] = audit, profile
+            fields["precision"][stage] = _as_built(audit)
+            fields |= {"versions": {str(job["package"]): built.version}, "built_for": built.built_for}
+            if stage == "backbone":
+                _copy_golden(bundle, folder, shapes, graph.path if ranges is not None else None)
+    return fields | ({"calibration": facts} if facts is not None else {})
+
+
+def _prepared(
+    stage: str, bundle: OpenBundle, work: Path, spec: EngineSpec, ranges: Ranges | None, *, typed: bool, plugin: bool
+) -> PreparedGraph:
     try:
         from nformer_edge.engine.graphs import prepare_backbone, prepare_head
     except ImportError as e:
         raise BackendError(
-            str(job["package"]), got=f"no package {e.name}", expected="onnx and onnxruntime, which prepare the graphs",
+            "build-engine", got=f"no package {e.name}", expected="onnx and onnxruntime, which prepare the graphs",
             mend="pip install 'nformer-edge[quant]'",
         ) from e  # fmt: skip
-    ranges, facts = calibration.ranges(bundle, folder) if calibration is not None else (None, None)
-    fields: dict[str, Any] = {"precision": {}, "audit": {}, "profiles": {}}
-    (folder / LOG).touch()
-    stages = ["backbone", *(["head"] if bundle.has_head else [])]
-    with tempfile.TemporaryDirectory() as work:
-        for stage in tqdm(stages, desc="building plans", unit="plan", **PROGRESS):
-            if stage == "backbone":
-                graph = prepare_backbone(bundle, Path(work), spec.precision, ranges, typed=typed)
-            else:
-                graph = prepare_head(bundle, Path(work), spec.precision, typed=typed, plugin=plugin)
-            profile = profiles(bundle, spec)[stage]
-            with_plugin = stage == "head" and plugin
-            own = {} if with_plugin else {"plugin": "", "plugin_sha256": ""}
-            built = run(
-                PlanJob(
-                    **{
-                        **job, **own, "stage": stage, "graph": str(graph.path), "profile": profile,
-                        "plan": str(folder / (BACKBONE_PLAN if stage == "backbone" else HEAD_PLAN)),
-                        "log": str(folder / LOG), "flags": graph.flags, "float32": graph.float32,
-                    }
-                )
-            )  # fmt: skip
-            fields["audit"][stage] = audit_plan(stage, built.layers, graph.asked, strict=typed)
-            fields["precision"][stage] = _as_built(fields["audit"][stage])
-            fields["profiles"][stage] = profile
-            fields |= {"versions": {str(job["package"]): built.version}, "built_for": built.built_for}
-    _copy_golden(bundle, folder, fields["profiles"])
-    return fields | ({"calibration": facts} if facts is not None else {})
+    if stage == "backbone":
+        return prepare_backbone(bundle, work, spec.precision, ranges, typed=typed)
+    return prepare_head(bundle, work, spec.precision, typed=typed, plugin=plugin)
 
 
 def _as_built(audit: Mapping[str, Any]) -> str:
-    """A stage's precision is the narrowest type that any of its products was built in."""
-    return next(kind for kind in ("int8", "fp16", "fp32") if audit["products"].get(kind, {}).get("built"))
+    """A stage's precision: the narrowest type that any of its products was built in.
+
+    TensorRT 8 can fuse a whole stage into one layer that tells nothing; then it is what the stage was asked to be, and
+    the audit's ``untold`` says that nobody has seen it.
+    """
+    for told in ("built", "asked"):
+        for kind, counts in audit["products"].items():
+            if counts[told]:
+                return str(kind)
+    raise AssertionError("a stage without products")
 
 
 def profiles(bundle: OpenBundle, spec: EngineSpec) -> dict[str, dict[str, list[list[int]]]]:
@@ -103,8 +116,11 @@ def profiles(bundle: OpenBundle, spec: EngineSpec) -> dict[str, dict[str, list[l
     return found
 
 
-def _copy_golden(bundle: OpenBundle, folder: Path, built: Mapping[str, Any]) -> None:
-    """The self-test's vectors, without those that the head's profile does not admit."""
+def _copy_golden(bundle: OpenBundle, folder: Path, built: Mapping[str, Any], quantized: Path | None) -> None:
+    """The self-test's vectors, without those that the head's profile does not admit.
+
+    An INT8 backbone is compared with what its own graph gives, computed plainly, and not with FP32.
+    """
     data = read_verified(bundle.folder, bundle.manifest, GOLDEN)
     with np.load(io.BytesIO(data), allow_pickle=False) as z:
         arrays = {name: z[name] for name in z.files}
@@ -112,4 +128,21 @@ def _copy_golden(bundle: OpenBundle, folder: Path, built: Mapping[str, Any]) -> 
         least, _, most = (shape[0] for shape in built["head"]["features"])
         if not least <= len(arrays["head_input"]) <= most:
             arrays = {name: arrays[name] for name in ("images", "features")}
+    if quantized is not None:
+        arrays["features"] = plain_features(quantized, arrays["images"])
     np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]
+
+
+def plain_features(graph: Path, images: np.ndarray) -> np.ndarray:
+    """What a quantised backbone's arithmetic gives, each node for itself on the CPU.
+
+    With onnxruntime's optimisations its INT8 kernels would take over, whose 16-bit sums saturate on CPUs without VNNI.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    (features,) = session.run(["features"], {"images": images})
+    return np.asarray(features)

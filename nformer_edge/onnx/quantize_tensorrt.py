@@ -4,6 +4,10 @@ TensorRT fuses a product with what follows it up to the next Q, so its form is n
 signed and symmetric, in front of each product and nowhere behind one; biases stay in float; both branches of a residual
 sum are quantised, so that the sum is fused with the convolution before it and passes int8 on; weights are signed with
 one scale an output channel. What stays in float is the same as on the CPU.
+
+On Market-1501 with the published OSNet x0.25 (64 calibration images, percentile, 40 queries), computed node by node in
+onnxruntime, the cosine to FP32 is 0.990 at the lowest and 0.997 on average; 0.992 and 0.997 with FP16 types around the
+convolutions; 0.992 and 0.997 with the CPU's placement of the same ranges.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from nformer_edge.engine.backend import EngineSpec, open_bundle
 from nformer_edge.engine.build import build_engine, describe_engine
 from nformer_edge.engine.calibrate import choose_calibration
 from nformer_edge.engine.job import run_job
+from nformer_edge.evaluate.agreement import cosines
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="no package tensorrt_rtx: pip install '.[tensorrt-rtx]'"
@@ -110,13 +111,18 @@ def test_the_demos_backbone_in_int8_has_every_convolution_in_int8_and_its_neck_i
     assert len(convolutions) == 20
     assert all(set(layer["inputs"]) == {"int8"} for layer in convolutions)
     assert fields["calibration"]["num"] == 4
+    with np.load(tmp_path / "golden.npz") as found, np.load(demo / "golden.npz") as exported:
+        assert cosines(found["features"], exported["features"]).min() >= 0.9
+        assert not np.array_equal(found["features"], exported["features"])
     assert (tmp_path / "calibration.json").is_file()
 
 
 def test_an_engine_is_plain_plans_with_a_manifest_that_tells_what_they_are(tiny_bundle, tmp_path):
-    engine = build_engine(tiny_bundle, tmp_path / "e", spec("fp16", gallery_size=(100, 200, 500)))
+    wanted = spec("fp16", gallery_size=(100, 200, 500), keep_graphs=True)
+    engine = build_engine(tiny_bundle, tmp_path / "e", wanted)
     manifest = read_manifest(engine, "engine")
-    assert {"backbone.engine", "nformer.engine", "build.log", "golden.npz"} == set(manifest["files"])
+    graphs = {"prepared-backbone.onnx", "prepared-nformer.onnx"}
+    assert {"backbone.engine", "nformer.engine", "build.log", "golden.npz", *graphs} == set(manifest["files"])
     assert manifest["versions"]["tensorrt_rtx"].startswith("1.")
     assert manifest["built_for"] == {"compute_capabilities": ["8.9", "12.0"]}
     assert manifest["profiles"]["head"]["features"] == [[100, 32], [200, 32], [500, 32]]
