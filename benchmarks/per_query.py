@@ -67,9 +67,9 @@ def against(query: FeatureSet, gallery: FeatureSet, reference: np.ndarray, found
     }
 
 
-def timed(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int, exact: bool) -> dict[str, Any]:
+def timed(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int, follow: bool) -> dict[str, Any]:
     start = time.perf_counter()
-    found = per_query(head, query, gallery, seed, exact)
+    found = per_query(head, query, gallery, seed, follow)
     seconds = time.perf_counter() - start
     result = evaluate(found.query, found.gallery, distances=found.distances)
     return {
@@ -104,8 +104,9 @@ def main() -> None:
     sets = load_features(args.features)
     query, gallery = sets["query"], sets["gallery"]
     head = make_head(args, sets)
-    modes = [False] if head.spec.rule == "affinity" else [True, False]
-    names = {True: "per-query", False: "per-query, gallery frozen"}
+    modes = [True, False]
+    kept = ", lists kept" if head.spec.rule == "affinity" else ""
+    names = {True: f"per-query{kept}", False: "per-query, gallery frozen"}
     document: dict[str, Any] = {"kind": "per_query", "machine": machine(), "seed": args.seed, "protocols": {}}
     if args.sample:
         chosen = query.take(np.linspace(0, len(query) - 1, args.sample).round().astype(int))

@@ -161,8 +161,8 @@ def _ranking(result: dict[str, Any]) -> str:
     """The name of a way of ranking, with its query protocol."""
     if "protocol" not in result:
         return result["name"]
-    frozen = "" if result.get("exact", True) else ", gallery frozen"
-    return f"+NFormer, {result['protocol']}{frozen}"
+    kept = "" if result.get("exact", True) else ", lists kept"
+    return f"+NFormer, {result['protocol']}{kept}"
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -112,13 +112,14 @@ class GalleryPass:
     def __len__(self) -> int:
         return len(self.embeddings)
 
-    def ask(self, queries: Tensor, exact: bool = True) -> Changed:
+    def ask(self, queries: Tensor, follow: bool = True) -> Changed:
         """The head over the gallery and each of `queries` [B, D] alone.
 
         Args:
-            exact: gallery rows change as the query changes them; otherwise the gallery stays as it was without, and
-                the query alone is computed. Under the affinity rule a change reaches nearly every list, so that only
-                the latter is there.
+            follow: gallery rows change as the query changes them, layer by layer. Under the features rule, whose lists
+                are chosen once, that is all there is. Under the affinity rule every layer chooses anew, and a row that
+                changed could enter or leave any list: there each list keeps its members but for the query itself.
+                False leaves the gallery as it is without the query, which alone is computed.
 
         Returns:
             The queries' embeddings, and those of the gallery rows that changed.
@@ -133,15 +134,15 @@ class GalleryPass:
             a, b, v = _factors(block, state.x, layer.agents)
             if self.head.spec.rule == "affinity":
                 meeting = Meeting.of(layer.lists, a[:, :count], b[:, :count])
-            after = meeting.reached(state) if exact and self.head.spec.rule == "features" else state
+            after = meeting.reached(state) if follow else state
             state = _advance(block, layer, meeting, state, after, (a, b, v))
         return Changed(state.query, state.image, self.head.bottleneck(state.x))
 
-    def ask_all(self, queries: Tensor, exact: bool = True, batch: int = 32) -> Iterator[tuple[slice, Changed]]:
+    def ask_all(self, queries: Tensor, follow: bool = True, batch: int = 32) -> Iterator[tuple[slice, Changed]]:
         """`ask` for [Q, D] in batches, with a progress bar."""
         for start in tqdm(range(0, len(queries), batch), desc="per query", unit="batch", **PROGRESS):
             rows = slice(start, min(start + batch, len(queries)))
-            yield rows, self.ask(queries[rows], exact)
+            yield rows, self.ask(queries[rows], follow)
 
 
 class Meeting:
@@ -198,19 +199,19 @@ class Meeting:
 
     def reached(self, state: Changed) -> Changed:
         """The pairs that a layer must compute: those that changed before it, those whose mutual neighbours did, and
-        those whose lists of mutual neighbours changed. `x` is left empty. Lists must be one for all heads."""
-        (entered,), (chosen,), lists = self.entered, self.chosen, self.lists
-        size = entered.shape[1]
-        mask = entered & chosen
-        query, row = entered.nonzero(as_tuple=True)
-        lost = lists.mutual[0, row, -1]
-        mask[query[lost], row[lost]] = True
-        mask[query[lost], lists.chosen[0, row[lost], -1]] = True
+        those whose lists of mutual neighbours changed, in any head. `x` is left empty."""
+        size = self.entered.shape[2]
+        mask = (self.entered & self.chosen).any(dim=0)
+        for entered, mutual, chosen in zip(self.entered, self.lists.mutual, self.lists.chosen, strict=True):
+            query, row = entered.nonzero(as_tuple=True)
+            lost = mutual[row, -1]
+            mask[query[lost], row[lost]] = True
+            mask[query[lost], chosen[row[lost], -1]] = True
         before = state.image < size
         mask[state.query[before], state.image[before]] = True
-        (images,), (mutual,) = self.slots(state.query, state.image)
-        mutual = mutual & (images < size)
-        mask[state.query[:, None].expand_as(images)[mutual], images[mutual]] = True
+        images, counts = self.slots(state.query, state.image)
+        counts = counts & (images < size)
+        mask[state.query[None, :, None].expand_as(images)[counts], images[counts]] = True
         query, image = mask.nonzero(as_tuple=True)
         themselves = torch.arange(len(mask), device=mask.device)
         return Changed(

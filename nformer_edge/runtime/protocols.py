@@ -6,8 +6,8 @@
   landmarks are drawn from the gallery alone, the same for all queries, and projected as in the gallery's own pass. The
   query is ranked against the gallery's embeddings of that very run: by entering lists it changes some of them.
 
-Under the affinity rule a changed row reaches nearly every list, so there the gallery stays as it is without the query
-(``exact`` is False): the query alone is computed anew.
+Under the affinity rule every layer chooses neighbours anew, and a row that changed could enter or leave any list. There
+each list keeps its members but for the query itself, and ``exact`` is False.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PerQuery:
         gallery: the gallery with its embeddings of a pass without any query.
         distances: float32 [Q, G], cosine distances of each query's own run: what `evaluate` and `rank` take.
         changed: gallery rows that a query changes, on average.
-        exact: whether those rows were computed; if not, the gallery was left as it is without the query.
+        exact: whether a whole pass for each query, with the landmarks projected as here, would give these distances.
     """
 
     query: FeatureSet
@@ -62,7 +62,7 @@ class HoldsHead(Protocol):
 
 
 def relate_per_query(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None) -> PerQuery:
-    """The per-query protocol with an open model; exact wherever it can be (`per_query`).
+    """The per-query protocol with an open model (`per_query`).
 
     Raises:
         BackendError: for a bundle or an engine, whose head is one graph.
@@ -81,14 +81,12 @@ def relate_per_query(runner: Runner, query: FeatureSet, gallery: FeatureSet, see
     return result
 
 
-def per_query(
-    head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0, exact: bool | None = None
-) -> PerQuery:
+def per_query(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0, follow: bool = True) -> PerQuery:
     """The per-query protocol with a head of PyTorch, in evaluation mode.
 
     Args:
         seed: of the landmarks.
-        exact: None for exact under the features rule, a frozen gallery under the affinity rule.
+        follow: False leaves the gallery as it is without the query: quicker, and not what the protocol says.
 
     Raises:
         DataError: for a feature that is not finite or is all zeros, or an empty gallery.
@@ -101,7 +99,6 @@ def per_query(
         raise DataError("gallery", got="zero images", expected="at least one", mend="Check the path.")
     for name, s in (("query features", query), ("gallery features", gallery)):
         check_features(s.features, name, head.spec.features)
-    exact = head.spec.rule == "features" if exact is None else exact
     device = head.bottleneck.weight.device
     drawn = draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, seed)
     with torch.inference_mode():
@@ -114,7 +111,7 @@ def per_query(
         embeddings = np.empty((len(query), alone.shape[1]), np.float32)
         distances = np.empty((len(query), len(gallery)), np.float32)
         changed = 0
-        for rows, answer in passed.ask_all(asked, exact, _BATCH):
+        for rows, answer in passed.ask_all(asked, follow, _BATCH):
             count = rows.stop - rows.start
             which, image, x = (t.cpu().numpy() for t in (answer.query, answer.image, answer.x))
             embeddings[rows] = x[:count]
@@ -124,4 +121,5 @@ def per_query(
             distances[rows.start + which[count:], image[count:]] = 1.0 - cosines
             changed += len(other)
     asked_as, seen_as = query.with_features(embeddings), gallery.with_features(alone)
+    exact = follow and head.spec.rule == "features"
     return PerQuery(asked_as, seen_as, distances, changed / max(len(query), 1), exact)

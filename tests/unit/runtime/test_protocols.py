@@ -11,7 +11,7 @@ from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.evaluate.distance import cosine_distances, unit_rows
 from nformer_edge.runtime.open import open_runner
-from nformer_edge.runtime.protocols import relate_per_query
+from nformer_edge.runtime.protocols import per_query, relate_per_query
 
 
 def people(count: int, seed: int) -> FeatureSet:
@@ -58,13 +58,16 @@ def test_a_query_is_ranked_as_in_a_pass_of_its_own(models):
     assert found.query.paths == query.paths
 
 
-def test_under_the_affinity_rule_the_answer_says_that_the_gallery_was_frozen(models):
+def test_under_the_affinity_rule_the_answer_says_that_it_is_not_exact(models):
     query, gallery = people(5, 1), people(60, 2)
     with open_runner(models["affinity"], threads=1) as runner:
         found = relate_per_query(runner, query, gallery)
-    assert (found.exact, found.changed) == (False, 0)
-    both = unit_rows(found.query.features), unit_rows(found.gallery.features)
-    np.testing.assert_allclose(found.distances, cosine_distances(*both), atol=1e-6)
+        frozen = runner.with_head(lambda head: per_query(head, query, gallery, follow=False))
+    assert not found.exact
+    assert found.changed > 0
+    assert (frozen.exact, frozen.changed) == (False, 0)
+    both = unit_rows(frozen.query.features), unit_rows(frozen.gallery.features)
+    np.testing.assert_allclose(frozen.distances, cosine_distances(*both), atol=1e-6)
 
 
 def test_what_cannot_be_taken_apart_is_refused(models, tiny_bundle):
