@@ -25,6 +25,15 @@ class Work:
     lines: deque[str]  # TensorRT's last warnings and errors
 
 
+@dataclass(frozen=True)
+class Room:
+    """One tensor's memory: so many bytes, page-locked on the host and on the GPU."""
+
+    size: int
+    pinned: np.ndarray
+    memory: Any
+
+
 class Lane:
     """See the module.
 
@@ -39,8 +48,8 @@ class Lane:
         self._context, self._device, self._work, self._graphs = context, device, work, graphs
         self._stream = device.stream()
         self._marks = [device.event() for _ in range(4)]
-        self._host: dict[str, np.ndarray] = {}
-        self._memory: dict[str, tuple[Any, int]] = {}  # address and bytes
+        self._rooms: dict[str, Room] = {}
+        self._host: dict[str, np.ndarray] = {}  # views of the rooms' pinned side, at the shapes of now
         self._shapes: dict[str, Shape] = {}
         self._graph: Graph | None = None
         self._runs = 0  # at these shapes
@@ -61,11 +70,11 @@ class Lane:
             self._host[name][...] = array
         self._marks[0].record(stream)
         for name in inputs:
-            self._device.copy_in(self._memory[name][0], self._host[name], stream)
+            self._device.copy_in(self._rooms[name].memory, self._host[name], stream)
         self._marks[1].record(stream)
         self._compute()
         self._marks[2].record(stream)
-        self._device.copy_out(self._host[output], self._memory[output][0], stream)
+        self._device.copy_out(self._host[output], self._rooms[output].memory, stream)
         self._marks[3].record(stream)
         stream.synchronize()
         parts = zip(("copy_in", "compute", "copy_out"), self._marks, self._marks[1:], strict=False)
@@ -76,10 +85,10 @@ class Lane:
         """Gives everything back."""
         self._drop_graph()
         self._context = None
-        for memory, _ in self._memory.values():
-            memory.free()
-        self._memory.clear()
         self._host.clear()
+        for room in self._rooms.values():
+            room.memory.free()
+        self._rooms.clear()
         self._marks.clear()
         self._stream = None
 
@@ -115,17 +124,18 @@ class Lane:
         self._shapes = dict(shapes)
 
     def _reserve(self, name: str, shape: Shape) -> None:
-        """Memory for one tensor on both sides; on the GPU it only grows."""
+        """Memory for one tensor on both sides. It only grows: pinning takes longer than a small network runs."""
         kind = self._work.types[name]
-        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-        self._host[name] = self._device.pinned(shape, kind)
-        memory, there = self._memory.pop(name, (None, -1))
-        if there < size:
-            if memory is not None:
-                memory.free()
-            memory, there = self._device.allocate(size), size
-        self._memory[name] = (memory, there)
-        if not self._context.set_tensor_address(name, int(memory)):
+        size = max(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, 1)
+        room = self._rooms.get(name)
+        if room is None or room.size < size:
+            if room is not None:
+                del self._rooms[name], self._host[name]
+                room.memory.free()
+            pinned = self._device.pinned((size,), np.dtype(np.uint8))
+            room = self._rooms[name] = Room(size, pinned, self._device.allocate(size))
+        self._host[name] = room.pinned[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
+        if not self._context.set_tensor_address(name, int(room.memory)):
             self._fail(f"set_tensor_address({name}) returned False")
 
     def _drop_graph(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.errors import ArtifactError, UsageError
+from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.runtime.cuda import Device
 from nformer_edge.runtime.tensorrt_lane import Lane, Shape, Work, ran_out_of_memory, tensorrt_words
 
@@ -123,20 +123,28 @@ class Stage:
             finally:
                 with self._turn:
                     self._free.append(lane)
-                    self._turn.notify()
+                    self._turn.notify_all()
 
     def close(self) -> None:
-        """Gives contexts and memory back; the device is current in the calling thread."""
-        for lane in self._lanes:
-            lane.close()
-        self._lanes.clear()
-        self._free.clear()
-        self._engine = None
+        """Waits for the threads that run, then gives contexts and memory back; the device is current in this thread."""
+        with self._turn:
+            while len(self._free) < len(self._lanes):
+                self._turn.wait()
+            for lane in self._lanes:
+                lane.close()
+            self._lanes.clear()
+            self._free.clear()
+            self._engine = None
+            self._turn.notify_all()
 
     def _take(self) -> Lane:
         with self._turn:
-            while not self._free and len(self._lanes) >= self._most_lanes:
+            while self._engine is not None and not self._free and len(self._lanes) >= self._most_lanes:
                 self._turn.wait()
+            if self._engine is None:
+                raise BackendError(
+                    self.spec.name, got="a closed runner", expected="an open one", mend="Open the model again."
+                )
             if not self._free:
                 self._free.append(self._new_lane())
                 self._lanes.append(self._free[-1])

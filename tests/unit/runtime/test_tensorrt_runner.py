@@ -126,6 +126,24 @@ def test_closing_gives_all_memory_back(gpu, make_engine):
     assert (gpu.used, gpu.graphs) == (0, {})
 
 
+def test_memory_is_taken_once_for_the_largest_shape(gpu, make_engine):
+    with open_runner(make_engine()) as runner:
+        runner.embed(pictures(8))
+        taken = gpu.calls.count("cuMemHostAlloc"), gpu.calls.count("cuMemAlloc")
+        for count in (1, 8, 3, 8):
+            runner.embed(pictures(count))
+        assert (gpu.calls.count("cuMemHostAlloc"), gpu.calls.count("cuMemAlloc")) == taken
+
+
+def test_a_stage_that_was_closed_says_so(gpu, make_engine):
+    from nformer_edge.runtime.tensorrt_stage import BACKBONE_STAGE
+
+    with open_runner(make_engine()) as runner:
+        stage = runner._stage(BACKBONE_STAGE)
+    with pytest.raises(BackendError, match="backbone: got a closed runner"):
+        stage.run({"images": pictures(2)})
+
+
 def test_copies_are_told_apart_from_computing(gpu, make_engine):
     with open_runner(make_engine()) as runner:
         runner.embed(pictures(20))
