@@ -11,8 +11,11 @@ from onnx import TensorProto, helper
 
 from nformer_edge.core.artifact import read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
+from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.engine.build import EngineSpec, build_engine
 from nformer_edge.measure.parity import parity, require_passed
+from nformer_edge.onnx.calibration import calibration_images
+from nformer_edge.onnx.quantize import measure_ranges
 
 torch = pytest.importorskip("torch")
 
@@ -157,7 +160,7 @@ def test_a_head_that_is_silently_skipped_is_blamed_on_the_head(judge, broken_bun
     assert failed(judge(broken_bundle(head=skipped)), "head") == {"head", "end_to_end"}
 
 
-INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=10, calib_method="minmax")
+INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=4, calib_method="minmax")
 
 
 def gate(result, name):
@@ -168,11 +171,15 @@ def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the
     judge, bundle, tiny_bundle, tiny_market, tmp_path
 ):
     sound = build_engine(bundle, tmp_path / "sound", INT8, calib_data=tiny_market)
-    other = build_engine(tiny_bundle, tmp_path / "other", INT8, calib_data=tiny_market)
+    images = calibration_images(tiny_market, INT8.calib_num, INT8.seed)
+    preprocess = from_dict(PreprocessSpec, read_manifest(tiny_bundle, "bundle")["preprocess"])
+    ranges = measure_ranges(tiny_bundle / "backbone.onnx", images, preprocess, INT8.calib_method).to_json()
+    table = json.loads((sound / "calibration.json").read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(ranges | {"backbone_sha256": "0" * 64, "calibration": table["calibration"]}))
     with pytest.raises(ArtifactError, match="ranges of another backbone"):
-        build_engine(bundle, tmp_path / "refused", INT8, calib_data=other / "calibration.json")
-    table = json.loads((other / "calibration.json").read_text())
-    table["backbone_sha256"] = json.loads((sound / "calibration.json").read_text())["backbone_sha256"]
+        build_engine(bundle, tmp_path / "refused", INT8, calib_data=other)
+    table |= ranges
     forged = tmp_path / "calibration.json"
     forged.write_text(json.dumps(table))
 
