@@ -43,12 +43,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "msmt17": {
         "features": (
-            HeadSpec(512, layers=2, heads=2, landmarks=5, rule="features"),
-            HeadConfig(epochs=3, sets=30, set_size=3000, views=4, start="discriminant", strength=1.0, lr=1e-4),
+            HeadSpec(512, layers=3, heads=4, landmarks=1024, rule="features"),
+            HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=4.0),
         ),
         "affinity": (
-            HeadSpec(512, layers=3, heads=4, landmarks=1024, rule="affinity"),
-            HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=3.0),
+            HeadSpec(512, layers=3, heads=1, k=15, landmarks=1024, rule="affinity"),
+            HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=2.0),
         ),
     },
 }

@@ -26,7 +26,9 @@ def discriminant(
     """The linear map ``(x - mean) w``: whitens what varies within a person, stretches what varies between people.
 
     Within-class covariance normalisation (Hatch et al., Interspeech 2006), then each principal direction of the
-    people's means times its variance to the power `between`. Mapped rows have mean square length D.
+    people's means times its variance to the power `between`, then a fixed rotation: scores stay as they are, and no axis
+    stands for one direction, so that a batch norm behind it cannot undo the stretch. Mapped rows have mean square
+    length D.
 
     Args:
         shrinkage: this share of the mean variance is added to every direction before it is whitened.
@@ -46,6 +48,8 @@ def discriminant(
     people = ((centers - mean) @ w)[counts > 0]
     variance, directions = torch.linalg.eigh(people.T @ people / len(people))
     w = w @ (directions * variance.clamp_min(FLOOR * float(variance.max())) ** between)
+    turn = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
+    w = w @ torch.linalg.qr(turn)[0]
     length = float(((rows - mean) @ w).pow(2).sum(dim=1).mean())
     return (w * math.sqrt(rows.shape[1] / length)).to(x.dtype), mean.to(x.dtype)
 
