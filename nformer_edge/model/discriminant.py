@@ -26,9 +26,9 @@ def discriminant(
     """The linear map ``(x - mean) w``: whitens what varies within a person, stretches what varies between people.
 
     Within-class covariance normalisation (Hatch et al., Interspeech 2006), then each principal direction of the
-    people's means times its variance to the power `between`, then a fixed rotation: scores stay as they are, and no axis
-    stands for one direction, so that a batch norm behind it cannot undo the stretch. Mapped rows have mean square
-    length D.
+    people's means times its variance to the power `between`, then a fixed rotation: scores stay as they are, and no
+    axis stands for one direction, so that a batch norm behind it cannot undo the stretch. Mapped rows have mean
+    square length D.
 
     Args:
         shrinkage: this share of the mean variance is added to every direction before it is whitened.
