@@ -80,7 +80,7 @@ def test_two_ranks_equal_one_rank_of_the_same_batch(data: Path, tmp_path: Path) 
     (tmp_path / "c.toml").write_text(
         "precision = 'fp64'\nholdout = 0.25\n[model.preprocess]\nheight = 64\nwidth = 32\n"
         "[model.backbone]\narch = 'osnet_x0_25'\nfeatures = 16\n[model.head]\nlayers = 1\nk = 4\n"
-        "[backbone]\nepochs = 2\np = 4\nk = 2\nlr = 1e-3\nwarmup = 1\naugment.pad = 2\n"
+        "[backbone]\nepochs = 1\np = 4\nk = 2\nlr = 1e-3\nwarmup = 1\naugment.pad = 2\n"
         "[head]\nepochs = 2\nsets = 3\nbatch = 2\nset_size = 20\nviews = 1\nlr = 1e-3\n"
     )
     flags = ["train", "--data", str(data), "--config", str(tmp_path / "c.toml"), "--accumulate", "2", "-o"]
