@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.spec import to_dict
 from nformer_edge.engine.backend import EngineSpec
+from nformer_edge.engine.target import version_key
 
 Manifest = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def check_version(where: str, manifest: Manifest, package: str, version: str) ->
         BackendError: naming both versions and the command that rebuilds the engine.
     """
     built = str((manifest.get("versions") or {}).get(package) or "")
-    if built and _same_version(built, version):
+    if built and (_same_version(built, version) or (_carries_its_runtime(manifest) and _later_minor(built, version))):
         return
     raise BackendError(
         f"{where}: {package}", got=f"an engine built with {built or 'a version that its manifest does not tell'}",
@@ -71,9 +71,19 @@ def check_version(where: str, manifest: Manifest, package: str, version: str) ->
 
 def _same_version(built: str, here: str) -> bool:
     """Equal as far as both are told: the packages of some releases leave the build number out."""
-    ours, theirs = ([int(n) for n in re.findall(r"\d+", text.partition(".post")[0])] for text in (built, here))
+    ours, theirs = version_key(built), version_key(here)
     shared = min(len(ours), len(theirs))
     return shared >= 2 and ours[:shared] == theirs[:shared]
+
+
+def _later_minor(built: str, here: str) -> bool:
+    """What NVIDIA promises of a version-compatible plan: later versions of the same major one run it."""
+    ours, theirs = version_key(built), version_key(here)
+    return ours[:1] == theirs[:1] and ours <= theirs
+
+
+def _carries_its_runtime(manifest: Manifest) -> bool:
+    return bool((manifest.get("spec") or {}).get("version_compat"))
 
 
 def check_gpu(where: str, manifest: Manifest, gpu: Gpu) -> None:

@@ -139,6 +139,17 @@ def test_engines_are_built_and_judged_in_every_precision(gpu_check, tmp_path, mo
     assert capsys.readouterr().out.count("ok ") == len(said)
 
 
+def test_a_gate_of_int8_that_does_not_hold_is_told_and_every_other_fails_the_check(gpu_check, capsys) -> None:
+    engines = gpu_check.gpu_engines
+    step = {"step": "parity a", "ok": False, "code": 1, "said": ["rank-1 agreement: 0.9 against 0.98"]}
+    told = {"steps": [{**step, "required": False}]}
+    assert engines.failures(told) == []
+    engines.show(told)
+    assert "told   parity a" in capsys.readouterr().out
+    assert engines.failures({"steps": [step]})
+    assert engines.failures({"steps": [{**step, "code": 2, "required": False}]})
+
+
 def test_a_plugin_that_cannot_be_built_stops_the_engines_and_fails_the_check(gpu_check, tmp_path, monkeypatch) -> None:
     engines = gpu_check.gpu_engines
     monkeypatch.setattr(engines, "missing", list)

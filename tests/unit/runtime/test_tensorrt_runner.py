@@ -223,6 +223,17 @@ def test_another_tensorrt_is_refused_with_the_command_that_rebuilds(gpu, make_en
     assert "cuInit" not in gpu.calls
 
 
+def test_a_version_compatible_plan_runs_on_later_versions_of_the_same_major_one(gpu, make_engine):
+    spec = {"precision": "fp16", "version_compat": True}
+    gpu.install("10.16.1.11")
+    with open_runner(make_engine(spec=spec)) as runner:
+        assert runner.embed(pictures(1)).shape == (1, 32)
+        assert runner._runtime.engine_host_code_allowed
+    for here in ("10.2.0", "11.0.0.114"):
+        gpu.install(here)
+        refused(make_engine(spec=spec), BackendError, "tensorrt: got an engine built with 10.3.0")
+
+
 def test_the_command_that_rebuilds_repeats_what_was_asked(gpu, make_engine):
     gpu.install("11.4.0.106")
     asked = {"precision": "int8", "batch": [1, 4, 16], "gallery_size": [20, 100, 900], "hardware_compat": "ampere_plus",
