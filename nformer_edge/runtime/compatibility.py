@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
-from nformer_edge.core.errors import BackendError
+from nformer_edge.core.artifact import MANIFEST
+from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import to_dict
 from nformer_edge.engine.backend import EngineSpec
 from nformer_edge.engine.target import version_key
@@ -46,6 +50,25 @@ def _flag_value(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return (" " if name == "capabilities" else ":").join(map(str, value))
     return str(value)
+
+
+@contextmanager
+def telling_rebuild(where: str, manifest: Manifest) -> Iterator[None]:
+    """Adds the command that builds this engine again to whatever is refused of its files."""
+    try:
+        yield
+    except ArtifactError as e:
+        mend = f"{e.mend.rstrip('.')}. {_again(where, manifest)}"
+        raise ArtifactError(e.subject, got=e.got, expected=e.expected, mend=mend) from e
+
+
+def unverified_manifest(where: str) -> Manifest:
+    """What the manifest says, if it can be read at all: good for the words of a refusal, and for nothing else."""
+    try:
+        found = json.loads((Path(where) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("spec", {}), dict) else {}
 
 
 def check_version(where: str, manifest: Manifest, package: str, version: str) -> None:

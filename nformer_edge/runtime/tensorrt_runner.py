@@ -21,7 +21,13 @@ from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.engine.plugin import find_plugin, load_plugin
 from nformer_edge.onnx.bundle import model_spec, read_golden
-from nformer_edge.runtime.compatibility import check_gpu, check_version, no_plugin
+from nformer_edge.runtime.compatibility import (
+    check_gpu,
+    check_version,
+    no_plugin,
+    telling_rebuild,
+    unverified_manifest,
+)
 from nformer_edge.runtime.cuda import Device
 from nformer_edge.runtime.runner import check_head_input, check_images, model_name
 from nformer_edge.runtime.tensorrt_stage import BACKBONE_STAGE, HEAD_STAGE, Stage, StageSpec, make_logger
@@ -51,7 +57,8 @@ class TensorRTRunner:
         self._path = os.fspath(path)
         self._ordinal = _ordinal(device)
         self._contexts, self._graphs = contexts, graphs
-        self._manifest = read_manifest(path, "engine")
+        with telling_rebuild(self._path, unverified_manifest(self._path)):
+            self._manifest = read_manifest(path, "engine")
         self.backend = str(self._manifest.get("backend"))
         if self.backend not in PACKAGES:
             raise ArtifactError(
@@ -150,7 +157,7 @@ class TensorRTRunner:
         self._load_plugin(trt)
         self._device = device
         try:
-            with device.current():
+            with device.current(), telling_rebuild(self._path, self._manifest):
                 self._deserialise(trt, device)
         except BaseException:
             self._close()

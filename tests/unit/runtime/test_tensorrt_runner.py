@@ -186,7 +186,8 @@ def test_a_truncated_plan_is_refused_before_tensorrt_sees_it(gpu, make_engine):
     engine = make_engine()
     plan = engine / "backbone.engine"
     plan.write_bytes(plan.read_bytes()[:-1000])
-    refused(engine, ArtifactError, r"backbone.engine: got \d+ bytes, expected \d+ bytes")
+    message = refused(engine, ArtifactError, r"backbone.engine: got \d+ bytes, expected \d+ bytes")
+    assert f"nformer-edge build-engine BUNDLE --backend tensorrt --fp16 -o {engine}" in message
     assert "deserialize_cuda_engine" not in gpu.calls
 
 
@@ -196,8 +197,8 @@ def test_a_changed_plan_is_refused_before_tensorrt_sees_it(gpu, make_engine):
     data = bytearray((engine / "nformer.engine").read_bytes())
     data[-5] ^= 1
     (engine / "nformer.engine").write_bytes(data)
-    refused(engine, ArtifactError, "nformer.engine: got sha256")
-    with pytest.raises(ArtifactError, match="other bytes"):  # changed between the check and the opening
+    refused(engine, ArtifactError, "nformer.engine: got sha256.*nformer-edge build-engine BUNDLE")
+    with pytest.raises(ArtifactError, match=r"other bytes.*build-engine"):  # changed between the check and the opening
         runner.__enter__()
     assert gpu.calls.count("deserialize_cuda_engine") == 1
     assert gpu.used == 0
@@ -208,7 +209,15 @@ def test_a_plan_that_was_truncated_when_written_is_refused_in_tensorrts_words(gp
     plan = (engine / "backbone.engine").read_bytes()[:-1000]
     message = refused(make_engine(plans={"backbone.engine": plan}), ArtifactError, "backbone.engine: deserialising it")
     assert "Serialization assertion" in message
-    assert "Build the engine again" in message
+    assert "nformer-edge build-engine BUNDLE --backend tensorrt --fp16" in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"spec": 3}', '{"kind": "engine", "backend": "tensorrt"}'])
+def test_a_manifest_that_cannot_be_read_is_refused(gpu, make_engine, text):
+    engine = make_engine()
+    (engine / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match="no readable manifest"):
+        TensorRTRunner(engine)
 
 
 @pytest.mark.parametrize(
