@@ -118,7 +118,19 @@ class _Build:
             runtime.engine_host_code_allowed = True  # our own plan, a moment old
         engine = self._checked("reading the plan back", runtime.deserialize_cuda_engine(plan))
         inspector = self._checked("making an inspector", engine.create_engine_inspector())
+        # Without shapes, TensorRT tells "N/A due to dynamic shapes" in place of types.
+        context = self._checked("making a context to inspect by", self._context(engine))
+        for name, (_, best, _) in self._job.profile.items():
+            self._checked(f"inspecting at {name} {best}", context.set_input_shape(name, tuple(best)))
+        inspector.execution_context = context
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def _context(self, engine: Any) -> Any:
+        """An execution context that takes no memory of the GPU: nothing is run in it."""
+        trt = self._trt
+        if hasattr(trt, "ExecutionContextAllocationStrategy"):  # from 10.0 on
+            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return engine.create_execution_context_without_device_memory()
 
     def _checked(self, doing: str, found: Any) -> Any:
         """What TensorRT returned, unless it is None or False."""

@@ -57,15 +57,19 @@ def build(
             "capabilities", got=", ".join(unknown), expected=f"among {', '.join(CAPABILITIES)} for TensorRT-RTX",
             mend="Use TensorRT for other GPUs: --backend tensorrt on the machine itself.",
         )  # fmt: skip
-    for name, value in (("dla", spec.dla), ("hardware_compat", spec.hardware_compat != "none" or None)):
-        if value is not None:
+    refused = {
+        "dla": spec.dla is not None,
+        "hardware_compat": spec.hardware_compat != "none",
+        "version_compat": spec.version_compat,  # 1.7 looks for a lean runtime that its package does not have
+    }
+    for name, is_asked in refused.items():
+        if is_asked:
             raise BackendError(
-                name, got=f"{name} with TensorRT-RTX", expected="a GeForce GPU, compiled for by its capability",
+                name, got=f"{name} with TensorRT-RTX", expected="compute capabilities, and this version of it",
                 mend="Leave it out; --capabilities names the GPUs.",
             )  # fmt: skip
     job = {
         "package": "tensorrt_rtx", "workspace": spec.workspace_bytes, "timing_cache": spec.timing_cache,
-        "version_compat": spec.version_compat, "capabilities": list(spec.capabilities or USUAL),
-        "verbose": spec.verbose,
+        "capabilities": list(spec.capabilities or USUAL), "verbose": spec.verbose,
     }  # fmt: skip
     return build_plans(bundle, folder, spec, calibration, typed=True, plugin=False, job=job, run=run)

@@ -225,14 +225,32 @@ class FakeRuntime:
 
 
 class FakeICudaEngine:
+    def create_execution_context(self, strategy):
+        assert strategy == self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self._context()
+
+    def create_execution_context_without_device_memory(self):
+        return self._context()
+
+    def _context(self):
+        context = self._trt.IExecutionContext()
+        context._shapes, context._logger = {}, self._logger
+        return _call(self, "create_execution_context", context)
+
     def create_engine_inspector(self):
         inspector = self._trt.EngineInspector()
         inspector._plan = self._plan
         return inspector
 
 
+class FakeIExecutionContext:
+    def set_input_shape(self, name, shape):
+        self._shapes[name] = shape
+        return _call(self, "set_input_shape", True)
+
+
 class FakeEngineInspector:
-    """Each node is a layer, in the types of its inputs; TensorRT 8 follows its flags."""
+    """Each node is a layer, in the types of its inputs; TensorRT 8 follows its flags. Nothing without shapes."""
 
     def get_engine_information(self, format):
         import onnx
@@ -242,6 +260,8 @@ class FakeEngineInspector:
         types, made_by = _types(model), {name: n for n in model.graph.node for name in n.output}
         asked = self._machine.built[-1]
         layers = []
+        if not self.execution_context._shapes:
+            return json.dumps({"Layers": [{"Name": "x", "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}]})
         for node in model.graph.node:
             if not node.input or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 continue

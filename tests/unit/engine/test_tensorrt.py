@@ -153,6 +153,8 @@ def test_compatibility_is_asked_for_and_told(bench):
         ("set_timing_cache", False, "taking the timing cache"),
         ("build_serialized_network", None, "building"),
         ("deserialize_cuda_engine", None, "reading the plan back"),
+        ("create_execution_context", None, "making a context to inspect by"),
+        ("set_input_shape", False, "inspecting at images"),
     ],
 )
 def test_whatever_tensorrt_refuses_is_an_error_with_its_own_words(bench, tmp_path, call, returned, doing):

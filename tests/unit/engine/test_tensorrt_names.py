@@ -9,6 +9,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import nformer_edge
 
 PACKAGE = Path(nformer_edge.__file__).parent
 LISTS = Path(__file__).parent / "tensorrt_names"
+WHEELS = "NFORMER_EDGE_TENSORRT_WHEELS"
 VERSIONS = ("8.6", "10.3", "10.13", "10.16", "11.4")
 
 #: Names under which our code holds TensorRT's objects, with or without a leading underscore or `self.`.
@@ -161,6 +165,14 @@ def test_the_check_sees_the_names_at_all():
 )
 def test_a_wrong_name_is_found_and_a_version_test_is_understood(source, version, missing):
     assert missing_names(source, bindings(version))[0] == missing
+
+
+@pytest.mark.skipif(not os.environ.get(WHEELS), reason=f"no wheels of the bindings: name their folder in {WHEELS}")
+def test_the_lists_are_what_the_bindings_own_packages_say():
+    command = [sys.executable, LISTS / "collect.py", "--check", os.environ[WHEELS]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("as committed") >= 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no package tensorrt_rtx")

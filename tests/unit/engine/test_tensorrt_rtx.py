@@ -143,6 +143,7 @@ def test_turing_is_refused_in_the_compilers_words(tiny_bundle, tmp_path):
         ({"capabilities": ("8.9", "8.7")}, "capabilities: got 8.7"),
         ({"dla": 0}, "dla with TensorRT-RTX"),
         ({"hardware_compat": "ampere_plus"}, "hardware_compat with TensorRT-RTX"),
+        ({"version_compat": True}, "version_compat with TensorRT-RTX"),
     ],
 )
 def test_what_tensorrt_rtx_does_not_have_is_refused_before_anything_is_built(settings, message, tiny_bundle, tmp_path):

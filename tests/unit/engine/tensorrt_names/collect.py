@@ -8,7 +8,8 @@ a dozen functions; a stub library gives them. So no GPU, no driver and no Tensor
     python collect.py wheels                # writes 10.3.json ... beside this file
     python collect.py --check wheels        # exit code 1 if a committed list differs from what its wheel says
 
-It needs a C compiler and the Python that the wheels are for.
+It needs a C compiler, binutils and the Python that the wheels are for. `NFORMER_EDGE_TENSORRT_WHEELS=wheels make test`
+runs the check among the tests.
 """
 
 from __future__ import annotations
