@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nformer_edge.engine.tensorrt import nvidia_driver, package_version
+from nformer_edge.engine.tensorrt import nvidia_driver
 
 #: Compute capability of a Jetson's chip, by what the device tree calls it: nvidia-smi does not tell on every JetPack.
 _CHIPS = {"tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}
@@ -61,9 +62,9 @@ def this_machine(root: Path = Path("/")) -> Machine:
         architecture=platform.machine(),
         l4t=l4t,
         cuda=_cuda(root),
-        tensorrt=package_version("tensorrt"),
-        tensorrt_rtx=package_version("tensorrt_rtx"),
-        onnxruntime=_version("onnxruntime"),
+        tensorrt=module_version("tensorrt"),
+        tensorrt_rtx=module_version("tensorrt_rtx"),
+        onnxruntime=module_version("onnxruntime"),
         driver=nvidia_driver() or l4t,
         gpu=gpu or chip,
         compute_capability=capability or _CHIPS.get(chip, ""),
@@ -79,11 +80,24 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+def module_version(name: str) -> str:
+    """The version of an importable module, which is not imported; "" where there is none.
+
+    It may come from a package of another name (``tensorrt_rtx_cu13``), or from JetPack without any metadata: then
+    ``__version__`` is read where it is written.
+    """
+    if importlib.util.find_spec(name) is None:
         return ""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+    for module in (name, f"{name}_bindings"):
+        spec = importlib.util.find_spec(module)
+        written = re.search(r'^__version__\s*=\s*["\']([\w.]+)', _read(Path((spec and spec.origin) or "/none")), re.M)
+        if written:
+            return written[1]
+    return "unknown"
 
 
 def _l4t(root: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -11,6 +12,8 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.backend import EngineSpec
 from nformer_edge.engine.for_target import build_for_target, with_target
 from nformer_edge.engine.target import read_target, target_names
+from nformer_edge.engine.tensorrt import nvidia_driver
+from nformer_edge.runtime.open import open_runner
 
 
 def test_a_recipe_fills_what_was_not_asked_for():
@@ -34,6 +37,19 @@ def test_an_engine_is_built_for_the_cpu_by_its_recipe(tiny_bundle, tiny_market, 
     assert main([*words, "--calib-method", "minmax", "-o", str(tmp_path / "engine"), "--json"]) == 0
     built = json.loads(capsys.readouterr().out)
     assert (built["backend"], built["precision"]) == ("onnxruntime", {"backbone": "int8", "head": "fp32"})
+
+
+def test_an_engine_is_built_for_rtx_by_its_recipe_and_refused_where_there_is_no_gpu(tiny_bundle, tmp_path, capsys):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("no tensorrt_rtx: pip install 'nformer-edge[tensorrt-rtx]' to build by its recipe")
+    if nvidia_driver():
+        pytest.skip("a driver: this refusal needs a machine without one")
+    folder = tmp_path / "engine"
+    assert main(["build-engine", str(tiny_bundle), "--target", "rtx", "-o", str(folder), "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert (built["backend"], built["precision"]) == ("tensorrt-rtx", {"backbone": "fp16", "head": "fp16"})
+    with pytest.raises(BackendError, match=r"NVIDIA driver: got |pycuda: got not installed"), open_runner(folder):
+        pass
 
 
 def test_a_machine_that_is_not_the_targets_builds_nothing(tiny_bundle, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine import plugin, target
-from nformer_edge.engine.machine import Machine, this_machine
+from nformer_edge.engine.machine import Machine, module_version, this_machine
 from nformer_edge.engine.preflight import format_preflight, preflight, require_match
 from nformer_edge.engine.target import read_target, target_names, version_key
 
@@ -158,6 +158,23 @@ def test_a_jetson_is_known_by_its_files(tmp_path):
 def test_a_machine_that_is_no_jetson_has_none_of_it(tmp_path):
     machine = this_machine(tmp_path)
     assert (machine.l4t, machine.power_mode, machine.cuda) == ("", "", "")
+
+
+def test_a_version_is_told_without_importing_and_without_metadata(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in {
+        "played_trt": "__version__ = '10.3.0'\nraise RuntimeError('imported')\n",
+        "played_rtx": "raise RuntimeError('imported')\n",
+        "played_rtx_bindings": '__version__ = "1.7.1.116"\n',
+        "played_none": "",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    assert module_version("played_trt") == "10.3.0"
+    assert module_version("played_rtx") == "1.7.1.116"
+    assert module_version("played_none") == "unknown"
+    assert module_version("played_nothing") == ""
+    assert module_version("numpy")[0].isdecimal()
 
 
 def test_the_doctor_compares_with_a_target():
