@@ -129,7 +129,7 @@ def _import_driver() -> Any:
         if (e.name or "").startswith("pycuda") or "libcuda" not in str(e):
             raise BackendError(
                 "pycuda", got="not installed", expected="pycuda 2024.1 or newer, to run TensorRT engines",
-                mend="pip install 'nformer-edge[tensorrt]'",
+                mend="pip install pycuda; it is compiled then, and needs nvcc on the PATH.",
             ) from e  # fmt: skip
         raise _no_gpu(str(e)) from e
     return pycuda.driver

@@ -428,13 +428,12 @@ def test_a_gpu_that_is_not_there_is_refused(gpu, make_engine):
 
 
 @pytest.mark.parametrize(
-    ("module", "message"), [("pycuda", "pycuda: got not installed"), ("tensorrt", "tensorrt: got not installed")]
+    ("module", "step"), [("pycuda", "pip install pycuda; it is compiled"), ("tensorrt", "nformer-edge[tensorrt]")]
 )
-def test_a_missing_package_is_named_with_the_next_step(gpu, make_engine, monkeypatch, module, message):
+def test_a_missing_package_is_named_with_the_next_step(gpu, make_engine, monkeypatch, module, step):
     for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    text = refused(make_engine(), BackendError, message)
-    assert "nformer-edge[tensorrt]" in text
+    assert step in refused(make_engine(), BackendError, f"{module}: got not installed")
 
 
 @pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
