@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nformer_edge.engine.tensorrt import nvidia_driver
-
 #: Compute capability of a Jetson's chip, by what the device tree calls it: nvidia-smi does not tell on every JetPack.
 _CHIPS = {"tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}
 
@@ -78,6 +76,16 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def nvidia_driver() -> str:
+    """The NVIDIA driver's own line about itself, on a PC, a server or a Jetson; "" where there is none."""
+    for place in ("/proc/driver/nvidia/version", "/sys/module/nvidia/version", "/sys/module/nvgpu/version"):
+        try:
+            return Path(place).read_text().splitlines()[0].strip()
+        except (OSError, IndexError):
+            continue
+    return "nvgpu" if Path("/dev/nvhost-gpu").exists() else ""
 
 
 def module_version(name: str) -> str:

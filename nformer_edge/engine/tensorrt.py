@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import run_job
+from nformer_edge.engine.machine import module_version, nvidia_driver
 from nformer_edge.engine.plans import Run, build_plans
 from nformer_edge.engine.plugin import LIBRARY, find_plugin
 
@@ -25,27 +24,7 @@ _NO_DLA = ((10, 8), (11, 4, 1))
 
 def tensorrt_package() -> str:
     """The version of the package tensorrt, or "" where it is not installed."""
-    return package_version("tensorrt")
-
-
-def package_version(name: str) -> str:
-    """The version of an importable package; "" where there is none."""
-    if importlib.util.find_spec(name) is None:
-        return ""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "version unknown"  # JetPack's own copy has no metadata
-
-
-def nvidia_driver() -> str:
-    """The NVIDIA driver's own line about itself, on a PC, a server or a Jetson; "" where there is none."""
-    for place in ("/proc/driver/nvidia/version", "/sys/module/nvidia/version", "/sys/module/nvgpu/version"):
-        try:
-            return Path(place).read_text().splitlines()[0].strip()
-        except (OSError, IndexError):
-            continue
-    return "nvgpu" if Path("/dev/nvhost-gpu").exists() else ""
+    return module_version("tensorrt")
 
 
 def lacking() -> tuple[str, ...]:

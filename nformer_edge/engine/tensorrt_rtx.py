@@ -14,8 +14,8 @@ from nformer_edge.core.errors import BackendError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import run_job
+from nformer_edge.engine.machine import module_version, nvidia_driver
 from nformer_edge.engine.plans import Run, build_plans
-from nformer_edge.engine.tensorrt import nvidia_driver, package_version
 
 NAME = "tensorrt-rtx"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -30,7 +30,7 @@ USUAL = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 def tensorrt_rtx_package() -> str:
     """The version of the package tensorrt_rtx, or "" where it is not installed."""
-    return package_version("tensorrt_rtx")
+    return module_version("tensorrt_rtx")
 
 
 def lacking() -> tuple[str, ...]:

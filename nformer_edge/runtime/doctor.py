@@ -15,11 +15,11 @@ from typing import Any
 from nformer_edge import __version__
 from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.errors import NFormerEdgeError
-from nformer_edge.engine.machine import this_machine
+from nformer_edge.engine.machine import nvidia_driver, this_machine
 from nformer_edge.engine.plugin import find_plugin, plugin_facts
 from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
 from nformer_edge.engine.target import Target, read_target
-from nformer_edge.engine.tensorrt import nvidia_driver, tensorrt_package
+from nformer_edge.engine.tensorrt import tensorrt_package
 from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
 
 
