@@ -40,7 +40,7 @@ from nformer_edge.measure.models import (
     open_features,
     open_model,
 )
-from nformer_edge.runtime.embed import embed_records, relate_sets
+from nformer_edge.runtime.embed import embed_dataset, relate_sets
 from nformer_edge.runtime.protocols import JOINT, PER_QUERY, relate_per_query
 from nformer_edge.runtime.runner import Runner
 
@@ -83,7 +83,7 @@ def evaluate_model(
             (query, gallery), seconds = open_features(data), None  # type: ignore[arg-type]
         else:
             dataset = open_dataset(data, layout)
-            query, gallery = (embed_records(runner, dataset.split(s), batch=batch) for s in ("query", "gallery"))
+            query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
             data, seconds = dataset, time.perf_counter() - start
         model = describe_model(model_path, runner, label)
         chosen = tuple(seeds) if seeds is not None else (runner.landmark_seed,)

@@ -39,7 +39,7 @@ from nformer_edge.measure.models import (
     open_features,
     open_model,
 )
-from nformer_edge.runtime.embed import embed_records
+from nformer_edge.runtime.embed import embed_dataset
 
 VERSION = 1
 
@@ -108,7 +108,7 @@ def _embedded(
         raise UsageError(str(path), got="a model and no data", expected="a dataset", mend="Name it with --data.")
     dataset = open_dataset(data, layout)
     with open_model(path, threads, opener) as runner:
-        query, gallery = (embed_records(runner, dataset.split(s), batch=batch) for s in ("query", "gallery"))
+        query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
         return describe_model(path, runner), (query, gallery)
 
 
