@@ -8,14 +8,13 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nformer_edge import __version__
 from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.errors import NFormerEdgeError
-from nformer_edge.engine.machine import nvidia_driver, this_machine
+from nformer_edge.engine.machine import module_version, nvidia_driver, this_machine
 from nformer_edge.engine.plugin import find_plugin, plugin_facts
 from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
 from nformer_edge.engine.target import Target, read_target
@@ -38,9 +37,15 @@ def doctor(target: str | None = None) -> dict[str, Any]:
     """
     compared = {} if target is None else {"target": _compared(read_target(target))}
     checks = [
-        _package("PyTorch", "torch", "to train, and to run checkpoints: pip install 'nformer-edge[train]'"),
-        _package("ONNX", "onnx", "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"),
-        _package("onnxruntime", "onnxruntime", "to run bundles and engines: pip install 'nformer-edge[cpu]'"),
+        _check(
+            "PyTorch", module_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
+        ),
+        _check(
+            "ONNX", module_version("onnx"), "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"
+        ),
+        _check(
+            "onnxruntime", module_version("onnxruntime"), "to run bundles and engines: pip install 'nformer-edge[cpu]'"
+        ),
         _native_kernels(),
         _gpus(),
         _jetpack(),
@@ -80,14 +85,6 @@ def int8_note() -> str:
 
 def _check(name: str, found: str, step: str) -> dict[str, Any]:
     return {"name": name, "ok": bool(found), "found": found, "next": "" if found else step}
-
-
-def _package(name: str, package: str, step: str) -> dict[str, Any]:
-    try:
-        found = metadata.version(package) if importlib.util.find_spec(package) else ""
-    except metadata.PackageNotFoundError:
-        found = "installed, version unknown"
-    return _check(name, found, step)
 
 
 def _native_kernels() -> dict[str, Any]:
