@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,23 @@ from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, Preprocess
 TINY = ModelSpec(
     BackboneSpec("osnet_x0_25", 32), HeadSpec(features=32, layers=2, heads=2, k=4, landmarks=3), PreprocessSpec(64, 32)
 )
+
+#: Rooms whose tests run PyTorch on tiny tensors.
+TORCH_ROOMS = ("engine", "model", "onnx", "train")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(request) -> Iterator[None]:
+    """Tiny tensors: on a busy machine torch's threads wait for each other longer than they work."""
+    if request.path.parent.name not in TORCH_ROOMS:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
