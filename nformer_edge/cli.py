@@ -316,13 +316,14 @@ def _embed(args: Args) -> None:
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     TOP, BATCH, THREADS, OUT_JSON,
     _option("--no-head", action="store_true", help="rank by the backbone alone"),
+    _option("--together", action="store_true", help="one pass of the head for all queries: matches depend on them all"),
 )  # fmt: skip
 def _search(args: Args) -> None:
     from nformer_edge.runtime.search import format_matches, search_files
 
     result = search_files(
         args.model, args.query, args.gallery, top=args.top, batch=args.batch, threads=args.threads,
-        head=not args.no_head,
+        head=not args.no_head, together=args.together,
     )  # fmt: skip
     _show(args, result, format_matches(result))
 

@@ -12,15 +12,17 @@ each list keeps its members but for the query itself, and ``exact`` is False.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from nformer_edge.core.errors import BackendError, DataError
 from nformer_edge.core.features import FeatureSet, check_features
 from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.evaluate.distance import cosine_distances, unit_rows
 from nformer_edge.runtime.runner import Runner, require_head
 
@@ -79,6 +81,32 @@ def relate_per_query(runner: Runner, query: FeatureSet, gallery: FeatureSet, see
     chosen = runner.landmark_seed if seed is None else seed
     result: PerQuery = with_head(lambda head: per_query(head, query, gallery, chosen))
     return result
+
+
+def relate_each(
+    runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None
+) -> Iterator[tuple[FeatureSet, FeatureSet]]:
+    """Each query alone with the gallery by a whole pass of the head: any backend, both neighbour rules, few queries.
+
+    The set is the gallery and, last, the query. Landmarks are drawn from the gallery alone and projected as they are in
+    that set, so no answer depends on what else was asked.
+
+    Yields:
+        Of each query, itself [1, D] and the gallery [G, D] as they see each other.
+
+    Raises:
+        UsageError: if the model has no head.
+        DataError: for a feature that is not finite or is all zeros, or an empty gallery.
+    """
+    head = require_head(runner.spec)
+    if not len(gallery):
+        raise DataError("gallery", got="zero images", expected="at least one", mend="Check the path.")
+    chosen = runner.landmark_seed if seed is None else seed
+    landmarks = draw_landmarks(len(gallery), head.layers, head.landmarks, chosen)
+    for i in tqdm(range(len(query)), desc="queries", unit="query", **PROGRESS):
+        asked = query.take(np.array([i]))
+        related = runner.relate(np.concatenate([gallery.features, asked.features]), landmarks)
+        yield asked.with_features(related[-1:]), gallery.with_features(related[:-1])
 
 
 def per_query(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0, follow: bool = True) -> PerQuery:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nformer_edge.data.readers import read_dataset
 from nformer_edge.evaluate.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
 from nformer_edge.runtime.embed import embed_records, holds_images, image_records, relate_sets
 from nformer_edge.runtime.open import open_runner
+from nformer_edge.runtime.protocols import JOINT, PER_QUERY, relate_each
 from nformer_edge.runtime.runner import Runner
 
 
@@ -49,6 +50,7 @@ def search(
     *,
     top: int = 10,
     head: bool = True,
+    together: bool = False,
     batch: int = 32,
     threads: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,7 +61,8 @@ def search(
         queries: image files, or folders of them.
         gallery: features of this model, or a feature store, dataset or folder of images.
         top: matches a query.
-        head: let the NFormer head, where there is one, see queries and gallery together first.
+        head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
+        together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
         batch: images decoded and run at once.
         threads: decoders.
 
@@ -72,8 +75,10 @@ def search(
     found = gallery if isinstance(gallery, FeatureSet) else _open_gallery(runner, gallery, batch, threads)
     _check_gallery(runner, found)
     asked = embed_records(runner, image_records(queries), batch, threads)
-    ours, theirs = relate_sets(runner, asked, found) if head and runner.has_head else (asked, found)
-    indices, scores = top_matches(ours, theirs, top)
+    pairs: Iterable[tuple[FeatureSet, FeatureSet]] = [(asked, found)]
+    if head and runner.has_head:
+        pairs = [relate_sets(runner, asked, found)] if together else relate_each(runner, asked, found)
+    indices, scores = map(np.concatenate, zip(*(top_matches(*pair, top) for pair in pairs), strict=True))
     return [
         {
             "query": path,
@@ -120,13 +125,19 @@ def search_files(
     batch: int = 32,
     threads: int | None = None,
     head: bool = True,
+    together: bool = False,
 ) -> dict[str, Any]:
-    """Opens `model` and searches. Returns JSON of kind ``search``: model, backend, head, queries as `search` gives."""
+    """Opens `model` and searches.
+
+    Returns:
+        JSON of kind ``search``: model, backend, head, protocol (null without the head), queries as `search` gives.
+    """
     with open_runner(model, threads=threads) as runner:
-        results = search(runner, queries, gallery, top=top, head=head, batch=batch, threads=threads)
+        results = search(runner, queries, gallery, top=top, head=head, together=together, batch=batch, threads=threads)
+        related = head and runner.has_head
         return {
-            "kind": "search", "model": runner.name, "backend": runner.backend, "head": head and runner.has_head,
-            "queries": results,
+            "kind": "search", "model": runner.name, "backend": runner.backend, "head": related,
+            "protocol": (JOINT if together else PER_QUERY) if related else None, "queries": results,
         }  # fmt: skip
 
 

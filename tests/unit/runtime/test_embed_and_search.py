@@ -16,6 +16,7 @@ from nformer_edge.data.readers import read_dataset
 from nformer_edge.runtime.doctor import doctor, format_doctor
 from nformer_edge.runtime.embed import embed_dataset, embed_files, embed_records, relate_sets
 from nformer_edge.runtime.open import open_runner
+from nformer_edge.runtime.protocols import relate_each
 from nformer_edge.runtime.search import format_matches, search_files, top_matches
 
 
@@ -109,6 +110,27 @@ def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tin
     assert from_store["head"]
     paths = [[m["path"] for m in q["matches"]] for q in from_store["queries"]]
     assert paths == [[m["path"] for m in q["matches"]] for q in from_images["queries"]]
+
+
+def test_what_is_found_for_a_query_does_not_depend_on_the_others(tiny_bundle, tiny_market):
+    one, *others = sorted((tiny_market / "query").iterdir())
+    alone = search_files(tiny_bundle, [one], tiny_market, top=4)
+    among = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4)
+    assert among["protocol"] == "per-query"
+    assert among["queries"][1] == alone["queries"][0]
+    together = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, together=True)
+    assert together["protocol"] == "joint"
+    assert together["queries"][1]["matches"] != alone["queries"][0]["matches"]
+
+
+def test_each_query_alone_is_a_whole_pass_over_gallery_and_query(runner, sets):
+    query, gallery, head = sets["query"], sets["gallery"], runner.spec.head
+    landmarks = draw_landmarks(len(gallery), head.layers, head.landmarks, runner.landmark_seed)
+    for row, (ours, theirs) in enumerate(relate_each(runner, query, gallery)):
+        want = runner.relate(np.concatenate([gallery.features, query.features[row : row + 1]]), landmarks)
+        np.testing.assert_array_equal(np.concatenate([theirs.features, ours.features]), want)
+        assert ours.paths == query.paths[row : row + 1]
+    assert row == len(query) - 1
 
 
 def test_a_store_of_another_model_is_refused(tiny_bundle, tiny_market, sets, tmp_path):
