@@ -95,11 +95,9 @@ def parse_resources(log: str) -> list[Resources]:
 
 
 def readable(mangled: str) -> str:
-    """``..12short_kernelILi5ELi1EEE..`` as ``RowTopK, R <= 5, k <= 32``."""
-    if m := re.search(r"short_kernelILi(\d+)ELi(\d+)EEE", mangled):
-        return f"RowTopK, R <= {m[1]}, k <= {32 * int(m[2])}"
-    if m := re.search(r"long_kernelILi(\d+)EEE", mangled):
-        return f"RowTopK, any R, k <= {32 * int(m[1])}"
+    """``..16row_top_k_kernelILi5ELi1EEE..`` as ``RowTopK, R <= 5, k <= 32``."""
+    if m := re.search(r"row_top_k_kernelILi(\d+)ELi(\d+)EEE", mangled):
+        return f"RowTopK, {'R <= ' + m[1] if int(m[1]) else 'any R'}, k <= {32 * int(m[2])}"
     if m := re.search(r"attention_kernelILi(\d+)E(f|6__half)EE", mangled):
         return f"Attention, {'float32' if m[2] == 'f' else 'float16'}, K <= {32 * int(m[1])}"
     return mangled

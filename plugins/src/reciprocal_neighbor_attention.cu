@@ -1,45 +1,15 @@
-// How ReciprocalNeighborAttention is spread over threads: a warp takes a row. What is computed stands in row_logic.cuh.
+// ReciprocalNeighborAttention launched: what is refused, and which instantiation serves a task.
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 #include "launch.cuh"
-#include "nformer/device_warp.cuh"
 #include "nformer/dispatch.h"
 #include "nformer/kernels.h"
+#include "reciprocal_neighbor_attention.cuh"
 
 namespace nformer {
 namespace {
-
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kLanes;
-
-struct PlacedTask : AttentionTask {
-  bool words;
-};
-
-template <int kSlots, class T>
-__global__ void __launch_bounds__(kThreads) attention_kernel(PlacedTask task, int64_t blocks_a_head) {
-  int64_t const block = blockIdx.x, h = block / blocks_a_head;
-  int64_t const row = block % blocks_a_head * kWarps + static_cast<int64_t>(threadIdx.x / kLanes);
-  if (row >= task.rows) {
-    return;  // a whole warp at once
-  }
-  int64_t const factors = h * task.rows * task.factors, values = h * task.rows * task.size;
-  int64_t const lists = task.neighbor_heads == 1 ? 0 : h * task.rows * task.count;
-  AttentionHead<T> const head{static_cast<T const*>(task.a) + factors,
-                              static_cast<T const*>(task.b) + factors,
-                              static_cast<T const*>(task.v) + values,
-                              task.neighbors + lists,
-                              static_cast<T*>(task.y) + values,
-                              task.rows,
-                              static_cast<int>(task.factors),
-                              static_cast<int>(task.size),
-                              static_cast<int>(task.count),
-                              task.scale,
-                              task.words};
-  attend<DeviceWarp, kSlots>(head, row);
-}
 
 bool sound(AttentionTask const& task) {
   constexpr int64_t kMost = INT32_MAX - 4 * kLanes;
@@ -48,13 +18,6 @@ bool sound(AttentionTask const& task) {
                        task.count <= kMaxNeighbors && (task.neighbor_heads == 1 || task.neighbor_heads == task.heads);
   return numbers && task.scale - task.scale == 0.0F &&
          (task.type == Type::kFloat32 || task.type == Type::kFloat16);
-}
-
-// Whether four elements of every row of v and y make an aligned word.
-bool whole_words(AttentionTask const& task) {
-  uintptr_t const bytes = task.type == Type::kFloat32 ? 16 : 8;
-  return task.size % 4 == 0 && reinterpret_cast<uintptr_t>(task.v) % bytes == 0 &&
-         reinterpret_cast<uintptr_t>(task.y) % bytes == 0;
 }
 
 template <class T>

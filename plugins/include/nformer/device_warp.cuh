@@ -3,11 +3,12 @@
 
 #include <cuda_fp16.h>
 
-#include <cstdint>
-
 #include "nformer/row_logic.cuh"
 
 namespace nformer {
+
+inline constexpr int kWarps = 8;  // of a block, in every kernel
+inline constexpr int kThreads = kWarps * kLanes;
 
 struct DeviceWarp {
   using Float = float;

@@ -1,38 +1,16 @@
 // The two custom operators as CUDA launches: raw pointers and a stream in, an error code out.
 //
 // The contract is docs/operators.md. Nothing is allocated, nothing is synchronised, no scratch buffer is used.
-// Tensors are contiguous, row-major and on the current device. Offsets are 64-bit; a column number is an int32.
+// Offsets are 64-bit; a column number is an int32.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "nformer/tasks.h"
+
 namespace nformer {
-
-enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1 };
-
-// The longest neighbour list that a kernel holds in registers.
-inline constexpr int64_t kMaxNeighbors = 128;
-
-struct RowTopKTask {
-  void const* a;       // [heads, rows, factors]
-  void const* b;       // [heads, columns, factors]
-  int32_t* neighbors;  // out [heads, rows, k]
-  int64_t heads, rows, columns, factors, k;
-  Type type;  // of a and b
-};
-
-struct AttentionTask {
-  void const* a;             // [heads, rows, factors]
-  void const* b;             // [heads, rows, factors]
-  void const* v;             // [heads, rows, size]
-  int32_t const* neighbors;  // [neighbor_heads, rows, count]
-  void* y;                   // out [heads, rows, size]
-  int64_t heads, rows, factors, size, neighbor_heads, count;
-  float scale;
-  Type type;  // of a, b, v and y
-};
 
 // cudaErrorInvalidValue: a number out of range or a null pointer; otherwise what the launch returned.
 cudaError_t row_top_k(RowTopKTask const& task, cudaStream_t stream) noexcept;

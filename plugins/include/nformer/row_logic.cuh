@@ -9,8 +9,7 @@
 // result depends on scheduling.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
+#include "nformer/standard.h"
 
 #if defined(__CUDACC__)
 #define NFORMER_HD __host__ __device__ __forceinline__
@@ -26,7 +25,6 @@ namespace nformer {
 
 inline constexpr int kLanes = 32;
 inline constexpr float kMaxFloat = 3.402823466e+38F;
-inline constexpr float kInfinity = __builtin_huge_valf();
 inline constexpr int32_t kNoNeighbor = -1;
 
 // The kSlots * 32 best candidates so far, best first: place `slot * 32 + lane` stands in that lane's slot.
@@ -156,7 +154,7 @@ NFORMER_HD void stage_column(float* tile, int place, Source const& b, int64_t co
   for (int r = 0; r < kFactors; ++r) {
     float value = 0.0F;
     if (column >= columns) {
-      value = __builtin_nanf("");
+      value = kNaN;
     } else if (r < factors) {
       value = b.at(column * factors + r);
     }
@@ -179,7 +177,7 @@ struct RowBlock {
       NFORMER_UNROLL
       for (int r = 0; r < kFactors; ++r) {
         bool const there = first_row + i < rows;
-        factor[i][r] = !there         ? __builtin_nanf("")  // an absent row: no score is ever chosen
+        factor[i][r] = !there         ? kNaN  // an absent row: no score is ever chosen
                        : r < factors ? a.at((first_row + i) * factors + r)
                                      : 0.0F;
       }

@@ -28,6 +28,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -244,4 +245,11 @@ X __ldg(X const* from) {
   return *from;
 }
 inline float __fmaf_rn(float x, float y, float z) { return std::fmaf(x, y, z); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -78,8 +78,8 @@ def test_a_compile_error_is_told_in_the_compilers_words(tmp_path: Path, monkeypa
 
 def test_the_figures_are_read_from_what_ptxas_prints() -> None:
     log = """ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN7nformer12short_kernelILi5ELi4EEEvNS_11RowTopKTaskEl' for 'sm_90'
-ptxas info    : Function properties for _ZN7nformer12short_kernelILi5ELi4EEEvNS_11RowTopKTaskEl
+ptxas info    : Compiling entry function '_ZN7nformer16row_top_k_kernelILi5ELi4EEEvNS_11RowTopKTaskEl' for 'sm_90'
+ptxas info    : Function properties for _ZN7nformer16row_top_k_kernelILi5ELi4EEEvNS_11RowTopKTaskEl
     24 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 95 registers, used 1 barriers, 24 bytes cumulative stack size, 10240 bytes smem, 432 bytes cmem[0]
 """
