@@ -20,6 +20,10 @@ from nformer_edge.model.operators import operators
 _ROWS = 1024
 
 
+#: What queries [H, N, D / H] are multiplied by, and what keys are: [H, D / H, R] each, None for the keys as they are.
+Agents = tuple[Tensor, Tensor | None]
+
+
 def _is_captured() -> bool:
     """Whether what runs is being written down, for export or compilation, rather than computed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
@@ -55,12 +59,24 @@ class LayerNorm(nn.Module):
         return nn.functional.layer_norm(x, self.g.shape, self.g, self.b, 1e-5)  # a constant shape, for export
 
 
+def _seen_by(agents: Agents, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    of_queries, of_keys = agents
+    return q @ of_queries, k if of_keys is None else k @ of_keys
+
+
 class Attention(nn.Module):
-    """Landmark agent attention with the reciprocal neighbour softmax (sections 3.2 and 3.3)."""
+    """Landmark agent attention with the reciprocal neighbour softmax (sections 3.2 and 3.3).
+
+    The affinity of all pairs is ``(q k_l^T)(k q_l^T)^T`` and never stored: the operators take its two factors. With no
+    more landmarks than D / H these are ``a = q k_l^T`` and ``b = k q_l^T``, of length R = l. With more they are
+    ``a = q (k_l^T q_l)`` and ``b = k``, of length R = D / H: the same affinity, so that many landmarks cost no more
+    than D / H of them, in time or memory.
+    """
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
         self.heads, self.k, self.rule = spec.heads, spec.k, spec.rule
+        self._landmarks_first = spec.landmarks > spec.features // spec.heads
         self.c_attn = Projection(spec.features, 3 * spec.features)
         self.c_proj = Projection(spec.features, spec.features)
 
@@ -68,19 +84,38 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # [N, D]
         landmarks: Tensor,  # int [l]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # a [H, N, l], b [H, N, l], v [H, N, D / H]
-        """The affinity's two factors, ``a = q k_l^T`` and ``b = k q_l^T``, and the values."""
+    ) -> tuple[Tensor, Tensor, Tensor]:  # a [H, N, R], b [H, N, R], v [H, N, D / H]
+        """The affinity's two factors, and the values."""
         if _is_whole():
             q, k, v = self._queries_keys_values(x)
-            agents = k.index_select(1, landmarks), q.index_select(1, landmarks)
-            return q @ agents[0].transpose(1, 2), k @ agents[1].transpose(1, 2), v
-        agent_q, agent_k, _ = self._queries_keys_values(x.index_select(0, landmarks))
-        parts = []
-        for part in torch.split(x, _ROWS):
-            q, k, v = self._queries_keys_values(part)
-            parts.append((q @ agent_k.transpose(1, 2), k @ agent_q.transpose(1, 2), v))
+            agents = self._agents(q.index_select(1, landmarks), k.index_select(1, landmarks))
+            return *_seen_by(agents, q, k), v
+        agents = self.agents(x.index_select(0, landmarks))
+        parts = [self.factors_by(agents, part) for part in torch.split(x, _ROWS)]
         a, b, v = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
         return a, b, v
+
+    def agents(
+        self,
+        x: Tensor,  # [l, D]
+    ) -> Agents:
+        """What landmarks, as the layer sees them, make of queries and keys."""
+        q, k, _ = self._queries_keys_values(x)
+        return self._agents(q, k)
+
+    def factors_by(
+        self,
+        agents: Agents,
+        x: Tensor,  # [N, D]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # a [H, N, R], b [H, N, R], v [H, N, D / H]
+        """`factors` of rows whose landmarks are known."""
+        q, k, v = self._queries_keys_values(x)
+        return *_seen_by(agents, q, k), v
+
+    def _agents(self, q: Tensor, k: Tensor) -> Agents:  # [H, l, D / H] each
+        if self._landmarks_first:
+            return k.transpose(1, 2) @ q, None
+        return k.transpose(1, 2), q.transpose(1, 2)
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> three of [H, N, D / H]
         return tuple(self._split(t) for t in self.c_attn(x).chunk(3, dim=1))

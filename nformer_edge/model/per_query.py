@@ -9,8 +9,9 @@ the gallery alone keeps what every layer saw, projected and chose (`GalleryPass`
 
 Landmarks are gallery images, the same for all queries, and their projections are those of the gallery's own pass.
 
-Letters: N gallery images, B queries taken at once, H heads, K neighbours, l landmarks, D features, P changed rows:
-pairs of a query of the batch and an image of its set, the B queries themselves first. Image N is the query.
+Letters: N gallery images, B queries taken at once, H heads, K neighbours, l landmarks, D features, R = min(l, D / H),
+P changed rows: pairs of a query of the batch and an image of its set, the B queries themselves first. Image N is the
+query.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.model.nformer import Block, NFormer
+from nformer_edge.model.nformer import Agents, Block, NFormer
 from nformer_edge.model.operators import operators
 
 #: Changed rows whose neighbours' values are gathered at once: 2048 x 21 x 512 floats take 84 MiB.
@@ -55,8 +56,8 @@ class Layer:
 
     Args:
         x: [N, D], what it saw.
-        a, b, v: [H, N, l], [H, N, l] and [H, N, D / H], the affinity's factors and the values.
-        agents: the landmarks' keys and queries, [H, l, D / H] each.
+        a, b, v: [H, N, R], [H, N, R] and [H, N, D / H], the affinity's factors and the values.
+        agents: what the landmarks make of queries and keys.
         lists: whom its rows attend to.
     """
 
@@ -64,7 +65,7 @@ class Layer:
     a: Tensor
     b: Tensor
     v: Tensor
-    agents: tuple[Tensor, Tensor]
+    agents: Agents
     lists: Lists
 
 
@@ -101,10 +102,10 @@ class GalleryPass:
         shared = _lists(unit[None], unit[None], head.spec.k) if head.spec.rule == "features" else None
         x = head.scaled(gallery)
         for block, drawn in zip(head.h, landmarks, strict=True):
-            agents = _projected(block, x.index_select(0, drawn))
-            a, b, v = _factors(block, x, (agents[1], agents[0]))
+            agents = block.attn.agents(x.index_select(0, drawn))
+            a, b, v = block.attn.factors_by(agents, x)
             lists = shared or _lists(a, b, head.spec.k)
-            self.layers.append(Layer(x, a, b, v, (agents[1], agents[0]), lists))
+            self.layers.append(Layer(x, a, b, v, agents, lists))
             y = operators().reciprocal_neighbor_attention(a, b, v, lists.chosen.int())
             x = _rest(block, x, y)
         self.embeddings: Tensor = head.bottleneck(x)
@@ -131,7 +132,7 @@ class GalleryPass:
             unit = torch.nn.functional.normalize(queries, dim=1, eps=1e-12)
             meeting = Meeting.of(self.layers[0].lists, unit[None], unit[None])
         for layer, block in zip(self.layers, self.head.h, strict=True):
-            a, b, v = _factors(block, state.x, layer.agents)
+            a, b, v = block.attn.factors_by(layer.agents, state.x)
             if self.head.spec.rule == "affinity":
                 meeting = Meeting.of(layer.lists, a[:, :count], b[:, :count])
             after = meeting.reached(state) if follow else state
@@ -263,17 +264,6 @@ def _pick(base: Tensor, patch: Tensor, image: Tensor, here: Tensor) -> Tensor:
     picked = base[:, torch.where(found, 0, image)]
     picked[:, found] = patch[:, here[found]]
     return picked
-
-
-def _projected(block: Block, x: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> q, k, v, each [H, N, D / H]
-    heads = block.attn.heads
-    return tuple(t.reshape(len(x), heads, -1).transpose(0, 1) for t in block.attn.c_attn(x).chunk(3, dim=1))
-
-
-def _factors(block: Block, x: Tensor, agents: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """`Attention.factors` with the landmarks' keys and queries given."""
-    q, k, v = _projected(block, x)
-    return q @ agents[0].transpose(1, 2), k @ agents[1].transpose(1, 2), v
 
 
 def _rest(block: Block, x: Tensor, y: Tensor) -> Tensor:

@@ -118,11 +118,17 @@ def test_affinity_rule_chooses_neighbours_for_each_layer_and_head() -> None:
     assert calls == [((spec.heads, 20, 3), (spec.heads, 20, 3), 4)] * spec.layers
 
 
-def test_affinity_is_the_landmark_product_of_the_paper() -> None:
-    head, _ = make("affinity")
-    attention, x = head.h[0].attn, torch.randn(10, 16)
-    landmarks = torch.tensor([7, 0, 2])
-    a, b, v = attention.factors(x, landmarks)
+@pytest.mark.parametrize("captured", [True, False], ids=["with gradients", "in blocks of rows"])
+@pytest.mark.parametrize(("count", "length"), [(3, 3), (8, 8), (9, 8), (40, 8)])
+def test_affinity_is_the_landmark_product_of_the_paper_in_the_fewest_factors(
+    count: int, length: int, captured: bool
+) -> None:
+    head, _ = make("affinity", landmarks=count)
+    attention, x = head.h[0].attn, torch.randn(50, 16)
+    landmarks = torch.randperm(50)[:count]
+    with torch.set_grad_enabled(captured):
+        a, b, v = attention.factors(x, landmarks)
+    assert a.shape == b.shape == (2, 50, length)
     q, k, values = (x @ attention.c_attn.w + attention.c_attn.b).split(16, dim=1)
     for h, part in enumerate((slice(0, 8), slice(8, 16))):
         want = (q[:, part] @ k[landmarks][:, part].T) @ (q[landmarks][:, part] @ k[:, part].T)
