@@ -54,22 +54,31 @@ def missing_functions(library: Path) -> list[str]:
     ]
 
 
+def make_importable(wheel: Path, folder: Path) -> dict[str, str]:
+    """Unpacks the wheel into `folder` and puts stubs of TensorRT's libraries beside it.
+
+    Returns:
+        The environment in which Python imports ``tensorrt_bindings`` from there.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    library = next(folder.glob("tensorrt_bindings/tensorrt*.so"))
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    source = folder / "stub.c"
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in missing_functions(library)))
+    for needed in re.findall(r"\[(libnv[\w.]+)\]", dynamic):
+        command = ["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{needed}", source, "-o", folder / needed]
+        subprocess.run(command, check=True)
+    return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)}
+
+
 def names_of(wheel: Path) -> dict:
     """What the wheel's module has, by importing it in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        library = next(Path(folder).glob("tensorrt_bindings/tensorrt*.so"))
-        dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-        source = Path(folder) / "stub.c"
-        source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in missing_functions(library)))
-        for needed in re.findall(r"\[(libnv[\w.]+)\]", dynamic):
-            command = ["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{needed}", source, "-o", f"{folder}/{needed}"]
-            subprocess.run(command, check=True)
+        environment = make_importable(wheel, Path(folder))
         done = subprocess.run(
-            [sys.executable, "-c", LIST], cwd=folder, env={"LD_LIBRARY_PATH": folder, "PYTHONPATH": folder},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", LIST], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{wheel.name}: {done.stderr}")
         return json.loads(done.stdout)

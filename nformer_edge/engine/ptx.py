@@ -1,0 +1,167 @@
+"""CUDA C++ compiled to PTX on this machine, without a GPU: by NVRTC, which pip and every toolkit bring, or by nvcc."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nformer_edge.core.errors import BackendError
+
+#: No fast-math flag may join this: ties, NaN and the order of sums are part of the operators' contract.
+_FLAGS = ("-std=c++17",)
+
+#: Where NVIDIA's packages for CUDA 12 and for CUDA 13 put the library and, beside it, the headers of the runtime.
+_IN_PACKAGES = (("cuda_nvrtc/lib", "cuda_runtime/include"), ("cu13/lib", "cu13/include"))
+
+
+class PtxCompiler(Protocol):
+    """What compiles one source for one architecture."""
+
+    version: tuple[int, int]  # of CUDA: the PTX needs a driver for it or for a later one
+    architectures: tuple[int, ...]  # compute capabilities times ten, ascending
+
+    def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
+        """PTX of `source`, with such `options` as ``-DNAME=1`` and ``-Ifolder``.
+
+        Raises:
+            BackendError: with the compiler's words.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Nvrtc:
+    """NVIDIA's compiler as a library: ``libnvrtc.so`` and a folder that has ``cuda_fp16.h``."""
+
+    library: Path
+    headers: Path
+    version: tuple[int, int]
+    architectures: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"NVRTC {'.'.join(map(str, self.version))} ({self.library})"
+
+    def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
+        """See `PtxCompiler.ptx`."""
+        nvrtc = ctypes.CDLL(str(self.library))
+        words = [f"--gpu-architecture=compute_{architecture}", *_FLAGS, f"-I{self.headers}", *options]
+        given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+        program = ctypes.c_void_p()
+        _call(nvrtc, "nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, 0, 0)
+        try:
+            if nvrtc.nvrtcCompileProgram(program, len(words), given) != 0:
+                raise _refused(source, str(self), _text(nvrtc, "nvrtcGetProgramLog", program))
+            return _text(nvrtc, "nvrtcGetPTX", program)
+        finally:
+            nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """The toolkit's compiler driver, which has its headers itself."""
+
+    program: Path
+    version: tuple[int, int]
+    architectures: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"nvcc {'.'.join(map(str, self.version))} ({self.program})"
+
+    def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
+        """See `PtxCompiler.ptx`."""
+        command = [
+            str(self.program),
+            "-ptx",
+            f"-arch=compute_{architecture}",
+            *_FLAGS,
+            *options,
+            str(source),
+            "-o",
+            "-",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise _refused(source, str(self), done.stderr)
+        return done.stdout
+
+
+def find_nvrtc() -> Iterator[Nvrtc]:
+    """Every NVRTC with headers: of pip's packages, of $CUDA_HOME, of /usr/local/cuda."""
+    for library, headers in _nvrtc_places():
+        if (headers / "cuda_fp16.h").is_file():
+            try:
+                nvrtc = ctypes.CDLL(str(library))
+            except OSError:
+                continue  # of another machine's architecture, say
+            yield Nvrtc(library, headers, _nvrtc_version(nvrtc), _nvrtc_architectures(nvrtc))
+
+
+def _nvrtc_places() -> Iterator[tuple[Path, Path]]:
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for libraries, headers in _IN_PACKAGES:
+            for library in sorted(Path(root, libraries).glob("libnvrtc.so*")):
+                yield library, Path(root, headers)
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
+    for library in sorted(home.glob("lib64/libnvrtc.so")):
+        yield library, home / "include"
+
+
+def as_nvcc(program: Path) -> Nvcc:
+    """The nvcc at `program`, asked for its version and architectures."""
+
+    def says(word: str) -> str:
+        return subprocess.run([str(program), word], capture_output=True, text=True, check=True).stdout
+
+    release = re.search(r"release (\d+)\.(\d+)", says("--version"))
+    assert release is not None, "nvcc tells its release"
+    listed = re.findall(r"^compute_(\d+)$", says("--list-gpu-arch"), re.MULTILINE)
+    return Nvcc(program, (int(release[1]), int(release[2])), tuple(sorted(int(a) for a in listed)))
+
+
+def newest_for(compilers: Iterable[PtxCompiler], driver: tuple[int, int]) -> PtxCompiler | None:
+    """The newest compiler whose PTX a driver for CUDA `driver` reads; None if there is none."""
+    readable = [compiler for compiler in compilers if compiler.version <= driver]
+    return max(readable, key=lambda compiler: compiler.version, default=None)
+
+
+def _call(nvrtc: Any, function: str, *arguments: Any) -> None:
+    code = getattr(nvrtc, function)(*arguments)
+    if code != 0:
+        raise BackendError("NVRTC", got=f"error {code} from {function}", expected="success", mend="Install it again.")
+
+
+def _text(nvrtc: Any, what: str, program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    _call(nvrtc, f"{what}Size", program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    _call(nvrtc, what, program, text)
+    return text.value.decode(errors="replace")
+
+
+def _nvrtc_version(nvrtc: Any) -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _call(nvrtc, "nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def _nvrtc_architectures(nvrtc: Any) -> tuple[int, ...]:
+    count = ctypes.c_int()
+    _call(nvrtc, "nvrtcGetNumSupportedArchs", ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    _call(nvrtc, "nvrtcGetSupportedArchs", found)
+    return tuple(sorted(found))
+
+
+def _refused(source: Path, compiler: str, said: str) -> BackendError:
+    return BackendError(
+        source.name, got=f"a refusal of {compiler}: {said.strip()[-2000:]}", expected="PTX",
+        mend="Report this with the words above, or use another version of the compiler.",
+    )  # fmt: skip
