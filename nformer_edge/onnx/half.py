@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, version_converter
 
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.ops import DOMAIN
@@ -59,6 +59,17 @@ def head_float16(model: ModelProto) -> set[str]:
     return {n.name for n in model.graph.node if n.op_type in ("Gemm", "MatMul") and set(n.input[:2]) & constants}
 
 
+def unfit_weights(model: ModelProto) -> dict[str, str]:
+    """Of the nodes with a constant that FP16 does not hold, by name, why: they stay FP32, whatever the policy."""
+    beyond = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+            if values.size and not np.abs(values).max() <= np.finfo(np.float16).max:
+                beyond[tensor.name] = f"a constant of {np.abs(values).max():.3g}"
+    return {n.name: beyond[name] for n in model.graph.node for name in n.input if name in beyond}
+
+
 def product_types(model: ModelProto) -> dict[str, str]:
     """``int8``, ``fp16`` or ``fp32`` of each product and each custom node, by its name, as the graph's types say."""
     typed = {**_types(model), **{t.name: t.data_type for t in model.graph.initializer}}
@@ -92,10 +103,36 @@ def _opset(model: ModelProto) -> int:
     return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def _types(model: ModelProto) -> dict[str, int]:
+def for_cpu(model: ModelProto) -> ModelProto:
+    """A copy of a graph with FP16 types that onnxruntime computes on a CPU with every rounding that the types say.
+
+    It has few FP16 kernels there: it casts around the others, then drops casts that follow one another, and with them
+    the rounding; where FP16 overflows, such a run shows nothing. An Identity behind each FP16 tensor keeps them apart.
+    The products are still summed in float32. To be run with onnxruntime's optimisations switched off.
+    """
+    held = ModelProto()
+    held.CopyFrom(model)
+    types = _types(model)
+    del held.graph.node[:]
+    for node in model.graph.node:
+        copy = held.graph.node.add()
+        copy.CopyFrom(node)
+        for i, name in enumerate(node.output):
+            if types.get(name) == TensorProto.FLOAT16:
+                copy.output[i] = f"{name}_computed"
+                held.graph.node.append(helper.make_node("Identity", [copy.output[i]], [name], name=f"{name}/Identity"))
+    return held
+
+
+def tensor_types(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """Type and shape of each tensor of the main graph that are known, but for initializers."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False)
     infos = (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
-    return {info.name: info.type.tensor_type.elem_type for info in infos}
+    return {info.name: info.type.tensor_type for info in infos}
+
+
+def _types(model: ModelProto) -> dict[str, int]:
+    return {name: found.elem_type for name, found in tensor_types(model).items()}
 
 
 class _Halving:
