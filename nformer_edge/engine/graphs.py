@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, helper, version_converter
+from onnx import ModelProto, version_converter
 
-from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import Precision
 from nformer_edge.engine.backend import OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
-from nformer_edge.onnx.half import backbone_float32, head_float16, product_types, to_half
+from nformer_edge.onnx.half import backbone_float32, head_float16, makers, product_types, to_half, unfit_weights
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
 from nformer_edge.onnx.ranges import Ranges
+from nformer_edge.onnx.surgery import fold, name_plugins, operate, split_gemms, split_l2_norms, split_layer_norms
 
 #: The newest opset that TensorRT 8.5 and 8.6 parse.
 _OPSET_OF_8 = 17
@@ -29,16 +30,24 @@ class PreparedGraph:
         asked: ``int8``, ``fp16`` or ``fp32`` of each product and custom node.
         flags: for TensorRT 8, which precisions must be allowed.
         float32: for TensorRT 8, nodes that must not lose FP32.
+        beyond: nodes that are FP32 because FP16 would not hold their numbers and not by policy, with the reason.
     """
 
     path: Path
     asked: dict[str, str]
     flags: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
+    beyond: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_backbone(
-    bundle: OpenBundle, folder: Path, precision: Precision, ranges: Ranges | None = None, *, typed: bool = True
+    bundle: OpenBundle,
+    folder: Path,
+    precision: Precision,
+    ranges: Ranges | None = None,
+    *,
+    typed: bool = True,
+    unfit: Mapping[str, str] | None = None,
 ) -> PreparedGraph:
     """Writes the backbone into `folder`.
 
@@ -48,18 +57,25 @@ def prepare_backbone(
         precision: INT8 quantises what the CPU's INT8 does; what is left is FP16, the neck FP32.
         ranges: for INT8.
         typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
+        unfit: nodes whose numbers FP16 does not hold, with the reason: `onnx.overflow.unfit_nodes`.
     """
     model = _read(bundle, BACKBONE)
-    kept = backbone_float32(model)
+    policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
     if precision == "int8":
         assert ranges is not None, "build_engine measured them"
         model = place_for_tensorrt(model, ranges)
-    half = {n.name for n in model.graph.node} - kept if precision != "fp32" else set()
-    return _written(model, half, folder / f"prepared-{BACKBONE}", precision, typed, kept)
+    half = {n.name for n in model.graph.node} - policy if precision != "fp32" else set()
+    return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
 
 
 def prepare_head(
-    bundle: OpenBundle, folder: Path, precision: Precision, *, typed: bool = True, plugin: bool = True
+    bundle: OpenBundle,
+    folder: Path,
+    precision: Precision,
+    *,
+    typed: bool = True,
+    plugin: bool = True,
+    unfit: Mapping[str, str] | None = None,
 ) -> PreparedGraph:
     """Writes the head into `folder`.
 
@@ -70,18 +86,15 @@ def prepare_head(
         typed: as for the backbone.
         plugin: the two operators are nodes for our plugin. Their bodies are taken out of the file, because TensorRT
             10.0 to 10.6 prefers a body to a plugin. Otherwise the bodies stay, for the parser to inline.
+        unfit: as for the backbone.
     """
     model = _read(bundle, HEAD)
     if plugin:
         del model.functions[:]
-        for node in model.graph.node:
-            if node.domain == DOMAIN:  # by these two attributes the parser finds a creator, from 10.15 on by both
-                node.attribute.append(helper.make_attribute("plugin_version", "1"))
-                node.attribute.append(helper.make_attribute("plugin_namespace", ""))
-    half = head_float16(model) if precision != "fp32" else set()
-    kept = {n.name for n in model.graph.node} - half
+    model = operate(model, fold, *([name_plugins] if plugin else []))
     stage: Precision = "fp32" if precision == "fp32" else "fp16"
-    return _written(model, half, folder / f"prepared-{HEAD}", stage, typed, kept)
+    half = head_float16(model) if stage == "fp16" else set()
+    return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", stage, typed)
 
 
 def _read(bundle: OpenBundle, name: str) -> ModelProto:
@@ -89,13 +102,31 @@ def _read(bundle: OpenBundle, name: str) -> ModelProto:
 
 
 def _written(
-    model: ModelProto, half: set[str], path: Path, precision: Precision, typed: bool, kept: set[str]
+    model: ModelProto, half: set[str], unfit: Mapping[str, str], path: Path, precision: Precision, typed: bool
 ) -> PreparedGraph:
+    beyond = {name: unfit[name] for name in sorted(half & unfit.keys())}
+    half = half - beyond.keys() - _dequantizers(model, set(beyond))
     halved = to_half(model, half) if half else model
     asked = product_types(halved)
     if typed:
         onnx.save(halved, path)
-        return PreparedGraph(path, asked)
-    onnx.save(version_converter.convert_version(model, _OPSET_OF_8), path)
+        return PreparedGraph(path, asked, beyond=beyond)
+    model = version_converter.convert_version(model, _OPSET_OF_8)
+    kept = {n.name for n in model.graph.node} - half
+    model = operate(model, split_layer_norms, split_l2_norms, split_gemms(kept))  # FP32 is held layer by layer, by name
+    onnx.save(model, path)
     flags = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}[precision]
-    return PreparedGraph(path, asked, flags, tuple(sorted(kept)) if flags else ())
+    float32 = sorted(n.name for n in model.graph.node if n.name not in half) if flags else ()
+    return PreparedGraph(path, asked, flags, tuple(float32), beyond)
+
+
+def _dequantizers(model: ModelProto, nodes: set[str]) -> set[str]:
+    """Names of the DequantizeLinear that these nodes alone read: in their type, nothing stands between the two."""
+    made_by = makers(model)
+    read = {made_by[name].name for n in model.graph.node if n.name in nodes for name in n.input if name in made_by}
+    others = {name for n in model.graph.node if n.name not in nodes for name in n.input}
+    return {
+        n.name
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and n.name in read and n.output[0] not in others
+    }

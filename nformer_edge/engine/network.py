@@ -159,6 +159,7 @@ class _Build:
     def _configure(self, config: Any) -> None:
         trt, job = self._trt, self._job
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; with it, FP32 products read 10 bits of 23
         if job.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
         if job.version_compat:

@@ -18,6 +18,7 @@ from nformer_edge.engine.audit import audit_plan
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
+from nformer_edge.engine.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
 from nformer_edge.onnx.bundle import GOLDEN
 
 if TYPE_CHECKING:
@@ -40,26 +41,35 @@ def build_plans(
         bundle: verified.
         folder: the engine's.
         spec: what to build.
-        calibration: for INT8.
+        calibration: for INT8, its ranges; for FP16 too, images to search for numbers beyond FP16.
         typed: whether the TensorRT takes precision from the graph's types.
         plugin: whether our two operators are nodes for a plugin, or inlined.
         job: fields of `PlanJob` that both stages share.
         run: what builds a plan.
 
     Returns:
-        Fields of the manifest: ``versions``, ``built_for``, ``precision``, ``audit``, ``profiles``, ``calibration``.
+        Fields of the manifest: ``versions``, ``built_for``, ``precision``, ``audit``, ``profiles``, ``calibration``,
+        ``fp16``.
 
     Raises:
         BackendError: if a stage cannot be built, or is not what was asked for.
     """
-    ranges, facts = calibration.ranges(bundle, folder) if calibration is not None else (None, None)
+    ranges, facts, search = None, None, None
+    if calibration is not None and spec.precision == "int8":
+        ranges, facts = calibration.ranges(bundle, folder)
+    if calibration is not None and calibration.images and spec.precision != "fp32":
+        search = search_overflow(bundle, calibration.images)
     fields: dict[str, Any] = {"precision": {}, "audit": {}, "profiles": {}}
+    beyond: dict[str, dict[str, str]] = {}
     (folder / LOG).touch()
     shapes = profiles(bundle, spec)
     with tempfile.TemporaryDirectory() as temporary:
         work = folder if spec.keep_graphs else Path(temporary)
         for stage, profile in tqdm(shapes.items(), desc="building plans", unit="plan", **PROGRESS):
-            graph = _prepared(stage, bundle, work, spec, ranges, typed=typed, plugin=plugin)
+            graph = _prepared(stage, bundle, work, spec, ranges, search, typed=typed, plugin=plugin)
+            if spec.precision != "fp32":
+                beyond[stage] = graph.beyond
+                write_log(folder / LOG, stage, search, graph.beyond)
             own: dict[str, Any] = {
                 "stage": stage, "graph": str(graph.path), "plan": str(folder / PLANS[stage]), "log": str(folder / LOG),
                 "profile": profile, "flags": graph.flags, "float32": graph.float32,
@@ -73,22 +83,34 @@ def build_plans(
             fields |= {"versions": {str(job["package"]): built.version}, "built_for": built.built_for}
             if stage == "backbone":
                 _copy_golden(bundle, folder, shapes, graph.path if ranges is not None else None)
+    if spec.precision != "fp32":
+        fields["fp16"] = fp16_fields(search, beyond)
     return fields | ({"calibration": facts} if facts is not None else {})
 
 
 def _prepared(
-    stage: str, bundle: OpenBundle, work: Path, spec: EngineSpec, ranges: Ranges | None, *, typed: bool, plugin: bool
+    stage: str,
+    bundle: OpenBundle,
+    work: Path,
+    spec: EngineSpec,
+    ranges: Ranges | None,
+    search: OverflowSearch | None,
+    *,
+    typed: bool,
+    plugin: bool,
 ) -> PreparedGraph:
     try:
         from nformer_edge.engine.graphs import prepare_backbone, prepare_head
     except ImportError as e:
         raise BackendError(
-            "build-engine", got=f"no package {e.name}", expected="onnx and onnxruntime, which prepare the graphs",
+            "build-engine", got=f"no package {e.name}",
+            expected="onnx, onnxruntime and onnx-graphsurgeon, which prepare the graphs",
             mend="pip install 'nformer-edge[quant]'",
         ) from e  # fmt: skip
+    unfit = search.unfit(stage) if search is not None else None
     if stage == "backbone":
-        return prepare_backbone(bundle, work, spec.precision, ranges, typed=typed)
-    return prepare_head(bundle, work, spec.precision, typed=typed, plugin=plugin)
+        return prepare_backbone(bundle, work, spec.precision, ranges, typed=typed, unfit=unfit)
+    return prepare_head(bundle, work, spec.precision, typed=typed, plugin=plugin, unfit=unfit)
 
 
 def _as_built(audit: Mapping[str, Any]) -> str:

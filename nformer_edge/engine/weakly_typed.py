@@ -33,7 +33,10 @@ def apply(trt: Any, network: Any, config: Any, job: PlanJob, checked: Checked) -
     for i in range(network.num_layers):
         layer = checked(f"taking layer {i}", network.get_layer(i))
         outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
-        if layer.name in kept and all(tensor.dtype == trt.DataType.FLOAT for tensor in outputs):
+        inputs = [layer.get_input(j) for j in range(layer.num_inputs)]
+        floats = [tensor is not None and tensor.dtype == trt.DataType.FLOAT for tensor in (*outputs, *inputs)]
+        if layer.name in kept and any(floats):  # RowTopK reads floats and writes integers
             layer.precision = trt.DataType.FLOAT
             for j in range(len(outputs)):
-                layer.set_output_type(j, trt.DataType.FLOAT)
+                if floats[j]:
+                    layer.set_output_type(j, trt.DataType.FLOAT)

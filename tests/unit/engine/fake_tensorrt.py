@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 LISTS = Path(__file__).parent / "tensorrt_names"
+
+#: What the oldest parser that we prepare graphs for knows, by onnx-tensorrt's docs/operators.md at release/8.5-GA.
+OPERATORS_OF_8 = (Path(__file__).parent / "operators_of_tensorrt_8.5.txt").read_text().split()
+
+#: Nodes of which that parser makes layers without the node's name.
+NAMELESS = ("ReduceL2", "LayerNormalization", "Gemm")
 MAGIC = b"plan:"
 
 
@@ -124,7 +130,14 @@ class FakeINetworkDefinition:
 
 
 class FakeILayer:
-    _outputs = ()
+    _outputs = _inputs = ()
+
+    @property
+    def num_inputs(self):
+        return len(self._inputs)
+
+    def get_input(self, index):
+        return self._inputs[index]
 
     @property
     def num_outputs(self):
@@ -154,21 +167,27 @@ class FakeOnnxParser:
         parsed = onnx.load_from_string(bytes(model))
         opset = next(o.version for o in parsed.opset_import if not o.domain)
         ours = {node.op_type for node in parsed.graph.node if node.domain}
-        if (self._major < 10 and opset > 17) or not ours <= self._machine.creators or parsed.functions:
+        kinds = {node.op_type for node in parsed.graph.node if not node.domain}
+        if self._major < 10 and (opset > 17 or not kinds <= set(OPERATORS_OF_8)):
+            return False
+        if not ours <= self._machine.creators or parsed.functions:
             return False
         network = self._network
         network._model, network._layers = parsed, []
         types = _types(parsed)
         for node in parsed.graph.node:
             layer = self._trt.ILayer()
-            layer.name, layer._outputs = node.name, []
-            for name in node.output:
-                tensor = self._trt.ITensor()
-                kinds = self._trt.DataType
-                tensor.dtype = {1: kinds.FLOAT, 10: kinds.HALF, 3: kinds.INT8}.get(types.get(name, 0), kinds.INT32)
-                layer._outputs.append(tensor)
+            layer.name = f"(Unnamed Layer* 0) {node.op_type}" if node.op_type in NAMELESS else node.name
+            layer._inputs, layer._outputs = (
+                [self._tensor(types.get(name, 0)) for name in names] for names in (node.input, node.output)
+            )
             network._layers.append(layer)
         return _call(self, "parse", True)
+
+    def _tensor(self, kind):
+        tensor, kinds = self._trt.ITensor(), self._trt.DataType
+        tensor.dtype = {1: kinds.FLOAT, 10: kinds.HALF, 3: kinds.INT8}.get(kind, kinds.INT32)
+        return tensor
 
 
 class FakeParserError:
@@ -182,6 +201,9 @@ class FakeParserError:
 class FakeIBuilderConfig:
     def set_flag(self, flag):
         self._asked["flags"].append(flag.name)
+
+    def clear_flag(self, flag):
+        self._asked["cleared"] = [*self._asked.get("cleared", ()), flag.name]
 
     def set_memory_pool_limit(self, pool, pool_size):
         assert pool == self._trt.MemoryPoolType.WORKSPACE

@@ -19,6 +19,8 @@ from nformer_edge.engine.backend import EngineSpec, open_bundle
 from nformer_edge.engine.calibrate import choose_calibration
 from nformer_edge.engine.gpu import gpu_facts
 from nformer_edge.engine.job import BuiltPlan
+from nformer_edge.engine.overflow import fp16_lines
+from nformer_edge.onnx.half import product_types
 
 _spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 fake_tensorrt = importlib.util.module_from_spec(_spec)
@@ -101,6 +103,27 @@ def test_tensorrt_8_gets_a_float32_graph_flags_and_layers_that_keep_float32(benc
     assert any(name.endswith("/Gemm") for name in backbone["held"])  # the neck
     assert not any(name.endswith("/Gemm") for name in head["held"])
     assert any("LayerNorm" in name for name in head["held"])
+
+
+def test_tensorrt_8_holds_every_layer_of_the_head_that_is_no_projection(bench):
+    """A node that its parser splits into layers of other names could not be held: there must be none."""
+    b = bench("8.6")
+    b.build("fp16")
+    head = b.machine.built[1]
+    floats = {n.name for n in head["model"].graph.node if n.op_type not in ("Shape", "Cast")}
+    projections = {n.name for n in head["model"].graph.node if n.op_type == "Gemm"}
+    kinds = {n.name: n.op_type for n in head["model"].graph.node}
+    assert {"RowTopK", "ReciprocalNeighborAttention", "ReduceMean", "Sqrt"} <= {kinds[n] for n in head["held"]}
+    integers = {"Gather", "Unsqueeze", "Concat", "Div", "Mul", "Add"}  # sizes, and indices of landmarks
+    untyped = {"Transpose", "Flatten"}  # right behind a plugin, whose output's type this parser does not play
+    assert {kinds[n] for n in floats - head["held"] - projections} <= integers | untyped
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float32_is_float32_and_not_tf32(bench, version):
+    b = bench(version)
+    b.build("fp32")
+    assert [built["cleared"] for built in b.machine.built] == [["TF32"]] * 2
 
 
 def test_the_operators_bodies_are_taken_out_where_a_plugin_takes_their_place(bench):
@@ -262,3 +285,67 @@ def test_a_gpu_is_asked_of_the_driver(monkeypatch):
     Driver.code = 100
     with pytest.raises(BackendError, match="CUDA error 100 from cuInit"):
         gpu_facts()
+
+
+@pytest.fixture(scope="module")
+def images(tiny_bundle, tiny_market):
+    """Training images to search."""
+    return choose_calibration(tiny_market, EngineSpec(precision="fp16", calib_num=6))
+
+
+def test_without_images_the_policy_stands_alone_and_the_build_says_so(bench):
+    b = bench()
+    fields = b.build("fp16")
+    assert fields["fp16"] == {"searched": None, "kept": {"backbone": {}, "head": {}}}
+    assert "overflow was not searched" in " ".join(fp16_lines(fields["fp16"]))
+    assert "fp16: head: overflow was not searched" in (b.out / "build.log").read_text()
+
+
+def test_a_float32_build_says_nothing_of_fp16(bench):
+    assert "fp16" not in bench().build("fp32")
+
+
+def test_with_images_overflow_is_searched_and_nothing_is_found_where_fp16_holds(bench, images):
+    b = bench()
+    fields = b.build("fp16", images)
+    assert fields["fp16"]["searched"]["images"] == 6
+    assert len(fields["fp16"]["searched"]["sha256"]) == 64
+    assert fields["fp16"]["kept"] == {"backbone": {}, "head": {}}
+    assert fp16_lines(fields["fp16"]) == ["FP16: overflow searched on 6 images"]
+    assert "calibration" not in fields
+
+
+@pytest.mark.parametrize("version", ["8.6", "10.3", "11.4"])
+def test_what_leaves_fp16_stays_in_float32_and_manifest_and_log_say_which_and_why(
+    overflowing_bundle, tmp_path, monkeypatch, images, version
+):
+    b = Bench(overflowing_bundle, tmp_path, monkeypatch, version)
+    fields = b.build("fp16", images)
+    kept = fields["fp16"]["kept"]["backbone"]
+    assert 3 <= len(kept) < 10
+    assert kept["/trunk/maxpool/MaxPool"].startswith("numbers up to ")
+    assert kept["/trunk/conv1/conv/Conv"]
+    assert fields["audit"]["backbone"]["products"]["fp32"]["asked"] > 1
+    assert fields["audit"]["backbone"]["other"] == {}
+    log = (b.out / "build.log").read_text()
+    assert "fp16: backbone: /trunk/maxpool/MaxPool stays FP32: numbers up to" in log
+    assert any("/trunk/maxpool/MaxPool stays FP32" in line for line in fp16_lines(fields["fp16"]))
+    if version == "8.6":
+        assert kept.keys() <= b.machine.built[0]["held"]
+    else:
+        types = product_types(b.machine.built[0]["model"])
+        assert {types[name] for name in kept if name in types} == {"fp32"}
+
+
+def test_an_int8_build_keeps_them_too_and_their_products_stay_int8(
+    overflowing_bundle, tmp_path, monkeypatch, tiny_market
+):
+    b = Bench(overflowing_bundle, tmp_path, monkeypatch, "10.13")
+    wanted = EngineSpec(precision="int8", calib_num=4, calib_method="minmax")
+    fields = b.build("int8", choose_calibration(tiny_market, wanted))
+    assert fields["audit"]["backbone"]["products"]["int8"] == {"asked": 139, "built": 139, "untold": 0}
+    model = b.machine.built[0]["model"]
+    first = next(n for n in model.graph.node if n.name == "/trunk/conv1/conv/Conv")
+    made_by = {name: n for n in model.graph.node for name in n.output}
+    assert first.name in fields["fp16"]["kept"]["backbone"]
+    assert [made_by[name].op_type for name in first.input[:2]] == ["DequantizeLinear"] * 2  # and no cast between
