@@ -26,7 +26,8 @@ def open_runner(
     Args:
         path: the model.
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
-        threads: CPU threads.
+        threads: CPU threads; for a TensorRT engine, threads of the caller that compute at once: each gets an execution
+            context, with its memory (two if None).
         device: for a checkpoint, ``cpu`` or a CUDA device; for a TensorRT engine the GPU, the first one if ``cpu``.
         reference: a checkpoint runs layer by layer, nothing folded, to judge engines by.
         native: the head's two operators run in the native kernels where they are compiled; otherwise as plain torch
@@ -56,7 +57,7 @@ def open_runner(
     if runs_on in ("tensorrt", "tensorrt-rtx"):
         from nformer_edge.runtime.tensorrt_runner import TensorRTRunner
 
-        return TensorRTRunner(path, device=device)
+        return TensorRTRunner(path, device=device, contexts=threads)
     if device != "cpu":
         raise UsageError("device", got=device, expected=f"cpu for {runs_on}", mend="Leave --device out.")
     if runs_on == "onnxruntime":

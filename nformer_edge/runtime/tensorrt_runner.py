@@ -35,6 +35,9 @@ from nformer_edge.runtime.tensorrt_stage import BACKBONE_STAGE, HEAD_STAGE, Stag
 #: The Python package of each backend.
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
+#: Threads that compute at once unless told otherwise: one copies while another computes.
+CONTEXTS = 2
+
 
 class TensorRTRunner:
     """See `runtime.runner.Runner`. The GPU is touched when the context is entered, and not before.
@@ -42,7 +45,7 @@ class TensorRTRunner:
     Args:
         path: folder of an engine built for TensorRT or TensorRT-RTX.
         device: ``cuda:0`` or another; ``cpu``, what a command says unless told otherwise, means the first GPU.
-        contexts: threads that compute at once; each takes the memory of one execution context.
+        contexts: threads that compute at once, `CONTEXTS` if None; each takes the memory of one execution context.
         graphs: keep shapes that come again as CUDA graphs.
 
     Raises:
@@ -51,8 +54,9 @@ class TensorRTRunner:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str = "cpu", contexts: int = 2, graphs: bool = True
+        self, path: str | os.PathLike[str], *, device: str = "cpu", contexts: int | None = None, graphs: bool = True
     ) -> None:
+        contexts = CONTEXTS if contexts is None else contexts
         check_at_least("contexts", contexts, 1)
         self._path = os.fspath(path)
         self._ordinal = _ordinal(device)

@@ -32,6 +32,7 @@ class FakeGpu:
         self.calls: list[str] = []
         self.failing: dict[str, object] = {}  # call -> how it fails
         self.contexts = 0  # of TensorRT, alive
+        self.meeting: threading.Barrier | None = None  # where runs wait for one another
 
     def fails(self, call: str) -> object:
         self.calls.append(call)
@@ -379,6 +380,8 @@ class FakeContext:
             return False
         if set(self._addresses) != set(self._engine._names):
             return False
+        if self._gpu.meeting is not None:
+            self._gpu.meeting.wait(timeout=20)
         if stream_handle in self._gpu.streams:
             if self._gpu.fails("capturing"):
                 return False

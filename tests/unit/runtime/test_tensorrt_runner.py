@@ -106,6 +106,22 @@ def test_threads_get_contexts_of_their_own_and_the_right_answers(gpu, make_engin
         np.testing.assert_allclose(found[seed], features, atol=1e-5)
 
 
+def test_as_many_threads_compute_at_once_as_open_runner_was_asked_for(gpu, make_engine):
+    """Each waits inside its context for the two others: with fewer contexts none would come out."""
+    gpu.meeting = threading.Barrier(3)
+    found = []
+    with open_runner(make_engine(), threads=3) as runner:
+        threads = [threading.Thread(target=lambda: found.append(runner.embed(pictures(2)))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 3
+    assert gpu.calls.count("create_execution_context") == 3 + 1  # one for the head
+    with pytest.raises(UsageError, match="contexts: got 0, expected at least 1"):
+        open_runner(make_engine(), threads=0)
+
+
 def test_before_tensorrt_10_threads_share_one_context(gpu, make_engine):
     gpu.install("8.6.1")
     with TensorRTRunner(make_engine(versions={"tensorrt": "8.6.1"}), contexts=3) as runner:
