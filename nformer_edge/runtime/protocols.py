@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 JOINT = "joint"
 PER_QUERY = "per-query"
 
-#: Queries taken at once. Each changes some hundreds of gallery rows, so that a few of them fill the cores.
-_BATCH = 8
+#: Queries taken at once: together they change some thousand rows, enough to keep the cores in matrix products.
+_BATCH = 32
 
 T = TypeVar("T")
 
