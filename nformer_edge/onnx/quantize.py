@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,17 +21,25 @@ from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import CalibrationMethod as Method
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.onnx.half import PRODUCTS
+from nformer_edge.onnx.placement import Placement
 from nformer_edge.onnx.ranges import CALIBRATED, Ranges, calibrate
 
 
 def measure_ranges(source: Path, paths: Sequence[str], spec: PreprocessSpec, method: Method = "percentile") -> Ranges:
     """Calibrates a float backbone as `export` wrote it. See `ranges.calibrate`."""
+    return measure_all_ranges(source, paths, spec, (method,))[method]
+
+
+def measure_all_ranges(
+    source: Path, paths: Sequence[str], spec: PreprocessSpec, methods: Sequence[Method]
+) -> dict[Method, Ranges]:
+    """The same by several methods, the images run once."""
     with tempfile.TemporaryDirectory() as folder:
-        return calibrate(_prepared(source, Path(folder)), paths, spec, method)
+        return calibrate(_prepared(source, Path(folder)), paths, spec, methods)
 
 
 def quantize_backbone(
-    source: Path, out: Path, ranges: Ranges, *, reduce_range: bool = False
+    source: Path, out: Path, ranges: Ranges, *, reduce_range: bool = False, exclude: Collection[str] = ()
 ) -> dict[str, dict[str, int]]:
     """Writes `source` with Q/DQ nodes for onnxruntime's CPU kernels to `out`.
 
@@ -40,25 +48,41 @@ def quantize_backbone(
         out: the file to write.
         ranges: of its tensors.
         reduce_range: 7-bit weights, for x86 CPUs without VNNI, whose 16-bit sums of two u8 x s8 products saturate.
+        exclude: names of nodes that stay in float, beside those that always do.
 
     Returns:
         `audit` of what was written.
 
     Raises:
-        ArtifactError: if less than half of the products came out quantised.
+        ArtifactError: if less than half of the products, not counting the excluded ones, came out quantised.
+        UsageError: for a name in `exclude` that no node has.
     """
+    model = place_for_cpu(source, ranges, reduce_range=reduce_range).without(exclude)
+    onnx.save(model, out)
+    counts = audit(model)
+    require_quantized(out.name, counts, excluded_products(model, exclude))
+    return counts
+
+
+def place_for_cpu(source: Path, ranges: Ranges, *, reduce_range: bool = False) -> Placement:
+    """Q/DQ in every node of a float backbone that the CPU's INT8 kernels can take. Arguments as above."""
     options = {"ActivationSymmetric": False, "WeightSymmetric": True, "QuantizeBias": True}
     with tempfile.TemporaryDirectory() as folder:
         model = onnx.load(_prepared(source, Path(folder)))
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    floats = float_nodes(model)
     quantizer = QDQQuantizer(
-        model, True, reduce_range, QuantType.QInt8, QuantType.QUInt8, ranges.for_onnxruntime(), [], float_nodes(model),
-        CALIBRATED, options,
+        model, True, reduce_range, QuantType.QInt8, QuantType.QUInt8, ranges.for_onnxruntime(), [], floats, CALIBRATED,
+        options,
     )  # fmt: skip
-    quantizer.quantize_model()
-    quantizer.model.save_model_to_file(str(out))
-    counts = audit(onnx.load(out))
-    require_quantized(out.name, counts)
-    return counts
+    return Placement(plain, quantizer.quantize_model(), quantized_nodes(plain))
+
+
+def quantized_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that the CPU's placement quantises."""
+    floats = set(float_nodes(model))
+    return [n.name for n in model.graph.node if n.op_type in CALIBRATED and n.name not in floats]
 
 
 def _prepared(source: Path, folder: Path) -> Path:
@@ -68,14 +92,20 @@ def _prepared(source: Path, folder: Path) -> Path:
     return prepared
 
 
-def require_quantized(where: str, counts: dict[str, dict[str, int]]) -> None:
-    """Raises ArtifactError unless at least half of the products are in INT8."""
+def require_quantized(where: str, counts: dict[str, dict[str, int]], excluded: int = 0) -> None:
+    """Raises ArtifactError unless at least half of the products are in INT8, `excluded` ones not counted."""
     total, quantized = (sum(c[key] for c in counts.values()) for key in ("total", "int8"))
-    if not 2 * quantized >= total > 0:
+    if not 2 * quantized >= total - excluded > 0:
         raise ArtifactError(
-            where, got=f"{quantized} of {total} products in INT8", expected="at least half",
-            mend="Report this with the versions of onnx and onnxruntime.",
+            where, got=f"{quantized} of {total} products in INT8", expected="at least half of those not excluded",
+            mend="Exclude fewer nodes, or build FP16 or FP32." if excluded else
+            "Report this with the versions of onnx and onnxruntime.",
         )  # fmt: skip
+
+
+def excluded_products(model: onnx.ModelProto, exclude: Collection[str]) -> int:
+    """How many of the nodes named are products."""
+    return sum(n.op_type in PRODUCTS and n.name in exclude for n in model.graph.node)
 
 
 def float_nodes(model: onnx.ModelProto) -> list[str]:

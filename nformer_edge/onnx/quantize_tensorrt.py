@@ -12,29 +12,36 @@ convolutions; 0.992 and 0.997 with the CPU's placement of the same ranges.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from nformer_edge.onnx.half import PRODUCTS, makers
-from nformer_edge.onnx.quantize import audit, float_nodes, require_quantized
+from nformer_edge.onnx.placement import require_nodes
+from nformer_edge.onnx.quantize import audit, excluded_products, float_nodes, require_quantized
 from nformer_edge.onnx.ranges import Ranges
 
 #: The largest INT8 of a symmetric range.
 _STEPS = 127.0
 
 
-def place_for_tensorrt(model: ModelProto, ranges: Ranges) -> ModelProto:
+def place_for_tensorrt(model: ModelProto, ranges: Ranges, exclude: Collection[str] = ()) -> ModelProto:
     """A copy of a float backbone with Q/DQ nodes.
 
     Args:
         model: as `export` wrote it, float32.
         ranges: of its tensors.
+        exclude: names of nodes that get none, beside those that never do.
 
     Raises:
-        ArtifactError: if a tensor has no range, or less than half of the products came out quantised.
+        ArtifactError: if a tensor has no range, or less than half of the products, not counting the excluded ones, came
+            out quantised.
+        UsageError: for a name in `exclude` that no node has.
     """
-    placed = _Placement(model, ranges).run()
-    require_quantized("backbone", audit(placed))
+    require_nodes(model, exclude)
+    placed = _Placement(model, ranges, exclude).run()
+    require_quantized("backbone", audit(placed), excluded_products(model, exclude))
     return placed
 
 
@@ -55,12 +62,12 @@ def quantized_sums(model: ModelProto) -> list[str]:
 
 
 class _Placement:
-    def __init__(self, model: ModelProto, ranges: Ranges) -> None:
+    def __init__(self, model: ModelProto, ranges: Ranges, exclude: Collection[str]) -> None:
         self._ranges = ranges
         self._model = ModelProto()
         self._model.CopyFrom(model)
         self._weights = {t.name: t for t in model.graph.initializer}
-        self._float = set(float_nodes(model))
+        self._float = {*float_nodes(model), *exclude}
         self._sums = set(quantized_sums(model)) - self._float
         self._done: dict[str, str] = {}  # a tensor -> what stands for it behind Q and DQ
 

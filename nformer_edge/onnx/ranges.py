@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
-from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
+from onnxruntime.quantization.calibrate import HistogramCollector, TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from nformer_edge.core.spec import CalibrationMethod as Method
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
+from nformer_edge.onnx.mse import mse_range
 
 #: Images whose activations are held at once. All of them are kept while a histogram is taken: ResNet-50 at 256 x 128
 #: makes some 100 MB an image.
@@ -30,11 +31,13 @@ CALIBRATION_BATCH = 4
 
 KIND = "calibration"
 
-METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
+METHODS: tuple[Method, ...] = get_args(Method)
+
+#: Bins of a histogram, as onnxruntime has them by default: entropy merges a histogram's bins into as many levels.
+_FINE_BINS, _COARSE_BINS = 2048, 128
+
+#: Per cent of the values that a range holds by the method percentile, onnxruntime's default.
+_PERCENTILE = 99.999
 
 #: Types of nodes whose tensors are measured: all that onnxruntime's quantizer knows.
 CALIBRATED = sorted({*QLinearOpsRegistry, *QDQRegistry})
@@ -66,7 +69,7 @@ class Ranges:
             name: TensorData(lowest=np.float32(low), highest=np.float32(high))
             for name, (low, high) in self.table.items()
         }
-        return TensorsData(METHODS[self.method], data)
+        return TensorsData(CalibrationMethod.MinMax, data)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the engine's `calibration.json`."""
@@ -118,27 +121,72 @@ class BatchReader(CalibrationDataReader):  # type: ignore[misc]
         return {"images": images}
 
 
-def calibrate(model: Path, paths: Sequence[str], spec: PreprocessSpec, method: Method = "percentile") -> Ranges:
-    """Runs the calibration images through a float backbone.
+def calibrate(
+    model: Path, paths: Sequence[str], spec: PreprocessSpec, methods: Sequence[Method] = ("percentile",)
+) -> dict[Method, Ranges]:
+    """Runs the calibration images through a float backbone, once whatever the number of methods.
 
     Args:
         model: a file that `quant_pre_process` wrote, the same that Q/DQ will be placed in.
         paths: calibration images.
         spec: their preprocessing.
-        method: how ranges follow from activations.
+        methods: how ranges follow from activations.
+
+    Returns:
+        Each method's ranges.
 
     Raises:
         DataError: for an image that cannot be read.
     """
+    extremes_alone = set(methods) == {"minmax"}  # they are reduced inside the graph: no histogram is needed
+    kind = CalibrationMethod.MinMax if extremes_alone else CalibrationMethod.Percentile
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # onnxruntime prints
         calibrator = create_calibrator(
             model, CALIBRATED, augmented_model_path=str(Path(folder) / "augmented.onnx"),
-            calibrate_method=METHODS[method], extra_options={"symmetric": False},
+            calibrate_method=kind, extra_options={"symmetric": False},
         )  # fmt: skip
+        histograms = _Histograms(methods)
+        if not extremes_alone:
+            calibrator.collector = histograms
         reader = BatchReader(paths, spec)
         for start in range(len(reader)):  # one batch at a time, for every method
             reader.set_range(start, start + 1)
             calibrator.collect_data(reader)
-        measured = calibrator.compute_data()
-        table = {name: tuple(float(np.asarray(v).item()) for v in data.range_value) for name, data in measured.items()}
-    return Ranges(method, table)  # type: ignore[arg-type]
+        if extremes_alone:
+            return {"minmax": Ranges("minmax", _plain(_lows_and_highs(calibrator.compute_data())))}
+        return {method: Ranges(method, _plain(histograms.ranges(method))) for method in methods}
+
+
+def _lows_and_highs(measured: TensorsData) -> dict[str, Any]:
+    return {name: data.range_value for name, data in measured.items()}
+
+
+def _plain(table: Mapping[str, Sequence[Any]]) -> dict[str, tuple[float, float]]:
+    return {name: (float(np.asarray(r[0]).item()), float(np.asarray(r[1]).item())) for name, r in table.items()}
+
+
+class _Histograms:
+    """Stands where onnxruntime's calibrator has one collector, and feeds all that the methods need."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        rest = {"num_quantized_bins": _COARSE_BINS, "percentile": _PERCENTILE, "scenario": "same", "symmetric": False}
+        self._fine = HistogramCollector(method="percentile", num_bins=_FINE_BINS, **rest)
+        self._coarse = HistogramCollector(method="entropy", num_bins=_COARSE_BINS, **rest)
+        self._fed = [c for c, of in ((self._fine, set(METHODS) - {"entropy"}), (self._coarse, {"entropy"}))
+                     if of & set(methods)]  # fmt: skip
+
+    def collect(self, activations: Mapping[str, Any]) -> None:
+        """Takes one batch's activations, by the tensors' names."""
+        for collector in self._fed:
+            collector.collect(activations)
+
+    def ranges(self, method: Method) -> Mapping[str, Sequence[Any]]:
+        """Of each tensor lowest and highest value, then whatever onnxruntime adds."""
+        if method == "entropy":
+            return self._coarse.compute_entropy()
+        if method == "percentile":
+            return self._fine.compute_percentile()
+        found = self._fine.get_histogram_dict()
+        if method == "minmax":
+            return {name: (low, high) for name, (_, _, low, high, _) in found.items()}
+        return {name: mse_range(counts, edges, low, high) for name, (counts, edges, low, high, _) in found.items()}
