@@ -33,10 +33,9 @@ def apply(trt: Any, network: Any, config: Any, job: PlanJob, checked: Checked) -
     for i in range(network.num_layers):
         layer = checked(f"taking layer {i}", network.get_layer(i))
         outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
-        inputs = [layer.get_input(j) for j in range(layer.num_inputs)]
-        floats = [tensor is not None and tensor.dtype == trt.DataType.FLOAT for tensor in (*outputs, *inputs)]
-        if layer.name in kept and any(floats):  # RowTopK reads floats and writes integers
+        floats = [j for j, tensor in enumerate(outputs) if tensor.dtype == trt.DataType.FLOAT]
+        # A layer that writes integers has no say, but for a plugin: RowTopK must not be given its factors in FP16.
+        if layer.name in kept and (len(floats) == len(outputs) or layer.type == trt.LayerType.PLUGIN_V2):
             layer.precision = trt.DataType.FLOAT
-            for j in range(len(outputs)):
-                if floats[j]:
-                    layer.set_output_type(j, trt.DataType.FLOAT)
+            for j in floats:
+                layer.set_output_type(j, trt.DataType.FLOAT)

@@ -37,7 +37,10 @@ def operate(model: ModelProto, *edits: Edit) -> ModelProto:
     result.functions.extend(model.functions)
     result.metadata_props.extend(model.metadata_props)
     result.doc_string = model.doc_string
-    del result.graph.value_info[:]
+    kept = {name for node in result.graph.node if node.domain == DOMAIN for name in node.output}
+    others = [info for info in result.graph.value_info if info.name not in kept]
+    for info in others:  # what nobody can infer stays
+        result.graph.value_info.remove(info)
     for node in result.graph.node:
         while node.input and not node.input[-1]:
             node.input.pop()

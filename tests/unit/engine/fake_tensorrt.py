@@ -130,14 +130,7 @@ class FakeINetworkDefinition:
 
 
 class FakeILayer:
-    _outputs = _inputs = ()
-
-    @property
-    def num_inputs(self):
-        return len(self._inputs)
-
-    def get_input(self, index):
-        return self._inputs[index]
+    _outputs = ()
 
     @property
     def num_outputs(self):
@@ -178,9 +171,8 @@ class FakeOnnxParser:
         for node in parsed.graph.node:
             layer = self._trt.ILayer()
             layer.name = f"(Unnamed Layer* 0) {node.op_type}" if node.op_type in NAMELESS else node.name
-            layer._inputs, layer._outputs = (
-                [self._tensor(types.get(name, 0)) for name in names] for names in (node.input, node.output)
-            )
+            layer.type = self._trt.LayerType.PLUGIN_V2 if node.domain else self._trt.LayerType.IDENTITY
+            layer._outputs = [self._tensor(types.get(name, 0)) for name in node.output]
             network._layers.append(layer)
         return _call(self, "parse", True)
 

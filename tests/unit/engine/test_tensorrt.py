@@ -115,8 +115,7 @@ def test_tensorrt_8_holds_every_layer_of_the_head_that_is_no_projection(bench):
     kinds = {n.name: n.op_type for n in head["model"].graph.node}
     assert {"RowTopK", "ReciprocalNeighborAttention", "ReduceMean", "Sqrt"} <= {kinds[n] for n in head["held"]}
     integers = {"Gather", "Unsqueeze", "Concat", "Div", "Mul", "Add"}  # sizes, and indices of landmarks
-    untyped = {"Transpose", "Flatten"}  # right behind a plugin, whose output's type this parser does not play
-    assert {kinds[n] for n in floats - head["held"] - projections} <= integers | untyped
+    assert {kinds[n] for n in floats - head["held"] - projections} <= integers
 
 
 @pytest.mark.parametrize("version", VERSIONS)
