@@ -229,9 +229,19 @@ def _export(args: Args) -> None:
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
     _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
-    _option("--calib-method", type=_choice(spec.CalibrationMethod), default="percentile", metavar="NAME",
-            help="minmax | entropy | percentile"),
+    _option("--calib-method", type=_choice(spec.CalibrationChoice), default="percentile", metavar="NAME",
+            help="minmax | entropy | percentile | mse; auto keeps what ranks held-out training people best"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
+    _option("--max-map-drop", type=float, metavar="POINTS",
+            help="with --int8: leave in float what costs most, until held-out people lose no more mAP than this"),
+    _option("--min-neighbours", type=float, default=0.0, metavar="SHARE",
+            help="and keep so many of each image's ten nearest (default 0)"),
+    _option("--budget-images", type=int, default=600, help="images of held-out people to measure by (default 600)"),
+    _option("--budget-stage", choices=("auto", "backbone", "end_to_end"), default="auto",
+            help="whose mAP counts (default: with the head where there is one)"),
+    _option("--budget-data", metavar="DIR", help="dataset to hold people out of (default: --calib-data)"),
+    _option("--exclude-nodes", nargs="+", default=(), metavar="NAME",
+            help="nodes to leave in float: names, a file of names, or the budget.json of another engine"),
     _option("--batch", type=_sizes, default=(1, 8, 32), metavar="A:B:C",
             help="images the backbone sees at once: fewest, tuned for, most (TensorRT; default 1:8:32)"),
     _option("--gallery-size", type=_sizes, default=(20, 2000, 50000), metavar="A:B:C",
@@ -247,7 +257,8 @@ def _export(args: Args) -> None:
     SEED, DEVICE,
 )  # fmt: skip
 def _build_engine(args: Args) -> None:
-    from nformer_edge.engine.build import EngineSpec, build_engine, describe_engine
+    from nformer_edge.engine.build import BudgetSpec, EngineSpec, build_engine, describe_engine
+    from nformer_edge.engine.exclude import read_exclude
     from nformer_edge.engine.for_target import build_for_target
 
     chosen = EngineSpec(
@@ -255,9 +266,15 @@ def _build_engine(args: Args) -> None:
         batch=args.batch, gallery_size=args.gallery_size, workspace=args.workspace, device=args.device, seed=args.seed,
         timing_cache=args.timing_cache, hardware_compat=args.hardware_compat, version_compat=args.version_compat,
         dla=args.dla, capabilities=tuple(args.capabilities), verbose=args.verbose,
-        keep_graphs=args.keep_graphs,
+        keep_graphs=args.keep_graphs, exclude_nodes=read_exclude(args.exclude_nodes),
     )  # fmt: skip
-    images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
+    budget = None
+    if args.max_map_drop is not None:
+        budget = BudgetSpec(args.max_map_drop, args.min_neighbours, args.budget_images, args.budget_stage)
+    images = {
+        "calib_data": args.calib_data, "force_calibration": args.force_calib, "budget": budget,
+        "budget_data": args.budget_data,
+    }  # fmt: skip
     if args.target:
         engine = build_for_target(args.bundle, args.output, chosen, target=args.target, **images)
     else:

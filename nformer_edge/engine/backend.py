@@ -14,7 +14,9 @@ ranges that were measured; a later build may take them up), and `manifest.json` 
   otherwise: `engine.audit`.
 - ``profiles``: of each stage's inputs the least, best and largest shape.
 - ``plugin_sha256``: of the plugin library that the head needs, or null.
-- ``calibration``: method, number, seed and hash of the images, for INT8.
+- ``calibration``: method, number, seed and hash of the images, for INT8; under ``auto`` what the method was chosen by.
+- ``float_nodes``: for INT8, nodes of the backbone that were left in float on purpose. `budget.json` beside the manifest
+  says what was measured, where that was searched for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from nformer_edge.core.artifact import MANIFEST, read_manifest, read_verified, s
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import (
     Backend,
-    CalibrationMethod,
+    CalibrationChoice,
     ModelSpec,
     Precision,
     check_at_least,
@@ -51,7 +53,8 @@ class EngineSpec:
     Args:
         backend: who will run it; ``auto`` takes the best that this machine has.
         precision: of the backbone. The head stays FP32 on onnxruntime.
-        calib_method: for INT8, how ranges follow from activations.
+        calib_method: for INT8, how ranges follow from activations; ``auto`` takes the method that ranks held-out
+            training people best.
         calib_num: for INT8, calibration images at most.
         batch: images the backbone sees at once: fewest, tuned for, most; onnxruntime runs any number.
         gallery_size: images the head sees together, likewise; queries count among them.
@@ -66,12 +69,13 @@ class EngineSpec:
         dla: for TensorRT on Jetson, the core that runs the backbone.
         capabilities: for TensorRT-RTX, compute capabilities to compile for; all that it knows if empty.
         verbose: keep all that the builder says in `build.log`.
+        exclude_nodes: for INT8, names of the backbone's ONNX nodes that stay in float, beside those that always do.
         keep_graphs: for TensorRT, leave the ONNX files that were parsed in the engine's folder, to look into.
     """
 
     backend: Backend = "auto"
     precision: Precision = "fp32"
-    calib_method: CalibrationMethod = "percentile"
+    calib_method: CalibrationChoice = "percentile"
     calib_num: int = 256
     batch: tuple[int, ...] = (1, 8, 32)
     gallery_size: tuple[int, ...] = (20, 2000, 50000)
@@ -86,11 +90,12 @@ class EngineSpec:
     capabilities: tuple[str, ...] = ()
     verbose: bool = False
     keep_graphs: bool = False
+    exclude_nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx"))
         check_choice("precision", self.precision, ("fp32", "fp16", "int8"))
-        check_choice("calib_method", self.calib_method, ("minmax", "entropy", "percentile"))
+        check_choice("calib_method", self.calib_method, typing.get_args(CalibrationChoice))
         check_at_least("calib_num", self.calib_num, 1)
         check_choice("hardware_compat", self.hardware_compat, typing.get_args(HardwareCompat))
         check_sizes("batch", self.batch)
@@ -100,6 +105,13 @@ class EngineSpec:
             check_at_least("workspace", self.workspace, 0.0)
         if self.dla is not None:
             check_at_least("dla", self.dla, 0)
+        if self.exclude_nodes and self.precision != "int8":
+            raise UsageError(
+                "exclude_nodes",
+                got=f"names with {self.precision}",
+                expected="int8",
+                mend="Add --int8, or leave it out.",
+            )
 
     @property
     def workspace_bytes(self) -> int | None:

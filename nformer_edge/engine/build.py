@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
 
-from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
-from nformer_edge.core.errors import BackendError
+from nformer_edge.core.artifact import atomic_folder, atomic_write_json, read_manifest, read_verified, write_manifest
+from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import Backend, Precision, to_dict
 from nformer_edge.data.records import Dataset
 from nformer_edge.engine import onnxruntime, tensorrt, tensorrt_rtx
 from nformer_edge.engine.backend import BackendModule, EngineSpec, OpenBundle, open_bundle
+from nformer_edge.engine.budget import BudgetSpec
+from nformer_edge.engine.budget_table import format_budget
 from nformer_edge.engine.calibrate import choose_calibration
+from nformer_edge.engine.int8 import BUDGET, decide
+from nformer_edge.engine.overflow import fp16_lines
 
-__all__ = ["BACKENDS", "EngineSpec", "build_engine", "choose_backend", "default_name", "describe_engine"]
+__all__ = ["BACKENDS", "BudgetSpec", "EngineSpec", "build_engine", "choose_backend", "default_name", "describe_engine"]
 
 KIND = "engine"
 
@@ -66,6 +71,8 @@ def build_engine(
     spec: EngineSpec | None = None,
     calib_data: Dataset | str | os.PathLike[str] | None = None,
     force_calibration: bool = False,
+    budget: BudgetSpec | None = None,
+    budget_data: Dataset | str | os.PathLike[str] | None = None,
 ) -> Path:
     """Builds the engine folder `out` from `bundle`.
 
@@ -74,8 +81,10 @@ def build_engine(
         out: folder, written whole or not at all; beside the bundle under `default_name` if None.
         spec: what to build; FP32 for the best backend if None.
         calib_data: for INT8, the dataset that the model was trained on (its training images are used), a folder of
-            images, or the `calibration.json` of an earlier engine.
+            images, or the `calibration.json` of an earlier engine. For FP16 optional: images to search for overflow.
         force_calibration: accept query or gallery images for calibration.
+        budget: for INT8, what it may cost in accuracy: the nodes that cost most stay in float (`engine.budget`).
+        budget_data: the dataset of whose training people some are held out to measure that; `calib_data` if None.
 
     Returns:
         The engine's folder.
@@ -83,24 +92,36 @@ def build_engine(
     Raises:
         ArtifactError: if the bundle does not verify, or too little came out quantised.
         BackendError: if the backend cannot build this here.
-        UsageError: for INT8 without `calib_data`.
+        UsageError: for INT8 without `calib_data`, or a budget without INT8.
+        GateError: if no choice of nodes keeps within the budget.
         DataError: for calibration images that cannot be used, query and gallery images among them.
     """
     spec = spec or EngineSpec()
     name, why = choose_backend(spec.backend, spec.precision)
     opened = open_bundle(bundle)
-    calibration = None
-    if spec.precision == "int8":
-        calibration = choose_calibration(calib_data, spec, force=force_calibration)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, spec.precision)
+    calibration, searched = None, None
+    if spec.precision == "int8":
+        decided = decide(
+            opened, path, spec, calib_data, budget=budget, budget_data=budget_data, force=force_calibration
+        )
+        spec, calibration, searched = decided.spec, decided.calibration, decided.budget
+    elif budget is not None:
+        raise UsageError("max_map_drop", got=f"a budget for {spec.precision}", expected="int8", mend="Add --int8.")
+    elif spec.precision == "fp16" and calib_data is not None:
+        calibration = choose_calibration(calib_data, spec, force=force_calibration)
     with atomic_folder(path, KIND) as folder:
         built = BACKENDS[name].build(opened, folder, spec, calibration)
+        if searched is not None:
+            atomic_write_json(folder / BUDGET, searched)
         write_manifest(folder, KIND, _fields(opened, spec, name, why) | built)
     return path
 
 
 def _fields(bundle: OpenBundle, spec: EngineSpec, backend: str, why: str) -> dict[str, Any]:
     inherited = {key: bundle.manifest[key] for key in _INHERITED if key in bundle.manifest}
+    if spec.precision == "int8":
+        inherited["float_nodes"] = list(spec.exclude_nodes)
     return {"backend": backend, "why": why, "spec": to_dict(spec), "bundle_sha256": bundle.sha256, **inherited}
 
 
@@ -112,17 +133,36 @@ def describe_engine(path: str | os.PathLike[str]) -> dict[str, Any]:
     stages = ", ".join(f"{stage} {precision}" for stage, precision in manifest["precision"].items())
     lines = [f"wrote {path}: {stages}, {sum(megabytes.values()):.1f} MB, for {manifest['backend']} ({manifest['why']})"]
     lines += [f"  {line}" for line in _audit_lines(manifest.get("audit") or {})]
+    if "fp16" in manifest:
+        lines += [f"  {line}" for line in fp16_lines(manifest["fp16"])]
     if "calibration" in manifest:
         used = manifest["calibration"]
         lines.append(f"  calibrated with {used['num']} images, {used['method']}, sha256 {used['sha256'][:12]}")
+        lines += [f"  {line}" for line in _method_lines(used.get("auto"))]
+    searched = json.loads(read_verified(path, manifest, BUDGET)) if BUDGET in manifest["files"] else None
+    if searched is not None:
+        lines += [f"  {line}" for line in format_budget(searched)]
+    elif manifest.get("float_nodes"):
+        lines.append(f"  {len(manifest['float_nodes'])} nodes left in float, as asked")
     if "built_for" in manifest:
         lines.append("  built for " + ", ".join(f"{k} {_plain(v)}" for k, v in manifest["built_for"].items()))
     return {
         "kind": "engine", "engine": str(path), "backend": manifest["backend"], "why": manifest["why"],
         "precision": manifest["precision"], "size_mb": megabytes, "audit": manifest.get("audit"),
-        "calibration": manifest.get("calibration"), "built_for": manifest.get("built_for"),
+        "calibration": manifest.get("calibration"), "fp16": manifest.get("fp16"),
+        "built_for": manifest.get("built_for"), "float_nodes": manifest.get("float_nodes"), "budget": searched,
         "summary": "\n".join(lines),
     }  # fmt: skip
+
+
+def _method_lines(chosen: dict[str, Any] | None) -> list[str]:
+    """What ``auto`` chose the calibration method by."""
+    if chosen is None:
+        return []
+    scores = {method: found[chosen["stage"]] for method, found in chosen["scores"].items()}
+    told = [f"{m} {100 * s['mAP']:.2f} ({s['neighbours_kept']:.3f})" for m, s in scores.items()]
+    people = chosen["held_out"]["identities"]
+    return [f"chosen by mAP (neighbours kept) of {people} people held out: {', '.join(told)}"]
 
 
 def _plain(value: Any) -> str:

@@ -13,22 +13,40 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.data.records import Dataset
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
+from nformer_edge.engine.journal import Journal
 from nformer_edge.onnx.bundle import BACKBONE
 from nformer_edge.onnx.calibration import calibration_images, calibration_sha256
 
 if TYPE_CHECKING:
+    from nformer_edge.engine.judge import Judge
     from nformer_edge.onnx.ranges import Ranges
 
 TABLE = "calibration.json"
 
+#: What `--calib-method` calls the choice by held-out people.
+AUTO = "auto"
 
-@dataclass(frozen=True)
+
+@dataclass
 class Calibration:
-    """Where the ranges come from: images, or another engine's table."""
+    """Where the ranges come from: images, or another engine's table.
+
+    Args:
+        images: to calibrate with.
+        settings: method, seed and the like, for the manifest.
+        table: another engine's `TABLE`, in place of images.
+        judge: for the method ``auto``, who says which ranges are best.
+        reduce_range: for the method ``auto``, whether weights have 7 bits.
+        journal: keeps what was measured.
+    """
 
     images: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     table: Path | None = None
+    judge: Judge | None = None
+    reduce_range: bool = False
+    journal: Journal = field(default_factory=Journal)
+    _measured: tuple[Ranges, dict[str, Any]] | None = None
 
     def ranges(self, bundle: OpenBundle, folder: Path) -> tuple[Ranges, dict[str, Any]]:
         """The ranges of the bundle's backbone, written to `TABLE` in `folder`, and the manifest's field.
@@ -38,23 +56,61 @@ class Calibration:
             DataError: for an image that cannot be read.
             BackendError: without the packages that measure.
         """
-        try:
-            from nformer_edge.onnx.quantize import measure_ranges
-        except ImportError as e:
-            raise BackendError(
-                "INT8", got=f"no package {e.name}", expected="onnx and onnxruntime",
-                mend="pip install 'nformer-edge[quant]'",
-            ) from e  # fmt: skip
-        if self.table is not None:
-            return self._read(self.table, bundle, folder)
-        method = self.settings["method"]
-        ranges = measure_ranges(bundle.folder / BACKBONE, self.images, bundle.spec.preprocess, method)
-        facts = {**self.settings, "num": len(self.images)}
-        facts["sha256"] = calibration_sha256(self.images, facts)
-        _write(folder, ranges, bundle, facts)
+        ranges, facts = self.measure(bundle)
+        backbone = bundle.manifest["files"][BACKBONE]["sha256"]
+        atomic_write_json(folder / TABLE, ranges.to_json() | {"backbone_sha256": backbone, "calibration": facts})
         return ranges, facts
 
-    def _read(self, table: Path, bundle: OpenBundle, folder: Path) -> tuple[Ranges, dict[str, Any]]:
+    def measure(self, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
+        """The same without a file; measured once."""
+        require_packages()
+        if self._measured is None:
+            self._measured = self._read(self.table, bundle) if self.table is not None else self._measure(bundle)
+        return self._measured
+
+    def _measure(self, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
+        from nformer_edge.onnx.quantize import measure_all_ranges
+        from nformer_edge.onnx.ranges import METHODS, read_ranges
+
+        wanted = METHODS if self.settings["method"] == AUTO else (self.settings["method"],)
+        backbone = bundle.folder / BACKBONE
+        images = calibration_sha256(self.images, {"backbone": bundle.manifest["files"][BACKBONE]["sha256"]})
+        tables = self.journal.recall(
+            {"calibration": images, "methods": wanted},
+            lambda: {
+                method: ranges.to_json()
+                for method, ranges in measure_all_ranges(
+                    backbone, self.images, bundle.spec.preprocess, wanted
+                ).items()
+            },
+        )  # fmt: skip
+        found = {method: read_ranges(json.dumps(table).encode(), "journal") for method, table in tables.items()}
+        facts = {**self.settings, "num": len(self.images)}
+        if self.settings["method"] == AUTO:
+            facts |= self._choose(bundle, found)
+        facts["sha256"] = calibration_sha256(self.images, {**self.settings, "num": len(self.images)})
+        return found[facts["method"]], facts
+
+    def _choose(self, bundle: OpenBundle, found: dict[str, Ranges]) -> dict[str, Any]:
+        """The best method, and what it was chosen by."""
+        from nformer_edge.onnx.quantize import place_for_cpu
+
+        judge = self.judge
+        assert judge is not None, "choose_calibration gave one"
+        scores = {}
+        for method, ranges in found.items():
+            scores[method] = self.journal.recall(
+                {**judge.facts(), "ranges": ranges.to_json(), "reduce_range": self.reduce_range, "score": []},
+                lambda ranges=ranges: judge.score(  # type: ignore[misc]
+                    place_for_cpu(bundle.folder / BACKBONE, ranges, reduce_range=self.reduce_range).without()
+                ),
+            )
+        last = judge.stages[-1]
+        best = max(scores, key=lambda m: (round(scores[m][last]["mAP"], 3), scores[m][last]["neighbours_kept"]))
+        return {"method": best, AUTO: {"stage": last, "held_out": judge.held_out.describe(), "scores": scores}}
+
+    @staticmethod
+    def _read(table: Path, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
         from nformer_edge.onnx.ranges import read_ranges
 
         data = table.read_bytes()
@@ -66,13 +122,18 @@ class Calibration:
                 str(table), got="ranges of another backbone", expected=f"those of {BACKBONE}, sha256 {ours[:12]}...",
                 mend="Calibrate again: --calib-data DIR",
             )  # fmt: skip
-        _write(folder, ranges, bundle, found["calibration"])
         return ranges, found["calibration"]
 
 
-def _write(folder: Path, ranges: Ranges, bundle: OpenBundle, facts: dict[str, Any]) -> None:
-    backbone = bundle.manifest["files"][BACKBONE]["sha256"]
-    atomic_write_json(folder / TABLE, ranges.to_json() | {"backbone_sha256": backbone, "calibration": facts})
+def require_packages() -> None:
+    """Raises BackendError without the packages that calibrate and quantise."""
+    try:
+        import nformer_edge.onnx.quantize  # noqa: F401
+    except ImportError as e:
+        raise BackendError(
+            "INT8", got=f"no package {e.name}", expected="onnx and onnxruntime",
+            mend="pip install 'nformer-edge[quant]'",
+        ) from e  # fmt: skip
 
 
 def choose_calibration(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def prepare_backbone(
     *,
     typed: bool = True,
     unfit: Mapping[str, str] | None = None,
+    exclude: Collection[str] = (),
 ) -> PreparedGraph:
     """Writes the backbone into `folder`.
 
@@ -58,12 +59,13 @@ def prepare_backbone(
         ranges: for INT8.
         typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
         unfit: nodes whose numbers FP16 does not hold, with the reason: `onnx.overflow.unfit_nodes`.
+        exclude: for INT8, nodes that are not quantised, beside those that never are.
     """
     model = _read(bundle, BACKBONE)
     policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
     if precision == "int8":
         assert ranges is not None, "build_engine measured them"
-        model = place_for_tensorrt(model, ranges)
+        model = place_for_tensorrt(model, ranges, exclude)
     half = {n.name for n in model.graph.node} - policy if precision != "fp32" else set()
     return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.cpu import instruction_sets, saturates_int8
+from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.errors import BackendError
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
+from nformer_edge.engine.int8 import weights_have_7_bits
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
 
 NAME = "onnxruntime"
@@ -64,9 +65,11 @@ def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration:
     ranges, facts = calibration.ranges(bundle, folder)
     from nformer_edge.onnx.quantize import quantize_backbone
 
-    reduce_range = saturates_int8() if spec.reduce_range is None else spec.reduce_range
+    reduce_range = weights_have_7_bits(spec)
     bundle.copy(BACKBONE, folder)  # the verified bytes; replaced by the quantised file below
-    counts = quantize_backbone(folder / BACKBONE, folder / BACKBONE, ranges, reduce_range=reduce_range)
+    counts = quantize_backbone(
+        folder / BACKBONE, folder / BACKBONE, ranges, reduce_range=reduce_range, exclude=spec.exclude_nodes
+    )
     _record_features(folder)
     return {
         "calibration": facts,

@@ -109,7 +109,9 @@ def _prepared(
         ) from e  # fmt: skip
     unfit = search.unfit(stage) if search is not None else None
     if stage == "backbone":
-        return prepare_backbone(bundle, work, spec.precision, ranges, typed=typed, unfit=unfit)
+        return prepare_backbone(
+            bundle, work, spec.precision, ranges, typed=typed, unfit=unfit, exclude=spec.exclude_nodes
+        )
     return prepare_head(bundle, work, spec.precision, typed=typed, plugin=plugin, unfit=unfit)
 
 

@@ -1,0 +1,86 @@
+"""What was measured, kept line by line, so that an interrupted search goes on and a finished one costs nothing.
+
+Each line is JSON: a key, which is a hash of everything that the value depends on, and the value. A line that a killed
+run left half-written is passed over, and so are lines whose key nobody asks for: the file may outlive the settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nformer_edge.core.errors import ArtifactError
+
+
+def hash_of(facts: Any) -> str:
+    """Sha256 of plain JSON data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """Remembers results by what they depend on.
+
+    Args:
+        path: the file, made by the first result; None remembers nothing beyond this object.
+
+    Raises:
+        ArtifactError: if the file is there and cannot be read.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._known: dict[str, Any] = {}
+        self.reused = 0
+        self.measured = 0
+        try:
+            lines = path.read_bytes().splitlines() if path is not None and path.exists() else []
+        except OSError as e:
+            raise ArtifactError(
+                str(path), got=e.strerror, expected="what an earlier search measured", mend="Remove it, or choose -o."
+            ) from e
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self._known[str(entry["key"])] = entry["value"]
+            except (ValueError, TypeError, KeyError):
+                continue
+
+    def knows(self, facts: Any) -> bool:
+        """Whether `recall` would have nothing to measure."""
+        return hash_of(facts) in self._known
+
+    def recall(self, facts: Any, measure: Callable[[], Any]) -> Any:
+        """The value that belongs to `facts`: remembered, or measured now and kept. Both are plain JSON data."""
+        key = hash_of(facts)
+        if key in self._known:
+            self.reused += 1
+        else:
+            self._known[key] = json.loads(json.dumps(measure(), allow_nan=False))
+            self.measured += 1
+            self._append(key)
+        return self._known[key]
+
+    def _append(self, key: str) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"key": key, "value": self._known[key]}).encode() + b"\n"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a+b") as file:
+                if file.tell() and not _ends_line(file.fileno()):
+                    line = b"\n" + line  # a killed run's last line must not swallow this one
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise ArtifactError(
+                str(self._path), got=e.strerror, expected="a file to keep measurements in", mend="Choose another -o."
+            ) from e
+
+
+def _ends_line(descriptor: int) -> bool:
+    return os.pread(descriptor, 1, os.fstat(descriptor).st_size - 1) == b"\n"
