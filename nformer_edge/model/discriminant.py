@@ -2,7 +2,8 @@
 
 Weights from elsewhere see a new camera site through directions in which images of one person differ from camera to
 camera. The first layer's perceptron starts as the linear map that makes such differences small, and the layers after it
-as the mean over reciprocal neighbours in the mapped space.
+as the mean over reciprocal neighbours in the mapped space. Neighbours average out what differs between images of one
+camera, but not what differs between cameras: where cameras are known, the map is fitted to the latter.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.model.nformer import Block, NFormer
 from nformer_edge.model.start import FLOOR, relate_by_cosine
 
+#: Weight of what varies within a camera, beside what varies from camera to camera at 1.
+WITHIN_CAMERA = 0.1
+
 
 def discriminant(
     x: Tensor,  # [M, D]
-    labels: Tensor,  # int64 [M], 0..C-1
+    labels: Tensor,  # int64 [M]
+    cameras: Tensor | None = None,  # int64 [M]
     shrinkage: float = 0.3,
     between: float = 0.25,
 ) -> tuple[Tensor, Tensor]:
@@ -31,6 +36,9 @@ def discriminant(
     square length D.
 
     Args:
+        cameras: what varies within a person is then its camera means about their mean, each camera of each person
+            weighing alike, with `WITHIN_CAMERA` of what varies about the camera means. Images about the person's mean
+            if None, or if no person was seen by two cameras.
         shrinkage: this share of the mean variance is added to every direction before it is whitened.
         between: 0 whitens only.
 
@@ -39,13 +47,10 @@ def discriminant(
     """
     rows = x.double()
     mean = rows.mean(dim=0)
-    counts = torch.bincount(labels)
-    centers = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, labels, rows)
-    centers = centers / counts.clamp_min(1)[:, None]
-    apart = rows - centers[labels]
-    within, directions = torch.linalg.eigh(apart.T @ apart / len(rows))
+    scatter, people = _scatter(rows, labels) if cameras is None else _scatter_across(rows, labels, cameras)
+    within, directions = torch.linalg.eigh(scatter)
     w = directions * (within.clamp_min(0) + shrinkage * within.mean()) ** -0.5
-    people = ((centers - mean) @ w)[counts > 0]
+    people = (people - mean) @ w
     variance, directions = torch.linalg.eigh(people.T @ people / len(people))
     w = w @ (directions * variance.clamp_min(FLOOR * float(variance.max())) ** between)
     turn = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
@@ -54,13 +59,36 @@ def discriminant(
     return (w * math.sqrt(rows.shape[1] / length)).to(x.dtype), mean.to(x.dtype)
 
 
+def _scatter(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance within the groups that `labels` name, [D, D], and the groups' means in the labels' order, [C, D]."""
+    _, group, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, group, rows)
+    means = sums / counts[:, None]
+    apart = rows - means[group]
+    return apart.T @ apart / len(rows), means
+
+
+def _scatter_across(rows: Tensor, labels: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_scatter` of people, from one row for each camera of each person, so that many images weigh no more."""
+    seen, sight = torch.unique(torch.stack([labels, cameras], dim=1), dim=0, return_inverse=True)
+    inside, means = _scatter(rows, sight)
+    person = seen[:, 0]
+    _, group, counts = torch.unique(person, return_inverse=True, return_counts=True)
+    several = counts[group] > 1
+    if not several.any():
+        return _scatter(rows, labels)
+    across, _ = _scatter(means[several], person[several])
+    return across + WITHIN_CAMERA * inside, _scatter(means, person)[1]
+
+
 @torch.no_grad()
 def start_as_discriminant(
     head: NFormer,
     features: Tensor,  # [M, D]
-    labels: Tensor,  # int64 [M], 0..C-1
+    labels: Tensor,  # int64 [M]
     strength: float = 1.0,
     sharpness: float = 1.0,
+    cameras: Tensor | None = None,  # int64 [M]
 ) -> None:
     """Sets the weights: layer 1 maps by `discriminant`, the others add the mean of the reciprocal neighbours there.
 
@@ -73,6 +101,7 @@ def start_as_discriminant(
         features: training features, as the head will get them.
         strength: weight of the neighbours' mean against the image's own feature.
         sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
+        cameras: as `discriminant` takes them.
 
     Raises:
         UsageError: for the affinity rule with one layer.
@@ -91,7 +120,7 @@ def start_as_discriminant(
         block.mlp.c_proj.w.zero_()
         block.mlp.c_proj.b.zero_()
         if layer == 0:
-            _map_linearly(block, *discriminant(x, labels))
+            _map_linearly(block, *discriminant(x, labels, cameras))
         x = block.ln_2(x + block.mlp(x))
     head.bottleneck.reset_running_stats()
 

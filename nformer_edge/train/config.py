@@ -29,7 +29,7 @@ else:
 T = TypeVar("T")
 
 Schedule = Literal["steps", "cosine"]
-Start = Literal["reciprocal_mean", "discriminant", "random"]
+Start = Literal["reciprocal_mean", "discriminant", "camera_discriminant", "random"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
@@ -103,7 +103,8 @@ class HeadConfig:
         accumulate: batches whose gradients make one step.
         views: how many times the training images are extracted, each time with another augmentation; features of
             images that the backbone has learnt by heart teach the head nothing.
-        start: ``reciprocal_mean`` (`model.start`), ``discriminant`` (`model.discriminant`), ``random`` (as published).
+        start: ``reciprocal_mean`` (`model.start`), ``discriminant`` (`model.discriminant`), ``camera_discriminant``
+            (the same, fitted to what varies from camera to camera), ``random`` (as published).
         spread: each image's features are moved so many times as far from its person's mean, as those of people whom
             the backbone never saw lie; 1 leaves them.
         strength: of the start's neighbour mean against the image's own feature.

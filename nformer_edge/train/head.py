@@ -62,10 +62,7 @@ def train_head(
         head = NFormer(spec)
         criterion = Criterion(config.loss, int(labels.max()) + 1, spec.features)
     criterion.to(compute.device, compute.dtype)
-    if config.start == "reciprocal_mean":
-        start_as_reciprocal_mean(head, stack[0], config.strength, config.sharpness)
-    elif config.start == "discriminant":
-        start_as_discriminant(head, stack[0], labels, config.strength, config.sharpness or 0.0)
+    _start(head, stack[0], labels, views[0].camids, config)
     head.to(compute.device, compute.dtype)
     on_last = kept.pop("on_last", None)
     rng = np.random.default_rng([seed, 2])  # everything random in this stage comes from here: its state is saved
@@ -121,6 +118,15 @@ def _stack(views: Sequence[FeatureSet], spec: HeadSpec, factor: float) -> tuple[
     features = [v.features if factor == 1 else spread(v.features, v.pids, factor) for v in views]
     stack = np.stack([x.astype(np.float32) for x in features])
     return torch.from_numpy(stack), torch.from_numpy(labels.astype(np.int64))
+
+
+def _start(head: NFormer, features: Tensor, labels: Tensor, camids: np.ndarray, config: HeadConfig) -> None:
+    """Gives the head the weights that `config.start` names; ``random`` leaves those it has."""
+    if config.start == "reciprocal_mean":
+        start_as_reciprocal_mean(head, features, config.strength, config.sharpness)
+    elif config.start != "random":
+        cameras = torch.from_numpy(camids.astype(np.int64)) if config.start == "camera_discriminant" else None
+        start_as_discriminant(head, features, labels, config.strength, config.sharpness or 0.0, cameras)
 
 
 def _draw(stack: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
+from nformer_edge.model import discriminant as module
 from nformer_edge.model.discriminant import discriminant, start_as_discriminant
 from nformer_edge.model.nformer import NFormer
 
@@ -45,6 +46,31 @@ def test_labels_without_images_change_nothing() -> None:
     rows, labels = labelled()
     w, gaps = discriminant(rows, labels)[0], discriminant(rows, labels * 2)[0]
     assert torch.allclose(w @ w.T, gaps @ gaps.T)
+
+
+def test_what_varies_between_cameras_weighs_more_than_what_varies_within_one() -> None:
+    rows, labels = labelled()
+    cameras = torch.arange(len(labels)) % 2
+    rows[:, 5] += 4.0 * cameras  # as much as many a person differs from the next
+    plain, across = (discriminant(rows, labels, seen)[0] for seen in (None, cameras))
+    lengths = [w.norm(dim=1) / w.norm() for w in (plain, across)]
+    assert lengths[1][5] <= 0.5 * lengths[0][5]  # the map all but drops the cameras' direction
+    assert lengths[1][0] >= 1.5 * lengths[0][0]  # and keeps one that is only noisy, which a mean over images calms
+
+
+def test_cameras_that_nobody_shares_change_nothing() -> None:
+    rows, labels = labelled()
+    assert torch.equal(discriminant(rows, labels, labels)[0], discriminant(rows, labels)[0])
+
+
+def test_a_camera_with_many_images_of_a_person_weighs_no_more_than_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WITHIN_CAMERA", 0.0)
+    rows, labels = labelled()
+    cameras = torch.arange(len(labels)) % 2
+    many = torch.cat([torch.arange(len(rows)), *[torch.where(cameras == 0)[0]] * 3])
+    maps = [discriminant(rows[i], labels[i], cameras[i], between=0)[0] for i in (torch.arange(len(rows)), many)]
+    once, often = (w @ w.T / w.pow(2).sum() for w in maps)
+    assert torch.allclose(once, often)
 
 
 def test_first_layer_starts_as_the_map() -> None:

@@ -128,6 +128,17 @@ def test_discriminant_start_ranks_disturbed_features_better_than_the_reciprocal_
     assert discriminant >= mean + 0.05
 
 
+def test_camera_discriminant_start_ranks_better_where_cameras_differ() -> None:
+    test, learnt = people(40, 8, 1.0, seed=1), people(60, 8, 1.0, seed=0)
+    for images in (test, learnt):
+        images.features[:, :3] += 2.0 * (2 * images.camids - 1)[:, None]
+    one_head = HeadSpec(32, layers=2, heads=1, k=8, landmarks=200, rule="affinity")
+    starts: tuple[Start, ...] = ("discriminant", "camera_discriminant")
+    heads = [train_head([learnt], one_head, HeadConfig(epochs=0, start=start, strength=1.0))[0] for start in starts]
+    plain, across = (evaluate(*relate(head, *split(test))).mAP for head in heads)
+    assert across >= plain + 0.01
+
+
 def test_held_choice_leaves_queries_and_keys_and_trains_the_rest() -> None:
     config = HeadConfig(epochs=1, sets=2, start="discriminant", hold_choice=True)
     start, _ = train_head([people(20, 6, 1.0, seed=0)], spec("affinity"), replace(config, epochs=0))
