@@ -13,7 +13,9 @@ ranges that were measured; a later build may take them up), and `manifest.json` 
 - ``audit``: of each stage the number of layers by type, of products asked and built by type, and those that came out
   otherwise: `engine.audit`.
 - ``profiles``: of each stage's inputs the least, best and largest shape.
-- ``plugin_sha256``: of the plugin library that the head needs, or null.
+- ``operators``: for TensorRT, who computes the head's operators: ``library``, ``ahead-of-time``, or null without one.
+- ``plugin_sha256``: of the plugin library that the head needs to run, or null where it needs none.
+- ``kernels``: of ours in the plan itself, with the hash of their PTX, the CUDA that made it and its target.
 - ``calibration``: method, number, seed and hash of the images, for INT8; under ``auto`` what the method was chosen by.
 - ``float_nodes``: for INT8, nodes of the backbone that were left in float on purpose. `budget.json` beside the manifest
   says what was measured, where that was searched for.

@@ -26,6 +26,21 @@ def driver_library() -> Any:
         ) from e  # fmt: skip
 
 
+def driver_cuda() -> tuple[int, int]:
+    """The newest CUDA that the driver knows, such as (12, 8): PTX of a later one is refused.
+
+    Raises:
+        BackendError: if there is no driver.
+    """
+    cuda, number = driver_library(), ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        raise BackendError(
+            "NVIDIA driver", got="no answer to cuDriverGetVersion", expected="its version",
+            mend="`nvidia-smi` must work.",
+        )  # fmt: skip
+    return number.value // 1000, number.value % 1000 // 10
+
+
 def gpu_facts(ordinal: int = 0) -> dict[str, Any]:
     """``gpu``, ``compute_capability`` and ``multiprocessors`` of one GPU, as a manifest's ``built_for`` has them.
 

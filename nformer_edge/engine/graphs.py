@@ -9,8 +9,10 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, version_converter
 
+from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import Precision
 from nformer_edge.engine.backend import OpenBundle
+from nformer_edge.engine.plugin import Operators
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
 from nformer_edge.onnx.half import backbone_float32, head_float16, makers, product_types, to_half, unfit_weights
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
@@ -76,7 +78,7 @@ def prepare_head(
     precision: Precision,
     *,
     typed: bool = True,
-    plugin: bool = True,
+    operators: Operators = "library",
     unfit: Mapping[str, str] | None = None,
 ) -> PreparedGraph:
     """Writes the head into `folder`.
@@ -86,14 +88,15 @@ def prepare_head(
         folder: where the file goes.
         precision: FP16 for INT8 too: the head is never quantised.
         typed: as for the backbone.
-        plugin: the two operators are nodes for our plugin. Their bodies are taken out of the file, because TensorRT
-            10.0 to 10.6 prefers a body to a plugin. Otherwise the bodies stay, for the parser to inline.
+        operators: where the two operators are nodes for a plugin, their bodies are taken out of the file, because
+            TensorRT 10.0 to 10.6 prefers a body to a plugin. Where they are inlined, the parser does it.
         unfit: as for the backbone.
     """
     model = _read(bundle, HEAD)
-    if plugin:
+    if operators != "inlined":
         del model.functions[:]
-    model = operate(model, fold, *([name_plugins] if plugin else []))
+    named = {"library": [name_plugins("")], "ahead-of-time": [name_plugins(DOMAIN)], "inlined": []}[operators]
+    model = operate(model, fold, *named)
     stage: Precision = "fp32" if precision == "fp32" else "fp16"
     half = head_float16(model) if stage == "fp16" else set()
     return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", stage, typed)

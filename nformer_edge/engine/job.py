@@ -38,6 +38,7 @@ class PlanJob:
         capabilities: for TensorRT-RTX, compute capabilities to compile for, such as ``8.9``; empty for the GPU here.
         plugin: the plugin library, or "" where the graph needs none.
         plugin_sha256: what that file must be.
+        ahead_of_time: the graph's custom nodes are plugins in Python, whose kernels go into the plan.
         flags: for TensorRT 8, builder flags such as ``FP16``.
         float32: for TensorRT 8, layers that must not lose FP32.
         device: ordinal of the GPU.
@@ -58,6 +59,7 @@ class PlanJob:
     capabilities: Sequence[str] = ()
     plugin: str = ""
     plugin_sha256: str = ""
+    ahead_of_time: bool = False
     flags: Sequence[str] = ()
     float32: Sequence[str] = ()
     device: int = 0
@@ -72,11 +74,13 @@ class BuiltPlan:
         version: of the package.
         layers: each with ``name``, ``kind``, ``inputs`` and ``outputs`` (types), ``nodes`` (of the ONNX graph).
         built_for: facts of the GPU, or the compute capabilities.
+        kernels: those of ours in the plan: operator, entry, sha256 of the PTX, cuda, ptx (its target).
     """
 
     version: str
     layers: list[dict[str, Any]]
     built_for: dict[str, Any] = field(default_factory=dict)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run_job(job: PlanJob) -> BuiltPlan:

@@ -1,7 +1,7 @@
 """ONNX file to plan, for TensorRT 8.5 to 11 and TensorRT-RTX: one road, with every value that comes back checked.
 
 TensorRT 10, 11 and TensorRT-RTX read the precision from the graph's types (a strongly typed network; 11 knows no
-other). TensorRT 8 is told by flags: see `weakly_typed`. Imports nothing but the standard library at run time.
+other). TensorRT 8 is told by flags: see `weakly_typed`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine import weakly_typed
+from nformer_edge.engine import plugin_ahead, weakly_typed
 from nformer_edge.engine.gpu import gpu_facts
 from nformer_edge.engine.job import PlanJob
 from nformer_edge.engine.layers import layers_from_json, layers_from_listing
@@ -54,7 +54,7 @@ def build_plan(trt: Any, job: PlanJob) -> dict[str, Any]:
     built_for: dict[str, Any] = {"compute_capabilities": list(job.capabilities)} if job.capabilities else gpu_facts(0)
     if job.hardware_compat != "none":
         built_for["hardware_compat"] = job.hardware_compat
-    return {"version": str(trt.__version__), "layers": layers, "built_for": built_for}
+    return {"version": str(trt.__version__), "layers": layers, "built_for": built_for, "kernels": build.kernels()}
 
 
 def make_logger(trt: Any, path: str, verbose: bool) -> Any:
@@ -91,12 +91,15 @@ class _Build:
     def __init__(self, trt: Any, job: PlanJob, logger: Any) -> None:
         self._trt, self._job, self._logger = trt, job, logger
         self._strong = version(trt) >= (10, 0)
+        self._ahead: plugin_ahead.AheadOfTime | None = None
 
     def plan(self) -> bytes:
         trt, job = self._trt, self._job
         self._checked("registering TensorRT's own plugins", trt.init_libnvinfer_plugins(self._logger, ""))
         if job.plugin:
             load_plugin(trt, Path(job.plugin), job.plugin_sha256)
+        if job.ahead_of_time:
+            self._ahead = plugin_ahead.register_operators(trt, job.hardware_compat, self._logger.errors)
         builder = self._checked("making a builder", trt.Builder(self._logger))
         network = self._checked("making a network", builder.create_network(self._network_flags()))
         self._parse(network)
@@ -109,6 +112,10 @@ class _Build:
         plan = self._checked("building", builder.build_serialized_network(network, config))
         self._keep_timings(config)
         return bytes(plan)
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """Facts of the kernels of ours that the plan carries."""
+        return self._ahead.facts() if self._ahead is not None else []
 
     def inspect(self, plan: bytes) -> str:
         """The layers as TensorRT's inspector tells them of the finished plan."""
@@ -146,7 +153,8 @@ class _Build:
     def _network_flags(self) -> int:
         trt = self._trt
         if version(trt) >= (10, 0):
-            return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            ahead = plugin_ahead.network_flag(trt) if self._job.ahead_of_time else 0
+            return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) | ahead
         return weakly_typed.network_flags(trt)
 
     def _parse(self, network: Any) -> None:

@@ -19,6 +19,7 @@ from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
 from nformer_edge.engine.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
+from nformer_edge.engine.plugin import Operators
 from nformer_edge.onnx.bundle import GOLDEN
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Run = Callable[[PlanJob], BuiltPlan]
 
 def build_plans(
     bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, *,
-    typed: bool, plugin: bool, job: Mapping[str, Any], run: Run = run_job,
+    typed: bool, operators: Operators, job: Mapping[str, Any], run: Run = run_job,
 ) -> dict[str, Any]:  # fmt: skip
     """Prepares, builds and audits each stage into `folder`.
 
@@ -43,7 +44,7 @@ def build_plans(
         spec: what to build.
         calibration: for INT8, its ranges; for FP16 too, images to search for numbers beyond FP16.
         typed: whether the TensorRT takes precision from the graph's types.
-        plugin: whether our two operators are nodes for a plugin, or inlined.
+        operators: who computes our two operators.
         job: fields of `PlanJob` that both stages share.
         run: what builds a plan.
 
@@ -66,7 +67,7 @@ def build_plans(
     with tempfile.TemporaryDirectory() as temporary:
         work = folder if spec.keep_graphs else Path(temporary)
         for stage, profile in tqdm(shapes.items(), desc="building plans", unit="plan", **PROGRESS):
-            graph = _prepared(stage, bundle, work, spec, ranges, search, typed=typed, plugin=plugin)
+            graph = _prepared(stage, bundle, work, spec, ranges, search, typed=typed, operators=operators)
             if spec.precision != "fp32":
                 beyond[stage] = graph.beyond
                 write_log(folder / LOG, stage, search, graph.beyond)
@@ -74,13 +75,15 @@ def build_plans(
                 "stage": stage, "graph": str(graph.path), "plan": str(folder / PLANS[stage]), "log": str(folder / LOG),
                 "profile": profile, "flags": graph.flags, "float32": graph.float32,
             }  # fmt: skip
-            if stage == "backbone" or not plugin:
-                own |= {"plugin": "", "plugin_sha256": ""}
+            if stage == "backbone":
+                own |= {"plugin": "", "plugin_sha256": "", "ahead_of_time": False}
             built = run(PlanJob(**{**job, **own}))
             audit = audit_plan(stage, built.layers, graph.asked, strict=typed)
             fields["audit"][stage], fields["profiles"][stage] = audit, profile
             fields["precision"][stage] = _as_built(audit)
             fields |= {"versions": {str(job["package"]): built.version}, "built_for": built.built_for}
+            if built.kernels:
+                fields["kernels"] = built.kernels
             if stage == "backbone":
                 _copy_golden(bundle, folder, shapes, graph.path if ranges is not None else None)
     if spec.precision != "fp32":
@@ -97,7 +100,7 @@ def _prepared(
     search: OverflowSearch | None,
     *,
     typed: bool,
-    plugin: bool,
+    operators: Operators,
 ) -> PreparedGraph:
     try:
         from nformer_edge.engine.graphs import prepare_backbone, prepare_head
@@ -112,7 +115,7 @@ def _prepared(
         return prepare_backbone(
             bundle, work, spec.precision, ranges, typed=typed, unfit=unfit, exclude=spec.exclude_nodes
         )
-    return prepare_head(bundle, work, spec.precision, typed=typed, plugin=plugin, unfit=unfit)
+    return prepare_head(bundle, work, spec.precision, typed=typed, operators=operators, unfit=unfit)
 
 
 def _as_built(audit: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
@@ -16,6 +16,10 @@ from nformer_edge.core.ops import RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
 
 LIBRARY = "libnformer_plugins.so"
 KIND = "plugin"
+
+#: Who computes the head's two operators: a plugin library, kernels that the plan carries, or the standard operators of
+#: their ONNX bodies.
+Operators = Literal["library", "ahead-of-time", "inlined"]
 
 #: What the library registers; `plugins/tensorrt` says the same in C++.
 CREATORS = (ROW_TOP_K, RECIPROCAL_NEIGHBOR_ATTENTION)

@@ -15,6 +15,7 @@ import numpy as np
 
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.ops import DOMAIN, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
+from nformer_edge.engine.gpu import driver_cuda, gpu_facts
 from nformer_edge.engine.plugin_kernels import (
     MOST_NEIGHBORS,
     Kernel,
@@ -22,33 +23,81 @@ from nformer_edge.engine.plugin_kernels import (
     compile_row_top_k,
     float_halves,
 )
-from nformer_edge.engine.ptx import PtxCompiler
+from nformer_edge.engine.ptx import PtxCompiler, find_compilers, newest_for
 
 #: The first TensorRT that puts a kernel into the plan. 10.8 calls back into Python, earlier ones know no such plugin.
 SINCE = (10, 9)
+
+#: What gives a machine without a CUDA toolkit a compiler.
+_COMPILER = (
+    "pip install 'nvidia-cuda-nvrtc-cu12==12.4.*' 'nvidia-cuda-runtime-cu12==12.4.*', 12.4 being what nvidia-smi calls "
+    "CUDA Version or less (13: nvidia-cuda-nvrtc, nvidia-cuda-runtime, without -cu12)."
+)
 
 #: TensorRT reserves the empty namespace, which the library's plugins have.
 NAMESPACE = DOMAIN
 
 
-class AheadOfTime:
-    """Registers both operators in this process, and keeps what was compiled and what went wrong.
+def lacking_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
+    """Why kernels cannot go into a plan here, in words that follow "got"; "" where they can."""
+    if not tensorrt:
+        return "no TensorRT that puts kernels into plans"
+    if tensorrt < SINCE:
+        return f"TensorRT {'.'.join(map(str, tensorrt[:2]))}, whose plans carry no kernels of ours"
+    return "" if find_compilers() else "no CUDA compiler for kernels that the plan carries"
 
-    TensorRT prints an error out of a callback and then refuses the network; ``errors`` has it for whoever asks why.
+
+def mend_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
+    """The command that makes `lacking_ahead_of_time` empty."""
+    return _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
+
+
+def network_flag(trt: Any) -> int:
+    """The bit of ``create_network`` by which kernels go into the plan."""
+    return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+
+
+def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> AheadOfTime:
+    """Registers both operators, compiled by the newest compiler that this machine's driver can follow.
+
+    Args:
+        trt: the module tensorrt, of `SINCE` or later.
+        hardware_compat: of the plan; `PlanJob.hardware_compat`.
+        errors: gets what goes wrong in a callback.
+
+    Raises:
+        BackendError: if there is no compiler, no driver, or no such interface.
+    """
+    driver, found = driver_cuda(), find_compilers()
+    compiler = newest_for(found, driver)
+    if compiler is None:
+        raise BackendError(
+            "CUDA compiler", got=", ".join(map(str, found)) or "none",
+            expected=f"NVRTC or nvcc of CUDA {driver[0]}.{driver[1]}, the driver's, or earlier", mend=_COMPILER,
+        )  # fmt: skip
+    capability = "8.0" if hardware_compat == "ampere_plus" else str(gpu_facts(0)["compute_capability"])
+    return AheadOfTime(trt, compiler, int(capability.replace(".", "")), errors)
+
+
+class AheadOfTime:
+    """Registers both operators in this process, and keeps what was compiled.
+
+    TensorRT prints an error out of a callback and then refuses the network; `errors` has it for whoever asks why.
 
     Args:
         trt: the module tensorrt, of `SINCE` or later.
         compiler: of CUDA.
         architecture: the least compute capability that the plan is to run on, times ten.
+        errors: gets what goes wrong in a callback.
 
     Raises:
         BackendError: if this TensorRT has no such interface, or has these operators from elsewhere.
     """
 
-    def __init__(self, trt: Any, compiler: PtxCompiler, architecture: int) -> None:
+    def __init__(self, trt: Any, compiler: PtxCompiler, architecture: int, errors: list[str]) -> None:
         self._trt, self._compiler, self._architecture = trt, compiler, architecture
+        self._errors = errors
         self.kernels: dict[str, Kernel] = {}  # by the sha256 of their PTX
-        self.errors: list[str] = []
         try:
             self._plugin = importlib.import_module(f"{trt.__name__}.plugin")
         except ImportError as e:
@@ -64,6 +113,14 @@ class AheadOfTime:
                 NAMESPACE, got=f"a refusal of TensorRT {trt.__version__}: {e}", expected="two new operators",
                 mend="Start a new process: they are registered once in each.",
             ) from e  # fmt: skip
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Of each kernel that went into the plan, as a manifest's ``kernels`` has them."""
+        cuda = ".".join(map(str, self._compiler.version))
+        return [
+            {"operator": kernel.operator, "entry": kernel.entry, "sha256": sha256, "cuda": cuda, "ptx": kernel.target}
+            for sha256, kernel in self.kernels.items()
+        ]
 
     def _register_row_top_k(self) -> None:
         trtp, tensor = self._plugin, self._plugin.TensorDesc
@@ -121,7 +178,7 @@ class AheadOfTime:
             try:
                 return kernel(*given)
             except Exception as e:
-                self.errors.append(str(e))
+                self._errors.append(str(e))
                 raise
 
         return noted

@@ -36,6 +36,7 @@ class Kernel:
         entry: its name in the PTX.
         ptx: the text.
         parameters: bits of each parameter: 64 is a pointer, 32 an integer.
+        target: such as ``sm_89``: the least GPU that runs it.
         threads: of a block.
         rows_per_block: of one head; a launch has heads * ceil(rows / rows_per_block) blocks.
     """
@@ -44,6 +45,7 @@ class Kernel:
     entry: str
     ptx: str
     parameters: tuple[int, ...]
+    target: str
     threads: int
     rows_per_block: int
 
@@ -115,10 +117,11 @@ def read_kernel(operator: str, ptx: str, source: Path) -> Kernel:
     entry = _ENTRY.search(ptx)
     rows = re.search(r"nformer_rows_per_block = (\d+);", ptx)
     threads = re.search(r"\.maxntid (\d+), 1, 1", entry[3]) if entry else None
-    if entry is None or rows is None or threads is None:
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if entry is None or rows is None or threads is None or target is None:
         raise BackendError(
-            str(source), got="PTX without a kernel, its threads or its rows", expected="all three",
+            str(source), got="PTX without a kernel, its target, threads or rows", expected="all four",
             mend="Report this with the compiler's version.",
         )  # fmt: skip
     bits = tuple(int(b) for b in re.findall(r"\.param \.u(32|64)", entry[2]))
-    return Kernel(operator, entry[1], ptx, bits, int(threads[1]), int(rows[1]))
+    return Kernel(operator, entry[1], ptx, bits, target[1], int(threads[1]), int(rows[1]))

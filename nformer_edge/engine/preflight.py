@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nformer_edge.core.errors import BackendError, NFormerEdgeError
 from nformer_edge.engine.machine import Machine
 from nformer_edge.engine.plugin import find_plugin, plugin_facts
+from nformer_edge.engine.plugin_ahead import lacking_ahead_of_time, mend_ahead_of_time
 from nformer_edge.engine.target import VERSIONS, Target, version_key
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "onnxruntime": "cpu"}
@@ -32,7 +33,7 @@ def preflight(target: Target, machine: Machine, *, with_head: bool = True) -> li
     Args:
         target: what is to be built for.
         machine: what is here.
-        with_head: whether the model has an NFormer head, which in TensorRT needs the plugin library.
+        with_head: whether the model has an NFormer head, which in TensorRT needs the plugin library or a CUDA compiler.
     """
     found = _versions(target, machine) + _hardware(target, machine)
     if target.engine.backend == "tensorrt" and with_head:
@@ -117,19 +118,22 @@ def _hardware(target: Target, machine: Machine) -> list[Mismatch]:
 
 
 def _plugin(machine: Machine) -> list[Mismatch]:
-    major = version_key(machine.tensorrt)[:1]
-    library = find_plugin(major[0] if major else None)
+    here = version_key(machine.tensorrt)
+    library, lacking = find_plugin(here[0] if here else None), lacking_ahead_of_time(here)
+    if library is None and not lacking:
+        return []  # the plan carries the kernels
     if library is None:
-        return [Mismatch("plugin library", "", "libnformer_plugins.so", "nformer-edge build-plugin")]
+        mend = f"nformer-edge build-plugin; without TensorRT's headers: {mend_ahead_of_time(here)}"
+        return [Mismatch("plugin library", f"no libnformer_plugins.so, and {lacking}", "one of the two", mend)]
     try:
         facts = plugin_facts(library)
     except NFormerEdgeError as e:
         return [Mismatch("plugin library", str(library), "one whose manifest holds", str(e))]
     found = []
     built = version_key(str(facts.get("tensorrt", "")))[:1]
-    if built and major and built != major:
+    if built and here and built != here[:1]:
         found.append(
-            Mismatch("plugin library", f"{library} for TensorRT {built[0]}", f"one for TensorRT {major[0]}",
+            Mismatch("plugin library", f"{library} for TensorRT {built[0]}", f"one for TensorRT {here[0]}",
                      "nformer-edge build-plugin")
         )  # fmt: skip
     architectures = {str(a) for a in facts.get("architectures", ())}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nformer_edge.core.errors import BackendError
+from nformer_edge.engine.plugin_build import find_nvcc
 
 #: No fast-math flag may join this: ties, NaN and the order of sums are part of the operators' contract.
 _FLAGS = ("-std=c++17",)
@@ -24,8 +25,15 @@ _IN_PACKAGES = (("cuda_nvrtc/lib", "cuda_runtime/include"), ("cu13/lib", "cu13/i
 class PtxCompiler(Protocol):
     """What compiles one source for one architecture."""
 
-    version: tuple[int, int]  # of CUDA: the PTX needs a driver for it or for a later one
-    architectures: tuple[int, ...]  # compute capabilities times ten, ascending
+    @property
+    def version(self) -> tuple[int, int]:
+        """Of CUDA: the PTX needs a driver for it or for a later one."""
+        ...
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        """Compute capabilities times ten, ascending."""
+        ...
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
         """PTX of `source`, with such `options` as ``-DNAME=1`` and ``-Ifolder``.
@@ -124,6 +132,12 @@ def as_nvcc(program: Path) -> Nvcc:
     assert release is not None, "nvcc tells its release"
     listed = re.findall(r"^compute_(\d+)$", says("--list-gpu-arch"), re.MULTILINE)
     return Nvcc(program, (int(release[1]), int(release[2])), tuple(sorted(int(a) for a in listed)))
+
+
+def find_compilers() -> list[PtxCompiler]:
+    """All that is here: every NVRTC, and nvcc."""
+    nvcc = find_nvcc()
+    return [*find_nvrtc(), *([as_nvcc(nvcc)] if nvcc is not None else [])]
 
 
 def newest_for(compilers: Iterable[PtxCompiler], driver: tuple[int, int]) -> PtxCompiler | None:

@@ -1,4 +1,4 @@
-"""TensorRT 8.5 to 11: plans for the GPU of this machine, the head's operators from our plugin library."""
+"""TensorRT 8.5 to 11: plans for the GPU of this machine, the head's operators from our plugin library or carried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nformer_edge.engine.calibrate import Calibration
 from nformer_edge.engine.job import run_job
 from nformer_edge.engine.machine import module_version, nvidia_driver
 from nformer_edge.engine.plans import Run, build_plans
-from nformer_edge.engine.plugin import LIBRARY, find_plugin
+from nformer_edge.engine.plugin import LIBRARY, Operators, find_plugin
+from nformer_edge.engine.plugin_ahead import lacking_ahead_of_time, mend_ahead_of_time
 
 NAME = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -54,31 +55,41 @@ def build(
     """See `BackendModule.build`.
 
     Raises:
-        BackendError: for a head without its plugin library, or a DLA that this build could not use.
+        BackendError: for a head whose operators nobody here computes, or a DLA that this build could not use.
         UsageError: for a device that is no GPU.
     """
     here = installed_version()
     if spec.dla is not None:
         refuse_dla(bundle, spec, here)
-    library = _plugin(here[0]) if bundle.has_head else None
-    plugin = {"plugin": str(library), "plugin_sha256": sha256_file(library)} if library is not None else {}
+    operators, plugin = _operators(here) if bundle.has_head else (None, {})
     job = {
         "package": "tensorrt", "workspace": spec.workspace_bytes, "timing_cache": spec.timing_cache,
         "hardware_compat": spec.hardware_compat, "version_compat": spec.version_compat, "dla": spec.dla,
         "device": gpu_ordinal(spec.device), "verbose": spec.verbose, **plugin,
     }  # fmt: skip
-    fields = build_plans(bundle, folder, spec, calibration, typed=here >= (10,), plugin=True, job=job, run=run)
-    return fields | {"plugin_sha256": plugin.get("plugin_sha256")}
+    fields = build_plans(
+        bundle, folder, spec, calibration, typed=here >= (10,), operators=operators or "library", job=job, run=run
+    )
+    return fields | {"operators": operators, "plugin_sha256": plugin.get("plugin_sha256")}
 
 
-def _plugin(major: int) -> Path:
-    library = find_plugin(major)
-    if library is None:
-        raise BackendError(
-            "plugin", got=f"no {LIBRARY} for TensorRT {major}", expected="it: the head's two operators are in it",
-            mend="nformer-edge build-plugin; or export a checkpoint without a head.",
-        )  # fmt: skip
-    return library
+def _operators(here: tuple[int, ...]) -> tuple[Operators, dict[str, Any]]:
+    """Who computes the head's operators: the library where there is one, else kernels that the plan carries.
+
+    Returns:
+        What to call it, and the fields of `PlanJob` that say so.
+    """
+    library = find_plugin(here[0])
+    if library is not None:
+        return "library", {"plugin": str(library), "plugin_sha256": sha256_file(library)}
+    lacking = lacking_ahead_of_time(here)
+    if not lacking:
+        return "ahead-of-time", {"ahead_of_time": True}
+    raise BackendError(
+        "plugin", got=f"no {LIBRARY} for TensorRT {here[0]}; {lacking}",
+        expected="one of the two: the head's operators are no part of TensorRT",
+        mend=f"nformer-edge build-plugin; without TensorRT's headers: {mend_ahead_of_time(here)}",
+    )  # fmt: skip
 
 
 def refuse_dla(bundle: OpenBundle, spec: EngineSpec, here: tuple[int, ...]) -> None:

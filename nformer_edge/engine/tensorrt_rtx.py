@@ -72,4 +72,4 @@ def build(
         "package": "tensorrt_rtx", "workspace": spec.workspace_bytes, "timing_cache": spec.timing_cache,
         "capabilities": list(spec.capabilities or USUAL), "verbose": spec.verbose,
     }  # fmt: skip
-    return build_plans(bundle, folder, spec, calibration, typed=True, plugin=False, job=job, run=run)
+    return build_plans(bundle, folder, spec, calibration, typed=True, operators="inlined", job=job, run=run)

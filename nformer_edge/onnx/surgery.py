@@ -52,11 +52,15 @@ def fold(graph: Any) -> None:
     graph.fold_constants()
 
 
-def name_plugins(graph: Any) -> None:
+def name_plugins(namespace: str) -> Edit:
     """Makes our two operators' nodes name their plugin: by this the parser finds it, from TensorRT 10.15 on by both."""
-    for node in graph.nodes:
-        if node.domain == DOMAIN:
-            node.attrs |= {"plugin_version": "1", "plugin_namespace": ""}
+
+    def name(graph: Any) -> None:
+        for node in graph.nodes:
+            if node.domain == DOMAIN:
+                node.attrs |= {"plugin_version": "1", "plugin_namespace": namespace}
+
+    return name
 
 
 def split_layer_norms(graph: Any) -> None:

@@ -16,8 +16,9 @@ from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.errors import NFormerEdgeError
 from nformer_edge.engine.machine import module_version, nvidia_driver, this_machine
 from nformer_edge.engine.plugin import find_plugin, plugin_facts
+from nformer_edge.engine.plugin_ahead import lacking_ahead_of_time, mend_ahead_of_time
 from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
-from nformer_edge.engine.target import Target, read_target
+from nformer_edge.engine.target import Target, read_target, version_key
 from nformer_edge.engine.tensorrt import tensorrt_package
 from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
 
@@ -116,9 +117,12 @@ def _jetpack() -> dict[str, Any]:
 
 
 def _plugin_library() -> dict[str, Any]:
-    name, library = "TensorRT plugin library", find_plugin()
+    name, library, here = "TensorRT plugin library", find_plugin(), version_key(tensorrt_package())
+    if library is None and not lacking_ahead_of_time(here):
+        return _check(name, f"none, and none needed: TensorRT {tensorrt_package()} puts the kernels into the plan", "")
     if library is None:
-        return _check(name, "", "not needed by onnxruntime; for TensorRT: nformer-edge build-plugin")
+        step = f"nformer-edge build-plugin; without TensorRT's headers: {mend_ahead_of_time(here)}"
+        return _check(name, "", f"not needed by onnxruntime; for TensorRT: {step}")
     try:
         facts = plugin_facts(library)
     except NFormerEdgeError as e:

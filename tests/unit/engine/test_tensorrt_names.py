@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import nformer_edge
+from nformer_edge.engine import plugin_ahead
 
 PACKAGE = Path(nformer_edge.__file__).parent
 LISTS = Path(__file__).parent / "tensorrt_names"
@@ -34,8 +35,12 @@ HELD = {
 #: What is run for TensorRT 8 alone, and so checked against it alone.
 ONLY_8 = {"weakly_typed.py"}
 
+#: What is run from a version on: `engine.tensorrt` asks for it.
+LATER = {"plugin_ahead.py": (10, 9)}
+
 FILES = [
     PACKAGE / "engine" / "network.py", PACKAGE / "engine" / "weakly_typed.py", PACKAGE / "engine" / "plugin.py",
+    PACKAGE / "engine" / "plugin_ahead.py",
     *sorted((PACKAGE / "runtime").glob("tensorrt_*.py")),
 ]  # fmt: skip
 
@@ -128,6 +133,8 @@ def missing_names(source: str, names: Bindings) -> tuple[list[str], int]:
 def test_every_name_that_our_code_takes_is_in_the_bindings(file, version):
     if file.name in ONLY_8 and version != "8.6":
         return  # `network` enters it below 10 alone: the next test
+    if bindings(version).version < LATER.get(file.name, (0,)):
+        return
     missing, _ = missing_names(file.read_text(), bindings(version))
     assert missing == []
 
@@ -142,9 +149,19 @@ def test_what_is_only_for_tensorrt_8_is_called_below_10_alone():
             assert "import weakly_typed" not in path.read_text()
 
 
+def test_kernels_go_into_plans_from_the_version_on_that_can():
+    assert LATER["plugin_ahead.py"] == plugin_ahead.SINCE
+    assert plugin_ahead.lacking_ahead_of_time((10, 8))
+    flag = "PREFER_AOT_PYTHON_PLUGINS"
+    for version in VERSIONS:
+        listed = bindings(version)
+        assert listed.has("NetworkDefinitionCreationFlag", flag) == (listed.version >= plugin_ahead.SINCE)
+
+
 def test_the_check_sees_the_names_at_all():
     seen = {file.name: missing_names(file.read_text(), bindings("10.3"))[1] for file in FILES}
     assert seen["network.py"] >= 50
+    assert seen["plugin_ahead.py"] >= 3
     assert sum(seen.values()) >= 85
 
 
@@ -176,7 +193,7 @@ def test_the_lists_are_what_the_bindings_own_packages_say():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no package tensorrt_rtx")
-@pytest.mark.parametrize("file", [f for f in FILES if f.name != "weakly_typed.py"], ids=lambda f: f.name)
+@pytest.mark.parametrize("file", [f for f in FILES if f.name not in ONLY_8 | LATER.keys()], ids=lambda f: f.name)
 def test_every_name_is_in_tensorrt_rtx_too(file):
     import tensorrt_rtx as trt
 

@@ -75,8 +75,7 @@ trt.IDimensionExpr, trt.ISymExpr = Expr, SymExpr
 trt.get_plugin_registry = Registry
 
 from nformer_edge.engine.plugin_ahead import AheadOfTime  # noqa: E402
-from nformer_edge.engine.plugin_build import find_nvcc  # noqa: E402
-from nformer_edge.engine.ptx import as_nvcc, find_nvrtc  # noqa: E402
+from nformer_edge.engine.ptx import find_compilers  # noqa: E402
 
 
 class Recorded:
@@ -163,11 +162,11 @@ def launched(node) -> dict:
 
 
 def main(nodes: str, answers: str) -> None:
-    nvcc = find_nvcc()
-    compiler = next(iter([*find_nvrtc(), *([as_nvcc(nvcc)] if nvcc else [])]))
-    ahead = AheadOfTime(trt, compiler, 89)
+    compiler = find_compilers()[0]
+    errors: list[str] = []
+    AheadOfTime(trt, compiler, 89, errors)
     found = [launched(node) for node in json.loads(Path(nodes).read_text())]
-    Path(answers).write_text(json.dumps({"version": trt.__version__, "answers": found, "errors": ahead.errors}))
+    Path(answers).write_text(json.dumps({"version": trt.__version__, "answers": found, "errors": errors}))
 
 
 if __name__ == "__main__":

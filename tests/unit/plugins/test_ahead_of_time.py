@@ -24,7 +24,6 @@ import pytest
 from nformer_edge.core.errors import BackendError
 from nformer_edge.engine import plugin_ahead, plugin_kernels, ptx
 from nformer_edge.engine.plugin_ahead import AheadOfTime
-from nformer_edge.engine.plugin_build import find_nvcc
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parents[2] / "plugins"
@@ -41,8 +40,7 @@ def load(path: Path) -> types.ModuleType:
 
 fake_plugin = load(HERE / "fake_plugin.py")
 logic = load(HERE / "test_row_logic.py")
-NVCC = find_nvcc()
-COMPILERS = [*ptx.find_nvrtc(), *([ptx.as_nvcc(NVCC)] if NVCC else [])]
+COMPILERS = ptx.find_compilers()
 needs_compiler = pytest.mark.skipif(
     not COMPILERS, reason="no NVRTC and no nvcc: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
 )
@@ -180,7 +178,7 @@ class EmulatedCompiler:
         entry = "nformer_row_top_k" if top_k else "nformer_reciprocal_neighbor_attention"
         parameters = ", ".join(f".param .u{bits} p" for bits in (ROW_TOP_K if top_k else ATTENTION))
         return (
-            f"// {library}\n.const .align 4 .u32 nformer_rows_per_block = {rows};\n"
+            f"// {library}\n.target sm_{architecture}\n.const .align 4 .u32 nformer_rows_per_block = {rows};\n"
             f".visible .entry {entry}(\n{parameters}\n)\n.maxntid 256, 1, 1\n{{\n}}"
         )
 
@@ -231,7 +229,7 @@ def launched(plan: dict, inputs: list[np.ndarray], kind: type) -> np.ndarray:
 
 @pytest.fixture
 def plan(plugin_module, compiler, tmp_path):
-    ahead = AheadOfTime(fake_trt(), EmulatedCompiler(compiler, tmp_path), 89)
+    ahead = AheadOfTime(fake_trt(), EmulatedCompiler(compiler, tmp_path), 89, [])
     return lambda name: (planned(plugin_module, NODES[name]), ahead)
 
 
@@ -269,25 +267,34 @@ def test_what_was_compiled_is_kept_by_its_hash(plan):
     (sha256,) = ahead.kernels
     assert ahead.kernels[sha256].ptx == told["ptx"]
     assert ahead.kernels[sha256].sha256 == sha256
+    (fact,) = ahead.facts()
+    assert fact == {
+        "operator": "RowTopK",
+        "entry": "nformer_row_top_k",
+        "sha256": sha256,
+        "cuda": "13.0",
+        "ptx": "sm_89",
+    }
 
 
 def test_an_error_in_a_callback_is_kept_for_whoever_asks(plugin_module, compiler, tmp_path):
-    ahead = AheadOfTime(fake_trt(), EmulatedCompiler(compiler, tmp_path), 89)
+    errors = []
+    AheadOfTime(fake_trt(), EmulatedCompiler(compiler, tmp_path), 89, errors)
     with pytest.raises(BackendError):
         planned(plugin_module, row_top_k("FLOAT", 2, 5, 129, 100))
-    assert "got k = 129, expected 1..128" in ahead.errors[0]
+    assert "got k = 129, expected 1..128" in errors[0]
 
 
 def test_a_second_registration_in_one_process_is_refused(plugin_module):
-    AheadOfTime(fake_trt(), None, 89)
+    AheadOfTime(fake_trt(), None, 89, [])
     with pytest.raises(BackendError, match="already has a defintion"):
-        AheadOfTime(fake_trt(), None, 89)
+        AheadOfTime(fake_trt(), None, 89, [])
 
 
 def test_a_tensorrt_without_python_plugins_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", None)
     with pytest.raises(BackendError, match=r"tensorrt\.plugin: got none .* build-plugin"):
-        AheadOfTime(fake_trt(), None, 89)
+        AheadOfTime(fake_trt(), None, 89, [])
 
 
 # ---- NVIDIA's own package ----
