@@ -235,7 +235,7 @@ def _export(args: Args) -> None:
     _option("--max-map-drop", type=float, metavar="POINTS",
             help="with --int8: leave in float what costs most, until held-out people lose no more mAP than this"),
     _option("--min-neighbours", type=float, default=0.0, metavar="SHARE",
-            help="and keep so many of each image's ten nearest (default 0)"),
+            help="likewise, until so many of each image's ten nearest are kept"),
     _option("--budget-images", type=int, default=600, help="images of held-out people to measure by (default 600)"),
     _option("--budget-stage", choices=("auto", "backbone", "end_to_end"), default="auto",
             help="whose mAP counts (default: with the head where there is one)"),
@@ -269,7 +269,7 @@ def _build_engine(args: Args) -> None:
         keep_graphs=args.keep_graphs, exclude_nodes=read_exclude(args.exclude_nodes),
     )  # fmt: skip
     budget = None
-    if args.max_map_drop is not None:
+    if args.max_map_drop is not None or args.min_neighbours:
         budget = BudgetSpec(args.max_map_drop, args.min_neighbours, args.budget_images, args.budget_stage)
     images = {
         "calib_data": args.calib_data, "force_calibration": args.force_calib, "budget": budget,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
+from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import check_at_least, check_choice
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.engine.journal import Journal
@@ -43,28 +44,37 @@ class BudgetSpec:
     """How much accuracy INT8 may cost.
 
     Args:
-        max_map_drop: percentage points of mAP, against FP32 on held-out training identities.
-        min_neighbours: share of each image's ten nearest that must stay; where mAP is saturated it tells nothing.
+        max_map_drop: percentage points of mAP, against FP32 on held-out training identities; None does not ask.
+        min_neighbours: share of each image's ten nearest that must stay: tells where mAP is saturated and does not.
         images: held-out images at most.
         stage: whose mAP counts: the ``backbone``'s, or ``end_to_end`` with the head; ``auto`` is the latter where there
             is a head.
     """
 
-    max_map_drop: float
+    max_map_drop: float | None = None
     min_neighbours: float = 0.0
     images: int = 600
     stage: Stage = "auto"
 
     def __post_init__(self) -> None:
-        check_at_least("max_map_drop", self.max_map_drop, 0.0)
-        check_at_least("min_neighbours", self.min_neighbours, 0.0)
+        if self.max_map_drop is not None:
+            check_at_least("max_map_drop", self.max_map_drop, 0.0)
+        if not 0 <= self.min_neighbours <= 1 or (self.max_map_drop is None and not self.min_neighbours):
+            raise UsageError(
+                "min_neighbours", got=self.min_neighbours, expected="a share, or max_map_drop",
+                mend="Such as --max-map-drop 0.5, or --min-neighbours 0.95.",
+            )  # fmt: skip
         check_at_least("budget_images", self.images, 8)
         check_choice("budget_stage", self.stage, ("auto", *STAGES))
 
     def holds(self, score: dict[str, float]) -> bool:
         """Whether a score is within the budget, by its one-sided 95 % bound."""
-        drop = 100 * score["map_drop_upper"]
-        return drop <= self.max_map_drop and score["neighbours_kept"] >= self.min_neighbours
+        enough = score["neighbours_kept"] >= self.min_neighbours
+        return enough and (self.max_map_drop is None or 100 * score["map_drop_upper"] <= self.max_map_drop)
+
+    def __str__(self) -> str:
+        drop = [] if self.max_map_drop is None else [f"at most {self.max_map_drop:g} points of mAP lost"]
+        return " and ".join(drop + ([f"{self.min_neighbours:g} of the neighbours kept"] if self.min_neighbours else []))
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ def _describe(search: Search, budget: BudgetSpec, stage: str, plain_ms: float) -
     reference = search.reference()
     held_out = search.judge.held_out.describe()
     return {
-        "kind": "budget", "version": VERSION, "backend": "onnxruntime", "stage": stage,
+        "kind": "budget", "version": VERSION, "backend": "onnxruntime", "stage": stage, "budget": str(budget),
         "max_map_drop": budget.max_map_drop, "min_neighbours": budget.min_neighbours, "held_out": held_out,
         "float": {
             **reference[stage], "latency_ms": plain_ms, "size_mb": search.judge.size_mb(),

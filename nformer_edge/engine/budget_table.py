@@ -13,8 +13,8 @@ def format_budget(result: dict[str, Any]) -> list[str]:
     work = f"{result['measured']} measurements in {result['seconds']:.0f} s, {result['reused']} known before"
     stage = result["stage"].replace("_", " ")
     lines = [
-        f"budget {result['max_map_drop']} points of mAP ({stage}), on {held['images']} images of {held['identities']} "
-        f"people held out; {work}",
+        f"budget, {stage}: {result['budget']}; on {held['images']} images of {held['identities']} people held out",
+        f"  {work}",
         "  in float    mAP  drop (95 %)  Rank-1  neighbours  ms/image  ratio     MB",
         f"       all  {100 * plain['mAP']:5.2f}               {100 * plain['rank1']:6.2f}             "
         f"{plain['latency_ms']:8.2f}         {plain['size_mb']:5.2f}",

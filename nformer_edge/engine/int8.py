@@ -138,13 +138,12 @@ def _search(bundle: OpenBundle, spec: EngineSpec, calibration: Calibration, budg
 
 
 def _infeasible(found: dict[str, Any], budget: BudgetSpec, kept: Path) -> GateError:
-    best = min(found["frontier"], key=lambda point: point["map_drop_upper"])
+    by = "map_drop_upper" if budget.max_map_drop is not None else "neighbours_kept"
+    best = sorted(found["frontier"], key=lambda point: point[by])[0 if budget.max_map_drop is not None else -1]
     return GateError(
-        "max_map_drop",
-        got=f"{100 * best['map_drop']:.2f} points at best ({100 * best['map_drop_upper']:.2f} with 95 % confidence), "
-        f"{best['neighbours_kept']:.3f} of the neighbours, with {len(best['float_nodes'])} nodes in float",
-        expected=f"at most {budget.max_map_drop} points" + (
-            f" and at least {budget.min_neighbours} of the neighbours" if budget.min_neighbours else ""
-        ),
+        "budget",
+        got=f"{100 * best['map_drop']:.2f} points lost at best ({100 * best['map_drop_upper']:.2f} with 95 % "
+        f"confidence), {best['neighbours_kept']:.3f} of the neighbours kept, with {len(best['float_nodes'])} nodes in float",
+        expected=budget,
         mend=f"Allow more, judge by more images (--budget-images), or build FP16 or FP32. The search is in {kept}.",
-    )  # fmt: skip
+    )

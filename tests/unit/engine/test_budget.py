@@ -21,6 +21,7 @@ from nformer_edge.engine.build import BudgetSpec, EngineSpec, build_engine, desc
 from nformer_edge.engine.exclude import read_exclude
 from nformer_edge.engine.graphs import prepare_backbone
 from nformer_edge.engine.held_out import hold_out
+from nformer_edge.engine.int8 import decide
 from nformer_edge.engine.journal import Journal
 from nformer_edge.engine.judge import Judge
 from nformer_edge.onnx.quantize import audit, measure_all_ranges, measure_ranges, place_for_cpu
@@ -152,7 +153,7 @@ def test_a_killed_search_goes_on_to_the_same_engine(built, bundle, people, score
 def test_a_budget_that_cannot_be_kept_says_the_best_and_keeps_the_search(bundle, people, tmp_path, monkeypatch):
     monkeypatch.setattr("nformer_edge.engine.judge.rank_agreement", lambda *args: (1.0, 0.98))
     impossible = BudgetSpec(0.0, min_neighbours=0.99, images=24)
-    with pytest.raises(GateError, match=r"max_map_drop: got .* points at best .*0.980 of the neighbours, with"):
+    with pytest.raises(GateError, match=r"budget: got .* at best .*0.980 of the neighbours kept.*at most 0 points"):
         build_engine(bundle, tmp_path / "e", spec(), people, budget=impossible)
     assert not (tmp_path / "e").exists()
     assert json.loads((tmp_path / "e.budget.json").read_text())["chosen"] is None
@@ -178,6 +179,17 @@ def test_a_node_that_is_not_there_is_refused_with_the_nearest_name(bundle, peopl
     ranges = measure_ranges(bundle / "backbone.onnx", images(people), SPEC.preprocess, "minmax")
     with pytest.raises(UsageError, match="Did you mean 'second'"):
         prepare_backbone(open_bundle(bundle), tmp_path, "int8", ranges, exclude=("secnd",))
+
+
+def test_a_budget_may_ask_for_neighbours_alone_but_not_for_nothing():
+    score = {"map_drop_upper": 0.5, "neighbours_kept": 0.96}
+    assert BudgetSpec(min_neighbours=0.95).holds(score)
+    assert not BudgetSpec(min_neighbours=0.97).holds(score)
+    assert not BudgetSpec(max_map_drop=1.0, min_neighbours=0.95).holds(score)
+    assert str(BudgetSpec(0.5, 0.95)) == "at most 0.5 points of mAP lost and 0.95 of the neighbours kept"
+    for wrong in ({}, {"max_map_drop": -1.0}, {"min_neighbours": 1.5}, {"max_map_drop": float("nan")}):
+        with pytest.raises(UsageError):
+            BudgetSpec(**wrong)
 
 
 def test_names_to_exclude_are_read_from_text_and_json(tmp_path):
@@ -265,6 +277,16 @@ def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
         assert len({r.camid for r in held_out.records if r.pid == pid}) == 3
     assert hold_out(dataset, 12, seed=0)[1] == held_out
     assert hold_out(dataset, 12, seed=1)[1] != held_out
+
+
+def test_images_that_calibrate_and_images_that_judge_show_different_people(bundle, people, tmp_path):
+    settings = EngineSpec(backend="onnxruntime", precision="int8", calib_method="auto")
+    decided = decide(open_bundle(bundle), tmp_path / "e", settings, people)
+    judged = {r.pid for r in decided.calibration.judge.held_out.records}
+    calibrated = {int(Path(path).name[:4]) for path in decided.calibration.images}
+    assert len(judged) == 4
+    assert judged | calibrated == set(range(1, 21))
+    assert not judged & calibrated
 
 
 def test_too_few_people_to_hold_out_is_said(tiny_market):
