@@ -291,8 +291,12 @@ def _lines(result: dict[str, Any]) -> list[list[str]]:
 def print_table(result: dict[str, Any]) -> None:
     headers = ["", "MB", "INT8 convolutions", "cosine to PyTorch, min / mean"]
     for batch in dict.fromkeys(r["batch"] for r in result["runs"]):
-        headers += [f"batch {batch}, ms", "times onnxruntime FP32", "times PyTorch"]
+        headers += [f"batch {batch}, ms", "speed-up on onnxruntime FP32", "on PyTorch"]
     print(format_table(headers, _lines(result)))
+    if result["weights"] == "random":
+        print(
+            "Weights are random: how much rounding changes their features tells nothing of a trained model's accuracy."
+        )
     if not result["vnni"]:
         print("This CPU multiplies INT8 without VNNI (7-bit weights, two instructions where VNNI has one): what INT8 "
               "gains on a CPU that has it must be measured on one.")  # fmt: skip
