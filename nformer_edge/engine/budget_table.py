@@ -10,7 +10,8 @@ _NODES = 8
 def format_budget(result: dict[str, Any]) -> list[str]:
     """JSON of kind ``budget`` as lines."""
     held, plain = result["held_out"], result["float"]
-    work = f"{result['measured']} measurements in {result['seconds']:.0f} s, {result['reused']} known before"
+    count = result["measured"] + result["reused"]
+    work = f"{count} measurements of {result['seconds']:.0f} s, {result['reused']} of them known before"
     stage = result["stage"].replace("_", " ")
     lines = [
         f"budget, {stage}: {result['budget']}; on {held['images']} images of {held['identities']} people held out",

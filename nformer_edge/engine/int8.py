@@ -143,7 +143,8 @@ def _infeasible(found: dict[str, Any], budget: BudgetSpec, kept: Path) -> GateEr
     return GateError(
         "budget",
         got=f"{100 * best['map_drop']:.2f} points lost at best ({100 * best['map_drop_upper']:.2f} with 95 % "
-        f"confidence), {best['neighbours_kept']:.3f} of the neighbours kept, with {len(best['float_nodes'])} nodes in float",
+        f"confidence), {best['neighbours_kept']:.3f} of the neighbours kept, with {len(best['float_nodes'])} nodes in "
+        "float",
         expected=budget,
         mend=f"Allow more, judge by more images (--budget-images), or build FP16 or FP32. The search is in {kept}.",
     )

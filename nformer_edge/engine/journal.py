@@ -1,7 +1,8 @@
 """What was measured, kept line by line, so that an interrupted search goes on and a finished one costs nothing.
 
-Each line is JSON: a key, which is a hash of everything that the value depends on, and the value. A line that a killed
-run left half-written is passed over, and so are lines whose key nobody asks for: the file may outlive the settings.
+Each line is JSON: a key, which is a hash of everything that the value depends on, the value, and the seconds that it
+took to measure. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for:
+the file may outlive the settings.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ class Journal:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._known: dict[str, Any] = {}
-        self.reused = 0
+        self._known: dict[str, dict[str, Any]] = {}
+        self._asked: set[str] = set()
         self.measured = 0
         try:
             lines = path.read_bytes().splitlines() if path is not None and path.exists() else []
@@ -45,29 +47,36 @@ class Journal:
         for line in lines:
             try:
                 entry = json.loads(line)
-                self._known[str(entry["key"])] = entry["value"]
+                self._known[str(entry["key"])] = {"value": entry["value"], "seconds": float(entry["seconds"])}
             except (ValueError, TypeError, KeyError):
                 continue
-
-    def knows(self, facts: Any) -> bool:
-        """Whether `recall` would have nothing to measure."""
-        return hash_of(facts) in self._known
 
     def recall(self, facts: Any, measure: Callable[[], Any]) -> Any:
         """The value that belongs to `facts`: remembered, or measured now and kept. Both are plain JSON data."""
         key = hash_of(facts)
-        if key in self._known:
-            self.reused += 1
-        else:
-            self._known[key] = json.loads(json.dumps(measure(), allow_nan=False))
+        if key not in self._known:
+            start = time.perf_counter()
+            value = json.loads(json.dumps(measure(), allow_nan=False))
+            self._known[key] = {"value": value, "seconds": time.perf_counter() - start}
             self.measured += 1
             self._append(key)
-        return self._known[key]
+        self._asked.add(key)
+        return self._known[key]["value"]
+
+    @property
+    def reused(self) -> int:
+        """How many values were asked for that an earlier run had measured."""
+        return len(self._asked) - self.measured
+
+    @property
+    def seconds(self) -> float:
+        """What all values that were asked for took to measure, whoever did it."""
+        return sum(self._known[key]["seconds"] for key in self._asked)
 
     def _append(self, key: str) -> None:
         if self._path is None:
             return
-        line = json.dumps({"key": key, "value": self._known[key]}).encode() + b"\n"
+        line = json.dumps({"key": key, **self._known[key]}).encode() + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a+b") as file:
