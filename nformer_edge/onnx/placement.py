@@ -66,6 +66,7 @@ class Placement:
             UsageError: for a name that no node has.
         """
         require_nodes(self.plain, excluded)
+        excluded = frozenset(excluded)
         int8 = self._int8(excluded)
         kept = {name for name in self._pairs if self._touched(name, int8)}
         nodes: list[NodeProto] = []
@@ -80,38 +81,8 @@ class Placement:
         used = {name for node in nodes for name in node.input} - {name for node in nodes for name in node.output}
         constants = {t.name: t for model in (self.plain, self.placed) for t in model.graph.initializer}
         result.graph.initializer.extend(t for name, t in constants.items() if name in used)
-        self._shield(result, excluded)
+        _shield(result, excluded)
         return result
-
-    def _shield(self, model: ModelProto, excluded: Collection[str]) -> None:
-        """Gives each excluded convolution that reads a DQ one of its own, with its scale once a channel."""
-        made_by = makers(model)
-        constants = {t.name: t for t in model.graph.initializer}
-        nodes: list[NodeProto] = []
-        for node in model.graph.node:
-            source = made_by.get(node.input[0])
-            shielded = node.op_type == "Conv" and node.name in excluded and node.input[1] in constants
-            if source is not None and source.op_type == "DequantizeLinear" and shielded:
-                groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-                channels = constants[node.input[1]].dims[1] * groups
-                made = [f"{node.name}/{what}" for what in ("scale", "zero_point", "dequantized")]
-                for old, new in zip(source.input[1:], made, strict=False):
-                    values = np.full(channels, numpy_helper.to_array(constants[old]))
-                    model.graph.initializer.append(numpy_helper.from_array(values, new))
-                nodes.append(
-                    helper.make_node(
-                        "DequantizeLinear", [source.input[0], *made[:2]], made[2:], name=f"{node.name}/DQ", axis=1
-                    )
-                )
-                node.input[0] = made[2]
-            nodes.append(node)
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        used = {name for node in nodes for name in node.input}
-        ends = {value.name for value in model.graph.output}
-        unread = [n for n in nodes if n.op_type == "DequantizeLinear" and n.output[0] not in used | ends]
-        for node in unread:
-            model.graph.node.remove(node)
 
     def _int8(self, excluded: Collection[str]) -> set[str]:
         """Names of the nodes that are in INT8."""
@@ -144,6 +115,30 @@ class Placement:
                 copy.input[i] = self._pairs[name][1].output[0] if name in kept else name
         pairs = [n for name in copy.output if name in kept for n in self._pairs[name]]
         return [*weights, copy, *pairs]
+
+
+def _shield(model: ModelProto, excluded: Collection[str]) -> None:
+    """Gives each excluded convolution that reads a DQ one of its own, with its scale once a channel."""
+    made_by = makers(model)
+    constants = {t.name: t for t in model.graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        source = made_by.get(node.input[0])
+        alone = node.op_type == "Conv" and node.name in excluded
+        if alone and source is not None and source.op_type == "DequantizeLinear":
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            channels = constants[node.input[1]].dims[1] * groups
+            own = [f"{node.name}/{what}" for what in ("scale", "zero_point", "dequantized")]
+            for shared, name in zip(source.input[1:], own, strict=False):
+                values = np.full(channels, numpy_helper.to_array(constants[shared]))
+                model.graph.initializer.append(numpy_helper.from_array(values, name))
+            inputs = [source.input[0], *own[:2]]
+            nodes.append(helper.make_node("DequantizeLinear", inputs, own[2:], name=f"{node.name}/DQ", axis=1))
+            node.input[0] = own[2]
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+    del model.graph.node[:]  # without the DQ that nobody reads any more
+    model.graph.node.extend(n for n in nodes if n.op_type != "DequantizeLinear" or n.output[0] in used)
 
 
 def require_nodes(model: ModelProto, names: Iterable[str]) -> None:
