@@ -115,8 +115,11 @@ def _held_out(
         )  # fmt: skip
     dataset = source if isinstance(source, Dataset) else read_dataset(source)
     rest, held_out = hold_out(dataset, images, seed)
-    same = budget_data is None or calib_data is None or calib_data == budget_data
-    return (rest if same else None), held_out
+    return (rest if calib_data is not None and _place(calib_data) == _place(source) else None), held_out
+
+
+def _place(data: Data) -> str:
+    return os.path.realpath(data.root if isinstance(data, Dataset) else data)
 
 
 def _search(bundle: OpenBundle, spec: EngineSpec, calibration: Calibration, budget: BudgetSpec) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
 
 def test_images_that_calibrate_and_images_that_judge_show_different_people(bundle, people, tmp_path):
     settings = EngineSpec(backend="onnxruntime", precision="int8", calib_method="auto")
-    decided = decide(open_bundle(bundle), tmp_path / "e", settings, people)
+    decided = decide(open_bundle(bundle), tmp_path / "e", settings, people, budget_data=f"{people}/")
     judged = {r.pid for r in decided.calibration.judge.held_out.records}
     calibrated = {int(Path(path).name[:4]) for path in decided.calibration.images}
     assert len(judged) == 4
