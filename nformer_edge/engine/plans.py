@@ -17,6 +17,7 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.engine.audit import audit_plan
 from nformer_edge.engine.backend import EngineSpec, OpenBundle
 from nformer_edge.engine.calibrate import Calibration
+from nformer_edge.engine.comparison import write_comparison
 from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
 from nformer_edge.engine.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
 from nformer_edge.engine.plugin import Operators
@@ -61,15 +62,15 @@ def build_plans(
     if calibration is not None and calibration.images and spec.precision != "fp32":
         search = search_overflow(bundle, calibration.images)
     fields: dict[str, Any] = {"precision": {}, "audit": {}, "profiles": {}}
-    beyond: dict[str, dict[str, str]] = {}
+    graphs: dict[str, PreparedGraph] = {}
     (folder / LOG).touch()
     shapes = profiles(bundle, spec)
     with tempfile.TemporaryDirectory() as temporary:
         work = folder if spec.keep_graphs else Path(temporary)
         for stage, profile in tqdm(shapes.items(), desc="building plans", unit="plan", **PROGRESS):
-            graph = _prepared(stage, bundle, work, spec, ranges, search, typed=typed, operators=operators)
+            graph = prepare_stage(stage, bundle, work, spec, ranges, search, typed=typed, operators=operators)
+            graphs[stage] = graph
             if spec.precision != "fp32":
-                beyond[stage] = graph.beyond
                 write_log(folder / LOG, stage, search, graph.beyond)
             own: dict[str, Any] = {
                 "stage": stage, "graph": str(graph.path), "plan": str(folder / PLANS[stage]), "log": str(folder / LOG),
@@ -86,12 +87,14 @@ def build_plans(
                 fields["kernels"] = built.kernels
             if stage == "backbone":
                 _copy_golden(bundle, folder, shapes, graph.path if ranges is not None else None)
+        if spec.keep_graphs:
+            write_comparison(work, bundle, graphs, shapes, package=str(job["package"]), typed=typed)
     if spec.precision != "fp32":
-        fields["fp16"] = fp16_fields(search, beyond)
+        fields["fp16"] = fp16_fields(search, {stage: graph.beyond for stage, graph in graphs.items()})
     return fields | ({"calibration": facts} if facts is not None else {})
 
 
-def _prepared(
+def prepare_stage(
     stage: str,
     bundle: OpenBundle,
     work: Path,
@@ -102,6 +105,11 @@ def _prepared(
     typed: bool,
     operators: Operators,
 ) -> PreparedGraph:
+    """Writes one stage's graph into `work`, as a TensorRT takes it: see `engine.graphs`.
+
+    Raises:
+        BackendError: without the packages that prepare graphs.
+    """
     try:
         from nformer_edge.engine.graphs import prepare_backbone, prepare_head
     except ImportError as e:
