@@ -9,6 +9,7 @@ camera, but not what differs between cameras: where cameras are known, the map i
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from nformer_edge.model.start import FLOOR, relate_by_cosine
 
 #: Weight of what varies within a camera, beside what varies from camera to camera at 1.
 WITHIN_CAMERA = 0.1
+
+#: Where `Bend` bends, above the lowest value of a layer-normalised row, and how sharply.
+KNOTS = (0.3, 1.2)
+SLOPE = 3.0
 
 
 def discriminant(
@@ -81,6 +86,43 @@ def _scatter_across(rows: Tensor, labels: Tensor, cameras: Tensor) -> tuple[Tens
     return across + WITHIN_CAMERA * inside, _scatter(means, person)[1]
 
 
+class Bend(NamedTuple):
+    """The concave function ``scale u + sum_j bends[j] gelu(SLOPE (u - KNOTS[j]))`` of ``u = x - low``, for each number.
+
+    It stands for a power of `u`: channels behind a ReLU are skewed, and their largest values say too much (power
+    normalisation, Perronnin et al., ECCV 2010).
+    """
+
+    low: float
+    scale: float
+    bends: tuple[float, ...]
+
+    @classmethod
+    def fit(
+        cls,
+        x: Tensor,  # [M, D], layer-normalised
+        power: float,
+    ) -> Bend:
+        """The nearest to ``u ** power``, by least squares over about 500 rows."""
+        low = x.amin(dim=1).median()
+        u = (x[:: max(1, len(x) // 500)] - low).double().flatten()
+        terms = torch.stack([u, *_bent(u), torch.ones_like(u)], dim=1)
+        scale, *bends, _ = torch.linalg.lstsq(terms, u.clamp_min(0)[:, None] ** power).solution[:, 0].tolist()
+        return cls(float(low), scale, tuple(bends))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        u = x - self.low
+        return self.scale * u + sum(bend * term for bend, term in zip(self.bends, _bent(u), strict=False))
+
+
+#: Leaves every number as it is.
+STRAIGHT = Bend(0.0, 1.0, ())
+
+
+def _bent(u: Tensor) -> list[Tensor]:
+    return [torch.nn.functional.gelu(SLOPE * (u - knot), approximate="tanh") for knot in KNOTS]
+
+
 @torch.no_grad()
 def start_as_discriminant(
     head: NFormer,
@@ -89,6 +131,7 @@ def start_as_discriminant(
     strength: float = 1.0,
     sharpness: float = 1.0,
     cameras: Tensor | None = None,  # int64 [M]
+    power: float = 1.0,
 ) -> None:
     """Sets the weights: layer 1 maps by `discriminant`, the others add the mean of the reciprocal neighbours there.
 
@@ -102,6 +145,7 @@ def start_as_discriminant(
         strength: weight of the neighbours' mean against the image's own feature.
         sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
         cameras: as `discriminant` takes them.
+        power: the map is of each number raised to this power, as `Bend` does it; 1 leaves them.
 
     Raises:
         UsageError: for the affinity rule with one layer.
@@ -120,16 +164,25 @@ def start_as_discriminant(
         block.mlp.c_proj.w.zero_()
         block.mlp.c_proj.b.zero_()
         if layer == 0:
-            _map_linearly(block, *discriminant(x, labels, cameras))
+            bend = STRAIGHT if power == 1 else Bend.fit(x, power)
+            _map(block, bend, *discriminant(bend(x), labels, cameras))
         x = block.ln_2(x + block.mlp(x))
     head.bottleneck.reset_running_stats()
 
 
-def _map_linearly(block: Block, w: Tensor, mean: Tensor) -> None:
-    """Makes ``x + perceptron(x)`` the map ``(x - mean) w``: gelu(u) - gelu(-u) is u, so pairs of units are linear."""
+def _map(block: Block, bend: Bend, w: Tensor, mean: Tensor) -> None:
+    """Makes ``x + perceptron(x)`` the map ``(bend(x) - mean) w``.
+
+    gelu(u) - gelu(-u) is u, so pairs of units are linear, 2 D of them; each knot takes D more.
+    """
     size = len(mean)
     identity = torch.eye(size, dtype=w.dtype)
-    block.mlp.c_fc.b[: 2 * size] = 0
-    block.mlp.c_fc.w[:, :size], block.mlp.c_fc.w[:, size : 2 * size] = identity, -identity
-    block.mlp.c_proj.w[:size], block.mlp.c_proj.w[size : 2 * size] = w - identity, identity - w
-    block.mlp.c_proj.b.copy_(-(mean @ w))
+    into, out = block.mlp.c_fc, block.mlp.c_proj
+    into.b[: 2 * size] = 0
+    into.w[:, :size], into.w[:, size : 2 * size] = identity, -identity
+    straight = bend.scale * w - identity
+    out.w[:size], out.w[size : 2 * size] = straight, -straight
+    for knot, (at, height) in enumerate(zip(KNOTS, bend.bends, strict=False), start=2):
+        units = slice(knot * size, (knot + 1) * size)
+        into.w[:, units], into.b[units], out.w[units] = SLOPE * identity, -SLOPE * (bend.low + at), height * w
+    out.b.copy_(-((mean + bend.scale * bend.low) @ w))

@@ -110,6 +110,7 @@ class HeadConfig:
         strength: of the start's neighbour mean against the image's own feature.
         sharpness: of the start's softmax, in logits from cosine 0 to 1. None lets all neighbours weigh nearly alike
             under the features rule.
+        power: of the discriminant starts: what they map is each feature raised to this power; 1 leaves them.
         hold_choice: queries and keys stay as they started. Under the affinity rule they choose the neighbours: a
             choice that no gradient flows through, and that many landmarks make sensitive to small steps.
     """
@@ -124,6 +125,7 @@ class HeadConfig:
     spread: float = 1.0
     strength: float = 0.5
     sharpness: float | None = None
+    power: float = 1.0
     hold_choice: bool = False
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
@@ -137,6 +139,7 @@ class HeadConfig:
         for name, least in (
             ("epochs", 0), ("sets", 1), ("set_size", 2), ("batch", 1), ("accumulate", 1), ("views", 1),
             ("spread", 0), ("strength", 0), ("lr", 0), ("weight_decay", 0), ("warmup", 0), ("warmup_factor", 0),
+            ("power", 0),
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), least)
         check_choice("schedule", self.schedule, ("steps", "cosine"))

@@ -126,7 +126,8 @@ def _start(head: NFormer, features: Tensor, labels: Tensor, camids: np.ndarray, 
         start_as_reciprocal_mean(head, features, config.strength, config.sharpness)
     elif config.start != "random":
         cameras = torch.from_numpy(camids.astype(np.int64)) if config.start == "camera_discriminant" else None
-        start_as_discriminant(head, features, labels, config.strength, config.sharpness or 0.0, cameras)
+        sharpness = config.sharpness or 0.0
+        start_as_discriminant(head, features, labels, config.strength, sharpness, cameras, config.power)
 
 
 def _draw(stack: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model import discriminant as module
-from nformer_edge.model.discriminant import discriminant, start_as_discriminant
+from nformer_edge.model.discriminant import Bend, discriminant, start_as_discriminant
 from nformer_edge.model.nformer import NFormer
 
 
@@ -82,6 +82,26 @@ def test_first_layer_starts_as_the_map() -> None:
     x = torch.nn.functional.layer_norm(unit, (16,))
     w, mean = discriminant(x, labels)
     assert torch.allclose(x + block.mlp(x), (x - mean) @ w, atol=1e-9)
+
+
+def test_bend_is_near_the_power_it_stands_for() -> None:
+    x = torch.nn.functional.layer_norm(torch.from_numpy(np.random.default_rng(0).normal(size=(400, 64))).relu(), (64,))
+    bend = Bend.fit(x, 0.7)
+    u = x - bend.low
+    want = u.clamp_min(0) ** 0.7
+    assert (bend(x) - bend(x).mean() - want + want.mean()).pow(2).mean() <= 0.005 * want.var()
+    assert all(height < 0 for height in bend.bends)
+
+
+def test_first_layer_starts_as_the_map_of_powers() -> None:
+    rows, labels = labelled()
+    torch.manual_seed(0)
+    head = NFormer(HeadSpec(16, layers=2, heads=2, k=5, landmarks=8, rule="affinity")).double()
+    start_as_discriminant(head, rows, labels, power=0.7)
+    x = torch.nn.functional.layer_norm(torch.nn.functional.normalize(rows, dim=1), (16,))
+    bend = Bend.fit(x, 0.7)
+    w, mean = discriminant(bend(x), labels)
+    assert torch.allclose(x + head.h[0].mlp(x), (bend(x) - mean) @ w, atol=1e-9)
 
 
 def test_landmark_product_starts_as_the_cosine_in_units_of_sharpness() -> None:
