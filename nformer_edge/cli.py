@@ -283,6 +283,25 @@ def _build_engine(args: Args) -> None:
     _show(args, result, result["summary"])
 
 
+@_command(
+    "prepare", "bundle -> graphs and trtexec's commands, for a TensorRT 8 that our Python does not reach (JetPack 5.1)",
+    _option("bundle"), _out("DIR"),
+    _option("--target", metavar="NAME", default="jetson-xavier-jp51", help="recipe (default jetson-xavier-jp51)"),
+    _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
+    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
+    _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
+    _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
+    SEED,
+)  # fmt: skip
+def _prepare(args: Args) -> None:
+    from nformer_edge.engine.trtexec import EngineSpec, prepare_for_target
+
+    chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
+    images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
+    graphs = prepare_for_target(args.bundle, args.output, args.target, chosen, **images)
+    _show(args, {"kind": "graphs", "graphs": str(graphs)}, f"wrote {graphs}; on the device: {graphs}/build.sh")
+
+
 def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
     """``name=number`` as it stands on the command line, to a table."""
     table = {}

@@ -17,9 +17,11 @@ from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import to_dict
 from nformer_edge.engine.backend import EngineSpec, open_bundle
 from nformer_edge.engine.calibrate import choose_calibration
+from nformer_edge.engine.for_target import with_target
 from nformer_edge.engine.overflow import fp16_fields, search_overflow
 from nformer_edge.engine.plans import PLANS, prepare_stage, profiles
 from nformer_edge.engine.plugin import LIBRARY
+from nformer_edge.engine.target import read_target
 from nformer_edge.onnx.bundle import GOLDEN
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 KIND = "graphs"
 SCRIPT = "build.sh"
 
+#: What a program on the device must know of the model, from the bundle's manifest.
+_INHERITED = ("model", "preprocess", "landmark_rule", "landmark_seed")
+
 _HEADER = f"""#!/bin/sh
 # Builds plans of these graphs with TensorRT 8's trtexec, on the device that will run them.
 set -eu
@@ -35,6 +40,17 @@ cd "$(dirname "$0")"
 TRTEXEC="${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}"
 PLUGIN="${{PLUGIN:-./{LIBRARY}}}"
 """
+
+
+def prepare_for_target(
+    bundle: str | os.PathLike[str], out: str | os.PathLike[str], target: str, spec: EngineSpec, **images: Any
+) -> Path:
+    """`prepare_for_trtexec` by a recipe: fields of `spec` that are not their defaults win over it.
+
+    Raises:
+        UsageError: if there is no such target.
+    """
+    return prepare_for_trtexec(bundle, out, with_target(spec, read_target(target)), **images)
 
 
 def prepare_for_trtexec(
@@ -63,6 +79,7 @@ def prepare_for_trtexec(
     if spec.precision == "int8" or (spec.precision == "fp16" and calib_data is not None):
         calibration = choose_calibration(calib_data, spec, force=force_calibration)
     fields: dict[str, Any] = {"spec": to_dict(spec), "bundle_sha256": opened.sha256}
+    fields |= {key: opened.manifest[key] for key in _INHERITED}
     with atomic_folder(out, KIND) as folder:
         if calibration is not None and spec.precision == "int8":
             ranges, fields["calibration"] = calibration.ranges(opened, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from nformer_edge.cli import main
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import UsageError
 from nformer_edge.engine.backend import EngineSpec
@@ -113,6 +115,7 @@ def test_the_folder_says_what_it_is_and_that_overflow_was_searched(xavier):
     manifest = read_manifest(xavier, "graphs")
     assert manifest["fp16"]["searched"]["images"] == 4
     assert manifest["calibration"]["num"] == 4
+    assert (manifest["landmark_seed"], manifest["preprocess"]["height"]) == (7, 64)
     assert os.access(xavier / "build.sh", os.X_OK)
 
 
@@ -122,3 +125,11 @@ def test_int8_without_images_is_refused_and_float32_needs_no_precision_flags(tin
     assert not (tmp_path / "a").exists()
     script = (prepare_for_trtexec(tiny_bundle, tmp_path / "b", EngineSpec()) / "build.sh").read_text()
     assert not any(flag in script for flag in ("--fp16", "--int8", "layerPrecisions", "memPoolSize"))
+
+
+def test_the_command_prepares_for_xavier_unless_told_otherwise(tiny_bundle, tmp_path, capsys):
+    assert main(["prepare", str(tiny_bundle), "--fp16", "-o", str(tmp_path / "g"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["graphs"] == str(tmp_path / "g")
+    assert read_manifest(tmp_path / "g", "graphs")["spec"]["workspace"] == 1.0
+    assert main(["prepare", str(tiny_bundle), "--target", "jetson-xaver", "-o", str(tmp_path / "h")]) == 2
+    assert "Did you mean 'jetson-xavier-jp51'?" in capsys.readouterr().err
