@@ -66,6 +66,16 @@ class BudgetSpec:
         check_at_least("budget_images", self.images, 8)
         check_choice("budget_stage", self.stage, ("auto", *STAGES))
 
+    def judged_stage(self, stages: tuple[str, ...]) -> str:
+        """Which of the model's stages counts.
+
+        Raises:
+            UsageError: for a stage that the model does not have.
+        """
+        if self.stage != "auto":
+            check_choice("budget_stage", self.stage, stages)
+        return stages[-1] if self.stage == "auto" else self.stage
+
     def holds(self, score: dict[str, float]) -> bool:
         """Whether a score is within the budget, by its one-sided 95 % bound."""
         enough = score["neighbours_kept"] >= self.min_neighbours
@@ -135,8 +145,7 @@ def run_search(search: Search, budget: BudgetSpec, limit: int) -> dict[str, Any]
     Returns:
         JSON of kind ``budget``; ``chosen`` is null where no set within `limit` holds.
     """
-    stage = budget.stage if budget.stage != "auto" else search.judge.stages[-1]
-    check_choice("budget_stage", stage, search.judge.stages)
+    stage = budget.judged_stage(search.judge.stages)
     names = list(search.groups)
     whole = search.score(())
     rows = []

@@ -75,7 +75,10 @@ def decide(
     images = _IMAGES if budget is None else budget.images
     rest, held_out = _held_out(calib_data, budget_data, images, spec.seed)
     calibration = choose_calibration(calib_data if rest is None else rest, spec, force=force)
-    calibration.judge, calibration.reduce_range = Judge(bundle, held_out), weights_have_7_bits(spec)
+    judge = Judge(bundle, held_out)
+    if budget is not None:
+        budget.judged_stage(judge.stages)  # refused before minutes are spent
+    calibration.judge, calibration.reduce_range = judge, weights_have_7_bits(spec)
     calibration.journal = Journal(out.with_name(f"{out.name}.measured.jsonl"))
     if budget is None:
         return Decisions(spec, calibration)

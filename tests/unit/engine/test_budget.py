@@ -294,9 +294,11 @@ def test_too_few_people_to_hold_out_is_said(tiny_market):
         hold_out(read_dataset(tiny_market), 600, seed=0)
 
 
-def test_a_budget_needs_a_dataset_and_int8(bundle, built, tmp_path):
+def test_a_budget_needs_a_dataset_int8_and_the_stage_it_names(bundle, people, built, tmp_path):
     with pytest.raises(UsageError, match="budget_data: got no dataset"):
         build_engine(bundle, tmp_path / "e", spec(), built / "calibration.json", budget=BUDGET)
+    with pytest.raises(UsageError, match="budget_stage: got 'end_to_end', expected backbone"):
+        build_engine(bundle, tmp_path / "e", spec(), people, budget=BudgetSpec(1.0, images=24, stage="end_to_end"))
     with pytest.raises(UsageError, match="max_map_drop: got a budget for fp32"):
         build_engine(bundle, tmp_path / "e", EngineSpec(backend="onnxruntime"), budget=BUDGET)
     with pytest.raises(UsageError, match="exclude_nodes: got names with fp32"):
