@@ -368,16 +368,20 @@ def _search(args: Args) -> None:
     "parity", "does an engine rank as its reference does? exit code 1 if a gate fails",
     _option("reference", help="as a rule the checkpoint"), _option("engine"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--limit", type=int, help="only so many query and gallery images"),
+    _option("--landmark-seeds", type=int, nargs="+", metavar="N",
+            help="seeds that the head is judged under, the worst decides (default: the engine's own and two more)"),
+    _option("--layers", action="store_true",
+            help="compare the ONNX graphs node by node and show the table (a stage that fails always is)"),
 )  # fmt: skip
 def _parity(args: Args) -> None:
-    from nformer_edge.measure.parity import parity, require_passed
-    from nformer_edge.measure.table import format_gates
+    from nformer_edge.measure.parity import parity
+    from nformer_edge.measure.verdict import format_parity, require_passed
 
     result = parity(
         args.reference, args.engine, args.data, batch=args.batch, threads=args.threads, layout=args.layout,
-        limit=args.limit,
+        limit=args.limit, landmark_seeds=args.landmark_seeds, layers=args.layers,
     )  # fmt: skip
-    _show(args, result, format_gates(result))
+    _show(args, result, format_parity(result, args.layers))
     require_passed(result)
 
 

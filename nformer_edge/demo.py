@@ -118,7 +118,7 @@ class _Clock:
 
 def format_demo(result: dict[str, Any]) -> str:
     """What the demo ends with: the gates, those that failed by name, one table, and where the report is."""
-    from nformer_edge.measure.parity import describe_failures
+    from nformer_edge.measure.verdict import describe_failures
 
     gates = "\n\n".join(format_gates(judged) for judged in result["parity"])
     failed = [f"FAILED {j['engine']['label']}: {line}" for j in result["parity"] for line in describe_failures(j)]

@@ -14,6 +14,9 @@ from nformer_edge.evaluate.ranking import rank
 #: Cosine distances nearer than this are a tie: what float32 rounding moves them by at 512 features.
 TIE = 1e-6
 
+#: 1 - cosine spans decades between FP32 and INT8, so it is counted in eighths of a decade, from 1 down to 1e-8.
+COSINE_EDGES = np.concatenate([1.0 - np.logspace(0, -8, 65), [1.0]])
+
 
 @dataclass(frozen=True)
 class TensorError:
@@ -56,6 +59,17 @@ def cosines(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
         x, reference = x.astype(np.float64), reference.astype(np.float64)
         product = np.einsum("nd,nd->n", x, reference)
         return product / (np.linalg.norm(x, axis=1) * np.linalg.norm(reference, axis=1))
+
+
+def cosine_histogram(found: np.ndarray) -> tuple[np.ndarray, int]:
+    """How many of the cosines [N] lie between two neighbours of `COSINE_EDGES`, and how many are not finite.
+
+    Returns:
+        int64 [len(COSINE_EDGES) - 1]; a cosine below 0 counts in the first, one that rounding put above 1 in the last.
+    """
+    finite = found[np.isfinite(found)]
+    counts, _ = np.histogram(np.clip(finite, 0.0, 1.0), COSINE_EDGES)
+    return counts, len(found) - len(finite)
 
 
 def rank_agreement(

@@ -57,6 +57,10 @@ class RankingResult:
         """Rank-r accuracy, r from 1 to max_rank."""
         return float(self.cmc[r - 1])
 
+    def hits(self, r: int) -> np.ndarray:
+        """float64 [Q]: 1 for a query with a match at rank r or better, else 0, also where it was left out."""
+        return ((self.first_hit > 0) & (self.first_hit <= r)).astype(np.float64)
+
 
 @dataclass(frozen=True)
 class RankLists:

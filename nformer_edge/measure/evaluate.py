@@ -2,7 +2,7 @@
 
 JSON of a result (fractions 0 to 1, times in seconds)::
 
-    {"kind": "evaluation", "version": 1, "machine": {...},
+    {"kind": "evaluation", "version": 2, "machine": {...},
      "model": {"label", "path", "name", "backend", "precision": {"backbone", "head"}, "size_mb": {...},
                "landmark_seed"} or null for a feature store alone,
      "data": {"name", "query", "gallery", "source": "images" | "features"},
@@ -11,10 +11,14 @@ JSON of a result (fractions 0 to 1, times in seconds)::
      "results": [{"name": "backbone" | "+NFormer" | "+NFormer per-query" | "k-reciprocal" | "reciprocal mean"
                           | "query expansion",
                   "mAP", "mINP", "cmc": [50], "queries", "left_out", "seconds",
+                  "mAP_interval": [lower, upper], "rank1_interval": [lower, upper],
                   "protocol": "joint" | "per-query", "seeds": [0, ...], "mAP_by_seed": [...],
                   "rank1_by_seed": [...]  (NFormer only), "exact", "changed_rows"  (per-query only)}],
      "rank_lists": [{"result", "query": {"path", "pid", "camid"},
                      "gallery": [{"path", "pid", "camid", "correct", "distance"}]}]}
+
+Intervals are 95 %, two-sided, by the bootstrap over queries (10,000 draws); of a mean over landmark seeds each query
+scores its mean over them.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import numpy as np
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import FeatureSet
+from nformer_edge.evaluate.bootstrap import mean_interval
 from nformer_edge.evaluate.ranking import RankingResult, evaluate, rank
 from nformer_edge.evaluate.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
 from nformer_edge.measure.machine import machine
@@ -44,7 +49,7 @@ from nformer_edge.runtime.embed import embed_dataset, relate_sets
 from nformer_edge.runtime.protocols import JOINT, PER_QUERY, relate_per_query
 from nformer_edge.runtime.runner import Runner
 
-VERSION = 1
+VERSION = 2
 
 
 def evaluate_model(
@@ -117,6 +122,7 @@ def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:
     """A ranking's figures as JSON."""
     return {
         "name": name,
+        **_intervals([result]),
         "mAP": result.mAP,
         "mINP": result.mINP,
         "cmc": result.cmc.tolist(),
@@ -124,6 +130,17 @@ def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:
         "left_out": result.left_out,
         "seconds": seconds,
     }
+
+
+def _intervals(results: Sequence[RankingResult]) -> dict[str, list[float]]:
+    """Of the mean over rankings of the same queries."""
+    valid = results[0].valid  # labels alone decide it: the same in each
+    by_query = {
+        "mAP_interval": np.mean([r.ap[valid] for r in results], axis=0),
+        "rank1_interval": np.mean([r.hits(1)[valid] for r in results], axis=0),
+    }
+    found = {name: mean_interval(scored) for name, scored in by_query.items()}
+    return {name: [interval.lower, interval.upper] for name, interval in found.items()}
 
 
 def _score(
@@ -140,7 +157,8 @@ def _score(
         for seed in seeds:
             start = time.perf_counter()
             q, g = relate_sets(runner, query, gallery, seed=seed)
-            by_seed.append(scores("+NFormer", evaluate(q, g), time.perf_counter() - start) | {"protocol": JOINT})
+            ranked = evaluate(q, g)
+            by_seed.append((ranked, scores("+NFormer", ranked, time.perf_counter() - start) | {"protocol": JOINT}))
             if seed == seeds[0]:
                 lists += _rank_lists("+NFormer", q, g, shown, top)
         results.append(_over_seeds(by_seed, seeds))
@@ -160,18 +178,19 @@ def _without_per_query(runner: Runner, wanted: bool) -> str | None:
     return None if wanted else "not asked for"
 
 
-def _alone(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int) -> dict[str, Any]:
+def _alone(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int) -> tuple[RankingResult, dict[str, Any]]:
     start = time.perf_counter()
     found = relate_per_query(runner, query, gallery, seed)
     ranked = evaluate(found.query, found.gallery, distances=found.distances)
-    return scores("+NFormer per-query", ranked, time.perf_counter() - start) | {
+    return ranked, scores("+NFormer per-query", ranked, time.perf_counter() - start) | {
         "protocol": PER_QUERY, "exact": found.exact, "changed_rows": found.changed,
     }  # fmt: skip
 
 
-def _over_seeds(by_seed: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
+def _over_seeds(ranked: list[tuple[RankingResult, dict[str, Any]]], seeds: tuple[int, ...]) -> dict[str, Any]:
     """The mean over landmark draws, with each draw's mAP and Rank-1 beside it."""
-    merged = dict(by_seed[0])
+    by_seed = [plain for _, plain in ranked]
+    merged = by_seed[0] | _intervals([result for result, _ in ranked])
     for name in ("mAP", "mINP", "seconds"):
         merged[name] = float(np.mean([r[name] for r in by_seed]))
     merged["cmc"] = np.mean([r["cmc"] for r in by_seed], axis=0).tolist()

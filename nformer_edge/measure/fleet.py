@@ -22,8 +22,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import FeatureSet
 from nformer_edge.evaluate.bootstrap import DRAWS, TWO_SIDED, paired_ratio
@@ -165,10 +163,9 @@ def _rates(rates: Rates) -> dict[str, float]:
 def _kept(ranked: RankingResult, reference: RankingResult, draws: int, seed: int) -> dict[str, Any]:
     valid = reference.valid  # labels alone decide it: the same in every pairing
     kept = {}
-    scored = (r.first_hit[valid] == 1 for r in (ranked, reference))
     for name, (ours, theirs) in {
         "mAP_kept": (ranked.ap[valid], reference.ap[valid]),
-        "rank1_kept": tuple(np.asarray(hit, float) for hit in scored),
+        "rank1_kept": (ranked.hits(1)[valid], reference.hits(1)[valid]),
     }.items():
         ratio = paired_ratio(ours, theirs, draws, seed, TWO_SIDED)
         kept[name] = {

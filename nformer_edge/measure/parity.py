@@ -1,56 +1,67 @@
 """Does an engine rank as its reference does: backbone, head and end to end, each against the gates.
 
-JSON of a result (numbers that could not be computed are null)::
+The head and end to end are judged under several landmark seeds; of each gate the worst of them decides.
 
-    {"kind": "parity", "version": 1, "machine": {...}, "reference": {model}, "engine": {model},
-     "data": {"name", "query", "gallery"}, "landmark_seed": 0, "draws": 10000,
+JSON of a result (fractions 0 to 1; numbers that could not be computed are null)::
+
+    {"kind": "parity", "version": 2, "machine": {...}, "reference": {model}, "engine": {model},
+     "data": {"name", "query", "gallery"}, "landmark_seeds": [0, 1, 2] ([] without a head), "draws": 10000,
      "stages": [{"stage": "backbone" | "head" | "end_to_end", "precision": "fp32" | "fp16" | "int8",
                  "status": "passed" | "failed" | "undecided", "seconds",
-                 "scores": {"reference": {"mAP", "rank1", "queries"}, "engine": {...} or null},
                  "gates": [{"gate", "title", "kind", "status", "measured", "bound", "margin", "lower", "upper",
-                            "note"}]}],
+                            "note", "landmark_seed"}]  (of each gate the worst run),
+                 "cosines": {"edges": [n + 1], "counts": [n], "not_finite"}  (to the reference, over all runs),
+                 "runs": [{"landmark_seed": 0 or null, "status", "gates": [as above],
+                           "scores": {"reference": {"mAP", "rank1", "queries"}, "engine": {...} or null},
+                           "differences": {"mAP": {"value", "lower", "upper"}, "rank1": {...}} or null}]}],
+     "input": {"images", "error" (L2 norm of the difference over that of the reference's; null: another size),
+               "preprocess": ["channels: BGR, the reference RGB", ...]},
+     "layers": [{"stage", "samples", "compared", "tensors", "outside", "note",
+                 "nodes": [{"node", "op", "tensor", "error", "band", "sqnr_db", "cosine", "inside"}],
+                 "first": null or {the first node out, "own_error", "inputs": [{"tensor", "inside"}],
+                                   "inputs_inside"}}],
      "status": "passed" | "failed" | "undecided", "passed": true only for "passed",
      "blame": "backbone" | "head" | "backbone and head" | "end_to_end" | null}
+
+Differences are the engine's less the reference's, with two-sided 95 % bounds by the paired bootstrap. ``layers`` has
+the stages that failed on the same input, or all if asked for; what its numbers mean stands in `measure.layers`. Where a
+stage's output agrees as FP32's should there is no ``first``, whatever is ``outside`` in between.
+``note`` says why a stage could not be compared so.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.core.errors import GateError, UsageError
+from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import FeatureSet
-from nformer_edge.core.spec import Precision
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.records import ImageRecord
-from nformer_edge.evaluate import agreement, gates
-from nformer_edge.evaluate.bootstrap import DRAWS, paired_ratio
-from nformer_edge.evaluate.ranking import RankingResult, evaluate
+from nformer_edge.evaluate.bootstrap import DRAWS
+from nformer_edge.measure.diagnosis import compare_inputs, compare_layers
 from nformer_edge.measure.machine import machine
-from nformer_edge.measure.models import Data, Opener, describe_model, open_dataset, open_model, stage_precision
+from nformer_edge.measure.models import Data, Opener, describe_model, evenly, open_dataset, open_model, stage_precision
+from nformer_edge.measure.stage import Pair, judge_stage, usable
 from nformer_edge.runtime.embed import embed_records, relate_sets
 from nformer_edge.runtime.runner import Runner
 
-VERSION = 1
+VERSION = 2
 
-#: What to say where the name of the blamed stage does not say it.
-CAUSES = {"end_to_end": "neither stage alone: small differences of the backbone, grown in the head"}
-
-Pair = tuple[FeatureSet, FeatureSet]
+#: Landmark seeds that the head is judged under, unless told otherwise: the engine's own and those after it.
+LANDMARK_SEEDS = 3
 
 
 def parity(
     reference_path: str | os.PathLike[str], engine_path: str | os.PathLike[str], data: Data, *, batch: int = 32,
     limit: int | None = None, draws: int = DRAWS, seed: int = 0, threads: int | None = None, layout: str = "auto",
     reference_label: str | None = None, engine_label: str | None = None, opener: Opener | None = None,
+    landmark_seeds: Sequence[int] | None = None, layers: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores an engine against its reference on the same images, preprocessing and landmarks.
 
@@ -63,58 +74,97 @@ def parity(
         limit: only so many queries and gallery images (evenly spaced); all if None.
         draws: of the bootstrap.
         seed: of the bootstrap.
+        landmark_seeds: the head is judged under each; the engine's own and the two after it if None.
+        layers: compare every stage layer by layer, not only one that fails.
 
     Returns:
         the JSON that this module's docstring describes; `require_passed` turns a failure into an error.
 
     Raises:
-        UsageError: if one of the two has a head and the other has none.
+        UsageError: if one of the two has a head and the other has none, or there is no landmark seed.
     """
     dataset = open_dataset(data, layout)
     records = [_thin(dataset.split(s), limit) for s in ("query", "gallery")]
     with open_model(engine_path, threads, opener) as engine:
         theirs = _embed(engine, records[0], batch), _embed(engine, records[1], batch)
         with open_model(reference_path, threads, opener, reference=True, native=engine.native) as reference:
-            if reference.has_head != engine.has_head:
-                raise UsageError(
-                    str(engine_path), got="a head" if engine.has_head else "no head",
-                    expected="a head" if reference.has_head else "no head, as the reference",
-                    mend="Compare an engine with the checkpoint that it was made from.",
-                )  # fmt: skip
+            _check_heads(str(engine_path), engine, reference)
             ours = embed_records(reference, records[0], batch=batch), embed_records(reference, records[1], batch=batch)
-            stages = [judge_stage("backbone", stage_precision(engine, "backbone"), ours, theirs, draws, seed)]
-            if engine.has_head:
-                related = relate_sets(reference, *ours, seed=engine.landmark_seed)
-                for stage, inputs in (("head", ours), ("end_to_end", theirs)):
-                    found = _related(engine, inputs)
-                    stages.append(judge_stage(stage, stage_precision(engine, stage), related, found, draws, seed))
+            seeds = _landmark_seeds(engine, landmark_seeds)
+            stages = _stages(reference, engine, ours, theirs, seeds, draws, seed)
             models = {
                 "reference": describe_model(reference_path, reference, reference_label),
                 "engine": describe_model(engine_path, engine, engine_label),
             }
-        landmark_seed = engine.landmark_seed
+            specs = reference.spec, engine.spec
     status = _worst([s["status"] for s in stages])
+    seen = compare_inputs(specs[0].preprocess, specs[1].preprocess, records[0])
+    asked = [s for s in stages if s["stage"] != "end_to_end" and (layers or _unexplained(s, seen))]
     return {
         "kind": "parity",
         "version": VERSION,
         "machine": machine(),
         **models,
         "data": {"name": dataset.name, "query": len(ours[0]), "gallery": len(ours[1])},
-        "landmark_seed": landmark_seed,
+        "landmark_seeds": list(seeds),
         "draws": draws,
         "stages": stages,
+        "input": seen,
+        "layers": compare_layers(reference_path, engine_path, asked, specs[0], records[0], ours),
         "status": status,
         "passed": status == "passed",
         "blame": blame(stages),
     }
 
 
+def _unexplained(stage: dict[str, Any], seen: dict[str, Any]) -> bool:
+    """Whether a stage failed, and not for what it was given: another input fails a backbone by itself."""
+    return stage["status"] == "failed" and (stage["stage"] != "backbone" or seen["error"] == 0)
+
+
+def _check_heads(where: str, engine: Runner, reference: Runner) -> None:
+    if reference.has_head != engine.has_head:
+        raise UsageError(
+            where, got="a head" if engine.has_head else "no head",
+            expected="a head" if reference.has_head else "no head, as the reference",
+            mend="Compare an engine with the checkpoint that it was made from.",
+        )  # fmt: skip
+
+
+def _landmark_seeds(engine: Runner, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    if not engine.has_head:
+        return ()
+    seeds = range(engine.landmark_seed, engine.landmark_seed + LANDMARK_SEEDS) if wanted is None else wanted
+    if not seeds:
+        raise UsageError("landmark seeds", got="none", expected="at least one", mend="Leave them out for three.")
+    return tuple(dict.fromkeys(seeds))
+
+
+def _stages(
+    reference: Runner, engine: Runner, ours: Pair, theirs: Pair, seeds: tuple[int, ...], draws: int, seed: int
+) -> list[dict[str, Any]]:
+    """Backbone, and where there is a head, the head on the reference's features and the two together."""
+
+    def features(_: int | None) -> tuple[Pair, Pair]:
+        return ours, theirs
+
+    def related_from(inputs: Pair) -> Callable[[int | None], tuple[Pair, Pair]]:
+        return lambda chosen: (relate_sets(reference, *ours, seed=chosen), _related(engine, inputs, chosen))
+
+    stages = [judge_stage("backbone", stage_precision(engine, "backbone"), features, draws=draws, seed=seed)]
+    if engine.has_head:
+        for stage, inputs in (("head", ours), ("end_to_end", theirs)):
+            precision = stage_precision(engine, stage)
+            stages.append(judge_stage(stage, precision, related_from(inputs), seeds, draws, seed))
+    return stages
+
+
 def _thin(records: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
-    if limit is None or limit >= len(records):
+    if limit is None:
         return records
     if limit < 1:
         raise UsageError("limit", got=limit, expected="at least 1", mend="Raise it or leave it out.")
-    return tuple(records[i * len(records) // limit] for i in range(limit))
+    return tuple(records[i] for i in evenly(limit, len(records)))
 
 
 def _embed(engine: Runner, records: Sequence[ImageRecord], batch: int) -> FeatureSet:
@@ -130,79 +180,12 @@ def _embed(engine: Runner, records: Sequence[ImageRecord], batch: int) -> Featur
     return FeatureSet(features, pids, camids, tuple(r.path for r in records))
 
 
-def _usable(pair: Pair) -> bool:
-    return all(bool(np.isfinite(s.features).all() and s.features.any(axis=1).all()) for s in pair)
-
-
-def _related(engine: Runner, inputs: Pair) -> Pair:
+def _related(engine: Runner, inputs: Pair, seed: int | None) -> Pair:
     """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
-    if _usable(inputs):
-        return relate_sets(engine, *inputs, seed=engine.landmark_seed)
+    if usable(inputs):
+        return relate_sets(engine, *inputs, seed=seed)
     query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
     return query, gallery
-
-
-def judge_stage(
-    stage: str, precision: Precision, reference: Pair, engine: Pair, draws: int = DRAWS, seed: int = 0
-) -> dict[str, Any]:
-    """One stage's outputs for the same images against the gates of `precision`.
-
-    Reciprocal neighbours are a gate of the backbone alone: its features choose them.
-    """
-    start = time.perf_counter()
-    tolerance = gates.TOLERANCES[precision]
-    x, ref = (np.concatenate([s.features for s in pair]) for pair in (engine, reference))
-    error = agreement.tensor_error(x, ref, tolerance.atol, tolerance.rtol)
-    note = f"largest difference {error.max_abs:.3g}, atol {tolerance.atol:g}, rtol {tolerance.rtol:g}"
-    if error.non_finite:
-        note = f"{error.non_finite} numbers are NaN or infinite"
-    cosines = agreement.cosines(x, ref)
-    measured = {"tensor": error.worst, "cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
-    wanted = [n for n in gates.TITLES if n != "reciprocal_jaccard" or stage == "backbone"]
-    ours, theirs = evaluate(*reference), None
-    ratios = {}
-    if _usable(engine):
-        theirs = evaluate(*engine)
-        first, overlap = agreement.rank_agreement(*reference, engine[0].features, engine[1].features)
-        measured |= {"rank1_agreement": first, "top10_overlap": overlap}
-        if stage == "backbone":
-            measured["reciprocal_jaccard"] = agreement.reciprocal_jaccard(x, ref)
-        ratios = _ratios(ours, theirs, draws, seed)
-    results = []
-    for name in wanted:
-        rule = gates.rule(precision, name)
-        if name in ratios:
-            results.append(gates.judge_ratio(rule, ratios[name]))
-        else:
-            results.append(gates.judge(rule, measured.get(name, math.nan), note if name == "tensor" else ""))
-    return {
-        "stage": stage,
-        "precision": precision,
-        "status": gates.verdict(results),
-        "seconds": time.perf_counter() - start,
-        "scores": {"reference": _brief(ours), "engine": _brief(theirs) if theirs else None},
-        "gates": [_plain(r) for r in results],
-    }
-
-
-def _ratios(ours: RankingResult, theirs: RankingResult, draws: int, seed: int) -> dict[str, Any]:
-    valid = ours.valid  # labels alone decide it: the same in both
-    return {
-        "mAP_kept": paired_ratio(theirs.ap[valid], ours.ap[valid], draws, seed),
-        "rank1_kept": paired_ratio(
-            (theirs.first_hit[valid] == 1).astype(float), (ours.first_hit[valid] == 1).astype(float), draws, seed
-        ),
-    }
-
-
-def _brief(result: RankingResult) -> dict[str, Any]:
-    return {"mAP": result.mAP, "rank1": result.rank(1), "queries": int(result.valid.sum())}
-
-
-def _plain(result: gates.GateResult) -> dict[str, Any]:
-    """A gate's result as JSON: NaN becomes null."""
-    data = dataclasses.asdict(result) | {"title": gates.TITLES[result.gate]}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
 
 
 def _worst(statuses: list[str]) -> str:
@@ -214,35 +197,3 @@ def blame(stages: list[dict[str, Any]]) -> str | None:
     failed = [s["stage"] for s in stages if s["status"] == "failed"]
     alone = [s for s in failed if s != "end_to_end"]
     return " and ".join(alone) if alone else (failed[0] if failed else None)
-
-
-def describe_failures(result: dict[str, Any]) -> list[str]:
-    """One line for each failed gate: stage, gate, measured, bound, by how much."""
-    lines = []
-    for stage in result["stages"]:
-        for gate in stage["gates"]:
-            if gate["kind"] == "gate" and gate["status"] == "failed":
-                measured = "not a number" if gate["measured"] is None else f"{gate['measured']:.6g}"
-                edge = f" (upper bound {gate['upper']:.6g})" if gate["upper"] is not None else ""
-                miss = "" if gate["margin"] is None else f", missed by {abs(gate['margin']):.3g}"
-                lines.append(
-                    f"{stage['stage'].replace('_', ' ')} {stage['precision']}, {gate['title']}: "
-                    f"{measured}{edge} against {gate['bound']:g}{miss}"
-                )
-    return lines
-
-
-def require_passed(result: dict[str, Any]) -> None:
-    """Nothing if no gate failed (undecided is not failed).
-
-    Raises:
-        GateError: naming each failed gate, by how much, and the stage to blame.
-    """
-    if result["status"] != "failed":
-        return
-    raise GateError(
-        f"{result['engine']['label']} against {result['reference']['label']}: "
-        + "; ".join(describe_failures(result))
-        + f"; to blame: {CAUSES.get(result['blame'], result['blame'])}",
-        mend="Build that stage in a finer precision, or calibrate it on more images.",
-    )

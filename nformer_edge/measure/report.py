@@ -11,12 +11,14 @@ from typing import Any
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.measure import sections
+from nformer_edge.measure.budget_section import budget
 from nformer_edge.measure.fleet_table import fleet
 from nformer_edge.measure.gallery_pictures import rank_lists
+from nformer_edge.measure.parity_sections import cosines, gates, layers
 from nformer_edge.measure.sections import text
 from nformer_edge.measure.style import CSS
 
-KINDS = ("evaluation", "parity", "benchmark", "comparison", "training", "fleet")
+KINDS = ("evaluation", "parity", "benchmark", "comparison", "training", "fleet", "budget")
 
 
 def read_result(source: dict[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def read_result(source: dict[str, Any] | str | os.PathLike[str]) -> dict[str, An
     if kind not in KINDS:
         raise ArtifactError(
             where, got=f"kind {kind!r}", expected=" | ".join(KINDS),
-            mend="Pass what `evaluate`, `parity`, `benchmark`, `fleet` or `train` wrote with --json.",
+            mend="Pass what `evaluate`, `parity`, `benchmark`, `fleet`, `train` or `build-engine` wrote as JSON.",
         )  # fmt: skip
     return result
 
@@ -73,8 +75,8 @@ def write_report(
 def render(results: Sequence[dict[str, Any]], title: str) -> str:
     """The page as a string."""
     parts = (
-        sections.summary, sections.gates, fleet, rank_lists, sections.cmc, sections.latency, sections.comparison,
-        sections.baselines, sections.training, sections.machine,
+        sections.summary, gates, cosines, layers, budget, fleet, rank_lists, sections.cmc, sections.latency,
+        sections.comparison, sections.baselines, sections.training, sections.machine,
     )  # fmt: skip
     try:
         body = "\n".join(filter(None, (part(results) for part in parts)))

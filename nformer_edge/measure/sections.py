@@ -9,20 +9,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from nformer_edge.measure.parity import CAUSES, describe_failures
 from nformer_edge.measure.pipeline import STAGES
 from nformer_edge.measure.svg import Bar, Line, line_chart, stacked_bars
-from nformer_edge.measure.table import PERCENTILES, Row, gate_bound, gate_measured, number, percent, summary_rows
+from nformer_edge.measure.table import PERCENTILES, Row, number, percent, summary_rows
 
 Results = Sequence[dict[str, Any]]
 
 #: What stands where nothing was measured.
 NONE = "\N{EN DASH}"
-
-_SHORT = {
-    "tensor": "tensor", "cosine_min": "cos min", "cosine_mean": "cos mean", "rank1_agreement": "rank-1",
-    "top10_overlap": "top-10", "reciprocal_jaccard": "neighbours", "mAP_kept": "mAP kept", "rank1_kept": "Rank-1 kept",
-}  # fmt: skip
 
 
 def text(value: object) -> str:
@@ -71,7 +65,7 @@ def _left(i: int, left: int) -> str:
     return ' class="l"' if i < left else ""
 
 
-def _of(results: Results, kind: str) -> list[dict[str, Any]]:
+def of_kind(results: Results, kind: str) -> list[dict[str, Any]]:
     return [r for r in results if r["kind"] == kind]
 
 
@@ -80,22 +74,28 @@ def _latency(r: Row) -> str:
     return f"{number(r.latency_ms)}{kind}" if r.latency_ms is not None else NONE
 
 
+def _sure(fraction: float, interval: Sequence[float]) -> str:
+    """Percent, its 95 % interval small beside it."""
+    lower, upper = map(percent, interval)
+    return f"{percent(fraction)} <small>{lower}{NONE}{upper}</small>"
+
+
 def summary(results: Results) -> str:
     """Backbone and +NFormer of each model: accuracy, latency, size."""
     rows = summary_rows(results)
     cells = [
         row(
             [
-                text(r.model), text(r.stage), text(r.precision.upper()), percent(r.mAP), percent(r.rank1),
-                percent(r.mINP), _latency(r),
-                number(r.size_mb) or NONE,
+                text(r.model), text(r.stage), text(r.precision.upper()), _sure(r.mAP, r.mAP_interval),
+                _sure(r.rank1, r.rank1_interval), percent(r.mINP), _latency(r), number(r.size_mb) or NONE,
             ],
             left=3,
         )
         for r in rows
     ]  # fmt: skip
     note = (
-        "mAP, Rank-1 and mINP in percent. ms per image: image file in, ranked gallery out, one query after the other; "
+        "mAP, Rank-1 and mINP in percent, with 95 % intervals by the bootstrap over queries. ms per image: image file "
+        "in, ranked gallery out, one query after the other; "
         "p90 with 99 % confidence, or the median where the run was too short for that."
     )
     headers = ["model", "stage", "precision", "mAP", "Rank-1", "mINP", "ms per image", "MB"]
@@ -105,15 +105,15 @@ def summary(results: Results) -> str:
 def baselines(results: Results) -> str:
     """Other ways to re-rank the same features, where an evaluation has them."""
     cells = []
-    for result in _of(results, "evaluation"):
+    for result in of_kind(results, "evaluation"):
         label = result["model"]["label"] if result["model"] else result["data"]["name"]
         if len(result["results"]) > 2 or result["model"] is None:
             cells.append(group(text(label), 6))
             for r in result["results"]:
                 cmc = r["cmc"]
                 cells.append(
-                    row([text(r["name"]), percent(r["mAP"]), percent(cmc[0]), percent(cmc[4]), percent(r["mINP"]),
-                         number(r["seconds"], 2)])
+                    row([text(r["name"]), _sure(r["mAP"], r["mAP_interval"]), _sure(cmc[0], r["rank1_interval"]),
+                         percent(cmc[4]), percent(r["mINP"]), number(r["seconds"], 2)])
                 )  # fmt: skip
     note = "The same features under each way of ranking. Seconds are for all queries, on the machine below."
     return section(
@@ -121,67 +121,10 @@ def baselines(results: Results) -> str:
     )
 
 
-def gates(results: Results) -> str:
-    """The verdicts at a glance, then each parity result's gates in full, folded."""
-    found = _of(results, "parity")
-    cells = []
-    for result in found:
-        title = f"{text(result['engine']['label'])} against {text(result['reference']['label'])}"
-        cells.append(group(f"{title} {pill(result['status'])}", len(_SHORT) + 1))
-        for stage in result["stages"]:
-            by_name = {g["gate"]: g for g in stage["gates"]}
-            name = f"{stage['stage'].replace('_', ' ')}, {stage['precision'].upper()}"
-            cells.append(row([text(name), *(_glance(by_name.get(g)) for g in _SHORT)]))
-    body = table(["stage", *_SHORT.values()], cells, wide=True)
-    body += "".join(map(_blame, found)) + "".join(map(_full_gates, found))
-    note = (
-        "mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % bounds in brackets; the bound that "
-        "decides gives the margin. An alarm or a reported number decides nothing."
-    )
-    return section("Gates", body, note)
-
-
-def _glance(gate: dict[str, Any] | None) -> str:
-    """One gate in one coloured number."""
-    if gate is None:
-        return NONE
-    shown = "NaN" if gate["measured"] is None else f"{gate['measured']:.4g}"
-    return f'<span class="glance {text(gate["status"])}" title="{text(gate["status"])}">{shown}</span>'
-
-
-def _blame(result: dict[str, Any]) -> str:
-    """Which stage a failure comes from, and each failed gate; "" if none failed."""
-    if not result["blame"]:
-        return ""
-    lines = "".join(f"<li>{text(line)}</li>" for line in describe_failures(result))
-    cause = CAUSES.get(result["blame"], result["blame"])
-    return (
-        f'<div class="blame"><p>{text(result["engine"]["label"])} failed; to blame: <strong>{text(cause)}</strong></p>'
-        f"<ul>{lines}</ul></div>"
-    )
-
-
-def _full_gates(result: dict[str, Any]) -> str:
-    title = f"{text(result['engine']['label'])} against {text(result['reference']['label'])}"
-    cells = []
-    for stage in result["stages"]:
-        name = text(stage["stage"].replace("_", " "))
-        cells.append(group(f"{name}, {text(stage['precision'].upper())} {pill(stage['status'])}", 5))
-        cells += [
-            row([
-                text(g["title"]), text(gate_measured(g)), text(gate_bound(g)) or NONE,
-                "" if g["margin"] is None else f"{g['margin']:+.2g}", pill(g["status"]),
-            ])
-            for g in stage["gates"]
-        ]  # fmt: skip
-    full = table(["gate", "measured", "bound", "margin", "status"], cells)
-    return f"<details><summary>Every gate: {title}</summary>{full}</details>"
-
-
 def latency(results: Results) -> str:
     """Percentiles of every run, and the mean of each stage as bars."""
     cells, bars = [], []
-    for result in _of(results, "benchmark"):
+    for result in of_kind(results, "benchmark"):
         label = result["model"]["label"]
         cells.append(group(text(label), 9))
         for run in result["runs"]:
@@ -197,7 +140,7 @@ def latency(results: Results) -> str:
                 means = [(s, run["stages"][s]["mean_ms"]) for s in STAGES if s in run["stages"]]
                 bars.append(Bar(f"{label}, {run['pipeline']}", means, f"{number(run['latency']['mean_ms'])} ms"))
     headers = ["scenario", "count", "early stop", *PERCENTILES, "images/s"]
-    chart = stacked_bars(bars, "Mean latency by stage", STAGES)
+    chart = stacked_bars(bars, "Mean latency by stage", STAGES, "ms")
     body = table(headers, cells) + (f"<h3>Where the time goes (SingleStream, mean)</h3>{chart}" if chart else "")
     note = (
         "Milliseconds from issue to reply, warm-up left out. Early stop: an upper bound of the scenario's percentile "
@@ -209,7 +152,7 @@ def latency(results: Results) -> str:
 def comparison(results: Results) -> str:
     """Ratios pair by pair of models timed in turn."""
     cells = []
-    for result in _of(results, "comparison"):
+    for result in of_kind(results, "comparison"):
         for r in result["ratios"]:
             cells.append(
                 row([f"{text(r['label'])} / {text(r['baseline'])}", number(r["median"], 3), number(r["p5"], 3),
@@ -222,7 +165,7 @@ def comparison(results: Results) -> str:
 def cmc(results: Results) -> str:
     """Cumulative match curves, first 20 ranks: a colour for each model, dashes for its backbone alone."""
     lines = []
-    for color, result in enumerate(_of(results, "evaluation")):
+    for color, result in enumerate(of_kind(results, "evaluation")):
         label = result["model"]["label"] if result["model"] else result["data"]["name"]
         for r in result["results"]:
             if r["name"] in ("backbone", "+NFormer"):
@@ -234,8 +177,8 @@ def cmc(results: Results) -> str:
 
 def training(results: Results) -> str:
     """Each stage of each training as a line, and its learning curves: loss and held-out mAP by epoch."""
-    found = [(r, stage, record) for r in _of(results, "training") for stage, record in r["stages"].items()]
-    several = len(_of(results, "training")) > 1
+    found = [(r, stage, record) for r in of_kind(results, "training") for stage, record in r["stages"].items()]
+    several = len(of_kind(results, "training")) > 1
     cells = []
     lines: dict[str, list[Line]] = {"loss": [], "held_out_map": []}
     for color, (result, stage, record) in enumerate(found):
@@ -275,7 +218,7 @@ def machine(results: Results) -> str:
             "System": m["system"], "Versions": ", ".join(f"{k} {v}" for k, v in m["versions"].items()),
         }  # fmt: skip
         parts.append(_facts(facts))
-    for result in _of(results, "benchmark")[:1]:
+    for result in of_kind(results, "benchmark")[:1]:
         now = result["conditions"]["after"]
         parts.append(_facts({
             "Clock": now["cpu_mhz"] and f"{now['cpu_mhz']:.0f} MHz", "Governor": now["governor"],

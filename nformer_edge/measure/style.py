@@ -58,13 +58,18 @@ summary{cursor:pointer;font-weight:600;font-size:.92rem}
 .pill.quiet,.pill.reported,.pill.short{background:var(--quiet-bg);color:var(--soft)}
 svg{display:block;width:100%;height:auto;max-width:860px}
 .grid{stroke:var(--line);stroke-width:1}
-.tick,.axis{fill:var(--soft);font-size:13px}
+.tick,.axis,.mark{fill:var(--soft);font-size:13px}
 .curve{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
+.mark{fill:var(--ink)}
+.dot{stroke:var(--card);stroke-width:1.5}
+.dot.hollow{stroke:var(--c7);stroke-width:2.2}
 .dashed.curve{stroke-dasharray:6 5}
 .curve.c0{stroke:var(--c0)}.curve.c1{stroke:var(--c1)}.curve.c2{stroke:var(--c2)}.curve.c3{stroke:var(--c3)}
 .curve.c4{stroke:var(--c4)}.curve.c5{stroke:var(--c5)}.curve.c6{stroke:var(--c6)}.curve.c7{stroke:var(--c7)}
-rect.c0{fill:var(--c0)}rect.c1{fill:var(--c1)}rect.c2{fill:var(--c2)}rect.c3{fill:var(--c3)}
-rect.c4{fill:var(--c4)}rect.c5{fill:var(--c5)}rect.c6{fill:var(--c6)}rect.c7{fill:var(--c7)}
+.c0:is(rect,circle){fill:var(--c0)}.c1:is(rect,circle){fill:var(--c1)}.c2:is(rect,circle){fill:var(--c2)}
+.c3:is(rect,circle){fill:var(--c3)}.c4:is(rect,circle){fill:var(--c4)}.c5:is(rect,circle){fill:var(--c5)}
+.c6:is(rect,circle){fill:var(--c6)}.c7:is(rect,circle){fill:var(--c7)}
+circle.hollow{fill:var(--card)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;margin:10px 0 0;padding:0;font-size:.84rem;
 color:var(--soft)}
 .legend li{display:flex;align-items:center;gap:7px}

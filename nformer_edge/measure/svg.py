@@ -1,14 +1,14 @@
-"""Two charts as inline SVG, coloured by the page's CSS: lines, and stacked bars."""
+"""Charts as inline SVG, coloured by the page's CSS: marks over two axes, and bars."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 720, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 42
 
 #: Colours that the style sheet has, light and dark.
 COLORS = 8
@@ -24,6 +24,34 @@ class Line:
     dashed: bool = False
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One point with a word beside it, `below` where a curve passes above; `hollow` for what it is compared with."""
+
+    x: float
+    y: float
+    color: int
+    label: str = ""
+    hollow: bool = False
+    below: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its ends and its ticks (value, what stands there). Equal distances are equal numbers."""
+
+    label: str
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    scale: Callable[[float], float] = field(default=float)
+
+    def place(self, value: float) -> float:
+        """Where `value` stands, 0 at the low end and 1 at the high one."""
+        low, high = self.scale(self.low), self.scale(self.high)
+        return (self.scale(min(max(value, self.low), self.high)) - low) / (high - low)
+
+
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that cover low..high, about `wanted` steps of 1, 2 or 5 times a power of ten."""
     raw = max(high - low, 1e-12) / wanted
@@ -37,6 +65,32 @@ def _number(value: float) -> str:
     return f"{value:,.6g}"
 
 
+def linear(label: str, values: Sequence[float], *, highest: float | None = None, wanted: int = 5) -> Axis:
+    """An axis with round ends that cover `values`, a little room beyond a single one; no tick above `highest`."""
+    low, high = min(values), max(values)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.05 * max(abs(low), 1e-6), high + 0.05 * max(abs(high), 1e-6)
+    shown = [t for t in ticks(low, high, wanted) if highest is None or t <= highest + 1e-9]
+    return Axis(label, shown[0], max(shown[-1], high), [(t, _number(t)) for t in shown])
+
+
+def decades(label: str, values: Sequence[float], most: int = 6) -> Axis:
+    """A logarithmic axis from one power of ten to another that covers the positive `values`."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    high = max(high, low + 1)
+    step = math.ceil((high - low) / most)
+    shown = [(10.0**p, f"{10.0**p:g}") for p in range(low, high + 1, step)]
+    return Axis(label, 10.0**low, 10.0**high, shown, math.log10)
+
+
+def whole(label: str, low: float, high: float) -> Axis:
+    """Whole numbers, the first always among the ticks: ranks and epochs begin at 1."""
+    high = max(high, low + 1)
+    step = max(1, math.ceil(ticks(low, high, 8)[1] - ticks(low, high, 8)[0]))
+    shown = [low, *(t for t in range(step * (int(low) // step + 1), int(high) + 1, step) if t <= high)]
+    return Axis(label, low, high, [(t, _number(t)) for t in shown])
+
+
 def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
     """Labels with their colour's mark: (label, colour, dashed)."""
     items = "".join(
@@ -46,51 +100,59 @@ def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> str:
-    """Curves over common axes, with a legend below. Empty if there is no point."""
-    points = [p for line in lines for p in line.points if all(map(math.isfinite, p))]
-    if not points:
-        return ""
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    y_ticks = [t for t in ticks(min(ys), max(ys)) if y_max is None or t <= y_max + 1e-9]
-    y_low, y_high = y_ticks[0], max(y_ticks[-1], max(ys), y_ticks[0] + 1e-9)
+def chart(title: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequence[Dot] = ()) -> str:
+    """Lines and dots over two axes. What lies beyond an axis is drawn at its end. No legend."""
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-        up = (y - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+    def place(px: float, py: float) -> tuple[float, float]:
+        across, up = x.place(px) * (WIDTH - _LEFT - _RIGHT), y.place(py) * (HEIGHT - _TOP - _BOTTOM)
         return _LEFT + across, HEIGHT - _BOTTOM - up
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
         f"<title>{escape(title)}</title>"
     ]
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in (t for t in _x_ticks(x_low, x_high) if x_low <= t <= x_high):
-        x, _ = place(tick, y_low)
+    for value, words in y.ticks:
+        _, at = place(x.low, value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(words)}</text>')
+    for value, words in x.ticks:
+        at, _ = place(value, y.low)
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{_number(tick)}</text>'
+            f'<text class="tick" x="{at:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(words)}</text>'
         )
     parts.append(
-        f'<text class="axis" x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis" x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>'
         f'<text class="axis" transform="translate(11 {HEIGHT / 2 - 14}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f"{escape(y.label)}</text>"
     )
     for line in lines:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line.points if all(map(math.isfinite, p))))
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*p) for p in line.points if all(map(math.isfinite, p))))
         dashed = " dashed" if line.dashed else ""
         parts.append(f'<polyline class="curve c{line.color % COLORS}{dashed}" points="{path}"/>')
-    parts.append("</svg>")
-    return "".join(parts) + legend([(line.label, line.color, line.dashed) for line in lines])
+    parts += [_dot(dot, *place(dot.x, dot.y)) for dot in dots]
+    return "".join(parts) + "</svg>"
 
 
-def _x_ticks(low: float, high: float) -> list[float]:
-    """Whole numbers, the first always among them: ranks and epochs begin at 1."""
-    step = max(1, math.ceil(ticks(low, high, 8)[1] - ticks(low, high, 8)[0]))
-    return [low, *(t for t in range(step * (int(low) // step + 1), int(high) + 1, step))]
+def _dot(dot: Dot, x: float, y: float) -> str:
+    """The word stands on the side that has room."""
+    left = x > WIDTH * 0.75
+    words = (
+        f'<text class="mark" x="{x - 9 if left else x + 9:.1f}" y="{y + (18 if dot.below else -7):.1f}" '
+        f'text-anchor="{"end" if left else "start"}">{escape(dot.label)}</text>'
+    )
+    hollow = " hollow" if dot.hollow else ""
+    circle = f'<circle class="dot c{dot.color % COLORS}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    return circle + (words if dot.label else "")
+
+
+def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> str:
+    """Curves over whole numbers, with a legend below. Empty if there is no point."""
+    points = [p for line in lines for p in line.points if all(map(math.isfinite, p))]
+    if not points:
+        return ""
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    drawn = chart(title, whole(x_label, min(xs), max(xs)), linear(y_label, ys, highest=y_max), lines)
+    return drawn + legend([(line.label, line.color, line.dashed) for line in lines])
 
 
 @dataclass(frozen=True)
@@ -102,19 +164,22 @@ class Bar:
     total: str
 
 
-def stacked_bars(bars: Sequence[Bar], title: str, names: Sequence[str]) -> str:
-    """Horizontal bars on one scale; a segment's colour is its name's place in `names`. HTML, so that text can wrap."""
-    longest = max((sum(v for _, v in bar.segments) for bar in bars), default=0)
+def stacked_bars(bars: Sequence[Bar], title: str, names: Sequence[str], unit: str) -> str:
+    """Horizontal bars on one scale; a segment's colour is its name's place in `names`. HTML, so that text can wrap.
+
+    A segment below 0 is not drawn: the number beside its bar tells it.
+    """
+    longest = max((sum(max(v, 0.0) for _, v in bar.segments) for bar in bars), default=0)
     if not longest > 0:
         return ""
     rows = []
     for bar in bars:
         segments, x = [], 0.0
         for name, value in bar.segments:
-            width = 100 * value / longest
+            width = 100 * max(value, 0.0) / longest
             segments.append(
                 f'<rect class="c{names.index(name) % COLORS}" x="{x:.3f}" y="0" width="{width:.3f}" height="10">'
-                f"<title>{escape(name)}: {value:.2f} ms</title></rect>"
+                f"<title>{escape(name)}: {value:.2f} {escape(unit)}</title></rect>"
             )
             x += width
         rows.append(

@@ -7,9 +7,16 @@ import pytest
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import FeatureSet
-from nformer_edge.evaluate.agreement import cosines, rank_agreement, reciprocal_jaccard, tensor_error
-from nformer_edge.evaluate.bootstrap import Ratio, paired_ratio
-from nformer_edge.evaluate.gates import GATES, TITLES, judge, judge_ratio, rule, verdict
+from nformer_edge.evaluate.agreement import (
+    COSINE_EDGES,
+    cosine_histogram,
+    cosines,
+    rank_agreement,
+    reciprocal_jaccard,
+    tensor_error,
+)
+from nformer_edge.evaluate.bootstrap import TWO_SIDED, Ratio, mean_interval, paired_difference, paired_ratio
+from nformer_edge.evaluate.gates import GATES, TITLES, judge, judge_ratio, rule, verdict, worst
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +119,31 @@ def test_identical_scores_pass_whatever_the_bound_below_one():
     assert (result.status, result.measured, result.lower, result.upper) == ("passed", 1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(("queries", "status"), [(20, "undecided"), (298, "undecided"), (300, "passed")])
+def test_a_few_queries_without_a_loss_do_not_show_that_int8_has_none(queries, status):
+    hits = np.ones(queries)
+    result = judge_ratio(rule("int8", "rank1_kept"), paired_ratio(hits, hits))
+    assert result.status == status
+    assert "none of them scores worse" in result.note
+    assert result.lower == pytest.approx(0.05 ** (1 / queries))
+
+
+def test_an_engine_that_loses_two_queries_in_a_hundred_seldom_passes_int8_whatever_their_number():
+    rng = np.random.default_rng(5)
+    for queries in (5, 20, 80, 320):
+        passed = 0
+        for _ in range(100):
+            kept = (rng.uniform(size=queries) > 0.02).astype(float)
+            ratio = paired_ratio(kept, np.ones(queries), draws=400)
+            passed += judge_ratio(rule("int8", "rank1_kept"), ratio).status == "passed"
+        assert passed <= 10, queries  # 5 of 100 if the bounds were exact
+
+
+def test_a_query_that_gains_does_not_decide_for_those_that_were_not_asked():
+    gained = paired_ratio(np.array([1.0, 1, 1, 1, 1]), np.array([1.0, 1, 1, 1, 0.5]), draws=200)
+    assert judge_ratio(rule("int8", "mAP_kept"), gained).status == "undecided"
+
+
 def test_a_clear_loss_fails_and_a_loss_near_the_bound_is_undecided():
     rng = np.random.default_rng(1)
     reference = rng.uniform(0.2, 1.0, size=60)
@@ -182,3 +214,41 @@ def test_a_failed_gate_outweighs_an_undecided_one():
 def test_margin_is_negative_beyond_the_bound_on_either_side():
     assert judge(rule("fp16", "tensor"), 1.5).margin == -0.5
     assert judge(rule("fp16", "rank1_agreement"), 0.99).margin < 0
+
+
+def test_the_difference_is_paired_and_in_the_scores_own_units():
+    rng = np.random.default_rng(6)
+    reference = rng.uniform(0.2, 0.9, size=300)
+    found = paired_difference(reference - 0.03, reference)
+    assert [found.value, found.lower, found.upper] == pytest.approx([-0.03] * 3)
+    noisy_loss = paired_difference(reference - 0.03 + rng.normal(scale=0.05, size=300), reference)
+    assert noisy_loss.lower < noisy_loss.value < noisy_loss.upper < 0
+    same = paired_difference(reference, reference)
+    assert (same.value, same.lower, same.upper) == (0, 0, 0)
+
+
+def test_intervals_of_a_mean_cover_the_true_one_about_as_often_as_they_say():
+    rng = np.random.default_rng(7)
+    inside = 0
+    for trial in range(200):
+        found = mean_interval(rng.uniform(0, 1, size=80), draws=400, seed=trial, quantiles=TWO_SIDED)
+        inside += found.lower <= 0.5 <= found.upper
+    assert 175 <= inside <= 199  # 95 % of 200 is 190
+
+
+def test_cosines_are_counted_finer_towards_one():
+    counts, not_finite = cosine_histogram(np.array([1.0, 1 + 1e-9, 0.995, 0.9949, -0.3, np.nan]))
+    assert (counts.sum(), not_finite) == (5, 1)
+    assert (counts[0], counts[-1]) == (1, 2)
+    widths = np.diff(COSINE_EDGES)
+    assert (widths > 0).all()
+    assert (np.diff(widths[:-1]) < 0).all()
+
+
+def test_the_worst_of_several_results_is_the_worst_status_then_the_least_margin():
+    held = rule("fp32", "rank1_agreement")
+    assert worst([judge(held, 1.0), judge(held, 0.9), judge(held, 0.5)]) == 2
+    assert worst([judge(held, 1.0), judge(held, math.nan), judge(held, 0.5)]) == 1
+    reported = rule("int8", "tensor")
+    assert worst([judge(reported, 3.0), judge(reported, 9.0)]) == 1
+    assert worst([judge(rule("int8", "reciprocal_jaccard"), v) for v in (0.9, 0.7, 0.8)]) == 1

@@ -91,3 +91,57 @@ def opener():
 @pytest.fixture(scope="session")
 def grid_runner():
     return GridRunner
+
+
+@pytest.fixture(scope="session")
+def norms():
+    """The BatchNorms of a module, in its order."""
+    import torch
+
+    def find(module):
+        return [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def changed():
+    """Writes a copy of a checkpoint after `change(backbone, head)`."""
+    import torch
+
+    from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+
+    def make(checkpoint, out, change):
+        model = load_checkpoint(checkpoint)
+        with torch.no_grad():
+            change(model.backbone, model.head)
+        save_checkpoint(out, model.spec, model.backbone, model.head)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_checkpoint, changed, norms, tmp_path_factory):
+    """The tiny model with BatchNorms as training leaves them: no two alike, or a swap would change nothing."""
+    import torch
+
+    def trained(backbone, head):
+        generator = torch.Generator().manual_seed(3)
+        for norm in norms(backbone) + norms(head):
+            size = norm.num_features
+            norm.weight.copy_(0.7 + 0.6 * torch.rand(size, generator=generator))
+            norm.running_mean.copy_(0.2 * torch.randn(size, generator=generator))
+            norm.running_var.copy_(0.5 + torch.rand(size, generator=generator))
+            if norm.bias is not None and norm.bias.requires_grad:
+                norm.bias.copy_(0.2 * torch.randn(size, generator=generator))
+
+    return changed(tiny_checkpoint, tmp_path_factory.mktemp("trained") / "model.safetensors", trained)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint):
+    """The exported bundle of `checkpoint`. Do not write into it."""
+    from nformer_edge.onnx.export import export_bundle
+
+    return export_bundle(checkpoint, checkpoint.parent / "bundle", landmark_seed=7)

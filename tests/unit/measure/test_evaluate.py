@@ -118,3 +118,17 @@ def test_both_protocols_stand_side_by_side_where_pytorch_runs_the_head(tiny_chec
     without = evaluate_model(tiny_bundle, tiny_market, rank_lists=0, threads=1)
     assert "+NFormer per-query" not in by_name(without)
     assert "no per-query protocol: onnxruntime runs the head as one graph" in format_evaluation(without)
+
+
+def test_every_figure_has_an_interval_that_narrows_with_the_queries(dataset, opener, grid_runner):
+    runner = grid_runner()
+    result = evaluate_model("m", dataset, seeds=(0, 1), rerank=True, rank_lists=0, opener=opener(m=runner))
+    for row in result["results"]:
+        for figure, value in (("mAP", row["mAP"]), ("rank1", row["cmc"][0])):
+            lower, upper = row[f"{figure}_interval"]
+            assert 0 <= lower <= value <= upper <= 1
+    whole = by_name(result)["backbone"]["mAP_interval"]
+    few = Dataset("few", dataset.root, query=dataset.query[::4], gallery=dataset.gallery)
+    half = by_name(evaluate_model("m", few, rank_lists=0, opener=opener(m=runner)))["backbone"]["mAP_interval"]
+    assert half[1] - half[0] > whole[1] - whole[0] > 0
+    assert f"({100 * whole[0]:.1f} to {100 * whole[1]:.1f})" in format_evaluation(result)

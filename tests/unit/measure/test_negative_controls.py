@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import onnx
@@ -13,7 +14,8 @@ from nformer_edge.core.artifact import read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
 from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.engine.build import EngineSpec, build_engine
-from nformer_edge.measure.parity import parity, require_passed
+from nformer_edge.measure.parity import parity
+from nformer_edge.measure.verdict import describe_causes, require_passed
 from nformer_edge.onnx.calibration import calibration_images
 from nformer_edge.onnx.quantize import measure_ranges
 
@@ -28,50 +30,11 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def changed(checkpoint, out, change):
-    """A copy of a checkpoint after `change(backbone, head)`."""
-    from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
-
-    model = load_checkpoint(checkpoint)
-    with torch.no_grad():
-        change(model.backbone, model.head)
-    save_checkpoint(out, model.spec, model.backbone, model.head)
-    return out
-
-
-def norms(module):
-    return [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-
-
 def swap(one, other):
     """Gives each of two BatchNorms what the other has."""
     ours = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     one.load_state_dict(other.state_dict())
     other.load_state_dict(ours)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint, tmp_path_factory):
-    """The tiny model with BatchNorms as training leaves them: no two alike, or a swap would change nothing."""
-
-    def trained(backbone, head):
-        generator = torch.Generator().manual_seed(3)
-        for norm in norms(backbone) + norms(head):
-            size = norm.num_features
-            norm.weight.copy_(0.7 + 0.6 * torch.rand(size, generator=generator))
-            norm.running_mean.copy_(0.2 * torch.randn(size, generator=generator))
-            norm.running_var.copy_(0.5 + torch.rand(size, generator=generator))
-            if norm.bias is not None and norm.bias.requires_grad:
-                norm.bias.copy_(0.2 * torch.randn(size, generator=generator))
-
-    return changed(tiny_checkpoint, tmp_path_factory.mktemp("trained") / "model.safetensors", trained)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint):
-    from nformer_edge.onnx.export import export_bundle
-
-    return export_bundle(checkpoint, checkpoint.parent / "bundle", landmark_seed=7)
 
 
 @pytest.fixture
@@ -106,9 +69,20 @@ def failed(result, blamed):
     """Asserts that a gate failed and `blamed` is named, in the JSON and in the error. Returns who failed."""
     assert result["status"] == "failed"
     assert result["blame"] == blamed
-    with pytest.raises(GateError, match=f"to blame: {blamed}"):
+    with pytest.raises(GateError, match=f"to blame: {blamed}") as caught:
         require_passed(result)
+    for line in describe_causes(result):
+        assert line in str(caught.value)
     return {s["stage"] for s in result["stages"] if s["status"] == "failed"}
+
+
+def first(result, stage):
+    """The first node out of its band, which the error must name."""
+    (found,) = [r["first"] for r in result["layers"] if r["stage"] == stage]
+    assert found["inputs_inside"]
+    with pytest.raises(GateError, match=re.escape(f"{stage}: first node out of its band: {found['node']} (")):
+        require_passed(result)
+    return found["node"]
 
 
 def test_the_sound_bundle_passes(judge, bundle):
@@ -116,33 +90,52 @@ def test_the_sound_bundle_passes(judge, bundle):
     assert {s["stage"]: s["status"] for s in result["stages"]} == dict.fromkeys(
         ("backbone", "head", "end_to_end"), "passed"
     )
+    assert (result["input"]["error"], result["layers"]) == (0, [])
 
 
-def test_a_wrong_channel_order_is_blamed_on_the_backbone(judge, broken_bundle):
-    assert failed(judge(broken_bundle(channels="BGR")), "backbone") == {"backbone", "end_to_end"}
+def test_a_wrong_channel_order_is_blamed_on_the_preprocessing(judge, broken_bundle):
+    result = judge(broken_bundle(channels="BGR"))
+    assert failed(result, "backbone") == {"backbone", "end_to_end"}
+    assert describe_causes(result) == [
+        "the input itself differs, so it is the preprocessing: channels: BGR, the reference RGB"
+    ]
 
 
-@pytest.mark.parametrize("left_out", [{"mean": [0.0, 0.0, 0.0]}, {"std": [1.0, 1.0, 1.0]}], ids=["mean", "std"])
-def test_a_missing_normalisation_is_blamed_on_the_backbone(judge, broken_bundle, left_out):
-    assert failed(judge(broken_bundle(**left_out)), "backbone") == {"backbone", "end_to_end"}
+@pytest.mark.parametrize(("field", "left_out"), [("mean", [0.0, 0.0, 0.0]), ("std", [1.0, 1.0, 1.0])])
+def test_a_missing_normalisation_is_blamed_on_the_preprocessing(judge, broken_bundle, field, left_out):
+    result = judge(broken_bundle(**{field: left_out}))
+    assert failed(result, "backbone") == {"backbone", "end_to_end"}
+    (line,) = describe_causes(result)
+    assert line.startswith(f"the input itself differs, so it is the preprocessing: {field}: {tuple(left_out)}")
 
 
-def test_two_swapped_batch_norms_are_blamed_on_the_backbone(judge, checkpoint, tmp_path):
+def test_two_swapped_batch_norms_are_blamed_on_the_backbone_and_the_first_is_named(
+    judge, checkpoint, changed, norms, tmp_path
+):
+    named = []
+
     def change(backbone, _):
         first = norms(backbone)[1]
+        named.extend(name for name, module in backbone.named_modules() if module is first)
         swap(first, next(n for n in norms(backbone)[2:] if n.num_features == first.num_features))
 
     broken = changed(checkpoint, tmp_path / "swapped.safetensors", change)
-    assert failed(judge(broken), "backbone") == {"backbone", "end_to_end"}
+    result = judge(broken)
+    assert failed(result, "backbone") == {"backbone", "end_to_end"}
+    assert named == ["trunk.conv2.0.conv1.bn"]  # in the graph it is folded into the convolution before it
+    assert first(result, "backbone") == "/trunk/conv2/conv2.0/conv1/conv/Conv"
 
 
-def test_a_head_with_the_backbones_batch_norm_is_blamed_on_the_head(judge, checkpoint, tmp_path):
+def test_a_head_with_the_backbones_batch_norm_is_blamed_on_the_head_and_the_norm_is_named(
+    judge, checkpoint, changed, norms, tmp_path
+):
     def change(backbone, head):
         neck = [n for n in norms(backbone) if n.num_features == head.bottleneck.num_features][-1]
         head.bottleneck.load_state_dict(neck.state_dict())
 
-    broken = changed(checkpoint, tmp_path / "neck.safetensors", change)
-    assert failed(judge(broken), "head") == {"head", "end_to_end"}
+    result = judge(changed(checkpoint, tmp_path / "neck.safetensors", change))
+    assert failed(result, "head") == {"head", "end_to_end"}
+    assert first(result, "head") == "/head/bottleneck/BatchNormalization"
 
 
 def test_a_head_that_is_silently_skipped_is_blamed_on_the_head(judge, broken_bundle):
@@ -157,10 +150,14 @@ def test_a_head_that_is_silently_skipped_is_blamed_on_the_head(judge, broken_bun
         ),
         opset_imports=[helper.make_opsetid("", 18)], ir_version=9,
     )  # fmt: skip
-    assert failed(judge(broken_bundle(head=skipped)), "head") == {"head", "end_to_end"}
+    result = judge(broken_bundle(head=skipped))
+    assert failed(result, "head") == {"head", "end_to_end"}
+    tensors = result["layers"][0]["tensors"]
+    assert f"head: the engine's graph has 1 of the reference's {tensors} tensors" in describe_causes(result)
 
 
-INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=4, calib_method="minmax")
+#: All of the training images: tensors that no image of the calibration reached would be at fault too.
+INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=36, calib_method="minmax")
 
 
 def gate(result, name):
@@ -183,9 +180,16 @@ def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the
     forged = tmp_path / "calibration.json"
     forged.write_text(json.dumps(table))
 
-    result = judge(build_engine(bundle, tmp_path / "forged", INT8, calib_data=forged))
+    engine = build_engine(bundle, tmp_path / "forged", INT8, calib_data=forged)
+    result = judge(engine)
     assert failed(result, "backbone") == {"backbone", "end_to_end"}
     assert gate(result, "cosine_min")["status"] == "alarm"
     ours = judge(sound)
     for name in ("cosine_min", "rank1_agreement", "top10_overlap"):
         assert gate(ours, name)["measured"] > gate(result, name)["measured"], name
+
+    # Named is the first node in the graph, whose range is too narrow by a quarter and more: it cuts.
+    assert first(result, "backbone") == "/trunk/conv1/conv/Conv"
+    tensor = result["layers"][0]["first"]["tensor"]
+    right, wrong = (t["ranges"][tensor][1] for t in (json.loads((sound / "calibration.json").read_text()), table))
+    assert wrong < 0.75 * right

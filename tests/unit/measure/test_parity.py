@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import GateError, UsageError
-from nformer_edge.measure.parity import parity, require_passed
+from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.measure.parity import parity
+from nformer_edge.measure.verdict import describe_causes, describe_failures, format_parity, require_passed
 
 
 def noise(scale):
@@ -98,6 +100,83 @@ def test_few_queries_leave_a_small_loss_undecided_and_nothing_is_raised(run):
     if result["status"] == "undecided":
         assert not result["passed"]
         require_passed(result)
+
+
+def test_int8_with_few_queries_and_no_loss_is_undecided_and_not_passed(run):
+    result = run(precision="int8")
+    for kept in ("mAP_kept", "rank1_kept"):
+        found = gate(result, "backbone", kept)
+        assert (found["measured"], found["status"]) == (1, "undecided")
+        assert found["lower"] == pytest.approx(0.05 ** (1 / 24))
+    assert (result["status"], result["passed"]) == ("undecided", False)
+    require_passed(result)
+
+
+def test_differences_are_stored_beside_the_ratios(run):
+    (backbone,) = run(distort=noise(0.3))["stages"][0]["runs"]
+    for figure in ("mAP", "rank1"):
+        found = backbone["differences"][figure]
+        lost = backbone["scores"]["engine"][figure] - backbone["scores"]["reference"][figure]
+        assert found["value"] == pytest.approx(lost)
+        assert found["lower"] <= found["value"] <= found["upper"]
+
+
+def test_cosines_of_every_image_are_counted_stage_by_stage(run):
+    result = run(distort=noise(0.3))
+    images = result["data"]["query"] + result["data"]["gallery"]
+    counted = [s["cosines"] for s in result["stages"]]
+    assert [sum(c["counts"]) + c["not_finite"] for c in counted] == [images, 3 * images, 3 * images]
+    assert sum(counted[0]["counts"][-8:]) == 0  # the backbone drifted
+    assert counted[1]["counts"][-1] == 3 * images  # the head did not
+
+
+class Unlucky:
+    """A head that drifts under one landmark seed alone."""
+
+    def __init__(self, base, landmarks):
+        self.base, self.landmarks = base, landmarks
+
+    def __getattr__(self, name):
+        return getattr(self.base, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def relate(self, features, landmarks=None):
+        related = self.base.relate(features, landmarks)
+        return noise(0.5)(related) if np.array_equal(landmarks, self.landmarks) else related
+
+
+def test_the_head_is_judged_under_three_landmark_seeds_and_the_worst_decides(dataset, opener, grid_runner):
+    rows = len(dataset.query) + len(dataset.gallery)
+    head = grid_runner().spec.head
+    unlucky = Unlucky(grid_runner("engine"), draw_landmarks(rows, head.layers, head.landmarks, 2))
+    runners = opener(ref=grid_runner("ref"), engine=unlucky)
+    result = parity("ref", "engine", dataset, draws=100, opener=runners)
+    assert result["landmark_seeds"] == [0, 1, 2]
+    backbone, head, end_to_end = result["stages"]
+    assert [r["landmark_seed"] for r in backbone["runs"]] == [None]
+    for stage in (head, end_to_end):
+        assert [(r["landmark_seed"], r["status"]) for r in stage["runs"]] == [
+            (0, "passed"), (1, "passed"), (2, "failed"),
+        ]  # fmt: skip
+        assert {g["landmark_seed"] for g in stage["gates"] if g["status"] == "failed"} == {2}
+    assert result["blame"] == "head"
+    assert "with landmark seed 2" in describe_failures(result)[0]
+    assert "head by landmark seed: 0: passed (mAP" in format_parity(result)
+    spared = parity("ref", "engine", dataset, draws=100, opener=runners, landmark_seeds=(0, 1))
+    assert spared["passed"]
+
+
+def test_models_that_are_no_files_are_not_compared_layer_by_layer_and_it_is_said(run):
+    result = run(distort=noise(0.05))
+    (backbone,) = result["layers"]
+    assert (backbone["stage"], backbone["nodes"]) == ("backbone", [])
+    assert f"backbone: not compared layer by layer: {backbone['note']}" in describe_causes(result)
+    assert result["input"] == {"images": 4, "error": 0, "preprocess": []}
 
 
 def test_gates_follow_the_precision_of_each_stage(run):

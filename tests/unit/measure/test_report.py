@@ -46,6 +46,47 @@ class Wellformed(HTMLParser):
         assert self.open.pop() == tag
 
 
+def node(name, op, error, band, inside):
+    return {
+        "node": name, "op": op, "tensor": f"{name}_output", "error": error, "band": band, "sqnr_db": 20.0,
+        "cosine": 0.9, "inside": inside,
+    }  # fmt: skip
+
+
+#: What the layer-wise comparison of a broken backbone gives.
+LAYERS = {
+    "stage": "backbone", "samples": 4, "compared": 3, "tensors": 3, "outside": 2, "note": None,
+    "nodes": [
+        node("/conv1", "Conv", 0.0, 0.001, True), node("/conv2", "Conv", 0.5, 0.02, False),
+        node("/relu", "Relu", None, 0.02, False),
+    ],
+    "first": node("/conv2", "Conv", 0.5, 0.02, False)
+    | {"own_error": 0.5, "inputs": [{"tensor": "/conv1_output", "inside": True}], "inputs_inside": True},
+}  # fmt: skip
+
+
+def point(nodes, mAP, latency_ms):
+    return {
+        "float_nodes": nodes, "mAP": mAP, "rank1": 0.9, "map_drop": 0.8 - mAP, "latency_ms": latency_ms,
+        "size_mb": 12.0 + len(nodes),
+    }  # fmt: skip
+
+
+#: What a search for a budget gives; the worst node first.
+BUDGET = {
+    "kind": "budget", "version": 1, "model": "resnet18_64x32", "backend": "onnxruntime", "max_map_drop": 0.5,
+    "held_out": {"identities": 40, "queries": 80, "images": 600},
+    "float": {"mAP": 0.8, "rank1": 0.91, "latency_ms": 4.0, "size_mb": 45.0},
+    "nodes": [
+        {"node": f"/conv{i}", "op": "Conv", "alone": {"map_drop": 0.01 - i / 1000, "neighbours_kept": 0.9},
+         "left_out": {"map_gain": 0.004 - i / 1000, "neighbours_kept": 0.9}}
+        for i in range(20)
+    ],
+    "frontier": [point([], 0.78, 1.0), point(["/conv0"], 0.796, 1.2), point(["/conv0", "/conv1"], 0.799, 1.4)],
+    "chosen": 1, "seconds": 60.0,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def measured(dataset, grid_runner):
     int8 = grid_runner("int8", precision={"backbone": "int8", "head": "fp32"}, distort=lambda x: x[::-1])
@@ -56,10 +97,11 @@ def measured(dataset, grid_runner):
 
     backbone = [{"epoch": e, "loss": 5 / e} for e in (1, 2, 3)]
     head = [{"epoch": 0, "held_out_map": 0.5}, {"epoch": 1, "loss": 2.0, "held_out_map": 0.6}]
+    judged = parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8")
     return [
         evaluate_model("ref", dataset, opener=opener, label="PyTorch", rerank=True, rank_lists=2),
         evaluate_model("int8", dataset, opener=opener, label="INT8", rank_lists=0),
-        parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8"),
+        judged | {"layers": [LAYERS]},
         benchmark("ref", dataset, single_stream=3, offline=8, warmup=0, opener=opener, label="PyTorch"),
         compare(["ref", "int8"], dataset, rounds=2, warmup=0, opener=opener, labels=["PyTorch", "INT8"]),
         {
@@ -69,6 +111,7 @@ def measured(dataset, grid_runner):
                 "head": {"epochs": head, "best": {"epoch": 1, "held_out_map": 0.6}, "seconds": 8.0},
             },
         },
+        BUDGET,
     ]
 
 
@@ -96,18 +139,68 @@ def test_the_page_is_well_formed_and_stands_alone(page):
 def test_every_section_is_drawn(page):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Summary", "Gates", "Rank lists", "CMC", "Latency", "In turn, pair by pair", "Beside other re-ranking",
-        "Training", "Machine",
+        "Summary", "Gates", "Cosine to the reference", "Layer by layer", "Accuracy budget", "Rank lists", "CMC",
+        "Latency", "In turn, pair by pair", "Beside other re-ranking", "Training", "Machine",
     ]  # fmt: skip
 
 
 def test_what_stands_on_the_page_stands_in_the_json(page, results):
     for evaluation in results[:2]:
         for scored in evaluation["results"]:
-            assert f"<td>{100 * scored['mAP']:.1f}</td>" in page
+            lower, upper = (f"{100 * bound:.1f}" for bound in scored["mAP_interval"])
+            assert f"<td>{100 * scored['mAP']:.1f} <small>{lower}\N{EN DASH}{upper}</small></td>" in page
     for stage in results[2]["stages"]:
         for gate in stage["gates"]:
             assert f"<td>{gate['measured']:.6g}" in page
+
+
+def test_a_budget_is_drawn_with_its_choice_its_bound_and_the_worst_nodes(page):
+    drawn = page[page.index("<h2>Accuracy budget") : page.index("<h2>Rank lists")]
+    assert drawn.count('<circle class="dot') == 2 * (1 + 3)  # FP32 and the frontier, against latency and against size
+    assert drawn.count("chosen: 1 in float") == 2
+    assert drawn.count("budget: 79.5 mAP") == 2
+    for label in ("latency, ms an image", "size, MB", "mAP, %"):
+        assert f">{label}</text>" in drawn
+    worst = drawn[drawn.index("mAP lost when") : drawn.index("mAP gained when")]
+    assert re.findall(r'bar-label">(\S+) ', worst) == [f"/conv{i}" for i in range(15)]
+    assert "1.00 points" in worst
+
+
+def test_a_budget_that_nothing_holds_is_drawn_without_a_choice(tmp_path):
+    search = BUDGET | {"chosen": None, "max_map_drop": None}
+    page = write_report([search], tmp_path / "report.html").read_text()
+    assert "chosen" not in page
+    assert "budget:" not in page
+    assert Wellformed(page).open == []
+
+
+def test_cosines_of_each_stage_are_a_picture_with_a_line_for_each_engine(results, tmp_path):
+    other = copy.deepcopy(results[2])
+    other["engine"]["label"] = "another"
+    page = write_report([results[2], other], tmp_path / "report.html").read_text()
+    drawn = page[page.index("<h2>Cosine") : page.index("<h2>Layer")]
+    assert drawn.count("<svg") == 3
+    assert drawn.count("<polyline") == 6
+    assert drawn.count(">cosine to the reference</text>") == 3
+
+
+def test_every_landmark_seed_and_the_difference_in_points_stand_on_the_page(page, results):
+    for stage in results[2]["stages"]:
+        for run in stage["runs"]:
+            found = run["differences"]["mAP"]
+            assert f"{100 * found['value']:+.2f} <small>{100 * found['lower']:+.2f} to" in page
+    assert page.count("head, landmark seed ") == 3
+
+
+def test_the_first_node_out_of_its_band_is_named_and_marked(page):
+    assert page.count("first node out of its band: /conv2 (Conv; error 0.5, band 0.02") == 2  # in gates and in layers
+    assert re.search(r'<circle class="dot c4"[^>]*/><text class="mark"[^>]*>/conv2</text>', page)
+
+
+def test_cmc_curves_of_all_engines_are_in_one_picture(page):
+    drawn = page[page.index("<h2>CMC") : page.index("<h2>Latency")]
+    assert drawn.count("<svg") == 1
+    assert drawn.count("<polyline") == 4
 
 
 def test_right_and_wrong_matches_are_marked(page, results):
@@ -127,7 +220,9 @@ def test_text_from_results_is_escaped(results, tmp_path):
     evil = "<script>alert('x')</script>\"&"
     for result in results:
         for key in ("model", "engine", "reference"):
-            if key in result:
+            if result["kind"] == "budget":
+                result["model"] = evil
+            elif key in result:
                 result[key]["label"] = evil
     results[0]["rank_lists"][0]["gallery"][0]["path"] = f"/nowhere/{evil}"
     page = write_report(results, tmp_path / "report.html", title=evil).read_text()
