@@ -6,6 +6,7 @@ Each step is a command of nformer-edge in a process of its own, as a user would 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -32,6 +33,15 @@ def missing() -> list[str]:
     return [f"{name} (pip install '{extra}')" for name, extra in PACKAGES.items() if not importlib.util.find_spec(name)]
 
 
+def carries_kernels() -> bool:
+    """Whether TensorRT and a compiler here can put the kernels into a plan, without a library."""
+    sys.path.append(str(ROOT))  # from a checkout that is not installed
+    from nformer_edge.engine.plugin_ahead import lacking_ahead_of_time
+    from nformer_edge.engine.tensorrt import installed_version
+
+    return not lacking_ahead_of_time(installed_version())
+
+
 def command(*words: str) -> dict[str, Any]:
     """Runs ``nformer-edge WORDS``. Returns step, ok, code and the last line that it said."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -47,22 +57,29 @@ def check_engines(folder: Path, backend: str = "tensorrt", run: Command = comman
     """Trains a tiny model, builds its engines and judges them against PyTorch. `folder` takes all that is made.
 
     Returns:
-        ``skipped``, or ``steps`` with what each command said and ``gates`` with each parity's JSON by precision.
+        ``skipped``, or ``steps`` with what each command said and ``gates`` with each parity's JSON by precision, with
+        ``-ahead-of-time`` behind it for the plans that carry their kernels.
     """
     lacking = missing() if backend == "tensorrt" else []
     if lacking:
         return {"skipped": f"no {', no '.join(lacking)}"}
     demo, steps, gates = folder / "demo", [], {}
     steps.append(run("demo", "--tiny", "-o", str(demo)))
+    libraries = [""]
     if backend == "tensorrt":
         steps.append(run("build-plugin", "-o", str(folder / "plugins")))
-        os.environ["NFORMER_EDGE_PLUGINS"] = str(folder / "plugins")
-    if not all(step["ok"] for step in steps):
+        libraries = [str(folder / "plugins")] if steps[-1]["ok"] else []
+        libraries += ["none"] if carries_kernels() else []
+    if not steps[0]["ok"]:
         return {"steps": steps, "gates": {}}
-    for precision, flags in PRECISIONS.items():
+    for library, precision in itertools.product(libraries, PRECISIONS):
         if backend == "onnxruntime" and precision == "fp16":
             continue  # it has no FP16 on a CPU
-        engine, result = folder / f"engine-{precision}", folder / f"parity-{precision}.json"
+        name, flags = precision, PRECISIONS[precision]
+        if backend == "tensorrt":
+            os.environ["NFORMER_EDGE_PLUGINS"] = library
+            name += "-ahead-of-time" if library == "none" else ""
+        engine, result = folder / f"engine-{name}", folder / f"parity-{name}.json"
         words = ["build-engine", str(demo / "bundle"), "--backend", backend, *flags, "-o", str(engine)]
         words += ["--calib-data", str(demo / "data")] if precision == "int8" else []
         words += ["--gallery-size", "16:96:2000"] if backend == "tensorrt" else []
@@ -73,7 +90,7 @@ def check_engines(folder: Path, backend: str = "tensorrt", run: Command = comman
         # A model of a few seconds' training ranks by hairs: what INT8 does to it is told, and fails nothing.
         steps.append({**run("parity", *compared), "required": precision != "int8"})
         if result.is_file():
-            gates[precision] = json.loads(result.read_text())
+            gates[name] = json.loads(result.read_text())
         steps.append(run("benchmark", str(engine), "--data", str(demo / "data"), "-o", f"{engine}.json"))
     return {"steps": steps, "gates": gates}
 

@@ -25,8 +25,9 @@ Operators = Literal["library", "ahead-of-time", "inlined"]
 CREATORS = (ROW_TOP_K, RECIPROCAL_NEIGHBOR_ATTENTION)
 VERSION = "1"
 
-#: Names a library file, or a folder with one, before every other place.
+#: Names a library file, or a folder with one, before every other place; or ``none``: no library, wherever one may lie.
 ENVIRONMENT = "NFORMER_EDGE_PLUGINS"
+NO_LIBRARY = "none"
 
 # TensorRT's registry is one a process, and so is what we know of it: sha256 of the library -> what keeps it there.
 _loaded: dict[str, Any] = {}
@@ -42,6 +43,8 @@ def default_folder(major: int) -> Path:
 def plugin_places(major: int | None = None) -> Iterator[Path]:
     """Files that may be the library, likeliest first; ``major`` None looks at every TensorRT version's folder."""
     named = os.environ.get(ENVIRONMENT, "")
+    if named == NO_LIBRARY:
+        return
     if named:
         yield Path(named) / LIBRARY if Path(named).is_dir() else Path(named)
     for version in (major,) if major is not None else range(12, 7, -1):

@@ -23,7 +23,7 @@ from nformer_edge.engine.plugin_kernels import (
     compile_row_top_k,
     float_halves,
 )
-from nformer_edge.engine.ptx import PtxCompiler, find_compilers, newest_for
+from nformer_edge.engine.ptx import OLDEST_NVRTC, PtxCompiler, find_compilers, newest_for
 
 #: The first TensorRT that puts a kernel into the plan. 10.8 calls back into Python, earlier ones know no such plugin.
 SINCE = (10, 9)
@@ -43,7 +43,7 @@ def lacking_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     if not tensorrt:
         return "no TensorRT that puts kernels into plans"
     if tensorrt < SINCE:
-        return f"TensorRT {'.'.join(map(str, tensorrt[:2]))}, whose plans carry no kernels of ours"
+        return f"TensorRT {_text(tensorrt[:2])}, whose plans carry no kernels of ours"
     return "" if find_compilers() else "no CUDA compiler for kernels that the plan carries"
 
 
@@ -73,7 +73,8 @@ def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> Ahe
     if compiler is None:
         raise BackendError(
             "CUDA compiler", got=", ".join(map(str, found)) or "none",
-            expected=f"NVRTC or nvcc of CUDA {driver[0]}.{driver[1]}, the driver's, or earlier", mend=_COMPILER,
+            expected=f"NVRTC or nvcc of CUDA {_text(driver)}, the driver's, or down to {_text(OLDEST_NVRTC)}",
+            mend=_COMPILER,
         )  # fmt: skip
     capability = "8.0" if hardware_compat == "ampere_plus" else str(gpu_facts(0)["compute_capability"])
     return AheadOfTime(trt, compiler, int(capability.replace(".", "")), errors)
@@ -116,7 +117,7 @@ class AheadOfTime:
 
     def facts(self) -> list[dict[str, Any]]:
         """Of each kernel that went into the plan, as a manifest's ``kernels`` has them."""
-        cuda = ".".join(map(str, self._compiler.version))
+        cuda = _text(self._compiler.version)
         return [
             {"operator": kernel.operator, "entry": kernel.entry, "sha256": sha256, "cuda": cuda, "ptx": kernel.target}
             for sha256, kernel in self.kernels.items()
@@ -195,6 +196,10 @@ class AheadOfTime:
         launch.grid_x = trtp.max(heads * trtp.cdiv(rows, kernel.rows_per_block), 1)  # CUDA knows no launch of 0 blocks
         launch.block_x = kernel.threads
         return kernel.entry, kernel.ptx, launch, trtp.SymIntExprs.from_tuple([trtp.SymInt32(n) for n in numbers])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _known(size: Any) -> int:

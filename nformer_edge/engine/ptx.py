@@ -22,6 +22,10 @@ _FLAGS = ("-std=c++17",)
 _IN_PACKAGES = (("cuda_nvrtc/lib", "cuda_runtime/include"), ("cu13/lib", "cu13/include"))
 
 
+#: Earlier ones refuse ``__builtin_bit_cast``, by which the kernels have infinity where there are no headers.
+OLDEST_NVRTC = (12, 3)
+
+
 class PtxCompiler(Protocol):
     """What compiles one source for one architecture."""
 
@@ -58,7 +62,7 @@ class Nvrtc:
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
         """See `PtxCompiler.ptx`."""
-        nvrtc = ctypes.CDLL(str(self.library))
+        nvrtc = _opened(self.library)
         words = [f"--gpu-architecture=compute_{architecture}", *_FLAGS, f"-I{self.headers}", *options]
         given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
         program = ctypes.c_void_p()
@@ -101,14 +105,16 @@ class Nvcc:
 
 
 def find_nvrtc() -> Iterator[Nvrtc]:
-    """Every NVRTC with headers: of pip's packages, of $CUDA_HOME, of /usr/local/cuda."""
+    """Every NVRTC from `OLDEST_NVRTC` on with headers: of pip's packages, of $CUDA_HOME, of /usr/local/cuda."""
     for library, headers in _nvrtc_places():
         if (headers / "cuda_fp16.h").is_file():
             try:
-                nvrtc = ctypes.CDLL(str(library))
+                nvrtc = _opened(library)
             except OSError:
                 continue  # of another machine's architecture, say
-            yield Nvrtc(library, headers, _nvrtc_version(nvrtc), _nvrtc_architectures(nvrtc))
+            version = _nvrtc_version(nvrtc)
+            if version >= OLDEST_NVRTC:
+                yield Nvrtc(library, headers, version, _nvrtc_architectures(nvrtc))
 
 
 def _nvrtc_places() -> Iterator[tuple[Path, Path]]:
@@ -144,6 +150,13 @@ def newest_for(compilers: Iterable[PtxCompiler], driver: tuple[int, int]) -> Ptx
     """The newest compiler whose PTX a driver for CUDA `driver` reads; None if there is none."""
     readable = [compiler for compiler in compilers if compiler.version <= driver]
     return max(readable, key=lambda compiler: compiler.version, default=None)
+
+
+def _opened(library: Path) -> Any:
+    # It opens a second library by name, which pip's packages for CUDA 13 put on no path: opened first, it is found.
+    for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(library))
 
 
 def _call(nvrtc: Any, function: str, *arguments: Any) -> None:

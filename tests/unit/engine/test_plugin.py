@@ -157,6 +157,8 @@ def test_a_library_is_found_by_its_hash(tmp_path, monkeypatch):
     assert find_plugin(10, sha256_file(eleven)) is None
     monkeypatch.setenv(plugin.ENVIRONMENT, str(eleven.parent))
     assert find_plugin(10) == eleven
+    monkeypatch.setenv(plugin.ENVIRONMENT, "none")
+    assert find_plugin(11) is None
 
 
 def test_facts_come_from_a_manifest_that_holds(tmp_path):

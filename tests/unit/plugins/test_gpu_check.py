@@ -127,6 +127,7 @@ def test_engines_are_built_and_judged_in_every_precision(gpu_check, tmp_path, mo
     engines = gpu_check.gpu_engines
     monkeypatch.setattr(engines, "missing", list)
     monkeypatch.setenv("NFORMER_EDGE_PLUGINS", "")
+    monkeypatch.setattr(engines, "carries_kernels", lambda: False)
     run, said = scripted()
     result = engines.check_engines(tmp_path, run=run)
     assert [words[0] for words in said] == ["demo", "build-plugin", *["build-engine", "parity", "benchmark"] * 3]
@@ -154,6 +155,7 @@ def test_a_plugin_that_cannot_be_built_stops_the_engines_and_fails_the_check(gpu
     engines = gpu_check.gpu_engines
     monkeypatch.setattr(engines, "missing", list)
     monkeypatch.setenv("NFORMER_EDGE_PLUGINS", "")
+    monkeypatch.setattr(engines, "carries_kernels", lambda: False)
     run, said = scripted("build-plugin")
     result = engines.check_engines(tmp_path, run=run)
     assert len(said) == 2
@@ -161,6 +163,20 @@ def test_a_plugin_that_cannot_be_built_stops_the_engines_and_fails_the_check(gpu
     whole = {"checks": {"failed": []}, "sanitizer": "passed", "engines": result}
     assert gpu_check.failed(whole)
     assert not gpu_check.failed({**whole, "engines": {"skipped": "no package tensorrt"}})
+
+
+@pytest.mark.parametrize("fails", ["", "build-plugin"])
+def test_plans_that_carry_their_kernels_are_judged_too(gpu_check, tmp_path, monkeypatch, fails) -> None:
+    engines = gpu_check.gpu_engines
+    monkeypatch.setattr(engines, "missing", list)
+    monkeypatch.setattr(engines, "carries_kernels", lambda: True)
+    monkeypatch.setenv("NFORMER_EDGE_PLUGINS", "")
+    run, _ = scripted(fails)
+    result = engines.check_engines(tmp_path, run=run)
+    ahead = {f"{precision}-ahead-of-time" for precision in ("fp32", "fp16", "int8")}
+    assert set(result["gates"]) == ahead | (set() if fails else {"fp32", "fp16", "int8"})
+    assert engines.os.environ["NFORMER_EDGE_PLUGINS"] == "none"
+    assert bool(engines.failures(result)) == bool(fails)
 
 
 def test_a_machine_without_tensorrt_says_what_it_lacks(gpu_check, tmp_path, monkeypatch) -> None:
