@@ -4,7 +4,9 @@
     python plugins/compile_kernels.py --arch 87 --shared libnformer_kernels.so
     python plugins/compile_kernels.py --resources plugins/RESOURCES.md
 
-Needs nvcc and nothing else: no GPU, no TensorRT, no Python package.
+Needs nvcc and nothing else: no GPU, no TensorRT, no Python package. nvcc 13 has dropped sm_72 (Xavier). Beside it the
+libraries of CUDA 12 do, for the figures (not for --shared), from pip: nvidia-cuda-nvrtc-cu12, nvidia-cuda-nvcc-cu12
+(its ptxas) and nvidia-cuda-runtime-cu12 (its headers).
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PLUGINS = Path(__file__).resolve().parent
 SOURCES = ("row_top_k.cu", "reciprocal_neighbor_attention.cu", "c_api.cu")
 #: No fast-math flag may join these: ties, NaN and the order of sums are part of the contract.
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
-OLDEST = 72  # Xavier; needs a CUDA 12 compiler, later ones have dropped it
+OLDEST = 72  # Xavier
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,44 @@ def compile_source(nvcc: str, source: str, archs: list[int], out: Path) -> list[
     return parse_resources(done.stdout + done.stderr)
 
 
+@dataclass(frozen=True)
+class Cuda12:
+    """NVRTC and ptxas of CUDA 12, as pip brings them."""
+
+    nvrtc: Any  # nformer_edge.engine.ptx.Nvrtc
+    ptxas: Path
+
+    def __str__(self) -> str:
+        return f"NVRTC and ptxas {'.'.join(map(str, self.nvrtc.version))}"
+
+    def compile(self, arch: int, build: Path) -> list[Resources]:
+        """Compiles every kernel for one architecture into a cubin in `build`.
+
+        Raises:
+            RuntimeError: with ptxas's words. NVRTC's come as its own error.
+        """
+        options = [f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'src'}"]
+        text = build / f"every_kernel_{arch}.ptx"
+        text.write_text(self.nvrtc.ptx(PLUGINS / "src" / "every_kernel.cu", arch, options))
+        command = [str(self.ptxas), "-v", f"-arch=sm_{arch}", str(text), "-o", str(text.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{text.name}: ptxas failed.\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+        return parse_resources(done.stdout + done.stderr)
+
+
+def find_cuda12(arch: int = OLDEST) -> Cuda12 | None:
+    """Compilers from pip that know `arch`; None if any part is missing."""
+    sys.path.append(str(PLUGINS.parent))  # from a checkout; elsewhere the package is installed
+    from nformer_edge.engine.ptx import find_nvrtc
+
+    for nvrtc in find_nvrtc():
+        ptxas = nvrtc.library.parents[2] / "cuda_nvcc" / "bin" / "ptxas"
+        if arch in nvrtc.architectures and ptxas.is_file():
+            return Cuda12(nvrtc, ptxas)
+    return None
+
+
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -116,13 +157,14 @@ def table(resources: list[Resources]) -> str:
     return "\n".join(lines)
 
 
-def report(nvcc: str, resources: list[Resources]) -> str:
+def report(nvcc: str, resources: list[Resources], cuda12: Cuda12 | None = None) -> str:
     """The text of RESOURCES.md."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"V([\d.]+)", version)
+    compilers = f"nvcc {release[1] if release else '?'}" + (f"; sm_{OLDEST}: {cuda12}" if cuda12 else "")
     return f"""# What the kernels take
 
-Made by `python plugins/compile_kernels.py --resources plugins/RESOURCES.md`; nvcc {release[1] if release else "?"}.
+Made by `python plugins/compile_kernels.py --resources plugins/RESOURCES.md`; {compilers}.
 Registers a thread, and after a plus sign the bytes that a thread spills (stores and loads). Blocks are 256 threads.
 These are the compiler's figures. They say what fits on a multiprocessor, not how fast it is.
 
@@ -157,15 +199,17 @@ def main(argv: list[str] | None = None) -> int:
     known = architectures(nvcc)
     archs = known if args.arch == "all" else [int(a) for a in args.arch.split(",")]
     if unknown := sorted(set(archs) - set(known)):
-        print(f"--arch: got {unknown}, expected some of {known}. sm_72 needs a CUDA 12 compiler.", file=sys.stderr)
+        print(f"--arch: got {unknown}, expected some of {known}. sm_72 needs nvcc of CUDA 12.", file=sys.stderr)
         return 2
+    cuda12 = find_cuda12() if args.arch == "all" and OLDEST not in known else None
     with tempfile.TemporaryDirectory() as build:
         objects, resources = compile_all(nvcc, archs, Path(build))
+        resources += cuda12.compile(OLDEST, Path(build)) if cuda12 else []
         if args.shared:
             link_shared(nvcc, objects, args.shared)
     print(table(resources))
     if args.resources:
-        args.resources.write_text(report(nvcc, resources))
+        args.resources.write_text(report(nvcc, resources, cuda12))
     return 0
 
 
