@@ -61,7 +61,9 @@ def test_folding_leaves_no_constant_node_and_no_size_that_every_input_has(head):
 def test_our_nodes_name_their_plugin_and_no_others_do(head, namespace):
     for node in operate(head, name_plugins(namespace)).graph.node:
         named = {a.name: a.s for a in node.attribute if a.name.startswith("plugin")}
-        assert named == ({"plugin_version": b"1", "plugin_namespace": namespace.encode()} if node.domain == DOMAIN else {})
+        assert named == (
+            {"plugin_version": b"1", "plugin_namespace": namespace.encode()} if node.domain == DOMAIN else {}
+        )
         scales = [a.f for a in node.attribute if a.name == "scale"]
         assert len(scales) == (node.op_type == "ReciprocalNeighborAttention")
 
