@@ -171,6 +171,7 @@ class _Build:
         if job.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
         if job.version_compat:
+            self._require_86("version_compat")
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         self._set_hardware_compat(config)
         if job.dla is not None:
@@ -191,6 +192,8 @@ class _Build:
 
     def _set_hardware_compat(self, config: Any) -> None:
         trt, wanted = self._trt, self._job.hardware_compat
+        if wanted != "none":
+            self._require_86("hardware_compat")
         if wanted == "ampere_plus":
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         elif wanted == "same_compute_capability":
@@ -200,6 +203,14 @@ class _Build:
             raise UsageError(
                 "hardware_compat", got=f"{wanted} with TensorRT {trt.__version__}", expected="a later TensorRT 10",
                 mend="Use ampere_plus, or leave it out.",
+            )  # fmt: skip
+
+    def _require_86(self, option: str) -> None:
+        """Raises UsageError in TensorRT 8.5, whose plans run on their own GPU and version alone."""
+        if not hasattr(self._trt, "HardwareCompatibilityLevel"):
+            raise UsageError(
+                option, got=f"TensorRT {self._trt.__version__}", expected="8.6 or later",
+                mend="Leave it out, and build where the plan will run.",
             )  # fmt: skip
 
     def _add_profile(self, builder: Any, network: Any, config: Any) -> None:

@@ -4,6 +4,7 @@ The policy. In the backbone everything is FP16 but the norms that stayed nodes o
 and the neck: a neck subtracts a mean that is large against what it leaves. In the head the products with a constant
 weight are FP16, and all else is FP32: L2 norm, layer norms, the affinities and their factors, both custom operators
 (softmax among them), residual sums, and GELU, whose cube leaves FP16's range at 40. Products accumulate in float32.
+That is the least: `onnx.overflow` finds what else FP16 would not hold, on real images.
 
 The pass is ours: `onnxconverter-common` and `onnxruntime.transformers.float16` know no local functions, cast around
 nodes of a foreign domain by the wrong type, and take op types where a policy is about places.

@@ -163,6 +163,14 @@ def test_compatibility_is_asked_for_and_told(bench):
         bench_again.build("fp16", hardware_compat="same_compute_capability")
 
 
+@pytest.mark.parametrize("option", [{"hardware_compat": "ampere_plus"}, {"version_compat": True}])
+def test_what_tensorrt_8_5_does_not_have_is_refused_by_name(bench, option):
+    b = bench("8.6")
+    del b.trt.HardwareCompatibilityLevel  # it came with 8.6
+    with pytest.raises(UsageError, match=f"{next(iter(option))}: got TensorRT 8.*expected 8.6 or later"):
+        b.build("fp16", **option)
+
+
 @pytest.mark.parametrize(
     ("call", "returned", "doing"),
     [
