@@ -123,7 +123,7 @@ class _Watched:
                 self._sums[node.name] = self._watch(total, f"{node.name}/sum", self._ranks.get(node.output[0], 0))
 
     def by_node(self, largest: Mapping[str, float], faintest: Mapping[str, float]) -> dict[str, Reach]:
-        """What was measured, sorted by node."""
+        """What was measured, by node."""
         found = {}
         for node in self._original.graph.node:
             watched = [self._tensors[t] for t in (*node.input, *node.output) if t in self._tensors]
@@ -161,14 +161,16 @@ class _Watched:
     def _sum(self, node: NodeProto) -> str:
         """The tensor that holds what the node's sums can reach, or "" if it sums nothing."""
         made = f"{node.name}/sums"
+        if node.domain == DOMAIN:
+            return self._scores(node, made)
+        if node.output[0] not in self._ranks:
+            return ""
         if node.op_type in PRODUCTS:
             inputs = [self._magnitude(name) for name in node.input]
             copy = helper.make_node(node.op_type, inputs, [made], name=made)
             copy.attribute.extend(node.attribute)
             self.model.graph.node.append(copy)
             return made
-        if node.domain == DOMAIN:
-            return self._scores(node, made)
         for table, reduce in ((_SQUARING, "ReduceSumSquare"), (_SUMMING, "ReduceSum")):
             if node.op_type in table:
                 return self._reduced(node, reduce, table[node.op_type], made)

@@ -145,6 +145,13 @@ def test_nothing_is_found_where_fp16_holds(tiny_bundle, golden):
     assert not set(found) & head_float16(head)
 
 
+def test_a_graph_that_has_fp16_already_is_searched_where_it_is_float32(tiny_bundle, golden):
+    model = onnx.load(tiny_bundle / "backbone.onnx")
+    reach = measure_reach(halved(model), [{"images": golden["images"]}])
+    assert reach["/pool/GlobalAveragePool"].sums > 0
+    assert "/trunk/maxpool/MaxPool" not in reach
+
+
 def head_feed(golden, scale=1.0):
     return {"features": golden["head_input"] * np.float32(scale), "landmarks": golden["landmarks"]}
 
