@@ -14,6 +14,7 @@ images compared. Averages over a channel were furthest: there noise cancels and 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def read_graphs(path: Path, stages: tuple[str, ...]) -> dict[str, ModelProto]:
         ArtifactError: if an engine's plans are all there is.
     """
     if path.is_dir():
-        kind = "engine" if '"kind": "engine"' in (path / MANIFEST).read_text() else "bundle"
+        kind = json.loads((path / MANIFEST).read_text())["kind"]  # a runner has read it before
         return _read_folder(path, read_manifest(path, kind), stages)
     from nformer_edge.model.checkpoint import load_checkpoint
     from nformer_edge.onnx.tracing import trace_backbone, trace_head

@@ -129,7 +129,7 @@ def cosines(results: Results) -> str:
             body += f"<h3>{text(stage.replace('_', ' ').capitalize())}</h3>{drawn}{keys}"
     note = (
         "Share of images by the cosine between the engine's feature and the reference's, in eight steps to each "
-        "further 9. The head under all landmark seeds together."
+        "further 9; of equal ones the last is seen. The head under all landmark seeds together."
     )
     return section("Cosine to the reference", body, note)
 
@@ -153,7 +153,7 @@ def _nines(cosine: float) -> float:
 
 def _cosine_axis(lowest: float) -> Axis:
     low = max(0, math.floor(_nines(lowest) + 1e-9))
-    shown = [(1 - 10.0**-d, f"{1 - 10.0**-d:.{max(d, 1)}f}" if d else "0") for d in range(low, 8)]
+    shown = [(1 - 10.0**-d, f"{1 - 10.0**-d:.{max(d, 1)}f}" if d else "0") for d in range(low, 8)] + [(1.0, "1")]
     return Axis("cosine to the reference", shown[0][0], 1.0, shown, _nines)
 
 
@@ -174,9 +174,9 @@ def layers(results: Results) -> str:
 def _profile(found: dict[str, Any]) -> str:
     nodes = list(enumerate(found["nodes"], 1))
     bands = [(i, n["band"]) for i, n in nodes if n["band"]]
-    errors = [(i, n["error"]) for i, n in nodes if n["error"]]
+    errors = [(i, n["error"]) for i, n in nodes if n["error"] is not None]
     told = f'<p class="note">{text(describe_layers(found))}</p>'
-    if not (bands and errors):
+    if not (bands and any(error for _, error in errors)):
         return told
     lines = [Line("error", errors, 0), Line("band", bands, 7, dashed=True)]
     first = found["first"]
@@ -185,7 +185,7 @@ def _profile(found: dict[str, Any]) -> str:
         place = next(i for i, n in nodes if n["tensor"] == first["tensor"])
         dots = [Dot(place, first["error"], 4, first["node"])]
     x = whole("tensor, in the order of computation", 1, len(nodes))
-    drawn = chart("Error by tensor", x, decades("relative error", [v for _, v in (*bands, *errors)]), lines, dots)
+    drawn = chart("Error by tensor", x, decades("relative error", [v for _, v in (*bands, *errors) if v]), lines, dots)
     keys = legend([(line.label, line.color, line.dashed) for line in lines])
     cells = [
         row([

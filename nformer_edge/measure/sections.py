@@ -172,7 +172,8 @@ def cmc(results: Results) -> str:
                 points = [(rank, 100 * share) for rank, share in enumerate(r["cmc"][:20], 1)]
                 lines.append(Line(f"{label}, {r['name']}", points, color, dashed=r["name"] == "backbone"))
     chart = line_chart(lines, "Cumulative match curves", "rank", "queries with a match, %", y_max=100)
-    return section("CMC", chart, "How many queries have a right match among the first so many.")
+    note = "How many queries have a right match among the first so many. Of equal curves the last is seen."
+    return section("CMC", chart, note)
 
 
 def training(results: Results) -> str:

@@ -60,7 +60,7 @@ svg{display:block;width:100%;height:auto;max-width:860px}
 .grid{stroke:var(--line);stroke-width:1}
 .tick,.axis,.mark{fill:var(--soft);font-size:13px}
 .curve{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
-.mark{fill:var(--ink)}
+.mark{fill:var(--ink);stroke:var(--card);stroke-width:4px;stroke-linejoin:round;paint-order:stroke}
 .dot{stroke:var(--card);stroke-width:1.5}
 .dot.hollow{stroke:var(--c7);stroke-width:2.2}
 .dashed.curve{stroke-dasharray:6 5}
@@ -79,6 +79,7 @@ color:var(--soft)}
 .key.c4{color:var(--c4)}.key.c5{color:var(--c5)}.key.c6{color:var(--c6)}.key.c7{color:var(--c7)}
 .bars{display:grid;gap:8px;margin-top:14px}
 .bar{display:grid;grid-template-columns:minmax(130px,230px) 1fr 84px;gap:12px;align-items:center;font-size:.88rem}
+.bar-label{overflow-wrap:anywhere;min-width:0}
 .bar svg{height:20px;max-width:none}
 .bar-total{text-align:right;font-variant-numeric:tabular-nums}
 .lists{overflow-x:auto;margin:8px -24px 0;padding:0 24px 6px}

@@ -75,8 +75,8 @@ def linear(label: str, values: Sequence[float], *, highest: float | None = None,
 
 
 def decades(label: str, values: Sequence[float], most: int = 6) -> Axis:
-    """A logarithmic axis from one power of ten to another that covers the positive `values`."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    """A logarithmic axis from one power of ten to another, a little beyond the positive `values` on either side."""
+    low, high = math.floor(math.log10(min(values)) - 0.1), math.ceil(math.log10(max(values)) + 0.1)
     high = max(high, low + 1)
     step = math.ceil((high - low) / most)
     shown = [(10.0**p, f"{10.0**p:g}") for p in range(low, high + 1, step)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from nformer_edge.core.artifact import write_manifest
+from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.engine.backend import open_bundle
 from nformer_edge.engine.graphs import prepare_head
 from nformer_edge.measure.graphs import Graph
-from nformer_edge.measure.layers import compare_graphs, difference
+from nformer_edge.measure.layers import compare_graphs, difference, read_graphs
 from nformer_edge.measure.rounding import is_rounded, steps
 from nformer_edge.onnx.half import backbone_float32, to_half
 from nformer_edge.onnx.quantize import quantize_backbone
@@ -183,3 +187,19 @@ def test_a_tensor_that_differs_without_a_trace_in_the_output_is_counted_and_nobo
         node.output[:] = [renamed.get(n, n) for n in node.output]
     found = compare_graphs("backbone", "fp32", backbone, other, images)
     assert (found["outside"], found["first"]) == (1, None)
+
+
+def test_a_plan_alone_cannot_be_compared_and_the_graph_that_was_parsed_can(tiny_bundle, tmp_path):
+    (tmp_path / "backbone.engine").write_bytes(b"plan")
+    write_manifest(tmp_path, "engine", {"backend": "tensorrt"})
+    with pytest.raises(ArtifactError, match=r"a plan for tensorrt.*prepared-backbone\.onnx.*--keep-graphs"):
+        read_graphs(tmp_path, ("backbone",))
+    shutil.copy(tiny_bundle / "backbone.onnx", tmp_path / "prepared-backbone.onnx")
+    write_manifest(tmp_path, "engine", {"backend": "tensorrt"})
+    assert read_graphs(tmp_path, ("backbone",))["backbone"].graph.node
+
+
+def test_the_graph_of_a_checkpoint_is_the_one_that_its_bundle_has(checkpoint, bundle, images):
+    traced, exported = (read_graphs(path, ("backbone",))["backbone"] for path in (checkpoint, bundle))
+    found = compare_graphs("backbone", "fp32", traced, exported, images)
+    assert (found["compared"], found["outside"]) == (found["tensors"], 0)
