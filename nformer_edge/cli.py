@@ -294,7 +294,8 @@ def _build_engine(args: Args) -> None:
     SEED,
 )  # fmt: skip
 def _prepare(args: Args) -> None:
-    from nformer_edge.engine.trtexec import EngineSpec, prepare_for_target
+    from nformer_edge.engine.backend import EngineSpec
+    from nformer_edge.engine.trtexec import prepare_for_target
 
     chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
     images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
