@@ -14,8 +14,8 @@ ranges that were measured; a later build may take them up), and `manifest.json` 
   otherwise: `engine.audit`.
 - ``profiles``: of each stage's inputs the least, best and largest shape.
 - ``operators``: for TensorRT, who computes the head's operators: ``library``, ``ahead-of-time``, or null without one.
-- ``fp16``: for FP16 and INT8, on how many images overflow was searched, or null, and of each stage the nodes that are FP32
-  beyond the policy, with the reason: `engine.overflow`.
+- ``fp16``: for FP16 and INT8, on how many images overflow was searched, or null, and of each stage the nodes that are
+  FP32 beyond the policy, with the reason: `engine.overflow`.
 - ``plugin_sha256``: of the plugin library that the head needs to run, or null where it needs none.
 - ``kernels``: of ours in the plan itself, with the hash of their PTX, the CUDA that made it and its target.
 - ``calibration``: method, number, seed and hash of the images, for INT8; under ``auto`` what the method was chosen by.
