@@ -1,8 +1,9 @@
 """Which head, started and trained how: an ablation on training identities that are held out.
 
 Takes a feature store with a split ``train`` (`nformer-edge embed ... --splits train --views 4`). A third of the
-identities is held out; of each of them one image a camera asks and the others answer, all related together. The test
-split is never opened. Each `--vary` changes one setting of the base that `--set` describes.
+identities is held out; of each of them one image a camera asks and the others answer, all related together. With
+`--folds 3` each third is held out in turn, and figures are means. The test split is never opened. Each `--vary`
+changes one setting of the base that `--set` describes.
 
     python benchmarks/head_ablation.py msmt17.npz --set rule=affinity layers=3 --vary k=10,30 start=random -o out.json
 
@@ -31,15 +32,19 @@ from nformer_edge.measure.table import format_table
 from nformer_edge.train.config import HeadConfig
 from nformer_edge.train.head import relate, spread, train_head
 
-HELD_OUT = 1 / 3
+#: Parts of the identities, of which one is held out.
+FOLDS = 3
 
 
-def hold_out(pids: np.ndarray, camids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hold_out(
+    pids: np.ndarray, camids: np.ndarray, seed: int, fold: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows to learn from, and of the identities held out the rows that ask and those that answer."""
     people = np.unique(pids)
     rng = np.random.default_rng(seed)
     rng.shuffle(people)
-    held = np.isin(pids, people[: round(len(people) * HELD_OUT)])
+    third = round(len(people) / FOLDS)
+    held = np.isin(pids, people[fold * third : (fold + 1) * third if fold + 1 < FOLDS else None])
     rows = np.random.default_rng([seed, 7]).permutation(np.flatnonzero(held))
     _, first = np.unique(np.stack([pids[rows], camids[rows]]), axis=1, return_index=True)
     query = np.sort(rows[first])
@@ -55,26 +60,24 @@ class Setting:
     """One line of the table: a head's spec, its training, and how many views it learns from."""
 
     def __init__(self, values: dict[str, Any], features: int) -> None:
-        self.values = values
         own = {f.name for f in fields(HeadSpec)}
         head = {k: v for k, v in values.items() if k in own}
         self.spec = from_dict(HeadSpec, {**head, "features": features})
         self.config = from_dict(HeadConfig, {k: v for k, v in values.items() if k not in own})
 
-    def run(
-        self, views: list[FeatureSet], query: FeatureSet, gallery: FeatureSet, seed: int, landmark_seeds: int
-    ) -> dict[str, Any]:
+    def run(self, fold: Fold, seed: int, landmark_seeds: int) -> dict[str, Any]:
         """Trains, and scores the start and the last epoch's head."""
-        chosen = views[: self.config.views]
-        untrained, _ = train_head(chosen, self.spec, replace(self.config, epochs=0), seed=seed)
-        row: dict[str, Any] = {"settings": self.values, "start": score(*relate(untrained, query, gallery))}
+        views = fold.views[: self.config.views]
+        head, epochs = train_head(views, self.spec, replace(self.config, epochs=0), seed=seed)
+        start = score(*relate(head, fold.query, fold.gallery))
         begin = time.perf_counter()
-        head, epochs = untrained, []
         if self.config.epochs:
-            head, epochs = train_head(chosen, self.spec, self.config, seed=seed)
-        row |= {"seconds": time.perf_counter() - begin, "epochs": epochs}
-        row["trained"] = [score(*relate(head, query, gallery, seed=s)) for s in range(landmark_seeds)]
-        return row
+            head, epochs = train_head(views, self.spec, self.config, seed=seed)
+        seconds = time.perf_counter() - begin
+        seeds = range(0 if self.config.epochs else 1, landmark_seeds)
+        trained = [score(*relate(head, fold.query, fold.gallery, seed=s)) for s in seeds]
+        trained = trained if self.config.epochs else [start, *trained]
+        return {"start": start, "seconds": seconds, "epochs": epochs, "trained": trained}
 
 
 def _parse(assignment: str) -> tuple[str, list[Any]]:
@@ -89,13 +92,34 @@ def _value(text: str) -> Any:
         return text
 
 
-def _line(name: str, row: dict[str, Any]) -> list[str]:
-    trained = {k: np.mean([t[k] for t in row["trained"]]) for k in ("mAP", "rank1")}
-    start = row["start"]
-    return [
-        name, f"{start['mAP']:.1f}", f"{start['rank1']:.1f}", f"{trained['mAP']:.1f}", f"{trained['rank1']:.1f}",
-        f"{row['seconds']:.0f}",
-    ]  # fmt: skip
+def _over_folds(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Each figure's mean over tables of one shape."""
+    return {
+        name: {key: float(np.mean([table[name][key] for table in tables])) for key in row}
+        for name, row in tables[0].items()
+    }
+
+
+def _line(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    figures = [np.mean([run["start"][key] for run in runs]) for key in ("mAP", "rank1")]
+    figures += [np.mean([t[key] for run in runs for t in run["trained"]]) for key in ("mAP", "rank1")]
+    return [name, *(f"{figure:.1f}" for figure in figures), f"{sum(run['seconds'] for run in runs):.0f}"]
+
+
+class Fold:
+    """The training images apart from a third of the people, and that third as query and gallery."""
+
+    def __init__(self, train: FeatureSet, factor: float, seed: int, fold: int) -> None:
+        learn, ask, answer = hold_out(train.pids, train.camids, seed, fold)
+        held = train.with_features(spread(train.features, train.pids, factor))
+        self.query, self.gallery = held.take(ask), held.take(answer)
+        self.views = [train.view(v).take(learn) for v in range(train.views)]
+        self.images = {"learn": len(learn), "query": len(ask), "gallery": len(answer)}
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        mean = reciprocal_mean(self.query.features, self.gallery.features)
+        related = self.query.with_features(mean[0]), self.gallery.with_features(mean[1])
+        return {"cosine": score(self.query, self.gallery), "reciprocal mean": score(*related)}
 
 
 def main() -> None:
@@ -105,33 +129,27 @@ def main() -> None:
     parser.add_argument("--vary", nargs="+", default=[], metavar="KEY=A,B", help="settings tried one at a time")
     parser.add_argument("--spread", type=float, default=1.0, metavar="X")
     parser.add_argument("--seed", type=int, default=0, help="of the identities held out and of the training")
+    parser.add_argument("--folds", type=int, default=1, choices=range(1, FOLDS + 1), help="thirds held out in turn")
     parser.add_argument("--landmark-seeds", type=int, default=1)
     parser.add_argument("-o", "--output", metavar="FILE", default="head_ablation.json")
     args = parser.parse_args()
     train = load_features(args.features)["train"]
-    learn, ask, answer = hold_out(train.pids, train.camids, args.seed)
-    held = train.with_features(spread(train.features, train.pids, args.spread))
-    query, gallery = held.take(ask), held.take(answer)
-    views = [train.view(v).take(learn) for v in range(train.views)]
-    mean = reciprocal_mean(query.features, gallery.features)
-    baselines = {
-        "cosine": score(query, gallery),
-        "reciprocal mean": score(query.with_features(mean[0]), gallery.with_features(mean[1])),
-    }
+    folds = [Fold(train, args.spread, args.seed, fold) for fold in range(args.folds)]
+    baselines = _over_folds([fold.baselines() for fold in folds])
     base = {key: values[0] for key, values in map(_parse, args.set)}
     tried = [("base", base)]
     tried += [(f"{k}={v}", {**base, k: v}) for k, values in map(_parse, args.vary) for v in values]
     body = [[n, "", "", f"{s['mAP']:.1f}", f"{s['rank1']:.1f}", ""] for n, s in baselines.items()]
     document: dict[str, Any] = {
         "kind": "head_ablation", "machine": machine(), "store": args.features, "spread": args.spread,
-        "seed": args.seed, "baselines": baselines, "rows": [],
-        "images": {"learn": len(learn), "query": len(ask), "gallery": len(answer)},
+        "seed": args.seed, "baselines": baselines, "images": [fold.images for fold in folds], "rows": [],
     }  # fmt: skip
     for name, values in tried:
-        row = Setting(values, train.features.shape[1]).run(views, query, gallery, args.seed, args.landmark_seeds)
-        document["rows"].append({"name": name, **row})
+        setting = Setting(values, train.features.shape[1])
+        runs = [setting.run(fold, args.seed, args.landmark_seeds) for fold in folds]
+        document["rows"].append({"name": name, "settings": values, "folds": runs})
         atomic_write_json(args.output, document)
-        body.append(_line(name, row))
+        body.append(_line(name, runs))
         print("  ".join(body[-1]), flush=True)
     print(format_table(["", "start mAP", "Rank-1", "trained mAP", "Rank-1", "s"], body))
 

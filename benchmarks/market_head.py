@@ -47,8 +47,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=4.0),
         ),
         "affinity": (
-            HeadSpec(512, layers=3, heads=1, k=15, landmarks=1024, rule="affinity"),
-            HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=2.0),
+            HeadSpec(512, layers=3, heads=1, k=15, landmarks=8192, rule="affinity"),
+            HeadConfig(epochs=0, views=1, start="camera_discriminant", strength=2.0, sharpness=2.0, power=0.7),
         ),
     },
 }
