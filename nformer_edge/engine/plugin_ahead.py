@@ -116,7 +116,7 @@ class AheadOfTime:
             ) from e  # fmt: skip
 
     def facts(self) -> list[dict[str, Any]]:
-        """Of each kernel that went into the plan, as a manifest's ``kernels`` has them."""
+        """Of each kernel that was handed over for the plan, as a manifest's ``kernels`` has them."""
         cuda = _text(self._compiler.version)
         return [
             {"operator": kernel.operator, "entry": kernel.entry, "sha256": sha256, "cuda": cuda, "ptx": kernel.target}

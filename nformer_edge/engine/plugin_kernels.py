@@ -7,6 +7,7 @@ of the plugin library.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -70,14 +71,14 @@ def compile_row_top_k(compiler: PtxCompiler, architecture: int, kind: str, facto
     """
     _check("k", k, MOST_NEIGHBORS)
     _check("R", max(factors, 1), MOST_FACTORS)
-    options = ["-DNFORMER_ROW_TOP_K", f"-DNFORMER_FACTORS={factors}", f"-DNFORMER_COUNT={k}"]
+    options = ("-DNFORMER_ROW_TOP_K", f"-DNFORMER_FACTORS={factors}", f"-DNFORMER_COUNT={k}")
     return _compiled(ROW_TOP_K, compiler, architecture, kind, options)
 
 
 def compile_attention(compiler: PtxCompiler, architecture: int, kind: str, count: int) -> Kernel:
     """ReciprocalNeighborAttention's kernel; `count` is K, the rest as for `compile_row_top_k`."""
     _check("K", count, MOST_NEIGHBORS)
-    options = ["-DNFORMER_ATTENTION", f"-DNFORMER_COUNT={count}"]
+    options = ("-DNFORMER_ATTENTION", f"-DNFORMER_COUNT={count}")
     return _compiled(RECIPROCAL_NEIGHBOR_ATTENTION, compiler, architecture, kind, options)
 
 
@@ -95,7 +96,8 @@ def _check(name: str, value: int, most: int) -> None:
         )  # fmt: skip
 
 
-def _compiled(operator: str, compiler: PtxCompiler, architecture: int, kind: str, options: list[str]) -> Kernel:
+@functools.cache  # a head has one node of each operator a layer, and most are alike
+def _compiled(operator: str, compiler: PtxCompiler, architecture: int, kind: str, options: tuple[str, ...]) -> Kernel:
     known = [a for a in compiler.architectures if a <= architecture]
     if not known:
         raise BackendError(

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class PtxCompiler(Protocol):
     def architectures(self) -> tuple[int, ...]:
         """Compute capabilities times ten, ascending."""
         ...
+
+    def __hash__(self) -> int: ...
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
         """PTX of `source`, with such `options` as ``-DNAME=1`` and ``-Ifolder``.
@@ -88,20 +91,13 @@ class Nvcc:
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
         """See `PtxCompiler.ptx`."""
-        command = [
-            str(self.program),
-            "-ptx",
-            f"-arch=compute_{architecture}",
-            *_FLAGS,
-            *options,
-            str(source),
-            "-o",
-            "-",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise _refused(source, str(self), done.stderr)
-        return done.stdout
+        command = [str(self.program), "-ptx", f"-arch=compute_{architecture}", *_FLAGS, *options, str(source)]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "kernel.ptx"
+            done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise _refused(source, str(self), done.stderr)
+            return out.read_text()
 
 
 def find_nvrtc() -> Iterator[Nvrtc]:
