@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,18 @@ from nformer_edge.evaluate.rerank import average_query_expansion, k_reciprocal_d
 from nformer_edge.measure.machine import machine
 from nformer_edge.measure.table import format_table
 from nformer_edge.runtime.protocols import per_query
-from nformer_edge.train.config import HeadConfig
+from nformer_edge.train.config import HeadConfig, read_config
 from nformer_edge.train.head import relate, train_head
 
 Recipe = tuple[HeadSpec, HeadConfig]
+
+
+def _recipe(name: str) -> Recipe:
+    """That of a configuration beside this script."""
+    config = read_config(Path(__file__).with_name(name))
+    assert config.model.head is not None
+    return config.model.head, config.head
+
 
 #: By weights, then by neighbour rule.
 RECIPES: dict[str, dict[str, Recipe]] = {
@@ -46,10 +55,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             HeadSpec(512, layers=3, heads=4, landmarks=1024, rule="features"),
             HeadConfig(epochs=0, views=1, start="discriminant", strength=2.0, sharpness=4.0),
         ),
-        "affinity": (
-            HeadSpec(512, layers=3, heads=1, k=15, landmarks=8192, rule="affinity"),
-            HeadConfig(epochs=0, views=1, start="camera_discriminant", strength=2.0, sharpness=2.0, power=0.7),
-        ),
+        "affinity": _recipe("head_msmt17.toml"),
     },
 }
 
