@@ -221,6 +221,29 @@ def _export(args: Args) -> None:
 
 
 @_command(
+    "modelopt", "bundle -> bundle whose backbone NVIDIA ModelOpt has quantised or halved, for TensorRT",
+    _option("bundle"), _out("DIR"),
+    _option("--fp16", action="store_const", const="fp16", dest="precision", default="int8", help="half precision"),
+    _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers (default)"),
+    _option("--calib-data", required=True, metavar="DIR", help="dataset whose training images calibrate"),
+    _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
+    _option("--calib-method", choices=("minmax", "entropy"), default="entropy", help="for INT8 (default entropy)"),
+    _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
+    _option("--own-choice", action="store_true", help="ModelOpt alone decides which nodes to leave out"),
+    SEED,
+)  # fmt: skip
+def _modelopt(args: Args) -> None:
+    from nformer_edge.onnx.modelopt import bundle_by_modelopt, describe_bundle
+
+    bundle = bundle_by_modelopt(
+        args.bundle, args.output, args.calib_data, precision=args.precision, calib_num=args.calib_num,
+        calib_method=args.calib_method, seed=args.seed, own_choice=args.own_choice, force_calibration=args.force_calib,
+    )  # fmt: skip
+    result = describe_bundle(bundle)
+    _show(args, result, result["summary"])
+
+
+@_command(
     "build-engine", "bundle -> engine for one backend and precision",
     _option("bundle"), _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags win over it"),

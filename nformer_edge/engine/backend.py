@@ -163,6 +163,11 @@ class OpenBundle:
         """Whether there is an NFormer head beside the backbone."""
         return HEAD in self.manifest["files"]
 
+    @property
+    def backbone_precision(self) -> str:
+        """What the backbone's graph is in: ``fp32`` unless another tool has changed that (`onnx.modelopt`)."""
+        return str((self.manifest.get("precision") or {}).get("backbone", "fp32"))
+
     def copy(self, name: str, folder: Path) -> None:
         """Writes one of the bundle's files, verified once more, into `folder`."""
         (folder / name).write_bytes(read_verified(self.folder, self.manifest, name))

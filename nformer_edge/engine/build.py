@@ -99,6 +99,7 @@ def build_engine(
     spec = spec or EngineSpec()
     name, why = choose_backend(spec.backend, spec.precision)
     opened = open_bundle(bundle)
+    _require_room_for(spec.precision, opened)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, spec.precision)
     calibration, searched = None, None
     if spec.precision == "int8":
@@ -116,6 +117,15 @@ def build_engine(
             atomic_write_json(folder / BUDGET, searched)
         write_manifest(folder, KIND, _fields(opened, spec, name, why) | built)
     return path
+
+
+def _require_room_for(precision: Precision, bundle: OpenBundle) -> None:
+    if precision == "int8" and bundle.backbone_precision != "fp32":
+        raise UsageError(
+            "precision", got=f"int8 for a backbone that is in {bundle.backbone_precision} already",
+            expected="one in FP32",
+            mend="Leave --int8 out: the graph is built as it stands. --fp16 halves the head.",
+        )  # fmt: skip
 
 
 def _fields(bundle: OpenBundle, spec: EngineSpec, backend: str, why: str) -> dict[str, Any]:

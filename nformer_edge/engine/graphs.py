@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, version_converter
 
+from nformer_edge.core.errors import BackendError
 from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import Precision
 from nformer_edge.engine.backend import OpenBundle
@@ -52,7 +53,7 @@ def prepare_backbone(
     unfit: Mapping[str, str] | None = None,
     exclude: Collection[str] = (),
 ) -> PreparedGraph:
-    """Writes the backbone into `folder`.
+    """Writes the backbone into `folder`. One that another tool has quantised or halved is taken as it stands.
 
     Args:
         bundle: verified.
@@ -62,14 +63,30 @@ def prepare_backbone(
         typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
         unfit: nodes whose numbers FP16 does not hold, with the reason: `onnx.overflow.unfit_nodes`.
         exclude: for INT8, nodes that are not quantised, beside those that never are.
+
+    Raises:
+        BackendError: for another tool's graph without `typed`.
     """
     model = _read(bundle, BACKBONE)
+    if bundle.backbone_precision != "fp32":
+        return _as_it_stands(model, bundle, folder, typed)
     policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
     if precision == "int8":
         assert ranges is not None, "build_engine measured them"
         model = place_for_tensorrt(model, ranges, exclude)
     half = {n.name for n in model.graph.node} - policy if precision != "fp32" else set()
     return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
+
+
+def _as_it_stands(model: ModelProto, bundle: OpenBundle, folder: Path, typed: bool) -> PreparedGraph:
+    if not typed:
+        raise BackendError(
+            "bundle", got=f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8",
+            expected="an FP32 one, which its flags quantise or halve", mend="Build the bundle that this was made from.",
+        )  # fmt: skip
+    path = folder / f"prepared-{BACKBONE}"
+    onnx.save(model, path)
+    return PreparedGraph(path, product_types(model))
 
 
 def prepare_head(

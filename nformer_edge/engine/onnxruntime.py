@@ -52,7 +52,7 @@ def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calib
         bundle.copy(HEAD, folder)
     bundle.copy(GOLDEN, folder)
     fields: dict[str, Any] = {"versions": versions("onnxruntime", "onnx", "numpy")}
-    precision = {"backbone": "fp32"} | ({"head": "fp32"} if bundle.has_head else {})
+    precision = {"backbone": bundle.backbone_precision} | ({"head": "fp32"} if bundle.has_head else {})
     if spec.precision == "fp32":
         bundle.copy(BACKBONE, folder)
         return fields | {"precision": precision}

@@ -22,6 +22,7 @@ from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
 from nformer_edge.engine.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
 from nformer_edge.engine.plugin import Operators
 from nformer_edge.onnx.bundle import GOLDEN
+from nformer_edge.onnx.plain import plain_features
 
 if TYPE_CHECKING:
     from nformer_edge.engine.graphs import PreparedGraph
@@ -166,18 +167,3 @@ def _copy_golden(bundle: OpenBundle, folder: Path, built: Mapping[str, Any], qua
     if quantized is not None:
         arrays["features"] = plain_features(quantized, arrays["images"])
     np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]
-
-
-def plain_features(graph: Path, images: np.ndarray) -> np.ndarray:
-    """What a quantised backbone's arithmetic gives, each node for itself on the CPU.
-
-    With onnxruntime's optimisations its INT8 kernels would take over, whose 16-bit sums saturate on CPUs without VNNI.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    (features,) = session.run(["features"], {"images": images})
-    return np.asarray(features)

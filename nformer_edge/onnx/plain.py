@@ -1,0 +1,29 @@
+"""A backbone's graph as its arithmetic stands, computed node by node."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+
+def plain_features(graph: str | os.PathLike[str] | bytes, images: np.ndarray) -> np.ndarray:
+    """What a quantised backbone's arithmetic gives, each node for itself on the CPU.
+
+    With onnxruntime's optimisations its INT8 kernels would take over, whose 16-bit sums saturate on CPUs without VNNI.
+
+    Args:
+        graph: an ONNX file, or its bytes.
+        images: float32 [B, 3, H, W].
+
+    Returns:
+        float32 [B, D].
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    (features,) = session.run(["features"], {"images": images})
+    return np.asarray(features)
