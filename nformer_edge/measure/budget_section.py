@@ -23,7 +23,8 @@ def _search(result: dict[str, Any]) -> str:
     allowed = "" if drop is None else f"at most {drop:g} points of mAP lost; "
     note = (
         f"{result['model']}, {result['backend']}: {allowed}measured on {held['images']:,} images of "
-        f"{held['identities']:,} people held out of training. A point has so many nodes in float, the others in INT8."
+        f"{held['identities']:,} people held out of training. A number is how many nodes are in float, the others in "
+        "INT8; the budget must hold with 95 % confidence."
     )
     body = ""
     for key, label in (("latency_ms", "latency, ms an image"), ("size_mb", "size, MB")):
@@ -32,15 +33,15 @@ def _search(result: dict[str, Any]) -> str:
 
 
 def _frontier(result: dict[str, Any], key: str, label: str) -> str:
-    plain, points = result["float"], result["frontier"]
-    places = [(p[key], 100 * p["mAP"]) for p in points]
-    dots = [Dot(plain[key], 100 * plain["mAP"], 7, "FP32", hollow=True)]
-    for i, (p, place) in enumerate(zip(points, places, strict=True)):
-        chosen = i == result["chosen"]
-        words = f"chosen: {len(p['float_nodes'])} in float" if chosen else ""
-        dots.append(Dot(*place, 1 if chosen else 0, words, below=True))
+    plain, chosen = result["float"], result["chosen"]
+    dots = [
+        Dot(p[key], 100 * p["mAP"], 1 if i == chosen else 0, f"{len(p['float_nodes'])}{' chosen' * (i == chosen)}")
+        for i, p in enumerate(result["frontier"])
+    ]
+    dots.sort(key=lambda d: -d.color)  # the chosen one's word comes first
+    dots.insert(0, Dot(plain[key], 100 * plain["mAP"], 7, "FP32", hollow=True))
     xs, ys = [d.x for d in dots], [d.y for d in dots]
-    lines = [Line("INT8, ever more nodes in float", places, 0)]
+    lines = []
     if result["max_map_drop"] is not None:
         least = 100 * plain["mAP"] - result["max_map_drop"]
         ys.append(least)
@@ -51,31 +52,30 @@ def _frontier(result: dict[str, Any], key: str, label: str) -> str:
 
 
 def _points(result: dict[str, Any]) -> str:
-    def line(name: str, p: dict[str, Any], drop: str) -> str:
-        figures = [percent(p["mAP"], 2), drop, percent(p["rank1"], 2), number(p["latency_ms"], 2)]
+    def line(name: str, p: dict[str, Any]) -> str:
+        drop = [percent(p.get(key), 2) for key in ("map_drop", "map_drop_upper")]  # FP32 has none
+        figures = [percent(p["mAP"], 2), *drop, percent(p["rank1"], 2), number(p["latency_ms"], 2)]
         return row([name, *figures, number(p["size_mb"], 2)])
 
-    cells = [line("FP32", result["float"], "")]
+    cells = [line("FP32", result["float"])]
     for i, p in enumerate(result["frontier"]):
         name = f"INT8, {len(p['float_nodes'])} in float"
         if i == result["chosen"]:
             name = f"<strong>{name} (chosen)</strong>"
-        cells.append(line(name, p, percent(p["map_drop"], 2)))
-    return table(["", "mAP", "points lost", "Rank-1", "ms an image", "MB"], cells)
+        cells.append(line(name, p))
+    return table(["", "mAP", "points lost", "at most (95 %)", "Rank-1", "ms an image", "MB"], cells)
 
 
 def _nodes(result: dict[str, Any]) -> str:
-    """The worst nodes as the search put them in order: in INT8 alone, and left out alone."""
-    nodes = result["nodes"][:SHOWN]
-    body = ""
-    for title, name, side, figure in (
-        ("mAP lost when this node alone is INT8", "lost, alone in INT8", "alone", "map_drop"),
-        ("mAP gained when this node alone is left in float", "gained, left in float", "left_out", "map_gain"),
-    ):
-        bars = [
-            Bar(f"{n['node']} ({n['op']})", [(name, 100 * n[side][figure])], f"{100 * n[side][figure]:.2f} points")
-            for n in nodes
-        ]
-        drawn = stacked_bars(bars, title, ("lost, alone in INT8", "gained, left in float"), "points")
-        body += f"<h3>{text(title)}</h3>{drawn}" if drawn else ""
-    return body
+    """The worst nodes, as the search put them in order, as bars; all of them as a table."""
+    bars, cells = [], []
+    for n in result["nodes"]:
+        lost, name = 100 * (1 - n["alone"]["neighbours_kept"]), f"{n['node']} ({n['op']})"
+        bars.append(Bar(name, [("neighbours lost", lost)], f"{lost:.2f} %"))
+        drop, gain = percent(n["alone"]["map_drop"], 2), percent(n["left_out"]["map_gain"], 2)
+        cells.append(row([text(name), f"{lost:.2f}", drop, gain]))
+    title = "Neighbours lost when this node alone is INT8"
+    drawn = stacked_bars(bars[:SHOWN], title, ("neighbours lost",), "%")
+    headers = ["node", "neighbours lost, %", "mAP lost, points", "mAP gained in float, points"]
+    full = f"<details><summary>Every node</summary>{table(headers, cells)}</details>"
+    return (f"<h3>{title}</h3>{drawn}" if drawn else "") + full

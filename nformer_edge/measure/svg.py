@@ -26,14 +26,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """One point with a word beside it, `below` where a curve passes above; `hollow` for what it is compared with."""
+    """One point with a word beside it, where there is room; `hollow` for what it is compared with."""
 
     x: float
     y: float
     color: int
     label: str = ""
     hollow: bool = False
-    below: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,10 @@ def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
 
 
 def chart(title: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequence[Dot] = ()) -> str:
-    """Lines and dots over two axes. What lies beyond an axis is drawn at its end. No legend."""
+    """Lines and dots over two axes. What lies beyond an axis is drawn at its end. No legend.
+
+    Of words that would lie over each other the first dot's is written.
+    """
 
     def place(px: float, py: float) -> tuple[float, float]:
         across, up = x.place(px) * (WIDTH - _LEFT - _RIGHT), y.place(py) * (HEIGHT - _TOP - _BOTTOM)
@@ -129,20 +131,33 @@ def chart(title: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequen
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*p) for p in line.points if all(map(math.isfinite, p))))
         dashed = " dashed" if line.dashed else ""
         parts.append(f'<polyline class="curve c{line.color % COLORS}{dashed}" points="{path}"/>')
-    parts += [_dot(dot, *place(dot.x, dot.y)) for dot in dots]
-    return "".join(parts) + "</svg>"
+    return "".join([*parts, *_drawn([(dot, *place(dot.x, dot.y)) for dot in dots]), "</svg>"])
 
 
-def _dot(dot: Dot, x: float, y: float) -> str:
-    """The word stands on the side that has room."""
-    left = x > WIDTH * 0.75
-    words = (
-        f'<text class="mark" x="{x - 9 if left else x + 9:.1f}" y="{y + (18 if dot.below else -7):.1f}" '
-        f'text-anchor="{"end" if left else "start"}">{escape(dot.label)}</text>'
-    )
-    hollow = " hollow" if dot.hollow else ""
-    circle = f'<circle class="dot c{dot.color % COLORS}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-    return circle + (words if dot.label else "")
+def _drawn(dots: Sequence[tuple[Dot, float, float]]) -> list[str]:
+    """Circles, then words: each in the first of four places beside its dot that no dot and no earlier word takes."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in dots]
+    circles, words = [], []
+    for dot, x, y in dots:
+        hollow = " hollow" if dot.hollow else ""
+        circles.append(f'<circle class="dot c{dot.color % COLORS}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        width = 7.5 * len(dot.label)
+        for left, up in ((False, -8.0), (False, 18.0), (True, -8.0), (True, 18.0)) if dot.label else ():
+            at = x - 9 - width if left else x + 9
+            box = (at, y + up - 11, at + width, y + up + 3)
+            outside = box[0] < _LEFT or box[2] > WIDTH or box[1] < 2 or box[3] > HEIGHT - _BOTTOM
+            if outside or any(_overlap(box, other) for other in taken):
+                continue
+            taken.append(box)
+            side = f'x="{x - 9:.1f}" y="{y + up:.1f}" text-anchor="end"' if left else f'x="{at:.1f}" y="{y + up:.1f}"'
+            words.append(f'<text class="mark" {side}>{escape(dot.label)}</text>')
+            break
+    return circles + words
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) share anything."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> str:

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from nformer_edge.cli import main
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.ops import draw_landmarks
@@ -203,3 +204,16 @@ def test_the_graph_of_a_checkpoint_is_the_one_that_its_bundle_has(checkpoint, bu
     traced, exported = (read_graphs(path, ("backbone",))["backbone"] for path in (checkpoint, bundle))
     found = compare_graphs("backbone", "fp32", traced, exported, images)
     assert (found["compared"], found["outside"]) == (found["tensors"], 0)
+
+
+def test_the_command_prints_every_tensor_and_the_seeds_that_it_was_given(checkpoint, bundle, tiny_market, capsys):
+    asked = ("--data", tiny_market, "--layers", "--landmark-seeds", 3, 5, "--threads", 1)
+    assert main(["parity", str(checkpoint), str(bundle), *map(str, asked)]) == 0
+    printed = capsys.readouterr().out
+    assert "head by landmark seed: 3: passed (mAP" in printed
+    assert "; 5: passed" in printed
+    assert "backbone: every tensor compared (390) is inside its band" in printed
+    table = printed[printed.index("backbone, 4 images") :]
+    assert "SQNR dB" in table
+    assert "/trunk/conv1/conv/Conv " in table
+    assert "head, 18 rows" in table

@@ -12,7 +12,7 @@ from nformer_edge.measure.benchmark import benchmark, compare
 from nformer_edge.measure.evaluate import evaluate_model
 from nformer_edge.measure.parity import parity
 from nformer_edge.measure.report import write_report
-from nformer_edge.measure.svg import Line, line_chart, ticks
+from nformer_edge.measure.svg import Dot, Line, chart, decades, line_chart, linear, ticks
 from nformer_edge.measure.table import (
     format_benchmark,
     format_comparison,
@@ -67,8 +67,8 @@ LAYERS = {
 
 def point(nodes, mAP, latency_ms):
     return {
-        "float_nodes": nodes, "mAP": mAP, "rank1": 0.9, "map_drop": 0.8 - mAP, "latency_ms": latency_ms,
-        "size_mb": 12.0 + len(nodes),
+        "float_nodes": nodes, "mAP": mAP, "rank1": 0.9, "map_drop": 0.8 - mAP, "map_drop_upper": 0.81 - mAP,
+        "latency_ms": latency_ms, "size_mb": 12.0 + len(nodes),
     }  # fmt: skip
 
 
@@ -157,19 +157,19 @@ def test_what_stands_on_the_page_stands_in_the_json(page, results):
 def test_a_budget_is_drawn_with_its_choice_its_bound_and_the_worst_nodes(page):
     drawn = page[page.index("<h2>Accuracy budget") : page.index("<h2>Rank lists")]
     assert drawn.count('<circle class="dot') == 2 * (1 + 3)  # FP32 and the frontier, against latency and against size
-    assert drawn.count("chosen: 1 in float") == 2
+    assert drawn.count(">1 chosen</text>") == 2
     assert drawn.count("budget: 79.5 mAP") == 2
     for label in ("latency, ms an image", "size, MB", "mAP, %"):
         assert f">{label}</text>" in drawn
-    worst = drawn[drawn.index("mAP lost when") : drawn.index("mAP gained when")]
-    assert re.findall(r'bar-label">(\S+) ', worst) == [f"/conv{i}" for i in range(15)]
-    assert "1.00 points" in worst
+    assert re.findall(r'bar-label">(\S+) ', drawn) == [f"/conv{i}" for i in range(15)]
+    assert ">10.00 %</span>" in drawn
+    assert "<td>1.00</td><td>0.40</td>" in drawn  # mAP of the worst node, in points
 
 
 def test_a_budget_that_nothing_holds_is_drawn_without_a_choice(tmp_path):
     search = BUDGET | {"chosen": None, "max_map_drop": None}
     page = write_report([search], tmp_path / "report.html").read_text()
-    assert "chosen" not in page
+    assert "chosen" not in page.partition("</style>")[2]
     assert "budget:" not in page
     assert Wellformed(page).open == []
 
@@ -300,6 +300,27 @@ def test_table_columns_line_up():
 def test_ticks_are_round_and_cover_the_range():
     assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
     assert [round(t, 9) for t in ticks(0.31, 0.52)] == [0.3, 0.35, 0.4, 0.45, 0.5, 0.55]
+
+
+def test_words_beside_dots_do_not_lie_over_each_other():
+    x, y = linear("x", [0, 10]), linear("y", [0, 10])
+    apart = chart("t", x, y, dots=[Dot(1, 1, 0, "one"), Dot(9, 9, 0, "two")])
+    assert re.findall(r"class=\"mark\"[^>]*>(\w+)<", apart) == ["one", "two"]
+    crowd = chart("t", x, y, dots=[Dot(5 + i / 100, 5, 0, f"word{i}") for i in range(9)])
+    assert crowd.count("<circle") == 9
+    written = re.findall(r'class="mark" x="([\d.]+)" y="([\d.]+)"', crowd)
+    assert len(written) == len(set(written)) == 4
+
+
+def test_axes_cover_what_is_drawn_and_ticks_are_labelled():
+    axis = decades("error", [0.002, 0.3])
+    assert (axis.low, axis.high) == (pytest.approx(1e-3), pytest.approx(1.0))
+    assert axis.place(axis.low) == 0
+    assert axis.place(0) == 0  # no error: at the lower end
+    assert axis.place(0.0316227766) == pytest.approx(0.5)
+    assert [words for _, words in axis.ticks] == ["0.001", "0.01", "0.1", "1"]
+    alone = linear("mAP, %", [57.0])
+    assert alone.low < 57 < alone.high
 
 
 def test_a_chart_without_points_is_nothing_and_one_point_is_drawn():
