@@ -111,8 +111,8 @@ def find_tools(
         where = f" under {tensorrt_root}" if tensorrt_root else ""
         missing.append(
             f"TensorRT's headers{where}, NvInferVersion.h (JetPack: apt install nvidia-jetpack; a PC: apt install "
-            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; Python wheels have none, and from 10.9 "
-            "on build-engine can do without this library: nformer-edge doctor)"
+            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; Python wheels have none, and from "
+            "10.9 on build-engine can do without this library: nformer-edge doctor)"
         )
     if cmake is None or compiler is None or headers is None or missing:
         raise BackendError(
