@@ -121,15 +121,33 @@ def test_an_engine_is_plain_plans_with_a_manifest_that_tells_what_they_are(tiny_
     wanted = spec("fp16", gallery_size=(100, 200, 500), keep_graphs=True)
     engine = build_engine(tiny_bundle, tmp_path / "e", wanted)
     manifest = read_manifest(engine, "engine")
-    graphs = {"prepared-backbone.onnx", "prepared-nformer.onnx"}
+    graphs = {"prepared-backbone.onnx", "prepared-nformer.onnx", "compare.sh", "compare_inputs.py"}
     assert {"backbone.engine", "nformer.engine", "build.log", "golden.npz", *graphs} == set(manifest["files"])
     assert manifest["versions"]["tensorrt_rtx"].startswith("1.")
     assert manifest["built_for"] == {"compute_capabilities": ["8.9", "12.0"]}
     assert manifest["profiles"]["head"]["features"] == [[100, 32], [200, 32], [500, 32]]
-    assert "head: products as built: 8 of 8 in FP16" in describe_engine(engine)["summary"]
+    summary = describe_engine(engine)["summary"]
+    assert "head: products as built: 8 of 8 in FP16" in summary
+    assert "FP16: overflow was not searched, the policy stands alone; --calib-data DIR" in summary
     assert "info: " in (engine / "build.log").read_text()
     with np.load(engine / "golden.npz") as z:  # 96 rows of the self-test are below the head's profile
         assert set(z.files) == {"images", "features"}
+
+
+def test_what_leaves_fp16_is_built_in_float32_and_the_summary_says_so(overflowing_bundle, images, tmp_path):
+    """TensorRT-RTX's own types of each layer, against what the search over the images found."""
+    engine = build_engine(overflowing_bundle, tmp_path / "e", spec("fp16", gallery_size=(20, 100, 200)), images)
+    manifest = read_manifest(engine, "engine")
+    kept = manifest["fp16"]["kept"]["backbone"]
+    assert manifest["fp16"]["searched"]["images"] == 4
+    assert kept["/trunk/maxpool/MaxPool"].startswith("numbers up to")
+    products = manifest["audit"]["backbone"]["products"]
+    assert products["fp32"] == {"asked": 4, "built": 4, "untold": 0}  # the layer, its two readers and the neck
+    assert products["fp16"]["asked"] == products["fp16"]["built"] == 184
+    assert manifest["audit"]["backbone"]["other"] == {}
+    summary = describe_engine(engine)["summary"]
+    assert "FP16: overflow searched on 4 images" in summary
+    assert "backbone: /trunk/conv1/conv/Conv stays FP32: " in summary
 
 
 def test_turing_is_refused_in_the_compilers_words(tiny_bundle, tmp_path):
