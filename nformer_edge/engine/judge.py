@@ -126,7 +126,7 @@ class Judge:
         gain = paired_difference(ranked.ap[ranked.valid], expected.ap[expected.valid], quantiles=ONE_SIDED)
         return {
             "mAP": ranked.mAP, "rank1": ranked.rank(1), "map_drop": expected.mAP - ranked.mAP,
-            "map_drop_upper": -gain.lower, "neighbours_kept": kept,
+            "map_drop_upper": 0.0 - gain.lower, "neighbours_kept": kept,
         }  # fmt: skip
 
     def _answers(self, backbone: bytes) -> dict[str, np.ndarray]:
