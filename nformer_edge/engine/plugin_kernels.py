@@ -118,7 +118,8 @@ def read_kernel(operator: str, ptx: str, source: Path) -> Kernel:
     """
     entry = _ENTRY.search(ptx)
     rows = re.search(r"nformer_rows_per_block = (\d+);", ptx)
-    threads = re.search(r"\.maxntid (\d+), 1, 1", entry[3]) if entry else None
+    # "256, 1, 1"; from sm_100 on nvcc 13 writes "256" alone
+    threads = re.search(r"\.maxntid (\d+)(?:, 1)*\s*$", entry[3], re.MULTILINE) if entry else None
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     if entry is None or rows is None or threads is None or target is None:
         raise BackendError(

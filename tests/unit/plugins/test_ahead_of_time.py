@@ -105,6 +105,23 @@ def test_numbers_beyond_the_kernels_are_refused(name, numbers):
         plugin_kernels.compile_row_top_k(ptx.Nvcc(Path("nvcc"), (13, 0), (89,)), 89, "fp32", *numbers)
 
 
+@pytest.mark.parametrize("bounds", ["256, 1, 1", "256"])
+def test_both_ways_of_writing_the_threads_of_a_block_are_read(bounds):
+    ptx = (
+        ".target sm_121\n.const .align 4 .u32 nformer_rows_per_block = 8;\n.visible .entry kernel(\n"
+        f"\t.param .u64 .ptr .align 1 a,\n\t.param .u32 b\n)\n.maxntid {bounds}\n{{\n\tret;\n}}\n"
+    )
+    kernel = plugin_kernels.read_kernel("RowTopK", ptx, Path("x.cu"))
+    assert (kernel.threads, kernel.parameters) == (256, (POINTER, INTEGER))
+
+
+@pytest.mark.parametrize("bounds", ["16, 16, 1", "16, 16"])
+def test_a_block_of_two_dimensions_is_refused(bounds):
+    ptx = f".target sm_89\nnformer_rows_per_block = 8;\n.visible .entry kernel(\n)\n.maxntid {bounds}\n{{\n}}\n"
+    with pytest.raises(BackendError, match="PTX without a kernel, its target, threads"):
+        plugin_kernels.read_kernel("RowTopK", ptx, Path("x.cu"))
+
+
 def test_ptx_without_a_kernel_is_refused():
     with pytest.raises(BackendError, match="PTX without a kernel"):
         plugin_kernels.read_kernel("RowTopK", ".version 8.0\n", Path("x.cu"))
