@@ -27,10 +27,6 @@ TABLE = "calibration.json"
 AUTO = "auto"
 
 
-#: Methods whose mAP is less than this below the best one's are told apart by the neighbours that they keep.
-ALIKE = 0.001
-
-
 @dataclass
 class Calibration:
     """Where the ranges come from: images, or another engine's table.
@@ -110,9 +106,7 @@ class Calibration:
                 ),
             )
         last = judge.stages[-1]
-        highest = max(score[last]["mAP"] for score in scores.values())
-        alike = [method for method in scores if scores[method][last]["mAP"] >= highest - ALIKE]
-        best = max(alike, key=lambda method: scores[method][last]["neighbours_kept"])
+        best = max(scores, key=lambda m: (round(scores[m][last]["mAP"], 3), scores[m][last]["neighbours_kept"]))
         return {"method": best, AUTO: {"stage": last, "held_out": judge.held_out.describe(), "scores": scores}}
 
     @staticmethod
