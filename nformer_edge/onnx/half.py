@@ -104,12 +104,18 @@ def _opset(model: ModelProto) -> int:
     return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
+def holds_half(model: ModelProto) -> bool:
+    """Whether any tensor of the main graph is FP16, as far as onnx can tell."""
+    return TensorProto.FLOAT16 in (*_types(model).values(), *(t.data_type for t in model.graph.initializer))
+
+
 def for_cpu(model: ModelProto) -> ModelProto:
     """A copy of a graph with FP16 types that onnxruntime computes on a CPU with every rounding that the types say.
 
     It has few FP16 kernels there: it casts around the others, then drops casts that follow one another, and with them
-    the rounding; where FP16 overflows, such a run shows nothing. An Identity behind each FP16 tensor keeps them apart.
-    The products are still summed in float32. To be run with onnxruntime's optimisations switched off.
+    the rounding; where FP16 overflows, such a run shows nothing. Two Identities behind each FP16 tensor keep them
+    apart: one alone, between nodes that it casts around, it would compute in float32 too. The products are still
+    summed in float32. To be run with onnxruntime's optimisations switched off.
     """
     held = ModelProto()
     held.CopyFrom(model)
@@ -120,8 +126,9 @@ def for_cpu(model: ModelProto) -> ModelProto:
         copy.CopyFrom(node)
         for i, name in enumerate(node.output):
             if types.get(name) == TensorProto.FLOAT16:
-                copy.output[i] = f"{name}_computed"
-                held.graph.node.append(helper.make_node("Identity", [copy.output[i]], [name], name=f"{name}/Identity"))
+                copy.output[i], between = f"{name}_computed", f"{name}_rounded"
+                for source, made in ((copy.output[i], between), (between, name)):
+                    held.graph.node.append(helper.make_node("Identity", [source], [made], name=f"{made}/Identity"))
     return held
 
 

@@ -11,6 +11,7 @@ def plain_features(graph: str | os.PathLike[str] | bytes, images: np.ndarray) ->
     """What a quantised backbone's arithmetic gives, each node for itself on the CPU.
 
     With onnxruntime's optimisations its INT8 kernels would take over, whose 16-bit sums saturate on CPUs without VNNI.
+    What the graph holds in FP16 is rounded to it, and overflows as it does there: see `half.for_cpu`.
 
     Args:
         graph: an ONNX file, or its bytes.
@@ -19,11 +20,15 @@ def plain_features(graph: str | os.PathLike[str] | bytes, images: np.ndarray) ->
     Returns:
         float32 [B, D].
     """
+    import onnx
     import onnxruntime
 
+    from nformer_edge.onnx.half import for_cpu
+
+    model = for_cpu(onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (features,) = session.run(["features"], {"images": images})
     return np.asarray(features)

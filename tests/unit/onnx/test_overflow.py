@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.half import backbone_float32, for_cpu, head_float16, to_half, unfit_weights
 from nformer_edge.onnx.overflow import LARGEST, MARGIN, SMALLEST, Reach, measure_reach, unfit_nodes
+from nformer_edge.onnx.plain import plain_features
 
 
 def run(model, feed):
@@ -134,6 +135,24 @@ def test_a_layer_whose_numbers_leave_fp16_is_found_and_fp16_then_has_no_infinity
     features = run(halved(scaled, *beyond), images)
     assert np.isfinite(features).all()
     assert cosines(features, golden["features"]).min() >= 0.9995
+
+
+@pytest.mark.parametrize(("number", "float16"), [(3.0, 3.0), (2049.0, 2048.0), (-20000.0, -math.inf)])
+def test_plain_features_are_rounded_and_overflow_as_the_types_say(number, float16, tmp_path):
+    """Four times a number, then a quarter of that: in float32 it comes back as it was."""
+    nodes = [
+        helper.make_node("MatMul", ["images", "up"], ["large"], name="up"),
+        helper.make_node("MatMul", ["large", "down"], ["features"], name="down"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in ("images", "features")]
+    weights = [numpy_helper.from_array(f32([factor]), name) for name, factor in (("up", 4), ("down", 0.25))]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
+    half = to_half(model, {"up", "down"})
+    onnx.save(half, tmp_path / "half.onnx")
+    assert plain_features(model.SerializeToString(), f32([number])) == number
+    assert plain_features(half.SerializeToString(), f32([number])) == float16
+    assert plain_features(tmp_path / "half.onnx", f32([number])) == float16
 
 
 def test_nothing_is_found_where_fp16_holds(tiny_bundle, golden):
