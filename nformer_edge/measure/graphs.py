@@ -18,7 +18,7 @@ from onnx import (
 )
 
 from nformer_edge.core.ops import DOMAIN
-from nformer_edge.onnx.half import makers
+from nformer_edge.onnx.half import for_cpu, holds_half, makers
 from nformer_edge.runtime.onnxruntime_runner import open_session
 
 #: Operators that only say how a tensor is held. A build puts them in; they are nobody's work.
@@ -31,6 +31,9 @@ _PARSERS = ("plugin_version", "plugin_namespace")
 class Graph:
     """A model's main graph.
 
+    One with FP16 tensors is computed with every rounding that its types say, node by node: `onnx.half.for_cpu`. Any
+    other runs as onnxruntime serves it, in its integer kernels where it has them.
+
     Args:
         model: with local functions for nodes of ours; they are taken from `like` where it has none.
         like: another graph of the same model. Carriers that it has too are work like any other node.
@@ -41,6 +44,7 @@ class Graph:
         self.constants = {t.name: t for t in model.graph.initializer}
         self.inputs = {i.name for i in model.graph.input} - set(self.constants)
         self.makers = makers(self.model)
+        self._half = holds_half(self.model)
         shared = {n.name for n in like.graph.node} if like is not None else {n.name for n in model.graph.node}
         self._carriers = {n.name for n in self.model.graph.node if n.op_type in _CARRIERS and n.name not in shared}
         self.rounded: dict[str, tuple[NodeProto, NodeProto]] = {}  # a tensor -> the Q and the DQ that its readers see
@@ -143,7 +147,9 @@ class Graph:
             wanted[name] = seen.output[0]
         given = [*self.model.graph.input, *(helper.make_tensor_value_info(n, k, None) for n, k in kinds.items())]
         model = _pruned(self.model, nodes, given, set(wanted.values()))
-        session = open_session(model.SerializeToString(), "layers")
+        if self._half:
+            model = for_cpu(model)
+        session = open_session(model.SerializeToString(), "layers", optimize=not self._half)
         taken = {i.name for i in session.get_inputs()}
         found = session.run(list(wanted.values()), {n: v for n, v in feed.items() if n in taken})
         return dict(zip(names, found, strict=True))

@@ -84,9 +84,10 @@ def allowed(rounding: float, numbers: int) -> float:
     """How large an error may be where the twin's is `rounding`, over a tensor made of so many numbers.
 
     Two root mean squares of n numbers of the same noise differ by a factor of about exp(1 / sqrt(n)); three times that
-    exponent leaves out one in a thousand. A channel gate can have as few as one number an image.
+    exponent leaves out one in a thousand. A channel gate can have as few as one number an image. Where the twin itself
+    is not finite it allows nothing: an overflow is no rounding.
     """
-    return FACTOR * math.exp(3 / math.sqrt(max(numbers, 1))) * rounding
+    return FACTOR * math.exp(3 / math.sqrt(max(numbers, 1))) * rounding if math.isfinite(rounding) else 0.0
 
 
 def read_graphs(path: Path, stages: tuple[str, ...]) -> dict[str, ModelProto]:

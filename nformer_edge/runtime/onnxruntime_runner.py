@@ -110,8 +110,12 @@ class OnnxRuntimeRunner:
         return self._sessions[name]
 
 
-def open_session(graph: bytes, name: str, threads: int | None = None, native: bool = False) -> Any:
+def open_session(
+    graph: bytes, name: str, threads: int | None = None, native: bool = False, optimize: bool = True
+) -> Any:
     """An onnxruntime CPU session for a verified graph, with our kernels registered if `native`.
+
+    Without `optimize` each node is computed for itself, as it stands.
 
     Raises:
         BackendError: if onnxruntime is not installed, or refuses the kernels' library.
@@ -128,6 +132,8 @@ def open_session(graph: bytes, name: str, threads: int | None = None, native: bo
     options.log_severity_level = 3  # its warnings name graph internals that a user can do nothing about
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if native:
         onnx_ops.register(options, threads)
     try:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import write_manifest
@@ -23,6 +23,7 @@ from nformer_edge.onnx.half import backbone_float32, to_half
 from nformer_edge.onnx.quantize import quantize_backbone
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
 from nformer_edge.onnx.ranges import Ranges
+from nformer_edge.runtime.onnxruntime_runner import open_session
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,39 @@ def test_half_precision_is_cleared_and_a_broken_weight_in_it_named(backbone, ima
     found = compare_graphs("backbone", "fp16", backbone, broken(half, node, lambda w: w * np.float16(1.1)), images)
     assert found["first"]["node"] == node
     assert found["first"]["inputs_inside"]
+
+
+def chain(factor):
+    """A float model of a product, one `factor` times as large, and one that takes the factor back."""
+    rng = np.random.default_rng(2)
+    weights = {"w": 1.0, "up": factor, "down": 1 / factor}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in ("images", "features")]
+    nodes = [
+        helper.make_node("MatMul", ["images", "w"], ["a"], name="plain"),
+        helper.make_node("MatMul", ["a", "up"], ["b"], name="large"),
+        helper.make_node("MatMul", ["b", "down"], ["features"], name="small"),
+    ]
+    held = [numpy_helper.from_array((rng.normal(size=(16, 16)) * f).astype(np.float32), n) for n, f in weights.items()]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], held)
+    return helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
+
+
+@pytest.mark.parametrize(("factor", "overflows"), [(1e2, False), (1e4, True)])
+def test_a_product_that_overflows_in_float16_is_named_though_float32_kernels_would_hold_it(factor, overflows):
+    model = chain(factor)
+    half = to_half(model, {n.name for n in model.graph.node})
+    feed = {"images": np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)}
+    assert np.isfinite(Graph(half, model).values(["features"], feed)["features"]).all() != overflows
+    first = compare_graphs("backbone", "fp16", model, half, feed)["first"]
+    assert (first and first["node"]) == ("large" if overflows else None)
+    assert first is None or (first["inputs_inside"], first["own_error"]) == (True, None)
+
+
+def test_int8_without_float16_is_looked_at_in_the_kernels_that_would_run(bundle, backbone, images, ranges, tmp_path):
+    quantize_backbone(bundle / "backbone.onnx", tmp_path / "int8.onnx", ranges)
+    (served,) = open_session((tmp_path / "int8.onnx").read_bytes(), "int8").run(["features"], images)
+    graph = Graph(onnx.load(tmp_path / "int8.onnx"), backbone)
+    np.testing.assert_array_equal(graph.values(["features"], images)["features"], served)
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "tensorrt"])
