@@ -54,14 +54,16 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def renamed(state: State, prefixes: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Names in the file by names in a checkpoint. Of (theirs, ours) the first prefix that fits counts."""
+def renamed(state: State, prefixes: Sequence[tuple[str, str | None]]) -> dict[str, str]:
+    """Names in the file by names in a checkpoint.
+
+    Of (theirs, ours) the first prefix that fits counts; with None for ours it leaves a tensor out.
+    """
     names = {}
     for name in state:
-        for theirs, ours in prefixes:
-            if name.startswith(theirs):
-                names[ours + name.removeprefix(theirs)] = name
-                break
+        theirs, ours = next((pair for pair in prefixes if name.startswith(pair[0])), (name, None))
+        if ours is not None:
+            names[ours + name.removeprefix(theirs)] = name
     return names
 
 

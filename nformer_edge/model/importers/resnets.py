@@ -40,13 +40,12 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
     if "layer1.0.conv1.weight" not in state or "conv1.weight" not in state:
         return None
     backbone = wanted.backbone or BackboneSpec(resnet_arch(state))
-    names = renamed(state, [("fc.", "fc."), ("", "backbone.trunk.")])
-    own = {ours: theirs for ours, theirs in names.items() if ours.startswith("backbone.")}
+    names = renamed(state, [("fc.", None), ("", "backbone.trunk.")])
     return Plan(
         "torchvision ResNet",
         model_spec(backbone, PreprocessSpec(), wanted, None),
-        {ours: state[theirs] for ours, theirs in own.items()},
-        own,
+        {ours: state[theirs] for ours, theirs in names.items()},
+        names,
         aside=("fc.",),
         anew=("backbone.neck.",),
         notes=("Its last stride is 1 here. The neck is untrained: train the backbone before you rank by it.",),

@@ -24,8 +24,7 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
         return None
     arch = resnet_arch(state, "base.")
     backbone = BackboneSpec(arch, CHANNELS[arch], "bn", _stem(arch))
-    names = renamed(state, [("base.", "backbone.trunk."), ("bottleneck.", "backbone.neck.bn.")])
-    names = {ours: theirs for ours, theirs in names.items() if not theirs.startswith("base.fc.")}
+    names = renamed(state, [("base.fc.", None), ("base.", "backbone.trunk."), ("bottleneck.", "backbone.neck.bn.")])
     spec = model_spec(backbone, PreprocessSpec(), wanted, None)
     return Plan(
         "reid-strong-baseline",
@@ -46,12 +45,11 @@ def plan_nformer(state: State, wanted: Wanted) -> Plan | None:
     features = int(state[f"{prefix}projection.weight"].shape[0])
     head = _head(state, features, wanted) if any(name.startswith("nformer.h.") for name in state) else None
     names = renamed(state, [
-        (f"{prefix}base.fc.", "aside."), (f"{prefix}base.", "backbone.trunk."),
+        (f"{prefix}base.fc.", None), (f"{prefix}base.", "backbone.trunk."),
         (f"{prefix}projection.weight", "backbone.neck.projection.weight"),
         (f"{prefix}bottleneck.", "backbone.neck.bn."),
         ("nformer.h.", "head.h."), ("nformer.bottleneck.", "head.bottleneck."),
     ])  # fmt: skip
-    names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("aside.")}
     tensors = {ours: state[theirs] for ours, theirs in names.items()}
     folded = _fold_bias(tensors, state, f"{prefix}projection.bias")
     backbone = BackboneSpec(arch, features, "bnneck", _stem(arch))

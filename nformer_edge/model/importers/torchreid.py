@@ -23,13 +23,12 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
                 mend="Import one of these.",
             )  # fmt: skip
         backbone = BackboneSpec(_WIDTHS[stem.shape[0]], int(fc.shape[0]), "fc")
-    neck = [("fc.", "backbone.neck.fc.")] if backbone.neck == "fc" else [("fc.", "fc.")]
-    names = renamed(state, [*neck, ("classifier.", "classifier."), ("", "backbone.trunk.")])
-    own = {ours: theirs for ours, theirs in names.items() if ours.startswith("backbone.")}
+    neck = "backbone.neck.fc." if backbone.neck == "fc" else None
+    names = renamed(state, [("fc.", neck), ("classifier.", None), ("", "backbone.trunk.")])
     return Plan(
         "torchreid OSNet",
         model_spec(backbone, PreprocessSpec(), wanted, None),
-        {ours: state[theirs] for ours, theirs in own.items()},
-        own,
+        {ours: state[theirs] for ours, theirs in names.items()},
+        names,
         aside=("classifier.",),
     )
