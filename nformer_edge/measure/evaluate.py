@@ -39,6 +39,7 @@ from nformer_edge.measure.machine import machine
 from nformer_edge.measure.models import (
     Data,
     Opener,
+    describe_data,
     describe_model,
     is_feature_store,
     open_dataset,
@@ -101,21 +102,17 @@ def _document(
     model: dict[str, Any] | None, data: Data, query: FeatureSet, gallery: FeatureSet, seconds: float | None,
     results: list[dict[str, Any]], lists: list[dict[str, Any]], without_per_query: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    features = is_feature_store(data)
-    name = os.path.basename(str(data)) if features else open_dataset(data).name
     return {
         "kind": "evaluation",
         "version": VERSION,
         "machine": machine(),
         "model": model,
-        "data": {
-            "name": name, "query": len(query), "gallery": len(gallery), "source": "features" if features else "images",
-        },
+        "data": describe_data(data, query, gallery),
         "embed_seconds": seconds,
         "per_query": without_per_query,
         "results": results,
         "rank_lists": lists,
-    }  # fmt: skip
+    }
 
 
 def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:

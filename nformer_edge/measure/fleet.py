@@ -24,6 +24,7 @@ from typing import Any
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import FeatureSet
+from nformer_edge.data.records import Dataset
 from nformer_edge.evaluate.bootstrap import DRAWS, TWO_SIDED, paired_ratio
 from nformer_edge.evaluate.ranking import RankingResult, evaluate
 from nformer_edge.evaluate.verification import Operating, Rates, fit_threshold
@@ -31,6 +32,7 @@ from nformer_edge.measure.machine import machine
 from nformer_edge.measure.models import (
     Data,
     Opener,
+    describe_data,
     describe_model,
     is_feature_store,
     open_dataset,
@@ -68,43 +70,38 @@ def fleet(
     """
     if len(models) < 2:
         raise UsageError("models", got=len(models), expected="at least two", mend="Name one for each kind of device.")
+    stores = all(is_feature_store(p) for p in models)
+    dataset = None if stores or data is None else open_dataset(data, layout)
     described: list[dict[str, Any]] = []
     embedded: list[Pair] = []
     for path in models:
-        model, pair = _embedded(path, data, batch, threads, layout, opener)
+        model, pair = _embedded(path, dataset, batch, threads, opener)
         described.append(model)
         embedded.append(pair)
         _check_same_images(described[0]["label"], embedded[0], model["label"], pair)
     _tell_apart(described)
-    stores = all(is_feature_store(p) for p in models)
-    name = os.path.basename(str(models[0])) if stores or data is None else open_dataset(data, layout).name
     pairings, first = _pairings([m["label"] for m in described], embedded, false_match_rate, draws, seed)
     return {
         "kind": "fleet",
         "version": VERSION,
         "machine": machine(),
         "models": described,
-        "data": {
-            "name": name, "query": len(embedded[0][0]), "gallery": len(embedded[0][1]),
-            "source": "features" if stores else "images",
-        },
+        "data": describe_data(models[0] if dataset is None else dataset, *embedded[0]),
         "wanted_false_match_rate": false_match_rate,
         "pairs": {"genuine": first.genuine, "impostor": first.impostor},
         "draws": draws,
         "pairings": pairings,
-    }  # fmt: skip
+    }
 
 
 def _embedded(
-    path: str | os.PathLike[str], data: Data | None, batch: int, threads: int | None, layout: str,
-    opener: Opener | None,
-) -> tuple[dict[str, Any], Pair]:  # fmt: skip
+    path: str | os.PathLike[str], dataset: Dataset | None, batch: int, threads: int | None, opener: Opener | None
+) -> tuple[dict[str, Any], Pair]:
     """A model's description and its features of queries and gallery; the model is closed again."""
     if is_feature_store(path):
         return {"label": os.path.basename(str(path)).removesuffix(".npz"), "path": str(path)}, open_features(path)
-    if data is None:
+    if dataset is None:
         raise UsageError(str(path), got="a model and no data", expected="a dataset", mend="Name it with --data.")
-    dataset = open_dataset(data, layout)
     with open_model(path, threads, opener) as runner:
         query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
         return describe_model(path, runner), (query, gallery)

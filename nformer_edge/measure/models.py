@@ -75,6 +75,17 @@ def open_features(path: str | os.PathLike[str]) -> tuple[FeatureSet, FeatureSet]
     return sets["query"], sets["gallery"]
 
 
+def describe_data(data: Data, query: FeatureSet, gallery: FeatureSet) -> dict[str, Any]:
+    """What was ranked, as a result's ``data`` tells it: name, numbers of images, and whether it is a feature store."""
+    stored = is_feature_store(data)
+    return {
+        "name": os.path.basename(str(data)) if stored else open_dataset(data).name,
+        "query": len(query),
+        "gallery": len(gallery),
+        "source": "features" if stored else "images",
+    }
+
+
 def stage_precision(runner: Runner, stage: str) -> Precision:
     """The precision of ``backbone`` or ``head`` as built; of ``end_to_end``, the coarser of the two."""
     coarseness: tuple[Precision, ...] = get_args(Precision)

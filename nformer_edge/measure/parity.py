@@ -36,13 +36,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.features import FeatureSet
-from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.data.batches import iter_batches
-from nformer_edge.data.records import ImageRecord
 from nformer_edge.evaluate.bootstrap import DRAWS
 from nformer_edge.measure.diagnosis import compare_inputs, compare_layers
 from nformer_edge.measure.machine import machine
@@ -86,7 +81,8 @@ def parity(
     dataset = open_dataset(data, layout)
     records = [_thin(dataset.split(s), limit) for s in ("query", "gallery")]
     with open_model(engine_path, threads, opener) as engine:
-        theirs = _embed(engine, records[0], batch), _embed(engine, records[1], batch)
+        query, gallery = (embed_records(engine, r, batch, finite=False) for r in records)  # the gates judge a NaN
+        theirs = query, gallery
         with open_model(reference_path, threads, opener, reference=True, native=engine.native) as reference:
             _check_heads(str(engine_path), engine, reference)
             ours = embed_records(reference, records[0], batch=batch), embed_records(reference, records[1], batch=batch)
@@ -165,19 +161,6 @@ def _thin(records: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
     if limit < 1:
         raise UsageError("limit", got=limit, expected="at least 1", mend="Raise it or leave it out.")
     return tuple(records[i] for i in evenly(limit, len(records)))
-
-
-def _embed(engine: Runner, records: Sequence[ImageRecord], batch: int) -> FeatureSet:
-    """As `embed_records`, but a NaN goes through: here it is for the gates to judge."""
-    features = np.empty((len(records), engine.spec.backbone.features), np.float32)
-    start = 0
-    with tqdm(total=len(records), desc="embed (engine)", unit="image", **PROGRESS) as bar:
-        for images in iter_batches([r.path for r in records], engine.spec.preprocess, batch):
-            features[start : start + len(images)] = engine.embed(images)
-            start += len(images)
-            bar.update(len(images))
-    pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
-    return FeatureSet(features, pids, camids, tuple(r.path for r in records))
 
 
 def _related(engine: Runner, inputs: Pair, seed: int | None) -> Pair:

@@ -43,6 +43,7 @@ def embed_records(
     views: int = 1,
     augment: Mapping[str, Any] | None = None,
     seed: int = 0,
+    finite: bool = True,
 ) -> FeatureSet:
     """The backbone's features of `records`, in their order, with their labels and the files' hashes.
 
@@ -54,6 +55,7 @@ def embed_records(
         views: views of each image, the plain one first. More than one needs the extra ``train``.
         augment: fields of `data.loaders.AugmentSpec` for views 1 and up, where they are not training's own.
         seed: with an image file's contents and a view's number it decides that view, whatever stands beside it.
+        finite: refuse a feature with NaN or infinity.
 
     Raises:
         DataError: for the first image that cannot be read, or whose feature is not finite.
@@ -71,7 +73,8 @@ def embed_records(
             for view in range(views):
                 features[view, rows] = runner.embed(draw(pixels, hashes[rows], view))
                 bar.update(len(pixels))
-    _check_finite(features, paths)
+    if finite:
+        _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
     spec = json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
