@@ -22,7 +22,7 @@ from nformer_edge.engine import plugin_ahead
 PACKAGE = Path(nformer_edge.__file__).parent
 LISTS = Path(__file__).parent / "tensorrt_names"
 WHEELS = "NFORMER_EDGE_TENSORRT_WHEELS"
-VERSIONS = ("8.6", "10.3", "10.13", "10.16", "11.4")
+VERSIONS = ("8.6", "10.3", "10.9", "10.13", "10.16", "11.4")
 
 #: Names under which our code holds TensorRT's objects, with or without a leading underscore or `self.`.
 HELD = {

@@ -95,8 +95,10 @@ def main() -> int:
             continue  # the package is asked itself where it is installed
         names = names_of(wheel)
         file = HERE / (".".join(names["version"].split(".")[:2]) + ".json")
-        if args.check:
-            same = file.is_file() and json.loads(file.read_text()) == names
+        if args.check and not file.is_file():
+            print(f"{wheel.name}: no {file.name} to compare it with")
+        elif args.check:
+            same = json.loads(file.read_text()) == names
             print(f"{wheel.name}: {'as committed' if same else 'DIFFERS from ' + file.name}")
             differing += not same
         else:
