@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nformer_edge.data.batches import iter_pixels
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import UNKNOWN_CAMERA, Dataset, ImageRecord
+from nformer_edge.runtime.batch_journal import BatchJournal
 from nformer_edge.runtime.open import open_runner
 from nformer_edge.runtime.runner import Runner, require_head
 
@@ -44,6 +46,7 @@ def embed_records(
     augment: Mapping[str, Any] | None = None,
     seed: int = 0,
     finite: bool = True,
+    journal: BatchJournal | None = None,
 ) -> FeatureSet:
     """The backbone's features of `records`, in their order, with their labels and the files' hashes.
 
@@ -56,12 +59,14 @@ def embed_records(
         augment: fields of `data.loaders.AugmentSpec` for views 1 and up, where they are not training's own.
         seed: with an image file's contents and a view's number it decides that view, whatever stands beside it.
         finite: refuse a feature with NaN or infinity.
+        journal: of batches that are finished; what it knows is not computed again.
 
     Raises:
         DataError: for the first image that cannot be read, or whose feature is not finite.
         UsageError: if `views` is below 1, or `augment` does not fit.
     """
     check_at_least("views", views, 1)
+    journal = journal or BatchJournal()
     draw, recipe = _views(runner.spec.preprocess, views, augment, seed)
     paths = tuple(r.path for r in records)
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
@@ -71,7 +76,10 @@ def embed_records(
             rows = slice(len(hashes), len(hashes) + len(pixels))
             hashes += [sha256_file(path) for path in paths[rows]]
             for view in range(views):
-                features[view, rows] = runner.embed(draw(pixels, hashes[rows], view))
+                how = [runner.sha256, runner.backend, view, recipe if view else ""]
+                features[view, rows] = journal.recall(
+                    [how, hashes[rows]], partial(_embed_view, runner, draw, pixels, hashes[rows], view)
+                )
                 bar.update(len(pixels))
     if finite:
         _check_finite(features, paths)
@@ -79,6 +87,10 @@ def embed_records(
     further = features[1:] if views > 1 else None
     spec = json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
     return FeatureSet(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe, spec)
+
+
+def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
+    return runner.embed(draw(pixels, hashes, view))
 
 
 def _check_finite(features: np.ndarray, paths: tuple[str, ...]) -> None:
@@ -189,6 +201,8 @@ def embed_files(
 ) -> dict[str, Any]:
     """Embeds a dataset's images, or a folder of images, into the feature store `output`.
 
+    An interrupted run leaves its finished batches in ``OUTPUT.journal``: the next one goes on there, and removes it.
+
     Args:
         splits: which to embed; those of SPLITS that have images if None.
         views: views of each training image (`embed_records`); every other split has the plain one alone.
@@ -207,12 +221,16 @@ def embed_files(
             "views", got=f"{views} without a split train", expected="1", mend="Only training images have several views."
         )
     start = time.perf_counter()
+    journal = BatchJournal(Path(f"{os.fspath(output)}.journal"))
     with open_runner(model, threads=threads) as runner:
         sets = {
-            split: embed_records(runner, chosen, batch, threads, views if split == "train" else 1, augment, seed)
+            split: embed_records(
+                runner, chosen, batch, threads, views if split == "train" else 1, augment, seed, journal=journal
+            )
             for split, chosen in records.items()
         }
         save_features(output, sets)
+        journal.remove()
         return {
             "kind": "embed", "model": runner.name, "backend": runner.backend, "sha256": runner.sha256,
             "output": str(output), "seconds": time.perf_counter() - start,

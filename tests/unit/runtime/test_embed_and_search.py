@@ -15,6 +15,7 @@ from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.runtime.doctor import doctor, format_doctor
 from nformer_edge.runtime.embed import embed_dataset, embed_files, embed_records, relate_sets
+from nformer_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from nformer_edge.runtime.open import open_runner
 from nformer_edge.runtime.protocols import relate_each
 from nformer_edge.runtime.search import format_matches, search_files, top_matches
@@ -48,6 +49,58 @@ def test_features_come_in_the_order_of_the_records_with_their_labels(runner, tin
 
 def test_no_record_makes_an_empty_set(runner):
     assert embed_records(runner, ()).features.shape == (0, 32)
+
+
+@pytest.fixture
+def embedding(monkeypatch):
+    """A function that lets every model embed so many batches and then be interrupted; it returns the calls counted."""
+    whole = OnnxRuntimeRunner.embed
+
+    def limit(batches):
+        calls = []
+
+        def embed(self, images):
+            if len(calls) == batches:
+                raise KeyboardInterrupt
+            calls.append(len(images))
+            return whole(self, images)
+
+        monkeypatch.setattr(OnnxRuntimeRunner, "embed", embed)
+        return calls
+
+    return limit
+
+
+@pytest.mark.parametrize("left", [lambda data: data, lambda data: data[:-7], lambda data: data[:-7] + bytes(7)])
+def test_an_interrupted_run_goes_on_where_it_stopped(embedding, tiny_bundle, tiny_market, tmp_path, left):
+    store, journal = tmp_path / "s.npz", tmp_path / "s.npz.journal"
+    embedding(3)
+    with pytest.raises(KeyboardInterrupt):
+        embed_files(tiny_bundle, tiny_market, store, batch=7)
+    assert [p.name for p in tmp_path.iterdir()] == [journal.name]
+    kept = journal.read_bytes()
+    journal.write_bytes(left(kept))
+    calls = embedding(None)
+    embed_files(tiny_bundle, tiny_market, store, batch=7)
+    assert sum(calls) == 54 - 7 * (3 if left(kept) == kept else 2)
+    embed_files(tiny_bundle, tiny_market, tmp_path / "whole.npz", batch=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz", "whole.npz"]
+    found, expected = load_features(store), load_features(tmp_path / "whole.npz")
+    for split in expected:
+        np.testing.assert_array_equal(found[split].features, expected[split].features)
+
+
+def test_what_another_model_or_batch_left_is_not_taken(embedding, tiny_bundle, tiny_checkpoint, tiny_market, tmp_path):
+    embedding(2)
+    with pytest.raises(KeyboardInterrupt):
+        embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", batch=7)
+    left = (tmp_path / "s.npz.journal").read_bytes()
+    calls = embedding(None)
+    embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", batch=6)
+    assert sum(calls) == 54
+    (tmp_path / "s.npz.journal").write_bytes(left)
+    embed_files(tiny_checkpoint, tiny_market, tmp_path / "s.npz", batch=7)
+    assert len({s.model for s in load_features(tmp_path / "s.npz").values()}) == 1
 
 
 def test_a_model_that_overflows_is_refused_with_the_image(runner, tiny_market, monkeypatch):
