@@ -52,7 +52,7 @@ def _choice(literal: Any) -> Callable[[str], str]:
 
 def _sizes(text: str) -> tuple[int, ...]:
     """``1:8:32`` for argparse."""
-    from nformer_edge.engine.backend import parse_sizes
+    from nformer_edge.engine.spec import parse_sizes
 
     try:
         return parse_sizes(text)
@@ -281,8 +281,8 @@ def _modelopt(args: Args) -> None:
 )  # fmt: skip
 def _build_engine(args: Args) -> None:
     from nformer_edge.engine.build import BudgetSpec, EngineSpec, build_engine, describe_engine
-    from nformer_edge.engine.exclude import read_exclude
     from nformer_edge.engine.for_target import build_for_target
+    from nformer_edge.engine.int8.exclude import read_exclude
 
     chosen = EngineSpec(
         backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
@@ -317,7 +317,7 @@ def _build_engine(args: Args) -> None:
     SEED,
 )  # fmt: skip
 def _prepare(args: Args) -> None:
-    from nformer_edge.engine.backend import EngineSpec
+    from nformer_edge.engine.spec import EngineSpec
     from nformer_edge.engine.trtexec import prepare_for_target
 
     chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
@@ -346,7 +346,7 @@ def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
     _option("--arch", default="auto", help="auto: this machine's GPU | all | such as 87,89 (default auto)"),
 )  # fmt: skip
 def _build_plugin(args: Args) -> None:
-    from nformer_edge.engine.plugin_build import build_plugin, format_plugin
+    from nformer_edge.engine.plugin.build import build_plugin, format_plugin
 
     built = build_plugin(args.output, tensorrt_root=args.tensorrt_root, nvcc=args.nvcc, architectures=args.arch)
     _show(args, built, format_plugin(built, args.output))
@@ -456,7 +456,7 @@ def _benchmark(args: Args) -> None:
     _option("results", nargs="+", metavar="FILE.json"), _out("FILE.html"),
 )  # fmt: skip
 def _report(args: Args) -> None:
-    from nformer_edge.measure.report import write_report
+    from nformer_edge.measure.report.page import write_report
 
     page = write_report(args.results, args.output)
     _show(args, {"kind": "report", "page": str(page)}, f"wrote {page}")

@@ -46,7 +46,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
     for number, result in enumerate(results):
         atomic_write_json(out / "results" / f"{number:02d}-{result['kind']}.json", result)
     with clock("report"):
-        from nformer_edge.measure.report import write_report
+        from nformer_edge.measure.report.page import write_report
 
         page = write_report(results, out / "report.html", "nformer-edge demo")
     judged = [r for r in results if r["kind"] == "parity"]

@@ -12,12 +12,13 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import Backend, Precision, to_dict
 from nformer_edge.data.records import Dataset
 from nformer_edge.engine import onnxruntime, tensorrt, tensorrt_rtx
-from nformer_edge.engine.backend import BackendModule, EngineSpec, OpenBundle, open_bundle
-from nformer_edge.engine.budget import BudgetSpec
-from nformer_edge.engine.budget_table import format_budget
-from nformer_edge.engine.calibrate import choose_calibration
-from nformer_edge.engine.int8 import BUDGET, decide
-from nformer_edge.engine.overflow import fp16_lines
+from nformer_edge.engine.backend import BackendModule
+from nformer_edge.engine.int8.budget import BudgetSpec
+from nformer_edge.engine.int8.budget_table import format_budget
+from nformer_edge.engine.int8.calibrate import choose_calibration
+from nformer_edge.engine.int8.decide import BUDGET, decide
+from nformer_edge.engine.plan.overflow import fp16_lines
+from nformer_edge.engine.spec import EngineSpec, OpenBundle, open_bundle
 
 __all__ = ["BACKENDS", "BudgetSpec", "EngineSpec", "build_engine", "choose_backend", "default_name", "describe_engine"]
 
@@ -83,7 +84,7 @@ def build_engine(
         calib_data: for INT8, the dataset that the model was trained on (its training images are used), a folder of
             images, or the `calibration.json` of an earlier engine. For FP16 optional: images to search for overflow.
         force_calibration: accept query or gallery images for calibration.
-        budget: for INT8, what it may cost in accuracy: the nodes that cost most stay in float (`engine.budget`).
+        budget: for INT8, what it may cost in accuracy: the nodes that cost most stay in float (`engine.int8.budget`).
         budget_data: the dataset of whose training people some are held out to measure that; `calib_data` if None.
 
     Returns:

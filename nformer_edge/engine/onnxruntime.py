@@ -14,9 +14,9 @@ import numpy as np
 
 from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.calibrate import Calibration
-from nformer_edge.engine.int8 import weights_have_7_bits
+from nformer_edge.engine.int8.calibrate import Calibration
+from nformer_edge.engine.int8.decide import weights_have_7_bits
+from nformer_edge.engine.spec import EngineSpec, OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
 
 NAME = "onnxruntime"

@@ -8,13 +8,13 @@ from typing import Any
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.calibrate import Calibration
-from nformer_edge.engine.job import run_job
-from nformer_edge.engine.machine import module_version, nvidia_driver
-from nformer_edge.engine.plans import Run, build_plans
-from nformer_edge.engine.plugin import LIBRARY, Operators, find_plugin
-from nformer_edge.engine.plugin_ahead import lacking_ahead_of_time, mend_ahead_of_time
+from nformer_edge.engine.int8.calibrate import Calibration
+from nformer_edge.engine.plan.job import run_job
+from nformer_edge.engine.plan.stages import Run, build_plans
+from nformer_edge.engine.plugin.ahead import lacking_ahead_of_time, mend_ahead_of_time
+from nformer_edge.engine.plugin.library import LIBRARY, Operators, find_plugin
+from nformer_edge.engine.spec import EngineSpec, OpenBundle
+from nformer_edge.engine.target.machine import module_version, nvidia_driver
 
 NAME = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8")

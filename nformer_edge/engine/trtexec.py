@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nformer_edge.core.artifact import atomic_folder, write_manifest
-from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import to_dict
-from nformer_edge.engine.backend import EngineSpec, open_bundle
-from nformer_edge.engine.calibrate import choose_calibration
 from nformer_edge.engine.for_target import with_target
-from nformer_edge.engine.overflow import fp16_fields, search_overflow
-from nformer_edge.engine.plans import PLANS, prepare_stage, profiles
-from nformer_edge.engine.plugin import LIBRARY
-from nformer_edge.engine.target import read_target
+from nformer_edge.engine.int8.calibrate import choose_calibration
+from nformer_edge.engine.plan.overflow import fp16_fields, search_overflow
+from nformer_edge.engine.plan.stages import PLANS, prepare_stage, profiles
+from nformer_edge.engine.plugin.library import LIBRARY
+from nformer_edge.engine.spec import EngineSpec, open_bundle
+from nformer_edge.engine.target.recipe import read_target
 from nformer_edge.onnx.bundle import GOLDEN
 
 if TYPE_CHECKING:
-    from nformer_edge.engine.graphs import PreparedGraph
+    from nformer_edge.engine.plan.graphs import PreparedGraph
 
 KIND = "graphs"
 SCRIPT = "build.sh"
@@ -121,24 +120,8 @@ def trtexec_command(
     options += [f"--{flag.lower()}" for flag in graph.flags]
     if graph.flags:
         options.append("--precisionConstraints=obey")
-        computing, writing = float_layers(graph)
+        computing, writing = graph.float_layers()
         options.append("--layerPrecisions=" + ",".join(f"{name}:fp32" for name in computing))
         options.append("--layerOutputTypes=" + ",".join(f"{name}:fp32" for name in writing))
     line = ['"$TRTEXEC"', *(['--plugins="$PLUGIN"'] if plugin else []), *(shlex.quote(option) for option in options)]
     return " \\\n    ".join(line)
-
-
-def float_layers(graph: PreparedGraph) -> tuple[list[str], list[str]]:
-    """Of the nodes that keep FP32, the names of those that compute in floats, and of those that write floats alone.
-
-    They differ by RowTopK: see `weakly_typed`.
-    """
-    import onnx
-
-    from nformer_edge.onnx.half import tensor_types
-
-    model = onnx.load(graph.path)
-    floats = {name for name, found in tensor_types(model).items() if found.elem_type == onnx.TensorProto.FLOAT}
-    kept = [node for node in model.graph.node if node.name in set(graph.float32)]
-    writing = [node.name for node in kept if set(node.output) <= floats]
-    return writing + [node.name for node in kept if node.domain == DOMAIN and node.name not in writing], writing

@@ -1,11 +1,9 @@
-"""A mixed fleet's pairings as text and as a section of the report. Nothing is computed here."""
+"""A mixed fleet's pairings as text. Nothing is computed here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from nformer_edge.measure import sections
 from nformer_edge.measure.table import format_table, number, percent
 
 HEADERS = (
@@ -13,7 +11,8 @@ HEADERS = (
 )  # fmt: skip
 
 
-def _cells(pairing: dict[str, Any]) -> list[str]:
+def cells(pairing: dict[str, Any]) -> list[str]:
+    """One pairing, under `HEADERS`."""
     return [
         pairing["query"], pairing["gallery"], percent(pairing["mAP"], 2), percent(pairing["rank1"], 2),
         _kept(pairing["mAP_kept"]), _kept(pairing["rank1_kept"]), f"{pairing['threshold']:.4f}",
@@ -29,7 +28,8 @@ def _kept(ratio: dict[str, float | None]) -> str:
     return f"{percent(value, 2)} [{bounds}]"
 
 
-def _told(result: dict[str, Any]) -> str:
+def note(result: dict[str, Any]) -> str:
+    """How to read the pairings."""
     return (
         f"Threshold: the cosine distance at which {result['wanted_false_match_rate']:g} of "
         f"{number(result['pairs']['impostor'], 0)} pairs of different people across cameras are accepted; true match: "
@@ -41,14 +41,4 @@ def _told(result: dict[str, Any]) -> str:
 
 def format_fleet(result: dict[str, Any]) -> str:
     """A fleet's result as text: one line a pairing, and how to read it."""
-    return f"{format_table(HEADERS, [_cells(p) for p in result['pairings']], left=2)}\n{_told(result)}"
-
-
-def fleet(results: Sequence[dict[str, Any]]) -> str:
-    """Who embeds the queries, who the gallery: accuracy and threshold of each pairing."""
-    parts = []
-    for result in results:
-        if result["kind"] == "fleet":
-            rows = [sections.row([sections.text(c) for c in _cells(p)], left=2) for p in result["pairings"]]
-            parts.append(sections.section("Mixed fleet", sections.table(HEADERS, rows, left=2), _told(result)))
-    return "\n".join(parts)
+    return f"{format_table(HEADERS, [cells(p) for p in result['pairings']], left=2)}\n{note(result)}"

@@ -19,7 +19,7 @@ import numpy as np
 from nformer_edge.core.artifact import MANIFEST, read_manifest, read_verified, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.engine.plugin import find_plugin, load_plugin
+from nformer_edge.engine.plugin.library import find_plugin, load_plugin
 from nformer_edge.onnx.bundle import model_spec, read_golden
 from nformer_edge.runtime.compatibility import (
     check_gpu,

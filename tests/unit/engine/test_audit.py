@@ -7,9 +7,9 @@ import json
 import pytest
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine.audit import audit_plan, product_types_built
-from nformer_edge.engine.job import PlanJob, run_job, tail
-from nformer_edge.engine.layers import layers_from_json, layers_from_listing, type_of
+from nformer_edge.engine.plan.audit import audit_plan, product_types_built
+from nformer_edge.engine.plan.job import PlanJob, run_job, tail
+from nformer_edge.engine.plan.layers import layers_from_json, layers_from_listing, type_of
 
 LISTING = """Layers:
 Name: __myl_Cast_myl0_1, LayerType: kgen, Inputs: [ { Name: images, Dimensions: [-1,3,128,64], Strides: [24576,8192,64,1], StrideOrder: [3,2,1,0], Datatype: Float, Format: (Linear) Row major linear format }], Constants: [ { Name: c, Dimensions: [1], Datatype: Half, Format: (Linear) Row major linear format }], Outputs: [ { Name: a, Dimensions: [-1,3,128,64], Datatype: Int8, Format: (NHWC) Channel major format }], TacticName: __myl_Cast_0xb3, StreamId: 0, Metadata: [ONNX Layer: images_int8/QuantizeLinear][ONNX Layer: /conv1/Conv]

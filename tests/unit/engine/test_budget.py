@@ -15,15 +15,15 @@ from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import DataError, GateError, UsageError
 from nformer_edge.core.preprocess import preprocess_files
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.engine import calibrate
-from nformer_edge.engine.backend import open_bundle
 from nformer_edge.engine.build import BudgetSpec, EngineSpec, build_engine, describe_engine
-from nformer_edge.engine.exclude import read_exclude
-from nformer_edge.engine.graphs import prepare_backbone
-from nformer_edge.engine.held_out import hold_out
-from nformer_edge.engine.int8 import decide
-from nformer_edge.engine.journal import Journal
-from nformer_edge.engine.judge import Judge
+from nformer_edge.engine.int8 import calibrate
+from nformer_edge.engine.int8.decide import decide
+from nformer_edge.engine.int8.exclude import read_exclude
+from nformer_edge.engine.int8.held_out import hold_out
+from nformer_edge.engine.int8.journal import Journal
+from nformer_edge.engine.int8.judge import Judge
+from nformer_edge.engine.plan.graphs import prepare_backbone
+from nformer_edge.engine.spec import open_bundle
 from nformer_edge.onnx.quantize import audit, measure_all_ranges, measure_ranges, place_for_cpu
 from nformer_edge.onnx.ranges import METHODS, read_ranges
 from nformer_edge.runtime.open import open_runner, self_test
@@ -151,7 +151,7 @@ def test_a_killed_search_goes_on_to_the_same_engine(built, bundle, people, score
 
 
 def test_a_budget_that_cannot_be_kept_says_the_best_and_keeps_the_search(bundle, people, tmp_path, monkeypatch):
-    monkeypatch.setattr("nformer_edge.engine.judge.rank_agreement", lambda *args: (1.0, 0.98))
+    monkeypatch.setattr("nformer_edge.engine.int8.judge.rank_agreement", lambda *args: (1.0, 0.98))
     impossible = BudgetSpec(0.0, min_neighbours=0.99, images=24)
     with pytest.raises(GateError, match=r"budget: got .* at best .*0.980 of the neighbours kept.*at most 0 points"):
         build_engine(bundle, tmp_path / "e", spec(), people, budget=impossible)

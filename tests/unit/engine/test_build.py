@@ -14,8 +14,8 @@ from nformer_edge.core import cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.engine import onnxruntime, tensorrt
-from nformer_edge.engine.backend import parse_sizes
 from nformer_edge.engine.build import EngineSpec, build_engine, choose_backend, describe_engine
+from nformer_edge.engine.spec import parse_sizes
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.quantize import audit, channel_gates
 from nformer_edge.runtime.open import open_runner, self_test

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nformer_edge.engine.backend import EngineSpec, open_bundle
-from nformer_edge.engine.comparison import write_comparison
-from nformer_edge.engine.graphs import prepare_backbone, prepare_head
-from nformer_edge.engine.plans import profiles
+from nformer_edge.engine.plan.comparison import write_comparison
+from nformer_edge.engine.plan.graphs import prepare_backbone, prepare_head
+from nformer_edge.engine.plan.stages import profiles
+from nformer_edge.engine.spec import EngineSpec, open_bundle
 
 POLYGRAPHY = Path(sysconfig.get_path("scripts")) / "polygraphy"
 

@@ -11,17 +11,18 @@ import pytest
 
 from nformer_edge.core.artifact import read_manifest, sha256_file, write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
-from nformer_edge.engine import plugin, plugin_build
-from nformer_edge.engine.plugin import find_plugin, load_plugin, plugin_facts
-from nformer_edge.engine.plugin_build import build_plugin, find_headers, find_nvcc, find_tools, headers_version
+from nformer_edge.engine.plugin import build as plugin_build
+from nformer_edge.engine.plugin import library as plugin_library
+from nformer_edge.engine.plugin.build import build_plugin, find_headers, find_nvcc, find_tools, headers_version
+from nformer_edge.engine.plugin.library import find_plugin, load_plugin, plugin_facts
 
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path, monkeypatch):
     """No library of this machine is found, and none is loaded."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.delenv(plugin.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(plugin, "_loaded", {})
+    monkeypatch.delenv(plugin_library.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(plugin_library, "_loaded", {})
 
 
 def headers(root: Path, text: str) -> Path:
@@ -133,7 +134,7 @@ def test_the_library_is_really_built_and_found(tmp_path, monkeypatch):
         pytest.skip("no nvcc or no TensorRT headers: install the CUDA toolkit and libnvinfer-dev, or set TENSORRT_ROOT")
     built = build_plugin(tensorrt_root=root, architectures="87")
     library = Path(built["library"])
-    assert library.parent == plugin.default_folder(int(built["tensorrt"].partition(".")[0]))
+    assert library.parent == plugin_library.default_folder(int(built["tensorrt"].partition(".")[0]))
     assert find_plugin() == library
     assert built["sha256"] == sha256_file(library)
     assert (built["architectures"], built["ptx"]) == (["87"], "87")
@@ -148,21 +149,21 @@ def test_the_library_is_really_built_and_found(tmp_path, monkeypatch):
 def test_a_library_is_found_by_its_hash(tmp_path, monkeypatch):
     assert find_plugin(10) is None
     for major, data in ((10, b"ten"), (11, b"eleven")):
-        folder = plugin.default_folder(major)
+        folder = plugin_library.default_folder(major)
         folder.mkdir(parents=True)
-        (folder / plugin.LIBRARY).write_bytes(data)
-    eleven = plugin.default_folder(11) / plugin.LIBRARY
+        (folder / plugin_library.LIBRARY).write_bytes(data)
+    eleven = plugin_library.default_folder(11) / plugin_library.LIBRARY
     assert find_plugin(11) == eleven
     assert find_plugin(None, sha256_file(eleven)) == eleven
     assert find_plugin(10, sha256_file(eleven)) is None
-    monkeypatch.setenv(plugin.ENVIRONMENT, str(eleven.parent))
+    monkeypatch.setenv(plugin_library.ENVIRONMENT, str(eleven.parent))
     assert find_plugin(10) == eleven
-    monkeypatch.setenv(plugin.ENVIRONMENT, "none")
+    monkeypatch.setenv(plugin_library.ENVIRONMENT, "none")
     assert find_plugin(11) is None
 
 
 def test_facts_come_from_a_manifest_that_holds(tmp_path):
-    library = tmp_path / plugin.LIBRARY
+    library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
     assert plugin_facts(library) == {}
     write_manifest(tmp_path, "plugin", {"tensorrt": "10.3.0"})
@@ -179,10 +180,10 @@ def test_the_doctor_tells_the_library_and_survives_a_changed_one(tmp_path, monke
         return next(c for c in doctor()["checks"] if c["name"] == "TensorRT plugin library")
 
     assert "build-plugin" in check()["next"]
-    library = tmp_path / plugin.LIBRARY
+    library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
     write_manifest(tmp_path, "plugin", {"tensorrt": "10.3.0", "architectures": ["87", "89"]})
-    monkeypatch.setenv(plugin.ENVIRONMENT, str(library))
+    monkeypatch.setenv(plugin_library.ENVIRONMENT, str(library))
     assert check()["found"] == f"{library} (TensorRT 10.3.0, sm_87, sm_89)"
     library.write_bytes(b"b library")
     assert not check()["ok"]
@@ -190,7 +191,7 @@ def test_the_doctor_tells_the_library_and_survives_a_changed_one(tmp_path, monke
 
 
 def test_a_library_of_other_bytes_is_never_opened(tmp_path):
-    library = tmp_path / plugin.LIBRARY
+    library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
 
     class Untouched:

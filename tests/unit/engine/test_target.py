@@ -8,10 +8,11 @@ import pytest
 
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine import plugin, target
-from nformer_edge.engine.machine import Machine, module_version, this_machine
+from nformer_edge.engine.plugin import library as plugin_library
 from nformer_edge.engine.preflight import format_preflight, preflight, require_match
-from nformer_edge.engine.target import read_target, target_names, version_key
+from nformer_edge.engine.target import recipe
+from nformer_edge.engine.target.machine import Machine, module_version, this_machine
+from nformer_edge.engine.target.recipe import read_target, target_names, version_key
 
 ORIN = Machine(
     architecture="aarch64", l4t="36.4.3", cuda="12.6.68", tensorrt="10.3.0", driver="nvgpu", gpu="tegra234",
@@ -24,10 +25,10 @@ def library(tmp_path, monkeypatch):
     """A plugin library of ours for TensorRT 10, found by its environment variable."""
     folder = tmp_path / "plugins"
     folder.mkdir()
-    (folder / plugin.LIBRARY).write_bytes(b"a library")
+    (folder / plugin_library.LIBRARY).write_bytes(b"a library")
     write_manifest(folder, "plugin", {"tensorrt": "10.3.0", "architectures": ["87"]})
-    monkeypatch.setenv(plugin.ENVIRONMENT, str(folder))
-    return folder / plugin.LIBRARY
+    monkeypatch.setenv(plugin_library.ENVIRONMENT, str(folder))
+    return folder / plugin_library.LIBRARY
 
 
 def what(target_name, machine, **settings):
@@ -47,7 +48,7 @@ def test_every_target_of_the_house_has_a_recipe_that_reads():
 
 
 def test_a_recipe_names_only_gpus_that_the_kernels_are_compiled_for():
-    cmake = (target.recipes_folder().parents[1] / "plugins" / "CMakeLists.txt").read_text()
+    cmake = (recipe.recipes_folder().parents[1] / "plugins" / "CMakeLists.txt").read_text()
     wanted = next(line for line in cmake.splitlines() if "foreach(wanted" in line)
     for name in target_names():
         for capability in read_target(name).machine.compute_capability:
@@ -120,7 +121,7 @@ def test_what_only_costs_time_does_not_block(library, field, value, name):
 
 def test_a_head_needs_the_plugin_library_and_a_backbone_alone_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.delenv(plugin.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(plugin_library.ENVIRONMENT, raising=False)
     assert "build-plugin" in what("jetson-orin-jp62", ORIN)["plugin library"].mend
     assert what("jetson-orin-jp62", ORIN, with_head=False) == {}
 

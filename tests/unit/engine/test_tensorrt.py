@@ -14,12 +14,14 @@ import pytest
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine import network, plugin, tensorrt
-from nformer_edge.engine.backend import EngineSpec, open_bundle
-from nformer_edge.engine.calibrate import choose_calibration
-from nformer_edge.engine.gpu import gpu_facts
-from nformer_edge.engine.job import BuiltPlan
-from nformer_edge.engine.overflow import fp16_lines
+from nformer_edge.engine import tensorrt
+from nformer_edge.engine.int8.calibrate import choose_calibration
+from nformer_edge.engine.plan import network
+from nformer_edge.engine.plan.job import BuiltPlan
+from nformer_edge.engine.plan.overflow import fp16_lines
+from nformer_edge.engine.plugin import library as plugin_library
+from nformer_edge.engine.spec import EngineSpec, open_bundle
+from nformer_edge.engine.target.gpu import gpu_facts
 from nformer_edge.onnx.half import product_types
 
 _spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
@@ -40,10 +42,10 @@ class Bench:
         numbers = tuple(int(n) for n in self.trt.__version__.split(".")[:3])
         monkeypatch.setattr(tensorrt, "installed_version", lambda: numbers)
         monkeypatch.setattr(network, "gpu_facts", lambda ordinal: dict(GPU))
-        monkeypatch.setattr(plugin, "_loaded", {})
-        self.library = folder / plugin.LIBRARY
+        monkeypatch.setattr(plugin_library, "_loaded", {})
+        self.library = folder / plugin_library.LIBRARY
         self.library.write_bytes(b"a library")
-        monkeypatch.setenv(plugin.ENVIRONMENT, str(self.library))
+        monkeypatch.setenv(plugin_library.ENVIRONMENT, str(self.library))
         self.out = folder / "engine"
         self.out.mkdir()
 
@@ -218,7 +220,7 @@ def test_one_fp16_product_in_fp32_is_an_error_in_a_strongly_typed_network(bench)
 def test_a_head_without_its_plugin_library_is_refused(bench, monkeypatch, tmp_path):
     b = bench()
     b.library.unlink()
-    monkeypatch.setattr(plugin, "plugin_places", lambda major=None: iter(()))
+    monkeypatch.setattr(plugin_library, "plugin_places", lambda major=None: iter(()))
     with pytest.raises(BackendError, match=r"no libnformer_plugins.so for TensorRT 10.*build-plugin"):
         b.build("fp16")
 
@@ -267,7 +269,7 @@ def test_another_device_is_refused():
 
 
 def test_a_gpu_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.engine import gpu
+    from nformer_edge.engine.target import gpu
 
     class Driver:
         code = 0

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine import plugin, plugin_ahead, preflight, ptx
-from nformer_edge.engine.machine import Machine
+from nformer_edge.engine import preflight
+from nformer_edge.engine.plugin import ahead as plugin_ahead
+from nformer_edge.engine.plugin import library as plugin_library
+from nformer_edge.engine.plugin import ptx
+from nformer_edge.engine.target.machine import Machine
 from nformer_edge.runtime import doctor
 
 HERE = Path(__file__).parent
@@ -68,8 +71,8 @@ def bench(tiny_bundle, tmp_path, monkeypatch, compiler):
     def made(version, driver=(13, 0), compilers=(compiler,)):
         b = test_tensorrt.Bench(tiny_bundle, tmp_path, monkeypatch, version)
         b.library.unlink()
-        monkeypatch.delenv(plugin.ENVIRONMENT)
-        monkeypatch.setattr(plugin, "plugin_places", lambda major=None: iter(()))
+        monkeypatch.delenv(plugin_library.ENVIRONMENT)
+        monkeypatch.setattr(plugin_library, "plugin_places", lambda major=None: iter(()))
         monkeypatch.setattr(plugin_ahead, "find_compilers", lambda: list(compilers))
         monkeypatch.setattr(plugin_ahead, "driver_cuda", lambda: driver)
         monkeypatch.setattr(plugin_ahead, "gpu_facts", lambda ordinal: dict(test_tensorrt.GPU))
@@ -122,7 +125,7 @@ def test_a_plan_for_more_gpus_has_kernels_for_the_least_of_them(bench, compiler)
 def test_a_library_is_taken_where_there_is_one(bench, tmp_path, monkeypatch):
     b = bench("10.13")
     b.library.write_bytes(b"a library")
-    monkeypatch.setattr(plugin, "plugin_places", lambda major=None: iter((b.library,)))
+    monkeypatch.setattr(plugin_library, "plugin_places", lambda major=None: iter((b.library,)))
     b.machine.creators = set()
     fields = b.build("fp16")
     assert fields["operators"] == "library"
@@ -171,7 +174,7 @@ def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(m
 
 
 def test_the_drivers_cuda_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.engine import gpu
+    from nformer_edge.engine.target import gpu
 
     class Driver:
         def cuDriverGetVersion(self, number):

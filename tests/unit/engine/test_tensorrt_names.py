@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import nformer_edge
-from nformer_edge.engine import plugin_ahead
+from nformer_edge.engine.plugin import ahead
 
 PACKAGE = Path(nformer_edge.__file__).parent
 LISTS = Path(__file__).parent / "tensorrt_names"
@@ -36,11 +36,11 @@ HELD = {
 ONLY_8 = {"weakly_typed.py"}
 
 #: What is run from a version on: `engine.tensorrt` asks for it.
-LATER = {"plugin_ahead.py": (10, 9)}
+LATER = {"ahead.py": (10, 9)}
 
 FILES = [
-    PACKAGE / "engine" / "network.py", PACKAGE / "engine" / "weakly_typed.py", PACKAGE / "engine" / "plugin.py",
-    PACKAGE / "engine" / "plugin_ahead.py",
+    PACKAGE / "engine" / "plan" / "network.py", PACKAGE / "engine" / "plan" / "weakly_typed.py",
+    PACKAGE / "engine" / "plugin" / "library.py", PACKAGE / "engine" / "plugin" / "ahead.py",
     *sorted((PACKAGE / "runtime").glob("tensorrt_*.py")),
 ]  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_every_name_that_our_code_takes_is_in_the_bindings(file, version):
 
 
 def test_what_is_only_for_tensorrt_8_is_called_below_10_alone():
-    source = (PACKAGE / "engine" / "network.py").read_text()
+    source = (PACKAGE / "engine" / "plan" / "network.py").read_text()
     assert source.count("weakly_typed.") == 2
     assert "if not self._strong:\n            weakly_typed.apply(" in source
     assert "self._strong = version(trt) >= (10, 0)" in source
@@ -150,18 +150,18 @@ def test_what_is_only_for_tensorrt_8_is_called_below_10_alone():
 
 
 def test_kernels_go_into_plans_from_the_version_on_that_can():
-    assert LATER["plugin_ahead.py"] == plugin_ahead.SINCE
-    assert plugin_ahead.lacking_ahead_of_time((10, 8))
+    assert LATER["ahead.py"] == ahead.SINCE
+    assert ahead.lacking_ahead_of_time((10, 8))
     flag = "PREFER_AOT_PYTHON_PLUGINS"
     for version in VERSIONS:
         listed = bindings(version)
-        assert listed.has("NetworkDefinitionCreationFlag", flag) == (listed.version >= plugin_ahead.SINCE)
+        assert listed.has("NetworkDefinitionCreationFlag", flag) == (listed.version >= ahead.SINCE)
 
 
 def test_the_check_sees_the_names_at_all():
     seen = {file.name: missing_names(file.read_text(), bindings("10.3"))[1] for file in FILES}
     assert seen["network.py"] >= 50
-    assert seen["plugin_ahead.py"] >= 3
+    assert seen["ahead.py"] >= 3
     assert sum(seen.values()) >= 85
 
 

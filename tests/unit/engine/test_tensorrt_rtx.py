@@ -11,10 +11,10 @@ from PIL import Image
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import BackendError
 from nformer_edge.engine import tensorrt_rtx
-from nformer_edge.engine.backend import EngineSpec, open_bundle
 from nformer_edge.engine.build import build_engine, describe_engine
-from nformer_edge.engine.calibrate import choose_calibration
-from nformer_edge.engine.job import run_job
+from nformer_edge.engine.int8.calibrate import choose_calibration
+from nformer_edge.engine.plan.job import run_job
+from nformer_edge.engine.spec import EngineSpec, open_bundle
 from nformer_edge.evaluate.agreement import cosines
 
 pytestmark = pytest.mark.skipif(

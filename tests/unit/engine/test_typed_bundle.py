@@ -9,9 +9,9 @@ import pytest
 
 from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine.backend import EngineSpec, open_bundle
 from nformer_edge.engine.build import build_engine
-from nformer_edge.engine.graphs import prepare_backbone
+from nformer_edge.engine.plan.graphs import prepare_backbone
+from nformer_edge.engine.spec import EngineSpec, open_bundle
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN
 from nformer_edge.onnx.half import backbone_float32, to_half
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt

@@ -12,7 +12,7 @@ from nformer_edge.core.features import FeatureSet, save_features
 from nformer_edge.evaluate.ranking import evaluate
 from nformer_edge.evaluate.verification import fit_threshold
 from nformer_edge.measure.fleet import fleet
-from nformer_edge.measure.report import write_report
+from nformer_edge.measure.report.page import write_report
 
 
 def people(rows, camera, seed, names):

@@ -14,8 +14,8 @@ from nformer_edge.cli import main
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.ops import draw_landmarks
-from nformer_edge.engine.backend import open_bundle
-from nformer_edge.engine.graphs import prepare_head
+from nformer_edge.engine.plan.graphs import prepare_head
+from nformer_edge.engine.spec import open_bundle
 from nformer_edge.measure.graphs import Graph
 from nformer_edge.measure.layers import compare_graphs, difference, read_graphs
 from nformer_edge.measure.rounding import is_rounded, steps

@@ -11,8 +11,8 @@ from nformer_edge.core.errors import ArtifactError
 from nformer_edge.measure.benchmark import benchmark, compare
 from nformer_edge.measure.evaluate import evaluate_model
 from nformer_edge.measure.parity import parity
-from nformer_edge.measure.report import write_report
-from nformer_edge.measure.svg import Dot, Line, chart, decades, line_chart, linear, ticks
+from nformer_edge.measure.report.page import write_report
+from nformer_edge.measure.report.svg import Dot, Line, chart, decades, line_chart, linear, ticks
 from nformer_edge.measure.table import (
     format_benchmark,
     format_comparison,

@@ -74,8 +74,8 @@ class Registry:
 trt.IDimensionExpr, trt.ISymExpr = Expr, SymExpr
 trt.get_plugin_registry = Registry
 
-from nformer_edge.engine.plugin_ahead import AheadOfTime  # noqa: E402
-from nformer_edge.engine.ptx import find_compilers  # noqa: E402
+from nformer_edge.engine.plugin.ahead import AheadOfTime  # noqa: E402
+from nformer_edge.engine.plugin.ptx import find_compilers  # noqa: E402
 
 
 class Recorded:

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine import plugin_ahead, plugin_kernels, ptx
-from nformer_edge.engine.plugin_ahead import AheadOfTime
+from nformer_edge.engine.plugin import ahead as plugin_ahead
+from nformer_edge.engine.plugin import kernels as plugin_kernels
+from nformer_edge.engine.plugin import ptx
+from nformer_edge.engine.plugin.ahead import AheadOfTime
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parents[2] / "plugins"

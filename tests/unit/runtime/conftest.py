@@ -24,7 +24,7 @@ fake_gpu = _load("fake_gpu")
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with pycuda, TensorRT 10.3 and one GPU; `install` puts another TensorRT in its place."""
-    from nformer_edge.engine import plugin
+    from nformer_edge.engine.plugin import library as plugin_library
     from nformer_edge.runtime import cuda, tensorrt_lane
 
     machine = fake_gpu.FakeGpu()
@@ -36,8 +36,8 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(tensorrt_lane, "driver_library", lambda: fake_gpu.FakeDriverLibrary(machine))
     monkeypatch.setattr(cuda, "_contexts", {})
-    monkeypatch.setattr(plugin, "_loaded", {})
-    monkeypatch.delenv(plugin.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(plugin_library, "_loaded", {})
+    monkeypatch.delenv(plugin_library.ENVIRONMENT, raising=False)
     machine.install = install
     install()
     return machine
@@ -46,11 +46,11 @@ def gpu(monkeypatch):
 @pytest.fixture
 def plugin_library(tmp_path, monkeypatch):
     """A file that stands for the plugin library, named in the environment."""
-    from nformer_edge.engine import plugin
+    from nformer_edge.engine.plugin import library as plugin_library
 
-    library = tmp_path / plugin.LIBRARY
+    library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
-    monkeypatch.setenv(plugin.ENVIRONMENT, str(library))
+    monkeypatch.setenv(plugin_library.ENVIRONMENT, str(library))
     return library
 
 

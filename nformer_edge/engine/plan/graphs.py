@@ -12,10 +12,18 @@ from onnx import ModelProto, version_converter
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.ops import DOMAIN
 from nformer_edge.core.spec import Precision
-from nformer_edge.engine.backend import OpenBundle
-from nformer_edge.engine.plugin import Operators
+from nformer_edge.engine.plugin.library import Operators
+from nformer_edge.engine.spec import OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
-from nformer_edge.onnx.half import backbone_float32, head_float16, makers, product_types, to_half, unfit_weights
+from nformer_edge.onnx.half import (
+    backbone_float32,
+    head_float16,
+    makers,
+    product_types,
+    tensor_types,
+    to_half,
+    unfit_weights,
+)
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
 from nformer_edge.onnx.ranges import Ranges
 from nformer_edge.onnx.surgery import fold, name_plugins, operate, split_gemms, split_l2_norms, split_layer_norms
@@ -41,6 +49,17 @@ class PreparedGraph:
     flags: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     beyond: dict[str, str] = field(default_factory=dict)
+
+    def float_layers(self) -> tuple[list[str], list[str]]:
+        """Of `float32`, the names of nodes that compute in floats, and of those that write floats alone.
+
+        They differ by RowTopK: see `weakly_typed`.
+        """
+        model = onnx.load(self.path)
+        floats = {name for name, found in tensor_types(model).items() if found.elem_type == onnx.TensorProto.FLOAT}
+        kept = [node for node in model.graph.node if node.name in set(self.float32)]
+        writing = [node.name for node in kept if set(node.output) <= floats]
+        return writing + [node.name for node in kept if node.domain == DOMAIN and node.name not in writing], writing
 
 
 def prepare_backbone(

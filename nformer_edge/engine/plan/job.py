@@ -92,7 +92,7 @@ def run_job(job: PlanJob) -> BuiltPlan:
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         request.write_text(json.dumps(asdict(job)))
-        command = [sys.executable, "-m", "nformer_edge.engine.worker", str(request), str(answer)]
+        command = [sys.executable, "-m", "nformer_edge.engine.plan.worker", str(request), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.stdout or done.stderr:
             with open(job.log, "a") as log:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine.plugin_build import find_nvcc
+from nformer_edge.engine.plugin.build import find_nvcc
 
 #: No fast-math flag may join this: ties, NaN and the order of sums are part of the operators' contract.
 _FLAGS = ("-std=c++17",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nformer_edge.measure import sections
-from nformer_edge.measure.sections import Results, row, section, table, text
-from nformer_edge.measure.svg import Bar, Dot, Line, chart, legend, linear, stacked_bars
+from nformer_edge.measure.report import sections
+from nformer_edge.measure.report.sections import Results, row, section, table, text
+from nformer_edge.measure.report.svg import Bar, Dot, Line, chart, legend, linear, stacked_bars
 from nformer_edge.measure.table import number, percent
 
 #: Nodes whose bars are drawn, the worst first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nformer_edge.engine.job import PlanJob
+from nformer_edge.engine.plan.job import PlanJob
 
 Checked = Callable[[str, Any], Any]
 

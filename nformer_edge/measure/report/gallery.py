@@ -11,7 +11,7 @@ from typing import Any
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.measure.sections import section, text
+from nformer_edge.measure.report.sections import section, text
 
 #: Twice the size that the page shows them at, for dense screens.
 _WIDTH, _HEIGHT = 116, 232

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import check_at_least, check_choice
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.engine.journal import Journal
-from nformer_edge.engine.judge import STAGES, Judge
+from nformer_edge.engine.int8.journal import Journal
+from nformer_edge.engine.int8.judge import STAGES, Judge
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nformer_edge.measure import sections
-from nformer_edge.measure.sections import NONE, Results, group, pill, row, section, table, text
-from nformer_edge.measure.svg import Axis, Dot, Line, chart, decades, legend, linear, whole
+from nformer_edge.measure.report import sections
+from nformer_edge.measure.report.sections import NONE, Results, group, pill, row, section, table, text
+from nformer_edge.measure.report.svg import Axis, Dot, Line, chart, decades, legend, linear, whole
 from nformer_edge.measure.table import gate_bound, gate_measured, number, percent
 from nformer_edge.measure.verdict import CAUSES, describe_causes, describe_failures, describe_layers
 

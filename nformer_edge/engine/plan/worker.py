@@ -1,4 +1,4 @@
-"""The process that `engine.job` starts: one plan, one answer in a JSON file. Loads the builder and little else."""
+"""The process that `engine.plan.job` starts: one plan, one answer in a JSON file. Loads the builder and little else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nformer_edge.core.errors import BackendError, NFormerEdgeError
-from nformer_edge.engine.job import PlanJob
-from nformer_edge.engine.network import build_plan
+from nformer_edge.engine.plan.job import PlanJob
+from nformer_edge.engine.plan.network import build_plan
 
 
 def work(job: PlanJob) -> dict[str, Any]:

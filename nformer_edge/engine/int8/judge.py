@@ -17,8 +17,8 @@ import numpy as np
 from nformer_edge.core.cpu import instruction_sets
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.data.batches import iter_batches
-from nformer_edge.engine.backend import OpenBundle
-from nformer_edge.engine.held_out import HeldOut
+from nformer_edge.engine.int8.held_out import HeldOut
+from nformer_edge.engine.spec import OpenBundle
 from nformer_edge.evaluate.agreement import rank_agreement
 from nformer_edge.evaluate.bootstrap import ONE_SIDED, paired_difference
 from nformer_edge.evaluate.ranking import RankingResult, evaluate

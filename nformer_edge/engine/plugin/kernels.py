@@ -17,8 +17,8 @@ import numpy as np
 
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.ops import RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
-from nformer_edge.engine.plugin_build import sources_folder
-from nformer_edge.engine.ptx import PtxCompiler
+from nformer_edge.engine.plugin.build import sources_folder
+from nformer_edge.engine.plugin.ptx import PtxCompiler
 
 #: The longest neighbour list and factor vector that the kernels take: `kMaxNeighbors`, `kMostFactors` in C++.
 MOST_NEIGHBORS = 128
@@ -60,7 +60,7 @@ def compile_row_top_k(compiler: PtxCompiler, architecture: int, kind: str, facto
     """RowTopK's kernel.
 
     Args:
-        compiler: see `engine.ptx`.
+        compiler: see `engine.plugin.ptx`.
         architecture: the least compute capability that it must run on, times ten.
         kind: of a and b, ``fp32`` or ``fp16``.
         factors: R; 0 where the graph does not tell it.

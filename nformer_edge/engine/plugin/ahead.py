@@ -15,15 +15,15 @@ import numpy as np
 
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.ops import DOMAIN, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
-from nformer_edge.engine.gpu import driver_cuda, gpu_facts
-from nformer_edge.engine.plugin_kernels import (
+from nformer_edge.engine.plugin.kernels import (
     MOST_NEIGHBORS,
     Kernel,
     compile_attention,
     compile_row_top_k,
     float_halves,
 )
-from nformer_edge.engine.ptx import OLDEST_NVRTC, PtxCompiler, find_compilers, newest_for
+from nformer_edge.engine.plugin.ptx import OLDEST_NVRTC, PtxCompiler, find_compilers, newest_for
+from nformer_edge.engine.target.gpu import driver_cuda, gpu_facts
 
 #: The first TensorRT that puts a kernel into the plan. 10.8 calls back into Python, earlier ones know no such plugin.
 SINCE = (10, 9)

@@ -20,7 +20,7 @@ else:
 _HERE = Path(__file__).resolve()
 
 #: In an installed package, and in a checkout.
-_PLACES = (_HERE.parents[1] / "export" / "recipes", _HERE.parents[2] / "export" / "recipes")
+_PLACES = (_HERE.parents[2] / "export" / "recipes", _HERE.parents[3] / "export" / "recipes")
 
 #: Packages and systems of which a recipe may ask a range of versions.
 VERSIONS = ("l4t", "cuda", "tensorrt", "tensorrt_rtx", "onnxruntime")
@@ -61,7 +61,7 @@ class MachineSpec:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What is built: fields of `engine.backend.EngineSpec`, and no others.
+    """What is built: fields of `engine.spec.EngineSpec`, and no others.
 
     Args:
         backend: who runs it.

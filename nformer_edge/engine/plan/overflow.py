@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
-from nformer_edge.engine.backend import OpenBundle
+from nformer_edge.engine.spec import OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
 from nformer_edge.onnx.calibration import calibration_sha256
 

@@ -12,12 +12,12 @@ from nformer_edge.core.cpu import saturates_int8
 from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.budget import BudgetSpec, Search, run_search
-from nformer_edge.engine.calibrate import AUTO, Calibration, choose_calibration, require_packages
-from nformer_edge.engine.held_out import HeldOut, hold_out
-from nformer_edge.engine.journal import Journal
-from nformer_edge.engine.judge import Judge
+from nformer_edge.engine.int8.budget import BudgetSpec, Search, run_search
+from nformer_edge.engine.int8.calibrate import AUTO, Calibration, choose_calibration, require_packages
+from nformer_edge.engine.int8.held_out import HeldOut, hold_out
+from nformer_edge.engine.int8.journal import Journal
+from nformer_edge.engine.int8.judge import Judge
+from nformer_edge.engine.spec import EngineSpec, OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, read_graph
 
 Data = Dataset | str | os.PathLike[str]

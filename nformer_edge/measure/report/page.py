@@ -10,13 +10,13 @@ from typing import Any
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.measure import sections
-from nformer_edge.measure.budget_section import budget
-from nformer_edge.measure.fleet_table import fleet
-from nformer_edge.measure.gallery_pictures import rank_lists
-from nformer_edge.measure.parity_sections import cosines, gates, layers
-from nformer_edge.measure.sections import text
-from nformer_edge.measure.style import CSS
+from nformer_edge.measure.report import sections
+from nformer_edge.measure.report.budget import budget
+from nformer_edge.measure.report.fleet import fleet
+from nformer_edge.measure.report.gallery import rank_lists
+from nformer_edge.measure.report.parity import cosines, gates, layers
+from nformer_edge.measure.report.sections import text
+from nformer_edge.measure.report.style import CSS
 
 KINDS = ("evaluation", "parity", "benchmark", "comparison", "training", "fleet", "budget")
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nformer_edge.engine.backend import OpenBundle
+from nformer_edge.engine.spec import OpenBundle
 from nformer_edge.evaluate.gates import TOLERANCES
 from nformer_edge.onnx.bundle import GOLDEN, HEAD, read_graph
 
 if TYPE_CHECKING:
-    from nformer_edge.engine.graphs import PreparedGraph
+    from nformer_edge.engine.plan.graphs import PreparedGraph
 
 SCRIPT, INPUTS = "compare.sh", "compare_inputs.py"
 
@@ -101,11 +101,9 @@ def polygraphy_commands(
 
 def _flags(graph: PreparedGraph) -> list[str]:
     """For TensorRT 8: precisions that are allowed, and layers that keep FP32."""
-    from nformer_edge.engine.trtexec import float_layers
-
     if not graph.flags:
         return []
-    held = [f"{name}:float32" for name in float_layers(graph)[0]]
+    held = [f"{name}:float32" for name in graph.float_layers()[0]]
     return [
         *(f"--{flag.lower()}" for flag in graph.flags),
         "--precision-constraints",

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from nformer_edge.measure.pipeline import STAGES
-from nformer_edge.measure.svg import Bar, Line, line_chart, stacked_bars
+from nformer_edge.measure.report.svg import Bar, Line, line_chart, stacked_bars
 from nformer_edge.measure.table import PERCENTILES, Row, number, percent, summary_rows
 
 Results = Sequence[dict[str, Any]]

@@ -11,11 +11,12 @@ from typing import Any
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.engine import plugin_ahead, weakly_typed
-from nformer_edge.engine.gpu import gpu_facts
-from nformer_edge.engine.job import PlanJob
-from nformer_edge.engine.layers import layers_from_json, layers_from_listing
-from nformer_edge.engine.plugin import load_plugin
+from nformer_edge.engine.plan import weakly_typed
+from nformer_edge.engine.plan.job import PlanJob
+from nformer_edge.engine.plan.layers import layers_from_json, layers_from_listing
+from nformer_edge.engine.plugin import ahead
+from nformer_edge.engine.plugin.library import load_plugin
+from nformer_edge.engine.target.gpu import gpu_facts
 
 
 def version(trt: Any) -> tuple[int, ...]:
@@ -91,7 +92,7 @@ class _Build:
     def __init__(self, trt: Any, job: PlanJob, logger: Any) -> None:
         self._trt, self._job, self._logger = trt, job, logger
         self._strong = version(trt) >= (10, 0)
-        self._ahead: plugin_ahead.AheadOfTime | None = None
+        self._ahead: ahead.AheadOfTime | None = None
 
     def plan(self) -> bytes:
         trt, job = self._trt, self._job
@@ -99,7 +100,7 @@ class _Build:
         if job.plugin:
             load_plugin(trt, Path(job.plugin), job.plugin_sha256)
         if job.ahead_of_time:
-            self._ahead = plugin_ahead.register_operators(trt, job.hardware_compat, self._logger.errors)
+            self._ahead = ahead.register_operators(trt, job.hardware_compat, self._logger.errors)
         builder = self._checked("making a builder", trt.Builder(self._logger))
         network = self._checked("making a network", builder.create_network(self._network_flags()))
         self._parse(network)
@@ -153,8 +154,8 @@ class _Build:
     def _network_flags(self) -> int:
         trt = self._trt
         if version(trt) >= (10, 0):
-            ahead = plugin_ahead.network_flag(trt) if self._job.ahead_of_time else 0
-            return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) | ahead
+            flag = ahead.network_flag(trt) if self._job.ahead_of_time else 0
+            return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) | flag
         return weakly_typed.network_flags(trt)
 
     def _parse(self, network: Any) -> None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.data.records import Dataset
-from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.journal import Journal
+from nformer_edge.engine.int8.journal import Journal
+from nformer_edge.engine.spec import EngineSpec, OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE
 from nformer_edge.onnx.calibration import calibration_images, calibration_sha256
 
 if TYPE_CHECKING:
-    from nformer_edge.engine.judge import Judge
+    from nformer_edge.engine.int8.judge import Judge
     from nformer_edge.onnx.ranges import Ranges
 
 TABLE = "calibration.json"

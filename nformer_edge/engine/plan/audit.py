@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine.layers import Layer
+from nformer_edge.engine.plan.layers import Layer
 
 #: Narrowest first.
 TYPES = ("int8", "fp16", "bf16", "fp32")
@@ -49,7 +49,7 @@ def audit_plan(stage: str, layers: Sequence[Layer], asked: Mapping[str, str], *,
 
     Args:
         stage: for messages.
-        layers: by `engine.layers`.
+        layers: by `engine.plan.layers`.
         asked: type of each product and custom node, as the graph has it (`onnx.half.product_types`).
         strict: every FP16 product must be FP16. Not so for TensorRT 8, which may choose FP32 where that is faster.
 

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.engine.machine import this_machine
-from nformer_edge.engine.plugin import ENVIRONMENT, KIND, LIBRARY, default_folder
-from nformer_edge.engine.target import version_key
+from nformer_edge.engine.plugin.library import ENVIRONMENT, KIND, LIBRARY, default_folder
+from nformer_edge.engine.target.machine import this_machine
+from nformer_edge.engine.target.recipe import version_key
 
 _HERE = Path(__file__).resolve()
 
 #: The CMake project: in an installed package, and in a checkout.
-_SOURCES = (_HERE.parents[1] / "plugins", _HERE.parents[2] / "plugins")
+_SOURCES = (_HERE.parents[2] / "plugins", _HERE.parents[3] / "plugins")
 
 _LEAST_CMAKE = "3.20"
 

@@ -14,18 +14,18 @@ from tqdm import tqdm
 from nformer_edge.core.artifact import read_verified
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.engine.audit import audit_plan
-from nformer_edge.engine.backend import EngineSpec, OpenBundle
-from nformer_edge.engine.calibrate import Calibration
-from nformer_edge.engine.comparison import write_comparison
-from nformer_edge.engine.job import BuiltPlan, PlanJob, run_job
-from nformer_edge.engine.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
-from nformer_edge.engine.plugin import Operators
+from nformer_edge.engine.int8.calibrate import Calibration
+from nformer_edge.engine.plan.audit import audit_plan
+from nformer_edge.engine.plan.comparison import write_comparison
+from nformer_edge.engine.plan.job import BuiltPlan, PlanJob, run_job
+from nformer_edge.engine.plan.overflow import OverflowSearch, fp16_fields, search_overflow, write_log
+from nformer_edge.engine.plugin.library import Operators
+from nformer_edge.engine.spec import EngineSpec, OpenBundle
 from nformer_edge.onnx.bundle import GOLDEN
 from nformer_edge.onnx.plain import plain_features
 
 if TYPE_CHECKING:
-    from nformer_edge.engine.graphs import PreparedGraph
+    from nformer_edge.engine.plan.graphs import PreparedGraph
     from nformer_edge.onnx.ranges import Ranges
 
 PLANS = {"backbone": "backbone.engine", "head": "nformer.engine"}
@@ -106,13 +106,13 @@ def prepare_stage(
     typed: bool,
     operators: Operators,
 ) -> PreparedGraph:
-    """Writes one stage's graph into `work`, as a TensorRT takes it: see `engine.graphs`.
+    """Writes one stage's graph into `work`, as a TensorRT takes it: see `engine.plan.graphs`.
 
     Raises:
         BackendError: without the packages that prepare graphs.
     """
     try:
-        from nformer_edge.engine.graphs import prepare_backbone, prepare_head
+        from nformer_edge.engine.plan.graphs import prepare_backbone, prepare_head
     except ImportError as e:
         raise BackendError(
             "build-engine", got=f"no package {e.name}",

@@ -1,0 +1,1 @@
+"""Results in JSON as one HTML page: nothing here measures or computes."""
