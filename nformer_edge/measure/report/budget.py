@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from nformer_edge.measure.report import sections
@@ -19,43 +20,63 @@ def budget(results: Results) -> str:
 
 
 def _search(result: dict[str, Any]) -> str:
-    held, drop = result["held_out"], result["max_map_drop"]
-    allowed = "" if drop is None else f"at most {drop:g} points of mAP lost; "
+    held = result["held_out"]
     note = (
-        f"{result['model']}, {result['backend']}: {allowed}measured on {held['images']:,} images of "
+        f"{result['model']}, {result['backend']}: {result['budget']}; measured on {held['images']:,} images of "
         f"{held['identities']:,} people held out of training. A number is how many nodes are in float, the others in "
         "INT8; the budget must hold with 95 % confidence."
     )
     body = ""
-    for key, label in (("latency_ms", "latency, ms an image"), ("size_mb", "size, MB")):
-        body += f"<h3>Accuracy against {text(label.partition(',')[0])}</h3>{_frontier(result, key, label)}"
+    for bound in _bounds(result):
+        for key, label in (("latency_ms", "latency, ms an image"), ("size_mb", "size, MB")):
+            title = f"{bound.title} against {label.partition(',')[0]}"
+            body += f"<h3>{text(title)}</h3>{_frontier(result, bound, key, label)}"
     return section("Accuracy budget", body + _points(result) + _nodes(result), note)
 
 
-def _frontier(result: dict[str, Any], key: str, label: str) -> str:
-    plain, chosen = result["float"], result["chosen"]
+@dataclass(frozen=True)
+class _Bound:
+    """What a search was asked to hold: a field of its points in percent, FP32 has, the least that was asked."""
+
+    title: str
+    label: str
+    key: str
+    fp32: float
+    least: float | None
+
+
+def _bounds(result: dict[str, Any]) -> list[_Bound]:
+    plain, drop, neighbours = 100 * result["float"]["mAP"], result["max_map_drop"], result["min_neighbours"]
+    found = [_Bound("Accuracy", "mAP", "mAP", plain, None if drop is None else plain - drop)]
+    if neighbours is not None:
+        found.append(_Bound("Neighbours kept", "neighbours kept", "neighbours_kept", 100.0, 100 * neighbours))
+    return found
+
+
+def _frontier(result: dict[str, Any], bound: _Bound, key: str, label: str) -> str:
+    chosen = result["chosen"]
     dots = [
-        Dot(p[key], 100 * p["mAP"], 1 if i == chosen else 0, f"{len(p['float_nodes'])}{' chosen' * (i == chosen)}")
+        Dot(p[key], 100 * p[bound.key], 1 if i == chosen else 0, f"{len(p['float_nodes'])}{' chosen' * (i == chosen)}")
         for i, p in enumerate(result["frontier"])
     ]
     dots.sort(key=lambda d: -d.color)  # the chosen one's word comes first
-    dots.insert(0, Dot(plain[key], 100 * plain["mAP"], 7, "FP32", hollow=True))
+    dots.insert(0, Dot(result["float"][key], bound.fp32, 7, "FP32", hollow=True))
     xs, ys = [d.x for d in dots], [d.y for d in dots]
-    lines = []
-    if result["max_map_drop"] is not None:
-        least = 100 * plain["mAP"] - result["max_map_drop"]
-        ys.append(least)
-        lines.append(Line(f"budget: {least:.1f} mAP", [(min(xs), least), (max(xs), least)], 4, dashed=True))
-    title = f"mAP against {label}"
-    drawn = chart(title, linear(label, xs, wanted=7), linear("mAP, %", ys), lines, dots)
+    lines: list[Line] = []
+    if bound.least is not None:
+        ys.append(bound.least)
+        ends = [(min(xs), bound.least), (max(xs), bound.least)]
+        lines.append(Line(f"budget: {bound.least:.1f} {bound.label}", ends, 4, dashed=True))
+    title = f"{bound.label} against {label}"
+    drawn = chart(title, linear(label, xs, wanted=7), linear(f"{bound.label}, %", ys), lines, dots)
     return drawn + legend([(line.label, line.color, line.dashed) for line in lines])
 
 
 def _points(result: dict[str, Any]) -> str:
     def line(name: str, p: dict[str, Any]) -> str:
         drop = [percent(p.get(key), 2) for key in ("map_drop", "map_drop_upper")]  # FP32 has none
-        figures = [percent(p["mAP"], 2), *drop, percent(p["rank1"], 2), number(p["latency_ms"], 2)]
-        return row([name, *figures, number(p["size_mb"], 2)])
+        scores = [percent(p["mAP"], 2), *drop, percent(p["rank1"], 2), percent(p.get("neighbours_kept"), 1)]
+        return row([name, *scores, number(p["latency_ms"], 2), number(p["size_mb"], 2)])
 
     cells = [line("FP32", result["float"])]
     for i, p in enumerate(result["frontier"]):
@@ -63,7 +84,7 @@ def _points(result: dict[str, Any]) -> str:
         if i == result["chosen"]:
             name = f"<strong>{name} (chosen)</strong>"
         cells.append(line(name, p))
-    return table(["", "mAP", "points lost", "at most (95 %)", "Rank-1", "ms an image", "MB"], cells)
+    return table(["", "mAP", "points lost", "at most (95 %)", "Rank-1", "neighbours kept", "ms an image", "MB"], cells)
 
 
 def _nodes(result: dict[str, Any]) -> str:

@@ -68,13 +68,14 @@ LAYERS = {
 def point(nodes, mAP, latency_ms):
     return {
         "float_nodes": nodes, "mAP": mAP, "rank1": 0.9, "map_drop": 0.8 - mAP, "map_drop_upper": 0.81 - mAP,
-        "latency_ms": latency_ms, "size_mb": 12.0 + len(nodes),
+        "neighbours_kept": 0.9 + len(nodes) / 50, "latency_ms": latency_ms, "size_mb": 12.0 + len(nodes),
     }  # fmt: skip
 
 
 #: What a search for a budget gives; the worst node first.
 BUDGET = {
     "kind": "budget", "version": 1, "model": "resnet18_64x32", "backend": "onnxruntime", "max_map_drop": 0.5,
+    "min_neighbours": None, "budget": "at most 0.5 points of mAP lost",
     "held_out": {"identities": 40, "queries": 80, "images": 600},
     "float": {"mAP": 0.8, "rank1": 0.91, "latency_ms": 4.0, "size_mb": 45.0},
     "nodes": [
@@ -172,6 +173,20 @@ def test_a_budget_that_nothing_holds_is_drawn_without_a_choice(tmp_path):
     assert "chosen" not in page.partition("</style>")[2]
     assert "budget:" not in page
     assert Wellformed(page).open == []
+
+
+def test_neighbours_that_were_asked_for_have_a_picture_of_their_own(tmp_path):
+    search = BUDGET | {
+        "min_neighbours": 0.92,
+        "budget": "at most 0.5 points of mAP lost and 0.92 of the neighbours kept",
+    }
+    page = write_report([search], tmp_path / "report.html").read_text()
+    assert "0.92 of the neighbours kept; measured" in page
+    assert page.count("budget: 79.5 mAP") == page.count("budget: 92.0 neighbours kept") == 2
+    assert page.count('<circle class="dot') == 4 * (1 + 3)
+    assert "<h3>Neighbours kept against latency</h3>" in page
+    assert ">neighbours kept, %</text>" in page
+    assert "<td>92.0</td>" in page
 
 
 def test_cosines_of_each_stage_are_a_picture_with_a_line_for_each_engine(results, tmp_path):
