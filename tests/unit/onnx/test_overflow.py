@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from nformer_edge.core.errors import BackendError
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.half import backbone_float32, for_cpu, head_float16, to_half, unfit_weights
 from nformer_edge.onnx.overflow import LARGEST, MARGIN, SMALLEST, Reach, measure_reach, unfit_nodes
@@ -137,8 +138,8 @@ def test_a_layer_whose_numbers_leave_fp16_is_found_and_fp16_then_has_no_infinity
     assert cosines(features, golden["features"]).min() >= 0.9995
 
 
-@pytest.mark.parametrize(("number", "float16"), [(3.0, 3.0), (2049.0, 2048.0), (-20000.0, -math.inf)])
-def test_plain_features_are_rounded_and_overflow_as_the_types_say(number, float16, tmp_path):
+@pytest.fixture(name="there_and_back")
+def _there_and_back():
     """Four times a number, then a quarter of that: in float32 it comes back as it was."""
     nodes = [
         helper.make_node("MatMul", ["images", "up"], ["large"], name="up"),
@@ -147,12 +148,23 @@ def test_plain_features_are_rounded_and_overflow_as_the_types_say(number, float1
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in ("images", "features")]
     weights = [numpy_helper.from_array(f32([factor]), name) for name, factor in (("up", 4), ("down", 0.25))]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
-    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
-    half = to_half(model, {"up", "down"})
+    return helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
+
+
+@pytest.mark.parametrize(("number", "float16"), [(3.0, 3.0), (2049.0, 2048.0)])
+def test_plain_features_are_rounded_as_the_types_say(there_and_back, number, float16, tmp_path):
+    half = to_half(there_and_back, {"up", "down"})
     onnx.save(half, tmp_path / "half.onnx")
-    assert plain_features(model.SerializeToString(), f32([number])) == number
+    assert plain_features(there_and_back.SerializeToString(), f32([number])) == number
     assert plain_features(half.SerializeToString(), f32([number])) == float16
     assert plain_features(tmp_path / "half.onnx", f32([number])) == float16
+
+
+def test_plain_features_that_overflow_are_refused(there_and_back):
+    half = to_half(there_and_back, {"up", "down"}).SerializeToString()
+    assert plain_features(there_and_back.SerializeToString(), f32([-20000.0])) == -20000
+    with pytest.raises(BackendError, match="got 1 of 1 golden images whose features overflow FP16"):
+        plain_features(half, f32([-20000.0]))
 
 
 def test_nothing_is_found_where_fp16_holds(tiny_bundle, golden):
