@@ -10,8 +10,8 @@ from typing import Any
 from nformer_edge.engine.build import build_engine
 from nformer_edge.engine.preflight import require_match
 from nformer_edge.engine.spec import EngineSpec, open_bundle
-from nformer_edge.engine.target.machine import this_machine
-from nformer_edge.engine.target.recipe import Target, read_target
+from nformer_edge.engine.targets.machine import this_machine
+from nformer_edge.engine.targets.recipe import Target, read_target
 
 
 def build_for_target(

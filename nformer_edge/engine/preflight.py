@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from nformer_edge.core.errors import BackendError, NFormerEdgeError
 from nformer_edge.engine.plugin.ahead import lacking_ahead_of_time, mend_ahead_of_time
 from nformer_edge.engine.plugin.library import find_plugin, plugin_facts
-from nformer_edge.engine.target.machine import Machine
-from nformer_edge.engine.target.recipe import VERSIONS, Target, version_key
+from nformer_edge.engine.targets.machine import Machine
+from nformer_edge.engine.targets.recipe import VERSIONS, Target, version_key
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "onnxruntime": "cpu"}
 

@@ -14,7 +14,7 @@ from nformer_edge.engine.plan.stages import Run, build_plans
 from nformer_edge.engine.plugin.ahead import lacking_ahead_of_time, mend_ahead_of_time
 from nformer_edge.engine.plugin.library import LIBRARY, Operators, find_plugin
 from nformer_edge.engine.spec import EngineSpec, OpenBundle
-from nformer_edge.engine.target.machine import module_version, nvidia_driver
+from nformer_edge.engine.targets.machine import module_version, nvidia_driver
 
 NAME = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8")

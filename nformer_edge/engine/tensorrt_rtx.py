@@ -15,7 +15,7 @@ from nformer_edge.engine.int8.calibrate import Calibration
 from nformer_edge.engine.plan.job import run_job
 from nformer_edge.engine.plan.stages import Run, build_plans
 from nformer_edge.engine.spec import EngineSpec, OpenBundle
-from nformer_edge.engine.target.machine import module_version, nvidia_driver
+from nformer_edge.engine.targets.machine import module_version, nvidia_driver
 
 NAME = "tensorrt-rtx"
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -20,7 +20,7 @@ from nformer_edge.engine.plan.overflow import fp16_fields, search_overflow
 from nformer_edge.engine.plan.stages import PLANS, prepare_stage, profiles
 from nformer_edge.engine.plugin.library import LIBRARY
 from nformer_edge.engine.spec import EngineSpec, open_bundle
-from nformer_edge.engine.target.recipe import read_target
+from nformer_edge.engine.targets.recipe import read_target
 from nformer_edge.onnx.bundle import GOLDEN
 
 if TYPE_CHECKING:

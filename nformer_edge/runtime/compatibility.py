@@ -12,7 +12,7 @@ from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import to_dict
 from nformer_edge.engine.spec import EngineSpec
-from nformer_edge.engine.target.recipe import version_key
+from nformer_edge.engine.targets.recipe import version_key
 
 Manifest = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from nformer_edge.core.errors import NFormerEdgeError
 from nformer_edge.engine.plugin.ahead import lacking_ahead_of_time, mend_ahead_of_time
 from nformer_edge.engine.plugin.library import find_plugin, plugin_facts
 from nformer_edge.engine.preflight import Mismatch, format_preflight, preflight
-from nformer_edge.engine.target.machine import module_version, nvidia_driver, this_machine
-from nformer_edge.engine.target.recipe import Target, read_target, version_key
+from nformer_edge.engine.targets.machine import module_version, nvidia_driver, this_machine
+from nformer_edge.engine.targets.recipe import Target, read_target, version_key
 from nformer_edge.engine.tensorrt import tensorrt_package
 from nformer_edge.engine.tensorrt_rtx import tensorrt_rtx_package
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.features import load_features, save_features
-from nformer_edge.engine.target.machine import nvidia_driver
+from nformer_edge.engine.targets.machine import nvidia_driver
 
 Run = Callable[..., object]
 

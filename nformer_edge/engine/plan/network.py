@@ -16,7 +16,7 @@ from nformer_edge.engine.plan.job import PlanJob
 from nformer_edge.engine.plan.layers import layers_from_json, layers_from_listing
 from nformer_edge.engine.plugin import ahead
 from nformer_edge.engine.plugin.library import load_plugin
-from nformer_edge.engine.target.gpu import gpu_facts
+from nformer_edge.engine.targets.gpu import gpu_facts
 
 
 def version(trt: Any) -> tuple[int, ...]:

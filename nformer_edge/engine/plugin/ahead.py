@@ -23,7 +23,7 @@ from nformer_edge.engine.plugin.kernels import (
     float_halves,
 )
 from nformer_edge.engine.plugin.ptx import OLDEST_NVRTC, PtxCompiler, find_compilers, newest_for
-from nformer_edge.engine.target.gpu import driver_cuda, gpu_facts
+from nformer_edge.engine.targets.gpu import driver_cuda, gpu_facts
 
 #: The first TensorRT that puts a kernel into the plan. 10.8 calls back into Python, earlier ones know no such plugin.
 SINCE = (10, 9)

@@ -19,8 +19,8 @@ from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifes
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.engine.plugin.library import ENVIRONMENT, KIND, LIBRARY, default_folder
-from nformer_edge.engine.target.machine import this_machine
-from nformer_edge.engine.target.recipe import version_key
+from nformer_edge.engine.targets.machine import this_machine
+from nformer_edge.engine.targets.recipe import version_key
 
 _HERE = Path(__file__).resolve()
 

@@ -11,8 +11,8 @@ from nformer_edge.cli import main
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.for_target import build_for_target, with_target
 from nformer_edge.engine.spec import EngineSpec
-from nformer_edge.engine.target.machine import nvidia_driver
-from nformer_edge.engine.target.recipe import read_target, target_names
+from nformer_edge.engine.targets.machine import nvidia_driver
+from nformer_edge.engine.targets.recipe import read_target, target_names
 from nformer_edge.runtime.open import open_runner
 
 

@@ -10,9 +10,9 @@ from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.engine.plugin import library as plugin_library
 from nformer_edge.engine.preflight import format_preflight, preflight, require_match
-from nformer_edge.engine.target import recipe
-from nformer_edge.engine.target.machine import Machine, module_version, this_machine
-from nformer_edge.engine.target.recipe import read_target, target_names, version_key
+from nformer_edge.engine.targets import recipe
+from nformer_edge.engine.targets.machine import Machine, module_version, this_machine
+from nformer_edge.engine.targets.recipe import read_target, target_names, version_key
 
 ORIN = Machine(
     architecture="aarch64", l4t="36.4.3", cuda="12.6.68", tensorrt="10.3.0", driver="nvgpu", gpu="tegra234",

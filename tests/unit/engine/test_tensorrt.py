@@ -21,7 +21,7 @@ from nformer_edge.engine.plan.job import BuiltPlan
 from nformer_edge.engine.plan.overflow import fp16_lines
 from nformer_edge.engine.plugin import library as plugin_library
 from nformer_edge.engine.spec import EngineSpec, open_bundle
-from nformer_edge.engine.target.gpu import gpu_facts
+from nformer_edge.engine.targets.gpu import gpu_facts
 from nformer_edge.onnx.half import product_types
 
 _spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
@@ -269,7 +269,7 @@ def test_another_device_is_refused():
 
 
 def test_a_gpu_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.engine.target import gpu
+    from nformer_edge.engine.targets import gpu
 
     class Driver:
         code = 0

@@ -14,7 +14,7 @@ from nformer_edge.engine import preflight
 from nformer_edge.engine.plugin import ahead as plugin_ahead
 from nformer_edge.engine.plugin import library as plugin_library
 from nformer_edge.engine.plugin import ptx
-from nformer_edge.engine.target.machine import Machine
+from nformer_edge.engine.targets.machine import Machine
 from nformer_edge.runtime import doctor
 
 HERE = Path(__file__).parent
@@ -174,7 +174,7 @@ def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(m
 
 
 def test_the_drivers_cuda_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.engine.target import gpu
+    from nformer_edge.engine.targets import gpu
 
     class Driver:
         def cuDriverGetVersion(self, number):

@@ -18,7 +18,7 @@ from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import UsageError
 from nformer_edge.engine.for_target import with_target
 from nformer_edge.engine.spec import EngineSpec
-from nformer_edge.engine.target.recipe import read_target
+from nformer_edge.engine.targets.recipe import read_target
 from nformer_edge.engine.trtexec import prepare_for_trtexec
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.operators import functions
