@@ -85,8 +85,6 @@ class BatchJournal:
 
     def _failed(self, error: OSError) -> ArtifactError:
         return ArtifactError(
-            str(self._path),
-            got=error.strerror,
-            expected="a file to keep finished batches in",
-            mend="Choose another -o.",
-        )
+            str(self._path), got=error.strerror, expected="a file to keep finished batches in",
+            mend="Free some space, or choose another -o.",
+        )  # fmt: skip
