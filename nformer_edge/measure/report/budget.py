@@ -48,7 +48,7 @@ class _Bound:
 def _bounds(result: dict[str, Any]) -> list[_Bound]:
     plain, drop, neighbours = 100 * result["float"]["mAP"], result["max_map_drop"], result["min_neighbours"]
     found = [_Bound("Accuracy", "mAP", "mAP", plain, None if drop is None else plain - drop)]
-    if neighbours is not None:
+    if neighbours:  # 0 asks for none
         found.append(_Bound("Neighbours kept", "neighbours kept", "neighbours_kept", 100.0, 100 * neighbours))
     return found
 

@@ -75,7 +75,7 @@ def point(nodes, mAP, latency_ms):
 #: What a search for a budget gives; the worst node first.
 BUDGET = {
     "kind": "budget", "version": 1, "model": "resnet18_64x32", "backend": "onnxruntime", "max_map_drop": 0.5,
-    "min_neighbours": None, "budget": "at most 0.5 points of mAP lost",
+    "min_neighbours": 0.0, "budget": "at most 0.5 points of mAP lost",
     "held_out": {"identities": 40, "queries": 80, "images": 600},
     "float": {"mAP": 0.8, "rank1": 0.91, "latency_ms": 4.0, "size_mb": 45.0},
     "nodes": [
