@@ -34,8 +34,8 @@ from nformer_edge.kernels import native
 from nformer_edge.measure.machine import machine
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.operators import using
+from nformer_edge.onnx.session import open_session
 from nformer_edge.onnx.tracing import trace_head
-from nformer_edge.runtime.onnxruntime_runner import open_session
 
 MARKET, MSMT17, TRAINING = 19_281, 93_820, 7_000
 ONNXRUNTIME = (1_000, 2_000, 5_000, 10_000, 20_000)

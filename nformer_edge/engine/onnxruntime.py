@@ -18,6 +18,7 @@ from nformer_edge.engine.int8.calibrate import Calibration
 from nformer_edge.engine.int8.decide import weights_have_7_bits
 from nformer_edge.engine.spec import EngineSpec, OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, GOLDEN, HEAD, versions
+from nformer_edge.onnx.session import open_session
 
 NAME = "onnxruntime"
 PRECISIONS = ("fp32", "int8")
@@ -80,12 +81,8 @@ def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration:
 
 def _record_features(folder: Path) -> None:
     """The self-test of an INT8 engine compares with what it gave when it was built, not with FP32."""
-    import onnxruntime
-
     with np.load(folder / GOLDEN, allow_pickle=False) as z:
         arrays = {name: z[name] for name in z.files}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / BACKBONE, options, providers=["CPUExecutionProvider"])
+    session = open_session((folder / BACKBONE).read_bytes(), BACKBONE)
     (arrays["features"],) = session.run(["features"], {"images": arrays["images"]})
     np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]

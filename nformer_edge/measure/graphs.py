@@ -19,7 +19,7 @@ from onnx import (
 
 from nformer_edge.core.ops import DOMAIN
 from nformer_edge.onnx.half import for_cpu, holds_half, makers
-from nformer_edge.runtime.onnxruntime_runner import open_session
+from nformer_edge.onnx.session import open_session
 
 #: Operators that only say how a tensor is held. A build puts them in; they are nobody's work.
 _CARRIERS = ("QuantizeLinear", "DequantizeLinear", "Cast")

@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nformer_edge.core.ops import DOMAIN
 from nformer_edge.onnx.half import PRODUCTS, tensor_types
+from nformer_edge.onnx.session import open_session
 
 #: The largest number of FP16, and the smallest that has all its bits.
 LARGEST, SMALLEST = 65504.0, 2.0**-14
@@ -73,12 +74,8 @@ def measure_reach(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) 
     Returns:
         Of each node of the main graph that writes float32, by its name, its reach.
     """
-    import onnxruntime
-
     watched = _Watched(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.model.SerializeToString(), options, ["CPUExecutionProvider"])
+    session = open_session(watched.model.SerializeToString(), "watched graph")
     names = [output.name for output in session.get_outputs()]
     largest = dict.fromkeys(names, 0.0)
     faintest = dict.fromkeys(names, math.inf)

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from nformer_edge.core.errors import BackendError
+from nformer_edge.onnx.session import open_session
 
 
 def plain_features(graph: str | os.PathLike[str] | bytes, images: np.ndarray) -> np.ndarray:
@@ -26,15 +27,11 @@ def plain_features(graph: str | os.PathLike[str] | bytes, images: np.ndarray) ->
         BackendError: if a number is not finite: a device would give the same, and the self-test could pass nowhere.
     """
     import onnx
-    import onnxruntime
 
     from nformer_edge.onnx.half import for_cpu
 
     model = for_cpu(onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), "backbone", optimize=False)
     features = np.asarray(session.run(["features"], {"images": images})[0])
     lost = int((~np.isfinite(features)).any(axis=1).sum())
     if lost:

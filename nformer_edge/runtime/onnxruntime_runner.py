@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
-from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.kernels import onnx_ops
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, model_spec, read_golden, read_graph
+from nformer_edge.onnx.session import open_session
 from nformer_edge.runtime.runner import check_head_input, check_images, model_name
 
 #: Images a run, unless told otherwise: more gain nothing on a CPU and cost memory.
@@ -108,39 +109,3 @@ class OnnxRuntimeRunner:
             graph, native = read_graph(self._path, self._manifest, name), self.native and name == HEAD
             self._sessions[name] = open_session(graph, name, self._threads, native)
         return self._sessions[name]
-
-
-def open_session(
-    graph: bytes, name: str, threads: int | None = None, native: bool = False, optimize: bool = True
-) -> Any:
-    """An onnxruntime CPU session for a verified graph, with our kernels registered if `native`.
-
-    Without `optimize` each node is computed for itself, as it stands.
-
-    Raises:
-        BackendError: if onnxruntime is not installed, or refuses the kernels' library.
-        ArtifactError: if it refuses the graph.
-    """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise BackendError(
-            "onnxruntime", got="not installed", expected="onnxruntime 1.18 or newer",
-            mend="pip install 'nformer-edge[cpu]'",
-        ) from e  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings name graph internals that a user can do nothing about
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if native:
-        onnx_ops.register(options, threads)
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # its exceptions share no base class of their own
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ArtifactError(
-            name, got=f"a graph that onnxruntime {onnxruntime.__version__} refuses ({reason})", expected="one it reads",
-            mend="Update onnxruntime, or export the bundle again with this version.",
-        ) from e  # fmt: skip

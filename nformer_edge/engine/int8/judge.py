@@ -24,6 +24,7 @@ from nformer_edge.evaluate.bootstrap import ONE_SIDED, paired_difference
 from nformer_edge.evaluate.ranking import RankingResult, evaluate
 from nformer_edge.kernels import native, onnx_ops
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
+from nformer_edge.onnx.session import open_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -143,20 +144,10 @@ class Judge:
         assert spec is not None, "asked for with a head alone"
         seed = int(self._bundle.manifest["landmark_seed"])
         landmarks = draw_landmarks(len(self.held_out.records), spec.layers, spec.landmarks, seed)
-        session = _open(read_graph(self._bundle.folder, self._bundle.manifest, HEAD), self._threads, head=True)
+        graph = read_graph(self._bundle.folder, self._bundle.manifest, HEAD)
+        session = open_session(graph, HEAD, self._threads, native=onnx_ops.available())
         return lambda features: session.run(["embeddings"], {"features": features, "landmarks": landmarks})[0]
 
     def _session(self, backbone: bytes) -> Callable[[np.ndarray], np.ndarray]:
-        session = _open(backbone, self._threads)
+        session = open_session(backbone, "backbone", self._threads)
         return lambda images: session.run(["features"], {"images": images})[0]
-
-
-def _open(graph: bytes, threads: int, head: bool = False) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    if head and onnx_ops.available():
-        onnx_ops.register(options, threads)
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -21,6 +21,7 @@ from nformer_edge.data.batches import iter_batches
 from nformer_edge.engine.spec import OpenBundle
 from nformer_edge.onnx.bundle import BACKBONE, HEAD, read_graph
 from nformer_edge.onnx.calibration import calibration_sha256
+from nformer_edge.onnx.session import open_session
 
 if TYPE_CHECKING:
     from nformer_edge.onnx.overflow import Reach
@@ -83,11 +84,7 @@ def _embedding(
     bundle: OpenBundle, graph: bytes, images: Sequence[str], features: list[np.ndarray]
 ) -> Iterator[dict[str, np.ndarray]]:
     """The backbone's inputs, batch by batch; what it makes of them is appended to `features`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = open_session(graph, BACKBONE)
     with tqdm(total=len(images), desc="searching for FP16's limits", unit="img", **PROGRESS) as bar:
         for batch in iter_batches(images, bundle.spec.preprocess, _BATCH):
             features.extend(session.run(["features"], {"images": batch}))

@@ -23,7 +23,7 @@ from nformer_edge.onnx.half import backbone_float32, to_half
 from nformer_edge.onnx.quantize import quantize_backbone
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
 from nformer_edge.onnx.ranges import Ranges
-from nformer_edge.runtime.onnxruntime_runner import open_session
+from nformer_edge.onnx.session import open_session
 
 
 @pytest.fixture(scope="module")
