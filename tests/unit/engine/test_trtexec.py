@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from nformer_edge.cli import main
@@ -22,6 +21,7 @@ from nformer_edge.engine.targets.recipe import read_target
 from nformer_edge.engine.trtexec import prepare_for_trtexec
 from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.operators import functions
+from nformer_edge.onnx.session import open_session
 
 KNOWN = set((Path(__file__).parent / "operators_of_tensorrt_8.5.txt").read_text().split())
 
@@ -104,10 +104,7 @@ def test_the_graphs_compute_what_the_bundle_does(xavier):
 
 
 def run(model, feed):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), "graph", threads=1, optimize=False)
     return session.run(None, feed)[0]
 
 

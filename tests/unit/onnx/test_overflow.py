@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -15,16 +14,12 @@ from nformer_edge.evaluate.agreement import cosines
 from nformer_edge.onnx.half import backbone_float32, for_cpu, head_float16, to_half, unfit_weights
 from nformer_edge.onnx.overflow import LARGEST, MARGIN, SMALLEST, Reach, measure_reach, unfit_nodes
 from nformer_edge.onnx.plain import plain_features
+from nformer_edge.onnx.session import open_session
 
 
 def run(model, feed):
     """Each node for itself, rounded to the types that the graph has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        for_cpu(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_session(for_cpu(model).SerializeToString(), "graph", threads=1, optimize=False)
     return session.run(None, feed)[0]
 
 

@@ -6,7 +6,6 @@ from itertools import chain
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -25,6 +24,7 @@ from nformer_edge.onnx.quantize import (
 )
 from nformer_edge.onnx.quantize_tensorrt import place_for_tensorrt
 from nformer_edge.onnx.ranges import CALIBRATED
+from nformer_edge.onnx.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,7 @@ def groups(placement):
 
 def features(model):
     """Each node for itself: what onnxruntime makes of a graph with fewer nodes in INT8 is judged in `engine`."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), "graph", threads=1, optimize=False)
     images = np.random.default_rng(0).normal(0, 1, (2, 3, 64, 32)).astype(np.float32)
     return session.run(None, {"images": images})[0]
 

@@ -17,6 +17,7 @@ from nformer_edge.onnx.half import backbone_float32, head_float16, product_types
 from nformer_edge.onnx.quantize import audit, channel_gates, measure_ranges
 from nformer_edge.onnx.quantize_tensorrt import half_scale, place_for_tensorrt, quantized_sums
 from nformer_edge.onnx.ranges import Ranges, read_ranges
+from nformer_edge.onnx.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,7 @@ def ranges(tiny_bundle, tiny_market):
 
 def run(model, feed):
     """Each node for itself: onnxruntime's INT8 kernels saturate on some CPUs, which is no property of the graph."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), "graph", threads=1, optimize=False)
     return session.run(None, feed)[0]
 
 

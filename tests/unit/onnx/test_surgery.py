@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from nformer_edge.core.ops import DOMAIN
 from nformer_edge.onnx.operators import functions
+from nformer_edge.onnx.session import open_session
 from nformer_edge.onnx.surgery import fold, name_plugins, operate, split_gemms, split_l2_norms, split_layer_norms
 
 
@@ -27,9 +27,7 @@ def feed(tiny_bundle):
 
 
 def run(model, feed):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), "graph", threads=1)
     return session.run(None, feed)[0]
 
 
