@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := CMakeLists.txt $(wildcard nformer_edge/kernels/src/*)
+NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
 .PHONY: help install demo test gpu-check lint format clean
 

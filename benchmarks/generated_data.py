@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.artifact import atomic_write_json
+from nformer_edge.core.machine import machine
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
-from nformer_edge.measure.evaluate import evaluate_model
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.table import format_table
-from nformer_edge.train.config import TrainConfig
-from nformer_edge.train.train import train
+from nformer_edge.report.accuracy import evaluate_model
+from nformer_edge.report.table import format_table
+from nformer_edge.training.config import TrainConfig
+from nformer_edge.training.train import train
 
 RULES = ("features", "affinity")
 

@@ -24,13 +24,13 @@ import numpy as np
 
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec, from_dict
-from nformer_edge.evaluate.ranking import evaluate
-from nformer_edge.evaluate.rerank import reciprocal_mean
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.table import format_table
-from nformer_edge.train.config import HeadConfig
-from nformer_edge.train.head import relate, spread, train_head
+from nformer_edge.metrics.ranking import evaluate
+from nformer_edge.metrics.rerank import reciprocal_mean
+from nformer_edge.report.table import format_table
+from nformer_edge.training.config import HeadConfig
+from nformer_edge.training.head import relate, spread, train_head
 
 #: Parts of the identities, of which one is held out.
 FOLDS = 3

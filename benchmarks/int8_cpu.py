@@ -30,20 +30,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nformer_edge.backends.build import EngineSpec, build_engine
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.cpu import VNNI, instruction_sets
+from nformer_edge.core.machine import VNNI, conditions, instruction_sets, machine
 from nformer_edge.core.spec import Arch, BackboneSpec, CalibrationMethod, ModelSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
+from nformer_edge.data.calibration import calibration_set
 from nformer_edge.data.generate import generate_dataset
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.engine.build import EngineSpec, build_engine
-from nformer_edge.evaluate.agreement import cosines
-from nformer_edge.measure.latency import summarize
-from nformer_edge.measure.machine import conditions, machine
-from nformer_edge.measure.table import format_table
-from nformer_edge.onnx.calibration import calibration_set
+from nformer_edge.metrics.agreement import cosines
+from nformer_edge.report.latency import summarize
+from nformer_edge.report.table import format_table
 
 Run = Callable[[np.ndarray], np.ndarray]
 Counts = dict[str, int]
@@ -98,8 +97,8 @@ def quantize_by_nncf(source: Path, out: Path, images: Sequence[np.ndarray]) -> N
 
 def prepare(work: Path, args: argparse.Namespace) -> None:
     """Makes whatever is not in `work` yet: data, checkpoint, bundle, both INT8 models."""
+    from nformer_edge.exporting.export import export_bundle
     from nformer_edge.model.checkpoint import load_checkpoint
-    from nformer_edge.onnx.export import export_bundle
 
     dataset = dataset_in(work)
     chosen = [r.path for r in calibration_set(dataset, args.calib_num, seed=0)]

@@ -1,4 +1,4 @@
-"""From feature stores to the table of Market-1501: baselines, and NFormer by both neighbour rules over landmark seeds.
+"""From feature stores to the table of Market-1501: baselines, and NFormer by both neighbor rules over landmark seeds.
 
 The store has the splits ``train`` (with as many views as the recipes ask for), ``query`` and ``gallery``. Heads are
 trained on ``train`` by the recipes below, which were chosen by `head_ablation.py` on held-out training identities;
@@ -19,14 +19,14 @@ import numpy as np
 
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.evaluate.ranking import evaluate
-from nformer_edge.evaluate.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.table import format_table
-from nformer_edge.runtime.protocols import per_query
-from nformer_edge.train.config import HeadConfig, read_config
-from nformer_edge.train.head import relate, train_head
+from nformer_edge.gallery.protocols import per_query
+from nformer_edge.metrics.ranking import evaluate
+from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+from nformer_edge.report.table import format_table
+from nformer_edge.training.config import HeadConfig, read_config
+from nformer_edge.training.head import relate, train_head
 
 Recipe = tuple[HeadSpec, HeadConfig]
 
@@ -38,7 +38,7 @@ def _recipe(name: str) -> Recipe:
     return config.model.head, config.head
 
 
-#: By weights, then by neighbour rule.
+#: By weights, then by neighbor rule.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "market1501": {
         "features": (

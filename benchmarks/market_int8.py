@@ -23,25 +23,25 @@ from typing import Any
 
 import numpy as np
 
+from nformer_edge.backends.build import EngineSpec, build_engine
+from nformer_edge.backends.open import open_runner
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
 from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import CalibrationChoice
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
-from nformer_edge.engine.build import EngineSpec, build_engine
-from nformer_edge.evaluate.bootstrap import Interval, mean_interval, paired_difference
-from nformer_edge.evaluate.ranking import evaluate
-from nformer_edge.measure.fleet import fleet
-from nformer_edge.measure.fleet_table import format_fleet
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.models import open_features
-from nformer_edge.measure.table import format_table
+from nformer_edge.exporting.export import export_bundle
+from nformer_edge.gallery.embed import embed_dataset, relate_sets
+from nformer_edge.metrics.bootstrap import Interval, mean_interval, paired_difference
+from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.onnx.export import export_bundle
-from nformer_edge.runtime.embed import embed_dataset, relate_sets
-from nformer_edge.runtime.open import open_runner
-from nformer_edge.train.head import train_head
+from nformer_edge.report.cross_model import fleet
+from nformer_edge.report.cross_model_table import format_fleet
+from nformer_edge.report.models import open_features
+from nformer_edge.report.table import format_table
+from nformer_edge.training.head import train_head
 
 PRECISIONS = ("fp32", "int8")
 

@@ -26,20 +26,20 @@ from typing import Any
 import numpy as np
 from market_int8 import some_people
 
+from nformer_edge.backends.build import EngineSpec, build_engine
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
 from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.engine.build import EngineSpec, build_engine
-from nformer_edge.evaluate.agreement import cosines
-from nformer_edge.evaluate.bootstrap import TWO_SIDED, paired_ratio
-from nformer_edge.evaluate.ranking import evaluate
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.table import format_table
-from nformer_edge.onnx.bundle import BACKBONE, model_spec
-from nformer_edge.onnx.plain import plain_features
+from nformer_edge.exporting.bundle import BACKBONE, model_spec
+from nformer_edge.metrics.agreement import cosines
+from nformer_edge.metrics.bootstrap import TWO_SIDED, paired_ratio
+from nformer_edge.metrics.ranking import evaluate
+from nformer_edge.quantize.plain import plain_features
+from nformer_edge.report.table import format_table
 
 #: What a TensorRT engine's folder keeps of the graph that was parsed.
 PARSED = f"prepared-{BACKBONE}"

@@ -3,9 +3,9 @@
     python benchmarks/onnx_head_memory.py --images 20000
     python benchmarks/onnx_head_memory.py --rule affinity --threads 2
 
-PyTorch computes with the plain operators of `nformer_edge.model.ops`. Where two images are, to a row, equally near to
-less than float32 can tell, any backend may take either as its k-th neighbour, and rows that see it differ by more than
-rounding: ``border_ties`` counts such rows, so that ``rows_outside_tolerance`` can be read.
+PyTorch computes with the plain operators of `nformer_edge.ops.reference`. Where two images are, to a row, equally near
+to less than float32 can tell, any backend may take either as its k-th neighbor, and rows that see it differ by more
+than rounding: ``border_ties`` counts such rows, so that ``rows_outside_tolerance`` can be read.
 
 The peak is that of a process of its own which loads onnxruntime and numpy alone; PyTorch runs in another. The head is
 seeded and untrained, the input clustered like people: neither time nor memory depends on the weights.
@@ -43,12 +43,12 @@ def run_reference(folder: Path, args: argparse.Namespace) -> None:
     """Writes nformer.onnx and PyTorch's output."""
     import torch
 
-    from nformer_edge.core.ops import draw_landmarks
     from nformer_edge.core.spec import HeadSpec
-    from nformer_edge.model import ops
+    from nformer_edge.exporting.trace import trace_head
     from nformer_edge.model.nformer import NFormer
-    from nformer_edge.model.operators import using
-    from nformer_edge.onnx.tracing import trace_head
+    from nformer_edge.ops import reference as ops
+    from nformer_edge.ops.contract import draw_landmarks
+    from nformer_edge.ops.operators import using
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -95,8 +95,8 @@ def border_ties(rows: np.ndarray) -> int:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    from nformer_edge.evaluate.agreement import cosines, tensor_error
-    from nformer_edge.evaluate.gates import TOLERANCES
+    from nformer_edge.metrics.agreement import cosines, tensor_error
+    from nformer_edge.metrics.gates import TOLERANCES
 
     with np.load(folder / "reference.npz") as z:
         reference, reference_seconds = z["output"], float(z["seconds"])

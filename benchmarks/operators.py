@@ -6,7 +6,7 @@ Each measurement runs in a process of its own, so that its peak memory is its ow
 less what was resident when the inputs stood ready. Times are wall clock; what is compared runs in turn, and the ratio
 is the median over turns of one turn's ratio. Two baselines in plain torch hold N x N: `published` does what the
 published code does (float masks, a sparse softmax at inference), `dense` is the same mathematics with boolean masks
-and in place, the least that N x N needs. Features are clustered (an identity is a centre, its images are spread
+and in place, the least that N x N needs. Features are clustered (an identity is a center, its images are spread
 around it).
 """
 
@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.kernels import native
-from nformer_edge.measure.machine import machine
+from nformer_edge.exporting.session import open_session
+from nformer_edge.exporting.trace import trace_head
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.model.operators import using
-from nformer_edge.onnx.session import open_session
-from nformer_edge.onnx.tracing import trace_head
+from nformer_edge.ops import native
+from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.ops.operators import using
 
 MARKET, MSMT17, TRAINING = 19_281, 93_820, 7_000
 ONNXRUNTIME = (1_000, 2_000, 5_000, 10_000, 20_000)
@@ -79,8 +79,8 @@ BASELINES = {"dense": Dense, "published": Published}
 def clustered(rows: int, size: int = 256, images: int = 25) -> Tensor:  # [N, D], unit length
     generator = torch.Generator().manual_seed(0)
     identity = torch.randint(0, max(1, rows // images), (rows,), generator=generator)
-    centres = torch.randn(max(1, rows // images), size, generator=generator)
-    return torch.nn.functional.normalize(centres[identity] + 0.7 * torch.randn(rows, size, generator=generator), dim=1)
+    centers = torch.randn(max(1, rows // images), size, generator=generator)
+    return torch.nn.functional.normalize(centers[identity] + 0.7 * torch.randn(rows, size, generator=generator), dim=1)
 
 
 def head_of(rule: str, rows: int) -> tuple[NFormer, Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """The two query protocols on real features, and how near the shortcuts are to one whole pass a query.
 
 `--sample` queries, spread evenly, are ranked three ways: by a whole pass of the head over the gallery and that query
-alone (its landmarks projected anew, as the head by itself does it), by the incremental passes of `runtime.protocols`,
+alone (its landmarks projected anew, as the head by itself does it), by the incremental passes of `gallery.protocols`,
 and with the gallery frozen. With `--sample 0` only the protocols' figures over all queries are made.
 
     python benchmarks/per_query.py market1501.npz --head head.safetensors -o per_query.json
     python benchmarks/per_query.py market1501.npz --rule affinity --landmarks 1024
 
-Without `--head` the head starts as a mean over reciprocal neighbours of the split ``train`` and is not trained.
+Without `--head` the head starts as a mean over reciprocal neighbors of the split ``train`` and is not trained.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import FeatureSet, load_features
-from nformer_edge.core.ops import draw_landmarks
+from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.evaluate.distance import cosine_distances, unit_rows
-from nformer_edge.evaluate.ranking import evaluate, rank
-from nformer_edge.measure.machine import machine
-from nformer_edge.measure.table import format_table
+from nformer_edge.gallery.protocols import per_query
+from nformer_edge.metrics.distance import cosine_distances, unit_rows
+from nformer_edge.metrics.ranking import evaluate, rank
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
-from nformer_edge.runtime.protocols import per_query
+from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.report.table import format_table
 
 
 def joint(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:

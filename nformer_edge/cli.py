@@ -52,7 +52,7 @@ def _choice(literal: Any) -> Callable[[str], str]:
 
 def _sizes(text: str) -> tuple[int, ...]:
     """``1:8:32`` for argparse."""
-    from nformer_edge.engine.spec import parse_sizes
+    from nformer_edge.quantize.spec import parse_sizes
 
     try:
         return parse_sizes(text)
@@ -94,12 +94,14 @@ def _out(what: str, **settings: Any) -> Option:
 
 
 @_command(
-    "make-data", "draw a dataset of walking figures in Market-1501's layout",
-    _out("DIR"), SEED,
+    "make-data",
+    "draw a dataset of walking figures in Market-1501's layout",
+    _out("DIR"),
+    SEED,
     _option("--train-ids", type=int, help="identities to train on"),
     _option("--test-ids", type=int, help="identities to query"),
     _option("--force", action="store_true", help="replace a dataset that stands there"),
-)  # fmt: skip
+)
 def _make_data(args: Args) -> None:
     from nformer_edge.data.generate import GenerateSpec, generate_dataset
     from nformer_edge.data.summary import format_summary, summarize
@@ -119,12 +121,16 @@ def _summary(args: Args) -> None:
 
 
 @_command(
-    "train", "both stages: backbone on images, then the NFormer head on its features; or the head alone on a store",
+    "train",
+    "both stages: backbone on images, then the NFormer head on its features; or the head alone on a store",
     _one_of(
         _option("--data", metavar="DIR", help="dataset folder or CSV file (layout found by itself)"),
         _option("--features", metavar="STORE.npz", help="train the head alone, on what `embed` wrote"),
     ),
-    LAYOUT, _out("FILE.safetensors"), IMGSZ, DEVICE,
+    LAYOUT,
+    _out("FILE.safetensors"),
+    IMGSZ,
+    DEVICE,
     _option("--seed", type=int, help="everything random follows from it (default 0)"),
     _option("--backbone", metavar="CHECKPOINT", help="with --features: what made them; goes into the checkpoint"),
     _option("--resume", action="store_true", help="go on from where an interrupted run of this training was"),
@@ -135,8 +141,8 @@ def _summary(args: Args) -> None:
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_true", help="train the backbone alone"),
     _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone, such as `import` wrote"),
-    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbours by features | affinity"),
-    _option("--k", type=int, help="neighbours an image"),
+    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbors by features | affinity"),
+    _option("--k", type=int, help="neighbors an image"),
     _option("--landmarks", type=int, help="landmark images a layer"),
     _option("--layers", type=int, help="layers of the head"),
     _option("--heads", type=int, help="attention heads"),
@@ -145,18 +151,31 @@ def _summary(args: Args) -> None:
     _option("--accumulate", type=int, metavar="N", help="batches whose gradients make one step"),
     _option("--deterministic", action="store_true", default=None, help="refuse operations that may differ by a bit"),
     _option("--tensorboard", metavar="DIR", help="event files for TensorBoard"),
-)  # fmt: skip
+)
 def _train(args: Args) -> None:
-    from nformer_edge.train.config import configure
-    from nformer_edge.train.stored import train_from_features
-    from nformer_edge.train.train import format_history, train
+    from nformer_edge.training.config import configure
+    from nformer_edge.training.stored import train_from_features
+    from nformer_edge.training.train import format_history, train
 
     config = configure(
-        args.config or args.preset, initial=args.initial, seed=args.seed, arch=args.arch, imgsz=args.imgsz,
-        epochs=args.epochs, head_epochs=args.head_epochs, with_head=not args.no_head, rule=args.rule, k=args.k,
-        landmarks=args.landmarks, layers=args.layers, heads=args.heads, holdout=args.holdout,
-        precision=args.precision, accumulate=args.accumulate, deterministic=args.deterministic,
-    )  # fmt: skip
+        args.config or args.preset,
+        initial=args.initial,
+        seed=args.seed,
+        arch=args.arch,
+        imgsz=args.imgsz,
+        epochs=args.epochs,
+        head_epochs=args.head_epochs,
+        with_head=not args.no_head,
+        rule=args.rule,
+        k=args.k,
+        landmarks=args.landmarks,
+        layers=args.layers,
+        heads=args.heads,
+        holdout=args.holdout,
+        precision=args.precision,
+        accumulate=args.accumulate,
+        deterministic=args.deterministic,
+    )
     how = {"device": args.device, "resume": args.resume, "tensorboard": args.tensorboard}
     if args.features:
         history = train_from_features(args.features, args.output, config, backbone=args.backbone, **how)
@@ -167,62 +186,88 @@ def _train(args: Args) -> None:
 
 
 @_command(
-    "import", "published weights -> checkpoint, saying what matched",
-    _option("weights", metavar="FILE", help="OSNet (torchreid), ResNet (torchvision), reid-strong-baseline, NFormer or"
-            " FastReID BoT; nothing in it is run"),
-    _out("FILE.safetensors"), IMGSZ,
+    "import",
+    "published weights -> checkpoint, saying what matched",
+    _option(
+        "weights",
+        metavar="FILE",
+        help="OSNet (torchreid), ResNet (torchvision), reid-strong-baseline, NFormer or"
+        " FastReID BoT; nothing in it is run",
+    ),
+    _out("FILE.safetensors"),
+    IMGSZ,
     _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="what it must hold (default: whatever it does)"),
     _option("--features", type=int, help="put a projection to so many features in place of the file's neck"),
     _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
     _option("--heads", type=int, help="attention heads, of an NFormer (default 2)"),
-    _option("--k", type=int, help="neighbours, of an NFormer (default 20)"),
+    _option("--k", type=int, help="neighbors, of an NFormer (default 20)"),
     _option("--landmarks", type=int, help="landmarks, of an NFormer (default 5)"),
     _option("--partial", "--allow-partial", action="store_true", help="accept missing or left-over tensors"),
-)  # fmt: skip
+)
 def _import(args: Args) -> None:
     from nformer_edge.model.weights import format_import, import_checkpoint
 
     result = import_checkpoint(
-        args.weights, args.output, arch=args.arch, imgsz=args.imgsz, partial=args.partial, stem=args.stem,
+        args.weights,
+        args.output,
+        arch=args.arch,
+        imgsz=args.imgsz,
+        partial=args.partial,
+        stem=args.stem,
         features=args.features,
         head={name: v for name in ("heads", "k", "landmarks") if (v := getattr(args, name)) is not None},
-    )  # fmt: skip
+    )
     _show(args, result, format_import(result))
 
 
 @_command(
-    "evaluate", "mAP, mINP and CMC of a checkpoint, bundle or engine; of the head by both query protocols",
-    MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    "evaluate",
+    "mAP, mINP and CMC of a checkpoint, bundle or engine; of the head by both query protocols",
+    MODEL,
+    DATA,
+    LAYOUT,
+    BATCH,
+    THREADS,
+    OUT_JSON,
     _option("--seed", type=int, nargs="+", help="landmark seeds, each one pass (default: the model's own)"),
     _option("--rerank", action="store_true", help="k-reciprocal re-ranking (20/6/0.3) and other baselines beside it"),
-)  # fmt: skip
+)
 def _evaluate(args: Args) -> None:
-    from nformer_edge.measure.evaluate import evaluate_model
-    from nformer_edge.measure.table import format_evaluation
+    from nformer_edge.report.accuracy import evaluate_model
+    from nformer_edge.report.table import format_evaluation
 
     result = evaluate_model(
-        args.model, args.data, batch=args.batch, rerank=args.rerank, seeds=args.seed, threads=args.threads,
+        args.model,
+        args.data,
+        batch=args.batch,
+        rerank=args.rerank,
+        seeds=args.seed,
+        threads=args.threads,
         layout=args.layout,
-    )  # fmt: skip
+    )
     _show(args, result, format_evaluation(result))
 
 
 @_command(
-    "export", "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
-    _option("checkpoint"), _out("DIR"),
+    "export",
+    "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
+    _option("checkpoint"),
+    _out("DIR"),
     _option("--seed", type=int, default=0, help="landmark seed that stands in the manifest (default 0)"),
     _option("--opset", type=int, default=18, help="ONNX opset, 18 to 20 (default 18)"),
-)  # fmt: skip
+)
 def _export(args: Args) -> None:
-    from nformer_edge.onnx.export import export_bundle
+    from nformer_edge.exporting.export import export_bundle
 
     bundle = export_bundle(args.checkpoint, args.output, opset=args.opset, landmark_seed=args.seed)
     _show(args, {"kind": "export", "bundle": str(bundle)}, f"wrote {bundle}")
 
 
 @_command(
-    "modelopt", "bundle -> bundle whose backbone NVIDIA ModelOpt has quantised or halved, for TensorRT",
-    _option("bundle"), _out("DIR"),
+    "modelopt",
+    "bundle -> bundle whose backbone NVIDIA ModelOpt has quantized or halved, for TensorRT",
+    _option("bundle"),
+    _out("DIR"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="int8", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers (default)"),
     _option("--calib-data", required=True, metavar="DIR", help="dataset whose training images calibrate"),
@@ -231,73 +276,134 @@ def _export(args: Args) -> None:
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     _option("--own-choice", action="store_true", help="ModelOpt alone decides which nodes to leave out"),
     SEED,
-)  # fmt: skip
+)
 def _modelopt(args: Args) -> None:
-    from nformer_edge.onnx.modelopt import bundle_by_modelopt, describe_bundle
+    from nformer_edge.quantize.modelopt import bundle_by_modelopt, describe_bundle
 
     bundle = bundle_by_modelopt(
-        args.bundle, args.output, args.calib_data, precision=args.precision, calib_num=args.calib_num,
-        calib_method=args.calib_method, seed=args.seed, own_choice=args.own_choice, force_calibration=args.force_calib,
-    )  # fmt: skip
+        args.bundle,
+        args.output,
+        args.calib_data,
+        precision=args.precision,
+        calib_num=args.calib_num,
+        calib_method=args.calib_method,
+        seed=args.seed,
+        own_choice=args.own_choice,
+        force_calibration=args.force_calib,
+    )
     result = describe_bundle(bundle)
     _show(args, result, result["summary"])
 
 
 @_command(
-    "build-engine", "bundle -> engine for one backend and precision",
-    _option("bundle"), _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
+    "build-engine",
+    "bundle -> engine for one backend and precision",
+    _option("bundle"),
+    _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags win over it"),
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
     _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
-    _option("--calib-method", type=_choice(spec.CalibrationChoice), default="percentile", metavar="NAME",
-            help="minmax | entropy | percentile | mse; auto keeps what ranks held-out training people best"),
+    _option(
+        "--calib-method",
+        type=_choice(spec.CalibrationChoice),
+        default="percentile",
+        metavar="NAME",
+        help="minmax | entropy | percentile | mse; auto keeps what ranks held-out training people best",
+    ),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
-    _option("--max-map-drop", type=float, metavar="POINTS",
-            help="with --int8: leave in float what costs most, until held-out people lose no more mAP than this"),
-    _option("--min-neighbours", type=float, default=0.0, metavar="SHARE",
-            help="likewise, until so many of each image's ten nearest are kept"),
+    _option(
+        "--max-map-drop",
+        type=float,
+        metavar="POINTS",
+        help="with --int8: leave in float what costs most, until held-out people lose no more mAP than this",
+    ),
+    _option(
+        "--min-overlap",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="likewise, until so many of each image's ten nearest are kept",
+    ),
     _option("--budget-images", type=int, default=600, help="images of held-out people to measure by (default 600)"),
-    _option("--budget-stage", choices=("auto", "backbone", "end_to_end"), default="auto",
-            help="whose mAP counts (default: with the head where there is one)"),
+    _option(
+        "--budget-stage",
+        choices=("auto", "backbone", "end_to_end"),
+        default="auto",
+        help="whose mAP counts (default: with the head where there is one)",
+    ),
     _option("--budget-data", metavar="DIR", help="dataset to hold people out of (default: --calib-data)"),
-    _option("--exclude-nodes", nargs="+", default=(), metavar="NAME",
-            help="nodes to leave in float: names, a file of names, or the budget.json of another engine"),
-    _option("--batch", type=_sizes, default=(1, 8, 32), metavar="A:B:C",
-            help="images the backbone sees at once: fewest, tuned for, most (TensorRT; default 1:8:32)"),
-    _option("--gallery-size", type=_sizes, default=(20, 2000, 50000), metavar="A:B:C",
-            help="images the head sees together, likewise (TensorRT; default 20:2000:50000)"),
+    _option(
+        "--exclude-nodes",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="nodes to leave in float: names, a file of names, or the budget.json of another engine",
+    ),
+    _option(
+        "--batch",
+        type=_sizes,
+        default=(1, 8, 32),
+        metavar="A:B:C",
+        help="images the backbone sees at once: fewest, tuned for, most (TensorRT; default 1:8:32)",
+    ),
+    _option(
+        "--gallery-size",
+        type=_sizes,
+        default=(20, 2000, 50000),
+        metavar="A:B:C",
+        help="images the head sees together, likewise (TensorRT; default 20:2000:50000)",
+    ),
     _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
     _option("--timing-cache", default="", metavar="FILE", help="kernels measured before, kept for the next build"),
-    _option("--hardware-compat", choices=("none", "same_compute_capability", "ampere_plus"), default="none",
-            help="the plan runs on more GPUs, and slower (TensorRT)"),
+    _option(
+        "--hardware-compat",
+        choices=("none", "same_compute_capability", "ampere_plus"),
+        default="none",
+        help="the plan runs on more GPUs, and slower (TensorRT)",
+    ),
     _option("--version-compat", action="store_true", help="the plan runs on later versions too (TensorRT)"),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
     _option("--keep-graphs", action="store_true", help="leave the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
-    SEED, DEVICE,
-)  # fmt: skip
+    SEED,
+    DEVICE,
+)
 def _build_engine(args: Args) -> None:
-    from nformer_edge.engine.build import BudgetSpec, EngineSpec, build_engine, describe_engine
-    from nformer_edge.engine.for_target import build_for_target
-    from nformer_edge.engine.int8.exclude import read_exclude
+    from nformer_edge.backends.build import BudgetSpec, EngineSpec, build_engine, describe_engine
+    from nformer_edge.quantize.exclude import read_exclude
+    from nformer_edge.targets.build import build_for_target
 
     chosen = EngineSpec(
-        backend=args.backend, precision=args.precision, calib_method=args.calib_method, calib_num=args.calib_num,
-        batch=args.batch, gallery_size=args.gallery_size, workspace=args.workspace, device=args.device, seed=args.seed,
-        timing_cache=args.timing_cache, hardware_compat=args.hardware_compat, version_compat=args.version_compat,
-        dla=args.dla, capabilities=tuple(args.capabilities), verbose=args.verbose,
-        keep_graphs=args.keep_graphs, exclude_nodes=read_exclude(args.exclude_nodes),
-    )  # fmt: skip
+        backend=args.backend,
+        precision=args.precision,
+        calib_method=args.calib_method,
+        calib_num=args.calib_num,
+        batch=args.batch,
+        gallery_size=args.gallery_size,
+        workspace=args.workspace,
+        device=args.device,
+        seed=args.seed,
+        timing_cache=args.timing_cache,
+        hardware_compat=args.hardware_compat,
+        version_compat=args.version_compat,
+        dla=args.dla,
+        capabilities=tuple(args.capabilities),
+        verbose=args.verbose,
+        keep_graphs=args.keep_graphs,
+        exclude_nodes=read_exclude(args.exclude_nodes),
+    )
     budget = None
-    if args.max_map_drop is not None or args.min_neighbours:
-        budget = BudgetSpec(args.max_map_drop, args.min_neighbours, args.budget_images, args.budget_stage)
+    if args.max_map_drop is not None or args.min_overlap:
+        budget = BudgetSpec(args.max_map_drop, args.min_overlap, args.budget_images, args.budget_stage)
     images = {
-        "calib_data": args.calib_data, "force_calibration": args.force_calib, "budget": budget,
+        "calib_data": args.calib_data,
+        "force_calibration": args.force_calib,
+        "budget": budget,
         "budget_data": args.budget_data,
-    }  # fmt: skip
+    }
     if args.target:
         engine = build_for_target(args.bundle, args.output, chosen, target=args.target, **images)
     else:
@@ -307,18 +413,20 @@ def _build_engine(args: Args) -> None:
 
 
 @_command(
-    "prepare", "bundle -> graphs and trtexec's commands, for a TensorRT 8 that our Python does not reach (JetPack 5.1)",
-    _option("bundle"), _out("DIR"),
+    "prepare",
+    "bundle -> graphs and trtexec's commands, for a TensorRT 8 that our Python does not reach (JetPack 5.1)",
+    _option("bundle"),
+    _out("DIR"),
     _option("--target", metavar="NAME", default="jetson-xavier-jp51", help="recipe (default jetson-xavier-jp51)"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     SEED,
-)  # fmt: skip
+)
 def _prepare(args: Args) -> None:
-    from nformer_edge.engine.spec import EngineSpec
-    from nformer_edge.engine.trtexec import prepare_for_target
+    from nformer_edge.quantize.spec import EngineSpec
+    from nformer_edge.targets.trtexec import prepare_for_target
 
     chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
     images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
@@ -334,150 +442,227 @@ def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
         try:
             table[name] = float(value) if "." in value else int(value)
         except ValueError:
-            raise UsageError("augment", got=pair, expected="name=number", mend="Such as pad=10 erase=0.5.") from None
+            raise UsageError("augment", pair, "name=number", "Such as pad=10 erase=0.5.") from None
     return table
 
 
 @_command(
-    "build-plugin", "compile the two operators as a plugin library for TensorRT, on the machine that will run it",
+    "build-plugin",
+    "compile the two operators as a plugin library for TensorRT, on the machine that will run it",
     _option("-o", "--output", metavar="DIR", help="default: where engines look for it"),
     _option("--tensorrt-root", metavar="DIR", help="unpacked tarball (default: JetPack's or apt's headers)"),
     _option("--nvcc", metavar="FILE", help="CUDA compiler (default: the one on the PATH, or /usr/local/cuda's)"),
     _option("--arch", default="auto", help="auto: this machine's GPU | all | such as 87,89 (default auto)"),
-)  # fmt: skip
+)
 def _build_plugin(args: Args) -> None:
-    from nformer_edge.engine.plugin.build import build_plugin, format_plugin
+    from nformer_edge.backends.tensorrt.plugin.build import build_plugin, format_plugin
 
     built = build_plugin(args.output, tensorrt_root=args.tensorrt_root, nvcc=args.nvcc, architectures=args.arch)
     _show(args, built, format_plugin(built, args.output))
 
 
 @_command(
-    "embed", "images -> feature store (.npz)",
-    MODEL, _option("--data", required=True, metavar="DIR", help="dataset, or a folder of images"), LAYOUT,
-    _out("FILE.npz"), BATCH, THREADS, SEED,
+    "embed",
+    "images -> feature store (.npz)",
+    MODEL,
+    _option("--data", required=True, metavar="DIR", help="dataset, or a folder of images"),
+    LAYOUT,
+    _out("FILE.npz"),
+    BATCH,
+    THREADS,
+    SEED,
     _option("--splits", nargs="+", metavar="SPLIT", help="train query gallery junk (default: the first three)"),
     _option("--views", type=int, default=1, help="views of each training image: one plain, the others augmented"),
     _option("--augment", nargs="+", metavar="NAME=X", help="flip, pad, erase (default flip=0.5 pad=10 erase=0.5)"),
-)  # fmt: skip
+)
 def _embed(args: Args) -> None:
-    from nformer_edge.runtime.embed import embed_files, format_embedding
+    from nformer_edge.gallery.embed import embed_files, format_embedding
 
     result = embed_files(
-        args.model, args.data, args.output, batch=args.batch, threads=args.threads, layout=args.layout,
-        splits=args.splits, views=args.views, augment=_assignments(args.augment), seed=args.seed,
-    )  # fmt: skip
+        args.model,
+        args.data,
+        args.output,
+        batch=args.batch,
+        threads=args.threads,
+        layout=args.layout,
+        splits=args.splits,
+        views=args.views,
+        augment=_assignments(args.augment),
+        seed=args.seed,
+    )
     _show(args, result, format_embedding(result))
 
 
 @_command(
-    "search", "query images -> ranked gallery",
-    MODEL, _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people looked for"),
+    "search",
+    "query images -> ranked gallery",
+    MODEL,
+    _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people looked for"),
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
-    TOP, BATCH, THREADS, OUT_JSON,
+    TOP,
+    BATCH,
+    THREADS,
+    OUT_JSON,
     _option("--no-head", action="store_true", help="rank by the backbone alone"),
     _option("--together", action="store_true", help="one pass of the head for all queries: matches depend on them all"),
-)  # fmt: skip
+)
 def _search(args: Args) -> None:
-    from nformer_edge.runtime.search import format_matches, search_files
+    from nformer_edge.gallery.search import format_matches, search_files
 
     result = search_files(
-        args.model, args.query, args.gallery, top=args.top, batch=args.batch, threads=args.threads,
-        head=not args.no_head, together=args.together,
-    )  # fmt: skip
+        args.model,
+        args.query,
+        args.gallery,
+        top=args.top,
+        batch=args.batch,
+        threads=args.threads,
+        head=not args.no_head,
+        together=args.together,
+    )
     _show(args, result, format_matches(result))
 
 
 @_command(
-    "parity", "does an engine rank as its reference does? exit code 1 if a gate fails",
-    _option("reference", help="as a rule the checkpoint"), _option("engine"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    "parity",
+    "does an engine rank as its reference does? exit code 1 if a gate fails",
+    _option("reference", help="as a rule the checkpoint"),
+    _option("engine"),
+    DATA,
+    LAYOUT,
+    BATCH,
+    THREADS,
+    OUT_JSON,
     _option("--limit", type=int, help="only so many query and gallery images"),
-    _option("--landmark-seeds", type=int, nargs="+", metavar="N",
-            help="seeds that the head is judged under, the worst decides (default: the engine's own and two more)"),
-    _option("--layers", action="store_true",
-            help="compare the ONNX graphs node by node and show the table (a stage that fails always is)"),
-)  # fmt: skip
+    _option(
+        "--landmark-seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="seeds that the head is judged under, the worst decides (default: the engine's own and two more)",
+    ),
+    _option(
+        "--layers",
+        action="store_true",
+        help="compare the ONNX graphs node by node and show the table (a stage that fails always is)",
+    ),
+)
 def _parity(args: Args) -> None:
-    from nformer_edge.measure.parity import parity
-    from nformer_edge.measure.verdict import format_parity, require_passed
+    from nformer_edge.report.parity import parity
+    from nformer_edge.report.verdict import format_parity, require_passed
 
     result = parity(
-        args.reference, args.engine, args.data, batch=args.batch, threads=args.threads, layout=args.layout,
-        limit=args.limit, landmark_seeds=args.landmark_seeds, layers=args.layers,
-    )  # fmt: skip
+        args.reference,
+        args.engine,
+        args.data,
+        batch=args.batch,
+        threads=args.threads,
+        layout=args.layout,
+        limit=args.limit,
+        landmark_seeds=args.landmark_seeds,
+        layers=args.layers,
+    )
     _show(args, result, format_parity(result, args.layers))
     require_passed(result)
 
 
 @_command(
-    "fleet", "queries of one model against a gallery of another: accuracy and threshold of every pairing",
+    "fleet",
+    "queries of one model against a gallery of another: accuracy and threshold of every pairing",
     _option("models", nargs="+", metavar="model", help="models or feature stores; the first is the reference"),
     _option("--data", metavar="DIR", help="dataset folder or CSV file; not needed for feature stores alone"),
-    LAYOUT, BATCH, THREADS, OUT_JSON,
-    _option("--false-match-rate", type=float, default=0.001, metavar="SHARE",
-            help="pairs of different people that the threshold may accept (default 0.001)"),
-)  # fmt: skip
+    LAYOUT,
+    BATCH,
+    THREADS,
+    OUT_JSON,
+    _option(
+        "--false-match-rate",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
+        help="pairs of different people that the threshold may accept (default 0.001)",
+    ),
+)
 def _fleet(args: Args) -> None:
-    from nformer_edge.measure.fleet import fleet
-    from nformer_edge.measure.fleet_table import format_fleet
+    from nformer_edge.report.cross_model import fleet
+    from nformer_edge.report.cross_model_table import format_fleet
 
     result = fleet(
-        args.models, args.data, false_match_rate=args.false_match_rate, batch=args.batch, threads=args.threads,
+        args.models,
+        args.data,
+        false_match_rate=args.false_match_rate,
+        batch=args.batch,
+        threads=args.threads,
         layout=args.layout,
-    )  # fmt: skip
+    )
     _show(args, result, format_fleet(result))
 
 
 @_command(
-    "benchmark", "latency and throughput by MLPerf's conventions; several models are timed in turn",
-    _option("models", nargs="+", metavar="model"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    "benchmark",
+    "latency and throughput by MLPerf's conventions; several models are timed in turn",
+    _option("models", nargs="+", metavar="model"),
+    DATA,
+    LAYOUT,
+    BATCH,
+    THREADS,
+    OUT_JSON,
     _option("--single-stream", type=int, default=130, metavar="N", help="queries of one image (default 130)"),
     _option("--multi-stream", type=int, default=0, metavar="N", help="queries of eight images; 662 make a valid run"),
     _option("--offline", type=int, default=0, metavar="N", help="images of one big query"),
     _option("--gallery", type=int, default=500, help="gallery images searched (default 500)"),
-)  # fmt: skip
+)
 def _benchmark(args: Args) -> None:
-    from nformer_edge.measure.benchmark import benchmark, compare
-    from nformer_edge.measure.table import format_benchmark, format_comparison
+    from nformer_edge.report.benchmark import benchmark, compare
+    from nformer_edge.report.table import format_benchmark, format_comparison
 
     shared = {"gallery": args.gallery, "threads": args.threads, "layout": args.layout}
     if len(args.models) > 1:
         result = compare(args.models, args.data, rounds=args.single_stream, **shared)
         return _show(args, result, format_comparison(result))
     result = benchmark(
-        args.models[0], args.data, single_stream=args.single_stream, multi_stream=args.multi_stream,
-        offline=args.offline, batch=args.batch, **shared,
-    )  # fmt: skip
+        args.models[0],
+        args.data,
+        single_stream=args.single_stream,
+        multi_stream=args.multi_stream,
+        offline=args.offline,
+        batch=args.batch,
+        **shared,
+    )
     return _show(args, result, format_benchmark(result))
 
 
 @_command(
-    "report", "results in JSON -> one self-contained HTML page",
-    _option("results", nargs="+", metavar="FILE.json"), _out("FILE.html"),
-)  # fmt: skip
+    "report",
+    "results in JSON -> one self-contained HTML page",
+    _option("results", nargs="+", metavar="FILE.json"),
+    _out("FILE.html"),
+)
 def _report(args: Args) -> None:
-    from nformer_edge.measure.report.page import write_report
+    from nformer_edge.report.html.page import write_report
 
     page = write_report(args.results, args.output)
     _show(args, {"kind": "report", "page": str(page)}, f"wrote {page}")
 
 
 @_command(
-    "doctor", "what this machine can do, and the next step for what is missing",
+    "doctor",
+    "what this machine can do, and the next step for what is missing",
     _option("--target", metavar="NAME", help="what here does not match this target, such as jetson-orin-jp62"),
-)  # fmt: skip
+)
 def _doctor(args: Args) -> None:
-    from nformer_edge.runtime.doctor import doctor, format_doctor
+    from nformer_edge.targets.doctor import doctor, format_doctor
 
     found = doctor(args.target)
     _show(args, found, format_doctor(found))
 
 
 @_command(
-    "demo", "the main job: draw people, train, export, INT8, parity, benchmark, report",
-    _option("-o", "--output", metavar="DIR", default="demo", help="folder for everything made (default demo)"), SEED,
+    "demo",
+    "the main job: draw people, train, export, INT8, parity, benchmark, report",
+    _option("-o", "--output", metavar="DIR", default="demo", help="folder for everything made (default demo)"),
+    SEED,
     _option("--tiny", action="store_true", help="the same road in a minute, with an accuracy that means nothing"),
-)  # fmt: skip
+)
 def _demo(args: Args) -> None:
     from nformer_edge.demo import format_demo, run_demo
 
@@ -487,9 +672,10 @@ def _demo(args: Args) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nformer-edge", description="Person re-identification with NFormer: train, export, build, prove.",
+        prog="nformer-edge",
+        description="Person re-identification with NFormer: train, export, build, prove.",
         epilog="`nformer-edge COMMAND --help` tells each command's flags; `nformer-edge demo` shows the whole road.",
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"nformer-edge {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, options, function) in _COMMANDS.items():

@@ -13,8 +13,8 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import format_summary
-from nformer_edge.measure.table import format_gates
-from nformer_edge.measure.table import format_summary as format_models
+from nformer_edge.report.table import format_gates
+from nformer_edge.report.table import format_summary as format_models
 
 Say = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
     for number, result in enumerate(results):
         atomic_write_json(out / "results" / f"{number:02d}-{result['kind']}.json", result)
     with clock("report"):
-        from nformer_edge.measure.report.page import write_report
+        from nformer_edge.report.html.page import write_report
 
         page = write_report(results, out / "report.html", "nformer-edge demo")
     judged = [r for r in results if r["kind"] == "parity"]
@@ -57,10 +57,10 @@ def _make_models(
     out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock
 ) -> tuple[dict[str, Path], dict[str, Any]]:
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
-    from nformer_edge.engine.build import EngineSpec, build_engine
-    from nformer_edge.onnx.export import export_bundle
-    from nformer_edge.train.config import TrainConfig, configure
-    from nformer_edge.train.train import train
+    from nformer_edge.backends.build import EngineSpec, build_engine
+    from nformer_edge.exporting.export import export_bundle
+    from nformer_edge.training.config import TrainConfig, configure
+    from nformer_edge.training.train import train
 
     checkpoint, bundle = out / "model.safetensors", out / "bundle"
     config = TrainConfig.demo(seed)
@@ -80,9 +80,9 @@ def _make_models(
 
 
 def _measure(models: dict[str, Path], dataset: Dataset, tiny: bool, clock: _Clock) -> list[dict[str, Any]]:
-    from nformer_edge.measure.benchmark import benchmark, compare
-    from nformer_edge.measure.evaluate import evaluate_model
-    from nformer_edge.measure.parity import parity
+    from nformer_edge.report.accuracy import evaluate_model
+    from nformer_edge.report.benchmark import benchmark, compare
+    from nformer_edge.report.parity import parity
 
     results = []
     for label, path in models.items():
@@ -118,7 +118,7 @@ class _Clock:
 
 def format_demo(result: dict[str, Any]) -> str:
     """What the demo ends with: the gates, those that failed by name, one table, and where the report is."""
-    from nformer_edge.measure.verdict import describe_failures
+    from nformer_edge.report.verdict import describe_failures
 
     gates = "\n\n".join(format_gates(judged) for judged in result["parity"])
     failed = [f"FAILED {j['engine']['label']}: {line}" for j in result["parity"] for line in describe_failures(j)]

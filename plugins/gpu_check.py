@@ -98,7 +98,7 @@ def check_attention(kernels: Kernels, rows: int = 333) -> list[tuple[str, bool]]
                 done.append((f"{name} the same twice", torch.equal(got, again)))
     alone = torch.full((1, 9, 4), -1, dtype=torch.int32, device=gpu_operators.DEVICE)
     zero = kernels.attention(draw(6, 1, 9, 5), draw(7, 1, 9, 5), draw(8, 1, 9, 32), alone, 1.0)
-    done.append(("Attention of rows without neighbours is exactly zero", bool((zero == 0).all())))
+    done.append(("Attention of rows without neighbors is exactly zero", bool((zero == 0).all())))
     return done
 
 

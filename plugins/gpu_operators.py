@@ -96,7 +96,7 @@ def reference_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scal
     scores = scores_of(a, b)
     mask = mask & mask.transpose(1, 2) & scores.isfinite()
     scaled = (scores * scale).masked_fill(~mask, -math.inf)
-    weights = scaled.softmax(dim=2).masked_fill(~mask, 0.0)  # a row without a neighbour is NaN before the mask
+    weights = scaled.softmax(dim=2).masked_fill(~mask, 0.0)  # a row without a neighbor is NaN before the mask
     return weights @ v.double()
 
 

@@ -108,7 +108,7 @@ def time_attention(kernels: Kernels, rows: int, heads: int, size: int, k: int, d
 
 
 class KernelOperators:
-    """The kernels as `nformer_edge.model.operators` wants them."""
+    """The kernels as `nformer_edge.ops.operators` wants them."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -143,10 +143,10 @@ def time_head(kernels: Kernels, rows: int, rule: str) -> dict[str, Any]:
     what = f"head N={rows}, 4 layers, 2 heads, k=20, {rule} rule"
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     try:
-        from nformer_edge.core.ops import draw_landmarks
         from nformer_edge.core.spec import HeadSpec
         from nformer_edge.model.nformer import NFormer
-        from nformer_edge.model.operators import using
+        from nformer_edge.ops.contract import draw_landmarks
+        from nformer_edge.ops.operators import using
     except ImportError as e:
         return {"what": what, "skipped": f"no package {e.name}"}
     finally:
@@ -168,7 +168,7 @@ def time_head(kernels: Kernels, rows: int, rule: str) -> dict[str, Any]:
         cosine = torch.nn.functional.cosine_similarity(run(ours), run(dense))
     except torch.cuda.OutOfMemoryError:
         return {**row, "skipped": "dense torch: out of memory"}
-    # Float32 cannot tell some k-th neighbours apart, so single rows may differ; most must not.
+    # Float32 cannot tell some k-th neighbors apart, so single rows may differ; most must not.
     agree = float(cosine.quantile(0.01))
     return {**row, "times_faster": row["dense_torch_ms"] / row["ms"], "cosine_to_dense_p1": agree, "ok": agree >= 0.999}
 

@@ -47,18 +47,18 @@ def _prepare(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ArtifactError(
-            str(path.parent), got=e.strerror, expected="a folder to write to", mend="Choose another -o."
-        ) from e
+        raise ArtifactError(str(path.parent), e.strerror, "a folder to write to", "Choose another -o.") from e
     _sweep(path.parent)
 
 
 def _write_failed(path: Path, error: OSError) -> ArtifactError:
-    mend = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written to"
+    hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written to"
     return ArtifactError(
-        str(path), got=error.strerror or str(error), expected="a complete write",
-        mend=f"{mend} and run again; what stood there before is untouched.",
-    )  # fmt: skip
+        str(path),
+        error.strerror or str(error),
+        "a complete write",
+        f"{hint} and run again; what stood there before is untouched.",
+    )
 
 
 def _fsync(path: Path) -> None:
@@ -112,9 +112,11 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink() or (path.exists() and not (path.is_dir() and _may_replace(path, kind))):
         raise ArtifactError(
-            str(path), got="something that is not ours to replace", expected=f"nothing there, or an earlier {kind}",
-            mend="Choose another -o, or remove it yourself.",
-        )  # fmt: skip
+            str(path),
+            "something that is not ours to replace",
+            f"nothing there, or an earlier {kind}",
+            "Choose another -o, or remove it yourself.",
+        )
     _prepare(path)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
     try:
@@ -150,9 +152,7 @@ def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, 
     """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256."""
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {
-        p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files
-    }  # fmt: skip
+    entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
     atomic_write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries})
 
 
@@ -168,23 +168,18 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         got = "no such folder" if not folder.exists() else f"no {MANIFEST} in it"
-        raise ArtifactError(str(folder), got=got, expected=f"a {kind}", mend=f"Pass the folder of a {kind}.")
+        raise ArtifactError(str(folder), got, f"a {kind}", f"Pass the folder of a {kind}.")
     try:
         manifest = json.loads(path.read_text())
         found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
         entries = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ArtifactError(
-            str(path), got=f"no readable manifest ({e})", expected=f"a {kind}'s", mend="Make it again."
-        ) from e
+        raise ArtifactError(str(path), f"no readable manifest ({e})", f"a {kind}'s", "Make it again.") from e
     if found != kind:
-        raise ArtifactError(str(folder), got=f"a {found}", expected=f"a {kind}", mend=f"Pass the folder of a {kind}.")
+        raise ArtifactError(str(folder), f"a {found}", f"a {kind}", f"Pass the folder of a {kind}.")
     if version != FORMAT_VERSION:
         raise ArtifactError(
-            str(folder),
-            got=f"format version {version}",
-            expected=FORMAT_VERSION,
-            mend=f"Make the {kind} again with this version.",
+            str(folder), f"format version {version}", FORMAT_VERSION, f"Make the {kind} again with this version."
         )
     for name, (digest, size) in entries.items():
         _verify(folder, name, digest, size)
@@ -201,13 +196,15 @@ def read_verified(folder: str | os.PathLike[str], manifest: Mapping[str, Any], n
     entry = manifest["files"].get(name)
     if entry is None or not file.is_file():
         got = "no such file" if entry else "no such file in the manifest"
-        raise ArtifactError(str(file), got=got, expected="a file of this artifact", mend="Make or copy it again.")
+        raise ArtifactError(str(file), got, "a file of this artifact", "Make or copy it again.")
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ArtifactError(
-            str(file), got="other bytes", expected=f"sha256 {entry['sha256'][:12]}... as in the manifest",
-            mend="The file was changed: copy or make the folder again.",
-        )  # fmt: skip
+            str(file),
+            "other bytes",
+            f"sha256 {entry['sha256'][:12]}... as in the manifest",
+            "The file was changed: copy or make the folder again.",
+        )
     return data
 
 
@@ -216,24 +213,19 @@ def _verify(folder: Path, name: str, digest: str, size: int) -> None:
     inside = not os.path.isabs(name) and ".." not in Path(name).parts
     if not inside or file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(
-            f"{folder}: file {name!r}",
-            got="a way out of the folder",
-            expected="a plain file inside",
-            mend="Do not use it.",
+            f"{folder}: file {name!r}", "a way out of the folder", "a plain file inside", "Do not use it."
         )
     if not file.is_file():
-        raise ArtifactError(
-            str(file), got="no such file", expected="the file that the manifest lists", mend="Copy the folder again."
-        )
+        raise ArtifactError(str(file), "no such file", "the file that the manifest lists", "Copy the folder again.")
     if file.stat().st_nlink > 1:
-        raise ArtifactError(str(file), got="a hard link", expected="a plain file", mend="Copy the folder again.")
+        raise ArtifactError(str(file), "a hard link", "a plain file", "Copy the folder again.")
     if file.stat().st_size != size:
-        raise ArtifactError(
-            str(file), got=f"{file.stat().st_size} bytes", expected=f"{size} bytes", mend="Copy the folder again."
-        )
+        raise ArtifactError(str(file), f"{file.stat().st_size} bytes", f"{size} bytes", "Copy the folder again.")
     actual = sha256_file(file)
     if actual != digest:
         raise ArtifactError(
-            str(file), got=f"sha256 {actual[:12]}...", expected=f"{digest[:12]}... as in the manifest",
-            mend="The file was changed: copy or make the folder again.",
-        )  # fmt: skip
+            str(file),
+            f"sha256 {actual[:12]}...",
+            f"{digest[:12]}... as in the manifest",
+            "The file was changed: copy or make the folder again.",
+        )

@@ -1,4 +1,4 @@
-"""What can go wrong, in a few kinds. Each error says what was got, what was expected and how to mend it."""
+"""What can go wrong, in a few kinds. Each error says what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ class NFormerEdgeError(Exception):
         subject: what the error is about, such as a path or an argument's name.
         got: what was found.
         expected: what should have been there.
-        mend: one imperative sentence that says what to do.
+        hint: one imperative sentence that says what to do.
 
-    The message reads ``subject: got X, expected Y. Mend.`` with absent parts left out.
+    The message reads ``subject: got X, expected Y. Hint.`` with absent parts left out.
     """
 
     exit_code = 2
 
-    def __init__(self, subject: str, *, got: object = None, expected: object = None, mend: str = "") -> None:
+    def __init__(self, subject: str, got: object = None, expected: object = None, hint: str = "") -> None:
         facts = [f"{word} {value}" for word, value in (("got", got), ("expected", expected)) if value is not None]
         message = f"{subject}: {', '.join(facts)}" if facts else subject
-        if mend:
-            message = f"{message.rstrip('.')}. {mend}"
+        if hint:
+            message = f"{message.rstrip('.')}. {hint}"
         super().__init__(message)
         self.subject = subject
         self.got = got
         self.expected = expected
-        self.mend = mend
+        self.hint = hint
 
 
 class UsageError(NFormerEdgeError):

@@ -28,24 +28,26 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     path = os.fspath(path)
     expected = "a JPEG, PNG, BMP or WebP image"
-    mend = "Remove the file or put a good copy in its place."
+    hint = "Remove the file or put a good copy in its place."
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    path, got=f"{image.width} x {image.height} pixels", expected=f"at most {MAX_PIXELS} in all",
-                    mend="Crop the person first.",
-                )  # fmt: skip
+                    path,
+                    f"{image.width} x {image.height} pixels",
+                    f"at most {MAX_PIXELS} in all",
+                    "Crop the person first.",
+                )
             return image.convert("RGB")
     except FileNotFoundError as e:
-        raise DataError(path, got="no such file", expected=expected, mend="Check the path.") from e
+        raise DataError(path, "no such file", expected, "Check the path.") from e
     except UnidentifiedImageError as e:
         got = "an empty file" if os.path.getsize(path) == 0 else "a file of another kind"
-        raise DataError(path, got=got, expected=expected, mend=mend) from e
+        raise DataError(path, got, expected, hint) from e
     except Image.DecompressionBombError as e:
-        raise DataError(path, got=str(e), expected=f"at most {MAX_PIXELS} pixels", mend="Crop the person first.") from e
+        raise DataError(path, str(e), f"at most {MAX_PIXELS} pixels", "Crop the person first.") from e
     except (OSError, ValueError, SyntaxError) as e:  # Pillow's decoders raise all three on damaged data
-        raise DataError(path, got=f"a damaged or unreadable file ({e})", expected=expected, mend=mend) from e
+        raise DataError(path, f"a damaged or unreadable file ({e})", expected, hint) from e
 
 
 def resize(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:

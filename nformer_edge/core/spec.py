@@ -28,14 +28,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises UsageError with the nearest spelling unless `value` is one of `choices`."""
     if value not in choices:
         near = get_close_matches(str(value), choices, n=1)
-        mend = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
-        raise UsageError(name, got=repr(value), expected=" | ".join(choices), mend=mend)
+        hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+        raise UsageError(name, repr(value), " | ".join(choices), hint)
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raises UsageError unless `value` is a number >= `least`."""
     if not value >= least:
-        raise UsageError(name, got=value, expected=f"at least {least}", mend=f"Raise {name}.")
+        raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PreprocessSpec:
         check_choice("channels", self.channels, ("RGB", "BGR"))
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if not all(s > 0 for s in self.std):
-            raise UsageError("std", got=self.std, expected="three positive numbers", mend="Mend the spec.")
+            raise UsageError("std", self.std, "three positive numbers", "Correct the spec.")
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,16 @@ class BackboneSpec:
         check_choice("stem", self.stem, typing.get_args(Stem))
         check_at_least("features", self.features, 1)
         if self.neck == "fc" and not self.arch.startswith("osnet"):
-            raise UsageError("neck", got=f"fc with {self.arch}", expected="fc with an OSNet", mend="Use bnneck.")
+            raise UsageError("neck", f"fc with {self.arch}", "fc with an OSNet", "Use bnneck.")
         if self.stem != "standard" and not self.arch.startswith("resnet"):
-            raise UsageError(
-                "stem",
-                got=f"{self.stem} with {self.arch}",
-                expected=f"{self.stem} with a ResNet",
-                mend="Leave stem out.",
-            )
+            raise UsageError("stem", f"{self.stem} with {self.arch}", f"{self.stem} with a ResNet", "Leave stem out.")
 
 
 @dataclass(frozen=True)
 class HeadSpec:
     """The NFormer head (Wang et al., CVPR 2022): letters as in the operator contract.
 
-    `rule` says which vectors choose neighbours: ``features`` (the published code) or ``affinity`` (the paper).
+    `rule` says which vectors choose neighbors: ``features`` (the published code) or ``affinity`` (the paper).
     `input_scale` says to which L2 norm each feature is brought before the first layer: ``unit`` (1),
     ``sqrt_dim`` (square root of `features`) or ``none`` (left as it is).
     """
@@ -116,9 +111,11 @@ class HeadSpec:
             check_at_least(name, getattr(self, name), 1)
         if self.features % self.heads:
             raise UsageError(
-                "heads", got=f"{self.heads} heads for {self.features} features", expected="a divisor of features",
-                mend="Choose a number of heads that divides the features.",
-            )  # fmt: skip
+                "heads",
+                f"{self.heads} heads for {self.features} features",
+                "a divisor of features",
+                "Choose a number of heads that divides the features.",
+            )
 
 
 @dataclass(frozen=True)
@@ -132,9 +129,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.head is not None and self.head.features != self.backbone.features:
             raise UsageError(
-                "head.features", got=self.head.features, expected=f"the backbone's {self.backbone.features}",
-                mend="Give head and backbone the same number of features.",
-            )  # fmt: skip
+                "head.features",
+                self.head.features,
+                f"the backbone's {self.backbone.features}",
+                "Give head and backbone the same number of features.",
+            )
 
 
 def to_dict(spec: Any) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
     """
     where = where or cls.__name__
     if not isinstance(data, dict):
-        raise UsageError(where, got=type(data).__name__, expected="a table of keys and values", mend="Mend the file.")
+        raise UsageError(where, type(data).__name__, "a table of keys and values", "Correct the file.")
     hints = typing.get_type_hints(cls)
     known = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     values = {}
@@ -179,10 +178,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
-            raise UsageError(where, got=repr(value), expected=f"a list of {len(args)}", mend="Mend the value.")
+            raise UsageError(where, repr(value), f"a list of {len(args)}", "Correct the value.")
         return tuple(_convert(args[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UsageError(where, got=repr(value), expected=hint.__name__, mend="Mend the value.")
+        raise UsageError(where, repr(value), hint.__name__, "Correct the value.")
     return value

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 T = TypeVar("T")
 
 _MASK64 = (1 << 64) - 1
@@ -85,7 +85,7 @@ class Canvas:
         ys = np.arange(y0, y1, dtype=np.int32)[:, None]
         return xs, ys, (slice(y0, y1), slice(x0, x1))
 
-    def polygon(self, points: Sequence[tuple[int, int]], colour: Colour, stripes: Stripes | None = None) -> None:
+    def polygon(self, points: Sequence[tuple[int, int]], color: Color, stripes: Stripes | None = None) -> None:
         """Fills a convex polygon. `stripes`, if any, paint over the part of it that they cover."""
         window = self._window(
             min(x for x, _ in points), min(y for _, y in points), max(x for x, _ in points), max(y for _, y in points)
@@ -99,22 +99,22 @@ class Canvas:
         ]
         mask = np.logical_and.reduce([s >= 0 for s in sides]) | np.logical_and.reduce([s <= 0 for s in sides])
         part = self.pixels[area]
-        part[mask] = colour
+        part[mask] = color
         if stripes is not None:
-            part[mask & stripes.covers(xs, ys)] = stripes.colour
+            part[mask & stripes.covers(xs, ys)] = stripes.color
 
-    def box(self, x0: int, y0: int, x1: int, y1: int, colour: Colour, stripes: Stripes | None = None) -> None:
+    def box(self, x0: int, y0: int, x1: int, y1: int, color: Color, stripes: Stripes | None = None) -> None:
         """Fills an upright rectangle, both corners included, given in any order."""
         window = self._window(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
         if window is None:
             return
         xs, ys, area = window
         part = self.pixels[area]
-        part[:] = colour
+        part[:] = color
         if stripes is not None:
-            part[stripes.covers(xs, ys)] = stripes.colour
+            part[stripes.covers(xs, ys)] = stripes.color
 
-    def ellipse(self, x: int, y: int, rx: int, ry: int, colour: Colour, below: int | None = None) -> None:
+    def ellipse(self, x: int, y: int, rx: int, ry: int, color: Color, below: int | None = None) -> None:
         """Fills an ellipse, or only its part above the line y = `below`."""
         if rx < 1 or ry < 1:
             return
@@ -122,9 +122,9 @@ class Canvas:
         if window is not None:
             xs, ys, area = window
             mask = (xs - x) ** 2 * (ry * ry) + (ys - y) ** 2 * (rx * rx) <= rx * rx * ry * ry
-            self.pixels[area][mask] = colour
+            self.pixels[area][mask] = color
 
-    def limb(self, a: tuple[int, int], b: tuple[int, int], wide: int, narrow: int, colour: Colour) -> None:
+    def limb(self, a: tuple[int, int], b: tuple[int, int], wide: int, narrow: int, color: Color) -> None:
         """A rounded bar from `a`, `wide` thick, to `b`, `narrow` thick."""
         dx, dy = b[0] - a[0], b[1] - a[1]
         length = max(isqrt(dx * dx + dy * dy), 1)
@@ -133,15 +133,15 @@ class Canvas:
             r = thick // 2
             nx, ny = -dy * r // length, dx * r // length
             ends.append(((x + nx, y + ny), (x - nx, y - ny)))
-            self.ellipse(x, y, r, r, colour)
-        self.polygon([ends[0][0], ends[1][0], ends[1][1], ends[0][1]], colour)
+            self.ellipse(x, y, r, r, color)
+        self.polygon([ends[0][0], ends[1][0], ends[1][1], ends[0][1]], color)
 
 
 class Stripes:
-    """Which pixels of a garment take its second colour. Offsets and periods are pixels."""
+    """Which pixels of a garment take its second color. Offsets and periods are pixels."""
 
-    def __init__(self, kind: str, colour: Colour, x: int, y: int, period: int) -> None:
-        self.kind, self.colour, self.x, self.y, self.period = kind, colour, x, y, max(period, 2)
+    def __init__(self, kind: str, color: Color, x: int, y: int, period: int) -> None:
+        self.kind, self.color, self.x, self.y, self.period = kind, color, x, y, max(period, 2)
 
     def covers(self, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
         """A boolean mask that broadcasts xs [1, W] and ys [H, 1]."""

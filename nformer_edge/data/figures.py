@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nformer_edge.data.drawing import SINE, Canvas, Colour, Draw, Stripes
+from nformer_edge.data.drawing import SINE, Canvas, Color, Draw, Stripes
 
-SKINS: tuple[Colour, ...] = ((240, 205, 180), (222, 178, 145), (178, 128, 92), (122, 82, 58))
-HAIRS: tuple[Colour, ...] = ((28, 24, 22), (84, 54, 32), (150, 104, 52), (206, 176, 108), (150, 150, 150))
-CLOTHES: tuple[Colour, ...] = (
-    (32, 32, 38), (232, 232, 226), (128, 130, 134), (176, 40, 46), (36, 66, 148), (44, 116, 70),
-    (226, 188, 58), (120, 62, 132), (220, 124, 50), (110, 168, 206), (132, 92, 58), (224, 150, 172),
-)  # fmt: skip
-LOWERS: tuple[Colour, ...] = (
-    (34, 34, 40), (52, 68, 112), (92, 120, 168), (150, 138, 110), (106, 108, 110), (214, 210, 200), (96, 54, 44),
-)  # fmt: skip
-SHOES: tuple[Colour, ...] = ((26, 26, 28), (226, 226, 222), (150, 60, 50), (110, 78, 50))
+SKINS: tuple[Color, ...] = ((240, 205, 180), (222, 178, 145), (178, 128, 92), (122, 82, 58))
+HAIRS: tuple[Color, ...] = ((28, 24, 22), (84, 54, 32), (150, 104, 52), (206, 176, 108), (150, 150, 150))
+CLOTHES: tuple[Color, ...] = (
+    (32, 32, 38),
+    (232, 232, 226),
+    (128, 130, 134),
+    (176, 40, 46),
+    (36, 66, 148),
+    (44, 116, 70),
+    (226, 188, 58),
+    (120, 62, 132),
+    (220, 124, 50),
+    (110, 168, 206),
+    (132, 92, 58),
+    (224, 150, 172),
+)
+LOWERS: tuple[Color, ...] = (
+    (34, 34, 40),
+    (52, 68, 112),
+    (92, 120, 168),
+    (150, 138, 110),
+    (106, 108, 110),
+    (214, 210, 200),
+    (96, 54, 44),
+)
+SHOES: tuple[Color, ...] = ((26, 26, 28), (226, 226, 222), (150, 60, 50), (110, 78, 50))
 
 PATTERNS = ("plain", "rows", "columns", "checks", "lower half", "badge", "open")
 LEGS = ("trousers", "shorts", "skirt", "dress")
@@ -27,20 +43,20 @@ VIEWS = ("front", "back", "left", "right")
 class Person:
     """What stays the same from camera to camera. Lengths are thousandths of the body's height."""
 
-    skin: Colour
-    hair: Colour
+    skin: Color
+    hair: Color
     long_hair: bool
-    upper: Colour
-    second: Colour
+    upper: Color
+    second: Color
     pattern: str
     long_sleeves: bool
     legs: str
-    lower: Colour
-    shoes: Colour
+    lower: Color
+    shoes: Color
     bag: str
-    bag_colour: Colour
+    bag_color: Color
     bag_on_right: bool
-    hat: Colour | None
+    hat: Color | None
     girth: int
     stature: int
 
@@ -57,20 +73,30 @@ class Pose:
     aspect: int
 
 
-def draw_person(draw: Draw, upper: Colour, lower: Colour) -> Person:
-    """Somebody new, in clothes of these main colours."""
+def draw_person(draw: Draw, upper: Color, lower: Color) -> Person:
+    """Somebody new, in clothes of these main colors."""
     return Person(
-        skin=draw.pick(SKINS), hair=draw.pick(HAIRS), long_hair=draw.chance(45), upper=upper,
-        second=draw.pick([c for c in CLOTHES if c != upper]), pattern=draw.pick(PATTERNS),
-        long_sleeves=draw.chance(50), legs=draw.pick(LEGS), lower=lower, shoes=draw.pick(SHOES),
-        bag=draw.pick(BAGS), bag_colour=draw.pick(CLOTHES), bag_on_right=draw.chance(50),
+        skin=draw.pick(SKINS),
+        hair=draw.pick(HAIRS),
+        long_hair=draw.chance(45),
+        upper=upper,
+        second=draw.pick([c for c in CLOTHES if c != upper]),
+        pattern=draw.pick(PATTERNS),
+        long_sleeves=draw.chance(50),
+        legs=draw.pick(LEGS),
+        lower=lower,
+        shoes=draw.pick(SHOES),
+        bag=draw.pick(BAGS),
+        bag_color=draw.pick(CLOTHES),
+        bag_on_right=draw.chance(50),
         hat=draw.pick(CLOTHES) if draw.chance(25) else None,
-        girth=draw.between(840, 1200), stature=draw.between(900, 1030),
-    )  # fmt: skip
+        girth=draw.between(840, 1200),
+        stature=draw.between(900, 1030),
+    )
 
 
 def look_alikes(draw: Draw, count: int) -> list[Person]:
-    """People in the same main colours, and often alike in one thing more."""
+    """People in the same main colors, and often alike in one thing more."""
     upper, lower = draw.pick(CLOTHES), draw.pick(LOWERS)
     people = [draw_person(draw, upper, lower) for _ in range(count)]
     shared = draw.pick(("pattern", "legs", "bag", "hair"))
@@ -100,16 +126,17 @@ class _Figure:
         across = x * self.height * self.pose.aspect // 1_000_000 * self.mirror
         return self.pose.x + across, self.pose.foot - (up + self.lift) * self.height // 1000
 
-    def quad(self, up_low: int, half_low: int, up_high: int, half_high: int, colour: Colour,
-             stripes: Stripes | None = None) -> None:  # fmt: skip
+    def quad(
+        self, up_low: int, half_low: int, up_high: int, half_high: int, color: Color, stripes: Stripes | None = None
+    ) -> None:
         """An upright trapezoid around the body's axis, half widths with the build."""
         (x, low), (_, high) = self.at(0, up_low), self.at(0, up_high)
         a, b = self.wide(half_low), self.wide(half_high)
-        self.canvas.polygon([(x - a, low), (x + a, low), (x + b, high), (x - b, high)], colour, stripes)
+        self.canvas.polygon([(x - a, low), (x + a, low), (x + b, high), (x - b, high)], color, stripes)
 
 
-def _darker(colour: Colour, percent: int) -> Colour:
-    r, g, b = (c * percent // 100 for c in colour)
+def _darker(color: Color, percent: int) -> Color:
+    r, g, b = (c * percent // 100 for c in color)
     return r, g, b
 
 
@@ -210,25 +237,25 @@ def _head(figure: _Figure) -> None:
 
 
 def _backpack(figure: _Figure) -> None:
-    colour, canvas = figure.person.bag_colour, figure.canvas
+    color, canvas = figure.person.bag_color, figure.canvas
     if figure.side:
         (x0, y1), (x1, y0) = figure.at(-50, 560), figure.at(-160, 800)
     elif figure.pose.view == "back":
         (x0, y1), (x1, y0) = figure.at(-88, 560), figure.at(88, 800)
     else:
         (x0, y1), (x1, y0) = figure.at(-138, 590), figure.at(138, 770)
-    canvas.box(x0, y0, x1, y1, colour)
+    canvas.box(x0, y0, x1, y1, color)
     low = y0 + (y1 - y0) * 6 // 10
-    canvas.box(x0, low, x1, y1, _darker(colour, 78))
+    canvas.box(x0, low, x1, y1, _darker(color, 78))
 
 
 def _carried(figure: _Figure) -> None:
     """What hangs on a strap or from a hand, and the backpack's straps seen from the front."""
     person, canvas, view = figure.person, figure.canvas, figure.pose.view
-    dark = _darker(person.bag_colour, 72)
+    dark = _darker(person.bag_color, 72)
     if person.bag == "backpack" and view == "front":
         for x in (-62, 62):
-            canvas.limb(figure.at(x, 800), figure.at(x, 590), figure.length(30), figure.length(26), person.bag_colour)
+            canvas.limb(figure.at(x, 800), figure.at(x, 590), figure.length(30), figure.length(26), person.bag_color)
     if person.bag not in ("handbag", "shoulder"):
         return
     # `at` mirrors for back and left views, so the person's own right stays their right
@@ -241,5 +268,5 @@ def _carried(figure: _Figure) -> None:
     if far:
         return
     (cx, cy), w, h = figure.at(x, up), figure.length(72), figure.length(62)
-    canvas.box(cx - w, cy - h, cx + w, cy + h, person.bag_colour)
+    canvas.box(cx - w, cy - h, cx + w, cy + h, person.bag_color)
     canvas.box(cx - w, cy - h, cx + w, cy - h // 3, dark)

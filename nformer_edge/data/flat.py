@@ -28,12 +28,10 @@ def image_names(folder: Path) -> list[str]:
         DataError: if the folder is missing or holds no image.
     """
     if not folder.is_dir():
-        raise DataError(
-            str(folder), got="no such folder", expected="a folder of images", mend="Unpack the dataset again."
-        )
+        raise DataError(str(folder), "no such folder", "a folder of images", "Unpack the dataset again.")
     names = sorted(n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
     if not names:
-        raise DataError(str(folder), got="zero images", expected=" ".join(SUFFIXES), mend="Unpack the dataset again.")
+        raise DataError(str(folder), "zero images", " ".join(SUFFIXES), "Unpack the dataset again.")
     return names
 
 
@@ -44,9 +42,11 @@ def _read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[I
     if bad:
         count = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise DataError(
-            str(folder / bad[0]), got=f"a name that does not parse{count}", expected=f"one like {example}",
-            mend="Rename or remove it, or name the dataset's layout.",
-        )  # fmt: skip
+            str(folder / bad[0]),
+            f"a name that does not parse{count}",
+            f"one like {example}",
+            "Rename or remove it, or name the dataset's layout.",
+        )
     return [
         ImageRecord(os.path.join(folder, name), int(match[1]), int(match[2]))
         for name, match in zip(names, matches, strict=True)
@@ -57,11 +57,13 @@ def _read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[I
 def _read(root: Path, name: str, pattern: re.Pattern[str], example: str) -> Dataset:
     splits = {split: _read_folder(root / folder, pattern, example) for split, folder in FOLDERS.items()}
     return Dataset(
-        name, str(root),
-        train=tuple(splits["train"]), query=tuple(splits["query"]),
+        name,
+        str(root),
+        train=tuple(splits["train"]),
+        query=tuple(splits["query"]),
         gallery=tuple(r for r in splits["gallery"] if r.pid != JUNK),
         junk=tuple(r for r in splits["gallery"] if r.pid == JUNK),
-    )  # fmt: skip
+    )
 
 
 def _has_names(folder: Path, pattern: re.Pattern[str]) -> bool:

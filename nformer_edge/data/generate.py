@@ -36,7 +36,7 @@ class GenerateSpec:
         cameras: at least two, so that a query has a match under another camera.
         seen_by: each person walks past this many cameras (at most `cameras`).
         images: of one person by one camera; in the test split one of them is the query.
-        alike: people come in groups of this many in the same main colours.
+        alike: people come in groups of this many in the same main colors.
         distractors: gallery images of people whom no query asks for, or of nobody (identity 0).
         junk: badly framed gallery images of people who are asked for (identity -1).
         height, width: pixels of every image.
@@ -56,16 +56,36 @@ class GenerateSpec:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("seed", 0), ("train_ids", 2), ("test_ids", 1), ("cameras", 2), ("seen_by", 2), ("images", 2), ("alike", 1),
-            ("distractors", 0), ("junk", 0), ("height", 32), ("width", 16),
-        ):  # fmt: skip
+            ("seed", 0),
+            ("train_ids", 2),
+            ("test_ids", 1),
+            ("cameras", 2),
+            ("seen_by", 2),
+            ("images", 2),
+            ("alike", 1),
+            ("distractors", 0),
+            ("junk", 0),
+            ("height", 32),
+            ("width", 16),
+        ):
             check_at_least(name, getattr(self, name), least)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> GenerateSpec:
         """For tests: 96 small images in about a second."""
-        return cls(seed, train_ids=6, test_ids=4, cameras=3, seen_by=3, images=3, alike=2, distractors=4, junk=2,
-                   height=64, width=32)  # fmt: skip
+        return cls(
+            seed,
+            train_ids=6,
+            test_ids=4,
+            cameras=3,
+            seen_by=3,
+            images=3,
+            alike=2,
+            distractors=4,
+            junk=2,
+            height=64,
+            width=32,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,8 +162,8 @@ def generate_dataset(out: str | os.PathLike[str], spec: GenerateSpec | None = No
     spec = spec or GenerateSpec()
     out = Path(out)
     if not force and out.is_dir() and any(out.iterdir()):
-        mend = "Choose another -o, or say --force to replace an earlier generated dataset."
-        raise ArtifactError(str(out), got="a folder with files in it", expected="nothing there yet", mend=mend)
+        hint = "Choose another -o, or say --force to replace an earlier generated dataset."
+        raise ArtifactError(str(out), "a folder with files in it", "nothing there yet", hint)
     total = sum(1 for _ in _shots(spec))
     digest = hashlib.sha256()
     with atomic_folder(out, "dataset") as folder:

@@ -42,9 +42,11 @@ class _Inside:
         path = os.path.join(self._root, plain)
         if leaves or not self._folder_stays(os.path.dirname(path)) or (os.path.islink(path) and not self._real(path)):
             raise DataError(
-                where, got=f"{name!r}, a way out of {self.root}", expected="a path inside that folder",
-                mend="Move the image there and write its relative path.",
-            )  # fmt: skip
+                where,
+                f"{name!r}, a way out of {self.root}",
+                "a path inside that folder",
+                "Move the image there and write its relative path.",
+            )
         return path
 
     def _folder_stays(self, folder: str) -> bool:
@@ -61,9 +63,7 @@ def _missing(paths: Iterable[str], where: str) -> None:
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(
-            missing[0], got=f"no such file{count}", expected=f"every image of {where}", mend="Copy it there."
-        )
+        raise DataError(missing[0], f"no such file{count}", f"every image of {where}", "Copy it there.")
 
 
 def looks_like_msmt17(root: Path) -> bool:
@@ -78,16 +78,16 @@ def read_msmt17(root: Path) -> Dataset:
     """
     folders = next((pair for pair in _MSMT17_FOLDERS if (root / pair[0]).is_dir()), None)
     if folders is None:
-        raise DataError(
-            str(root), got="neither train/ nor mask_train_v2/", expected="MSMT17", mend="Unpack the dataset again."
-        )
+        raise DataError(str(root), "neither train/ nor mask_train_v2/", "MSMT17", "Unpack the dataset again.")
     train, test = (root / folder for folder in folders)
     lists = {n: root / f"list_{n}.txt" for n in ("train", "val", "query", "gallery")}
     return Dataset(
-        "MSMT17", str(root),
+        "MSMT17",
+        str(root),
         train=_read_msmt17_list(train, lists["train"]) + _read_msmt17_list(train, lists["val"]),
-        query=_read_msmt17_list(test, lists["query"]), gallery=_read_msmt17_list(test, lists["gallery"]),
-    )  # fmt: skip
+        query=_read_msmt17_list(test, lists["query"]),
+        gallery=_read_msmt17_list(test, lists["gallery"]),
+    )
 
 
 def _read_msmt17_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
@@ -100,12 +100,14 @@ def _read_msmt17_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
         fields = name.rpartition("/")[2].split("_")
         if not pid.isdigit() or len(fields) < 4 or not fields[2].isdigit():
             raise DataError(
-                f"{file}, line {number}", got=f"{line.strip()!r}, which does not parse",
-                expected="one like 0000/0000_000_01_0303morning_0008_0.jpg 0", mend="Take the list of the archive.",
-            )  # fmt: skip
+                f"{file}, line {number}",
+                f"{line.strip()!r}, which does not parse",
+                "one like 0000/0000_000_01_0303morning_0008_0.jpg 0",
+                "Take the list of the archive.",
+            )
         records.append(ImageRecord(inside(name, f"{file}, line {number}"), int(pid) + 1, int(fields[2])))
     if not records:
-        raise DataError(str(file), got="zero images", expected="one image a line", mend="Unpack the dataset again.")
+        raise DataError(str(file), "zero images", "one image a line", "Unpack the dataset again.")
     _missing((r.path for r in records), file.name)
     return tuple(records)
 
@@ -114,13 +116,9 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as e:
-        raise DataError(
-            str(file), got="no such file", expected="a list of images", mend="Copy it beside the images."
-        ) from e
+        raise DataError(str(file), "no such file", "a list of images", "Copy it beside the images.") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(
-            str(file), got=f"an unreadable file ({e})", expected="UTF-8 text", mend="Save it as UTF-8."
-        ) from e
+        raise DataError(str(file), f"an unreadable file ({e})", "UTF-8 text", "Save it as UTF-8.") from e
 
 
 def _csv_file(root: Path) -> Path | None:
@@ -142,14 +140,16 @@ def read_csv(root: Path) -> Dataset:
     """
     file = _csv_file(root)
     if file is None:
-        raise DataError(str(root), got="no single .csv file", expected=",".join(_CSV_COLUMNS), mend="Pass the file.")
+        raise DataError(str(root), "no single .csv file", ",".join(_CSV_COLUMNS), "Pass the file.")
     rows = csv.DictReader(_lines(file))
     absent = [c for c in _CSV_COLUMNS if c not in (rows.fieldnames or ())]
     if absent:
         raise DataError(
-            str(file), got=f"no column {', '.join(absent)}", expected=f"the header {','.join(_CSV_COLUMNS)}",
-            mend="Write it as the first line.",
-        )  # fmt: skip
+            str(file),
+            f"no column {', '.join(absent)}",
+            f"the header {','.join(_CSV_COLUMNS)}",
+            "Write it as the first line.",
+        )
     splits: dict[str, list[ImageRecord]] = {split: [] for split in SPLITS}
     inside = _Inside(file.parent)
     for row in rows:
@@ -163,21 +163,20 @@ def read_csv(root: Path) -> Dataset:
 def _csv_record(inside: _Inside, where: str, row: dict[str, str]) -> tuple[str, ImageRecord]:
     values = {column: (row[column] or "").strip() for column in _CSV_COLUMNS}
     if values["split"] not in ("train", "query", "gallery"):
-        raise DataError(
-            where, got=f"split {values['split']!r}", expected="train, query or gallery", mend="Mend the row."
-        )
+        raise DataError(where, f"split {values['split']!r}", "train, query or gallery", "Correct the row.")
     try:
         pid, camid = int(values["pid"]), int(values["camid"] or UNKNOWN_CAMERA)
     except ValueError as e:
         raise DataError(
-            where, got=f"pid {values['pid']!r}, camid {values['camid']!r}", expected="whole numbers",
-            mend="Number the people from 1.",
-        ) from e  # fmt: skip
+            where, f"pid {values['pid']!r}, camid {values['camid']!r}", "whole numbers", "Number the people from 1."
+        ) from e
     if pid < JUNK or not values["path"] or (pid == JUNK and values["split"] != "gallery"):
         raise DataError(
-            where, got=f"path {values['path']!r} with pid {pid} in {values['split']}",
-            expected="a path, and a pid of 1 or more (in the gallery also 0 or -1)", mend="Mend the row.",
-        )  # fmt: skip
+            where,
+            f"path {values['path']!r} with pid {pid} in {values['split']}",
+            "a path, and a pid of 1 or more (in the gallery also 0 or -1)",
+            "Correct the row.",
+        )
     return values["split"], ImageRecord(inside(values["path"], where), pid, camid)
 
 
@@ -207,14 +206,16 @@ def read_folders(root: Path) -> Dataset:
     if not any(splits.values()):
         return _split_folders(root)
     number = _numbers({p.name for folders in splits.values() for p in folders})
-    records = {
-        s: [r for f in folders for r in _identity_records(f, number[f.name])] for s, folders in splits.items()
-    }  # fmt: skip
+    records = {s: [r for f in folders for r in _identity_records(f, number[f.name])] for s, folders in splits.items()}
     gallery = records["gallery"]
     return Dataset(
-        root.name, str(root), train=tuple(records["train"]), query=tuple(records["query"]),
-        gallery=tuple(r for r in gallery if r.pid != JUNK), junk=tuple(r for r in gallery if r.pid == JUNK),
-    )  # fmt: skip
+        root.name,
+        str(root),
+        train=tuple(records["train"]),
+        query=tuple(records["query"]),
+        gallery=tuple(r for r in gallery if r.pid != JUNK),
+        junk=tuple(r for r in gallery if r.pid == JUNK),
+    )
 
 
 def _numbers(names: set[str]) -> dict[str, int]:
@@ -233,9 +234,7 @@ def _identity_records(folder: Path, pid: int) -> list[ImageRecord]:
 def _split_folders(root: Path) -> Dataset:
     folders = sorted(_subfolders(root), key=lambda p: hashlib.sha256(p.name.encode()).digest())
     if not folders:
-        raise DataError(
-            str(root), got="no folders", expected="one folder per identity", mend="Put each person into one."
-        )
+        raise DataError(str(root), "no folders", "one folder per identity", "Put each person into one.")
     number = _numbers({p.name for p in folders})
     half = (len(folders) + 1) // 2
     train = [r for p in folders[:half] for r in _identity_records(p, number[p.name])]

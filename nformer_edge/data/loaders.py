@@ -45,10 +45,10 @@ def augment(
     first: int = 0,
     whole: int | None = None,
 ) -> np.ndarray:
-    """Normalises and augments a batch, or one rank's share of it.
+    """Normalizes and augments a batch, or one rank's share of it.
 
-    Padding is black before normalisation, as in the published recipe (torchvision's Pad); an erased rectangle
-    becomes the mean colour, 0 after normalisation.
+    Padding is black before normalization, as in the published recipe (torchvision's Pad); an erased rectangle
+    becomes the mean color, 0 after normalization.
 
     Args:
         pixels: uint8 [B, H, W, 3], RGB, of the spec's size; left as it is.
@@ -94,14 +94,14 @@ class TrainImages:
 
     Args:
         records: training images; every pid >= 1.
-        spec: size and normalisation.
+        spec: size and normalization.
         cache_mib: keep the decoded uint8 images when they take at most this many MiB; otherwise every batch is
             decoded anew.
     """
 
     def __init__(self, records: Sequence[ImageRecord], spec: PreprocessSpec, cache_mib: int = 2048) -> None:
         if not records:
-            raise DataError("training images", got="none", expected="at least two people", mend="Check the dataset.")
+            raise DataError("training images", "none", "at least two people", "Check the dataset.")
         self.records = tuple(records)
         self.spec = spec
         self.pids = np.array([r.pid for r in self.records], dtype=np.int64)
@@ -146,17 +146,24 @@ class TrainLoader:
     """
 
     def __init__(
-        self, images: TrainImages, sampler: PKSampler, recipe: AugmentSpec | None = None, seed: int = 0,
-        rank: int = 0, ranks: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        images: TrainImages,
+        sampler: PKSampler,
+        recipe: AugmentSpec | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.images, self.sampler, self.recipe, self.seed = images, sampler, recipe or AugmentSpec(), seed
         self.rank, self.ranks = rank, ranks
         self.epoch = self.start = 0
         if sampler.p % ranks:
             raise UsageError(
-                "p", got=f"{sampler.p} identities a batch for {ranks} ranks", expected=f"a multiple of {ranks}",
-                mend="Change p in the configuration, or the number of processes.",
-            )  # fmt: skip
+                "p",
+                f"{sampler.p} identities a batch for {ranks} ranks",
+                f"a multiple of {ranks}",
+                "Change p in the configuration, or the number of processes.",
+            )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The next iteration draws what belongs to `epoch`, without its first `start` batches."""
@@ -172,9 +179,7 @@ class TrainLoader:
         count = len(rows) // self.ranks
         first = self.rank * count
         mine = rows[first : first + count]
-        images = augment(
-            self.images.pixels(mine), self.images.spec, self.recipe, rng, first=first, whole=len(rows)
-        )  # fmt: skip
+        images = augment(self.images.pixels(mine), self.images.spec, self.recipe, rng, first=first, whole=len(rows))
         return torch.from_numpy(images), torch.from_numpy(self.images.labels[mine])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

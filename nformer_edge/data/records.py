@@ -1,4 +1,4 @@
-"""What a reader hands on: labelled image paths, split as the benchmark splits them."""
+"""What a reader hands on: labeled image paths, split as the benchmark splits them."""
 
 from __future__ import annotations
 

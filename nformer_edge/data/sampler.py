@@ -32,9 +32,8 @@ class PKSampler:
         self.rows = [np.flatnonzero(self.pids == pid) for pid in np.unique(self.pids)]
         if len(self.rows) < 2:
             raise DataError(
-                "training images", got=f"{len(self.rows)} identities", expected="at least two",
-                mend="Add images of other people.",
-            )  # fmt: skip
+                "training images", f"{len(self.rows)} identities", "at least two", "Add images of other people."
+            )
         self.p, self.k, self.seed, self.epoch = min(p, len(self.rows)), k, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

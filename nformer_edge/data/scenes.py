@@ -1,4 +1,4 @@
-"""Cameras: where they hang, what is behind the people, what stands in front of them, and how colours come out."""
+"""Cameras: where they hang, what is behind the people, what stands in front of them, and how colors come out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nformer_edge.data.drawing import Canvas, Colour, Draw, Stripes, blur, halve
+from nformer_edge.data.drawing import Canvas, Color, Draw, Stripes, blur, halve
 from nformer_edge.data.figures import CLOTHES, Person, Pose, paint
 
 BACKGROUNDS = ("wall", "grass", "road", "tiles", "fence", "shop")
 
-_GROUNDS: tuple[Colour, ...] = (
-    (150, 142, 130), (92, 122, 74), (112, 114, 120), (176, 168, 150), (128, 104, 86), (84, 92, 104),
-)  # fmt: skip
+_GROUNDS: tuple[Color, ...] = (
+    (150, 142, 130),
+    (92, 122, 74),
+    (112, 114, 120),
+    (176, 168, 150),
+    (128, 104, 86),
+    (84, 92, 104),
+)
 _CASTS = (
-    (256, 256, 256), (300, 250, 196), (196, 244, 306), (232, 284, 214), (286, 226, 268), (206, 206, 226),
-    (312, 282, 236), (176, 216, 236),
-)  # fmt: skip
+    (256, 256, 256),
+    (300, 250, 196),
+    (196, 244, 306),
+    (232, 284, 214),
+    (286, 226, 268),
+    (206, 206, 226),
+    (312, 282, 236),
+    (176, 216, 236),
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,9 @@ class Camera:
     Args:
         number: as in the file names, from 1.
         background: one of BACKGROUNDS.
-        ground, wall: the scene's two colours.
+        ground, wall: the scene's two colors.
         gains: red, green and blue times this over 256.
-        contrast: deviation from mid-grey times this over 256.
+        contrast: deviation from mid-gray times this over 256.
         offset: added to every channel, -255..255.
         views: the views that people show it, the commonest several times.
         height_percent: the figure's height in the frame.
@@ -41,8 +52,8 @@ class Camera:
 
     number: int
     background: str
-    ground: Colour
-    wall: Colour
+    ground: Color
+    wall: Color
     gains: tuple[int, int, int]
     contrast: int
     offset: int
@@ -55,7 +66,7 @@ class Camera:
 
 
 def make_cameras(seed: int, count: int) -> tuple[Camera, ...]:
-    """`count` cameras; neighbours in number differ in cast, background and view."""
+    """`count` cameras; neighbors in number differ in cast, background and view."""
     draw = Draw(seed, "cameras")
     casts, grounds, views = (
         draw.shuffle(_CASTS),
@@ -65,14 +76,23 @@ def make_cameras(seed: int, count: int) -> tuple[Camera, ...]:
     cameras = []
     for i in range(count):
         most = views[i % 4]
-        cameras.append(Camera(
-            number=i + 1, background=BACKGROUNDS[i % len(BACKGROUNDS)],
-            ground=grounds[i % len(grounds)], wall=grounds[(i + 2) % len(grounds)],
-            gains=casts[i % len(casts)], contrast=draw.between(150, 270), offset=draw.between(-26, 30),
-            views=(most, most, most, draw.pick(("front", "back")), draw.pick(("left", "right"))),
-            height_percent=draw.between(76, 94), aspect=draw.between(900, 1180),
-            blurs=draw.between(0, 2), noise=draw.between(6, 22), shade=draw.between(-90, 90),
-        ))  # fmt: skip
+        cameras.append(
+            Camera(
+                number=i + 1,
+                background=BACKGROUNDS[i % len(BACKGROUNDS)],
+                ground=grounds[i % len(grounds)],
+                wall=grounds[(i + 2) % len(grounds)],
+                gains=casts[i % len(casts)],
+                contrast=draw.between(150, 270),
+                offset=draw.between(-26, 30),
+                views=(most, most, most, draw.pick(("front", "back")), draw.pick(("left", "right"))),
+                height_percent=draw.between(76, 94),
+                aspect=draw.between(900, 1180),
+                blurs=draw.between(0, 2),
+                noise=draw.between(6, 22),
+                shade=draw.between(-90, 90),
+            )
+        )
     return tuple(cameras)
 
 
@@ -119,8 +139,8 @@ def _pose(camera: Camera, draw: Draw, canvas: Canvas, framing: Framing) -> Pose:
     return Pose(draw.pick(camera.views), draw.between(0, 15), x, foot, high * percent // 100, camera.aspect)
 
 
-def _darker(colour: Colour, by: int) -> Colour:
-    r, g, b = (max(0, min(255, c + by)) for c in colour)
+def _darker(color: Color, by: int) -> Color:
+    r, g, b = (max(0, min(255, c + by)) for c in color)
     return r, g, b
 
 
@@ -129,9 +149,13 @@ def _background(canvas: Canvas, camera: Camera, draw: Draw) -> None:
     horizon = high * draw.between(30, 62) // 100
     shift = draw.between(0, 200)
     patterns = {
-        "wall": ("checks", 34), "grass": ("rows", 14), "road": ("lower half", 2), "tiles": ("checks", 20),
-        "fence": ("columns", 22), "shop": ("columns", 74),
-    }  # fmt: skip
+        "wall": ("checks", 34),
+        "grass": ("rows", 14),
+        "road": ("lower half", 2),
+        "tiles": ("checks", 20),
+        "fence": ("columns", 22),
+        "shop": ("columns", 74),
+    }
     kind, period = patterns[camera.background]
     light = _darker(camera.wall, draw.between(-14, 14))
     lined = Stripes(kind, _darker(light, -22), shift, horizon // 2 if kind == "lower half" else shift, period)
@@ -142,11 +166,7 @@ def _background(canvas: Canvas, camera: Camera, draw: Draw) -> None:
     for _ in range(draw.between(0, 3)):  # things that stand about
         x, w, top = draw.between(-20, wide), draw.between(8, wide // 2), horizon - draw.between(0, high // 3)
         canvas.box(
-            x,
-            top,
-            x + w,
-            horizon + draw.between(0, high // 6),
-            _darker(draw.pick(_GROUNDS), draw.between(-50, 40)),
+            x, top, x + w, horizon + draw.between(0, high // 6), _darker(draw.pick(_GROUNDS), draw.between(-50, 40))
         )
 
 
@@ -159,23 +179,23 @@ def _shadow(canvas: Canvas, pose: Pose) -> None:
 def _occlude(canvas: Canvas, draw: Draw) -> None:
     """Something between the camera and the person: a post, a low wall, or another passer-by's shoulder."""
     high, wide = canvas.pixels.shape[:2]
-    colour = _darker(draw.pick(draw.pick((_GROUNDS, CLOTHES))), draw.between(-30, 20))
+    color = _darker(draw.pick(draw.pick((_GROUNDS, CLOTHES))), draw.between(-30, 20))
     kind = draw.pick(("post", "low wall", "passer-by"))
     if kind == "post":
         x = draw.between(0, wide)
-        canvas.box(x, 0, x + draw.between(wide // 12, wide // 4), high, colour)
+        canvas.box(x, 0, x + draw.between(wide // 12, wide // 4), high, color)
     elif kind == "low wall":
         top = high * draw.between(58, 82) // 100
-        canvas.box(0, top, wide, high, colour, Stripes("columns", _darker(colour, -25), draw.between(0, 60), 0, 30))
+        canvas.box(0, top, wide, high, color, Stripes("columns", _darker(color, -25), draw.between(0, 60), 0, 30))
     else:
         x, y = draw.pick((0, wide)), high * draw.between(25, 55) // 100
         half = wide * draw.between(20, 34) // 100
         canvas.ellipse(x, y, half * 2 // 3, half * 3 // 4, draw.pick(_GROUNDS))
-        canvas.ellipse(x, y + half // 2 + high // 3, half, high // 3, colour)
+        canvas.ellipse(x, y + half // 2 + high // 3, half, high // 3, color)
 
 
 def _develop(pixels: np.ndarray, camera: Camera, draw: Draw) -> np.ndarray:
-    """Light, colour cast, lens and sensor. Integer arithmetic with floor shifts all the way."""
+    """Light, color cast, lens and sensor. Integer arithmetic with floor shifts all the way."""
     image = halve(pixels)
     wide = image.shape[1]
     light = 256 + draw.between(-26, 26)

@@ -14,9 +14,12 @@ def summarize(dataset: Dataset) -> list[dict[str, Any]]:
     """
     distractors = tuple(r for r in dataset.gallery if r.pid == DISTRACTOR)
     rows = (
-        ("train", dataset.train), ("query", dataset.query), ("gallery", dataset.gallery),
-        ("of these distractors", distractors), ("junk", dataset.junk),
-    )  # fmt: skip
+        ("train", dataset.train),
+        ("query", dataset.query),
+        ("gallery", dataset.gallery),
+        ("of these distractors", distractors),
+        ("junk", dataset.junk),
+    )
     return [
         {
             "split": name,

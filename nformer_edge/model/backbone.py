@@ -49,9 +49,11 @@ class BatchNormNeck(nn.Module):
         super().__init__()
         if inputs != features:
             raise UsageError(
-                "features", got=f"{features} with neck bn", expected=f"{inputs}, the trunk's channels",
-                mend="Give that number, or use bnneck, which projects.",
-            )  # fmt: skip
+                "features",
+                f"{features} with neck bn",
+                f"{inputs}, the trunk's channels",
+                "Give that number, or use bnneck, which projects.",
+            )
         self.bn = nn.BatchNorm1d(features)
         self.bn.bias.requires_grad_(False)
 

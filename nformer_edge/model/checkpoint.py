@@ -54,13 +54,9 @@ def save_checkpoint(
         ArtifactError: if the spec says other than what is given, or the disk is full.
     """
     if (spec.head is None) != (head is None) or (head is not None and head.spec != spec.head):
-        raise ArtifactError(
-            str(path), got="a head that the spec does not name", expected=str(spec.head), mend="Pass matching parts."
-        )
+        raise ArtifactError(str(path), "a head that the spec does not name", str(spec.head), "Pass matching parts.")
     if backbone is not None and backbone.spec != spec.backbone:
-        raise ArtifactError(
-            str(path), got=f"a backbone {backbone.spec}", expected=str(spec.backbone), mend="Pass matching parts."
-        )
+        raise ArtifactError(str(path), f"a backbone {backbone.spec}", str(spec.backbone), "Pass matching parts.")
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("backbone", backbone), ("head", head)):
         if module is not None:
@@ -82,7 +78,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         extra = json.loads(metadata["extra"])
     except (NFormerEdgeError, KeyError, ValueError) as e:
         raise ArtifactError(
-            str(path), got=f"an unreadable spec ({e})", expected="this version's", mend="Train again with this version."
+            str(path), f"an unreadable spec ({e})", "this version's", "Train again with this version."
         ) from e
     backbone = head = None
     if any(name.startswith("backbone.") for name in tensors):
@@ -103,7 +99,9 @@ def _fill(path: str | os.PathLike[str], module: nn.Module, tensors: dict[str, Te
     for what, names in (("no tensor", missing), ("an unknown tensor", unknown), ("another shape for", wrong)):
         if names:
             raise ArtifactError(
-                str(path), got=f"{what} {prefix}{names[0]} ({len(names)} such)",
-                expected="the tensors that its spec needs", mend="Train or import it again with this version.",
-            )  # fmt: skip
+                str(path),
+                f"{what} {prefix}{names[0]} ({len(names)} such)",
+                "the tensors that its spec needs",
+                "Train or import it again with this version.",
+            )
     module.load_state_dict(state)

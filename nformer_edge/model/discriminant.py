@@ -2,7 +2,7 @@
 
 Weights from elsewhere see a new camera site through directions in which images of one person differ from camera to
 camera. The first layer's perceptron starts as the linear map that makes such differences small, and the layers after it
-as the mean over reciprocal neighbours in the mapped space. Neighbours average out what differs between images of one
+as the mean over reciprocal neighbors in the mapped space. Neighbors average out what differs between images of one
 camera, but not what differs between cameras: where cameras are known, the map is fitted to the latter.
 """
 
@@ -21,7 +21,7 @@ from nformer_edge.model.start import FLOOR, relate_by_cosine
 #: Weight of what varies within a camera, beside what varies from camera to camera at 1.
 WITHIN_CAMERA = 0.1
 
-#: Where `Bend` bends, above the lowest value of a layer-normalised row, and how sharply.
+#: Where `Bend` bends, above the lowest value of a layer-normalized row, and how sharply.
 KNOTS = (0.3, 1.2)
 SLOPE = 3.0
 
@@ -35,7 +35,7 @@ def discriminant(
 ) -> tuple[Tensor, Tensor]:
     """The linear map ``(x - mean) w``: whitens what varies within a person, stretches what varies between people.
 
-    Within-class covariance normalisation (Hatch et al., Interspeech 2006), then each principal direction of the
+    Within-class covariance normalization (Hatch et al., Interspeech 2006), then each principal direction of the
     people's means times its variance to the power `between`, then a fixed rotation: scores stay as they are, and no
     axis stands for one direction, so that a batch norm behind it cannot undo the stretch. Mapped rows have mean
     square length D.
@@ -90,7 +90,7 @@ class Bend(NamedTuple):
     """The concave function ``scale u + sum_j bends[j] gelu(SLOPE (u - KNOTS[j]))`` of ``u = x - low``, for each number.
 
     It stands for a power of `u`: channels behind a ReLU are skewed, and their largest values say too much (power
-    normalisation, Perronnin et al., ECCV 2010).
+    normalization, Perronnin et al., ECCV 2010).
     """
 
     low: float
@@ -100,7 +100,7 @@ class Bend(NamedTuple):
     @classmethod
     def fit(
         cls,
-        x: Tensor,  # [M, D], layer-normalised
+        x: Tensor,  # [M, D], layer-normalized
         power: float,
     ) -> Bend:
         """The nearest to ``u ** power``, by least squares over about 500 rows."""
@@ -133,17 +133,17 @@ def start_as_discriminant(
     cameras: Tensor | None = None,  # int64 [M]
     power: float = 1.0,
 ) -> None:
-    """Sets the weights: layer 1 maps by `discriminant`, the others add the mean of the reciprocal neighbours there.
+    """Sets the weights: layer 1 maps by `discriminant`, the others add the mean of the reciprocal neighbors there.
 
     Queries and keys start so that the landmark product approximates the cosine of what the layer sees. Under the
-    affinity rule layer 1 relates nothing, since neighbours are better chosen after the map; under the features rule,
-    whose neighbours are given, it takes part like the others.
+    affinity rule layer 1 relates nothing, since neighbors are better chosen after the map; under the features rule,
+    whose neighbors are given, it takes part like the others.
 
     Args:
         head: changed in place.
         features: training features, as the head will get them.
-        strength: weight of the neighbours' mean against the image's own feature.
-        sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
+        strength: weight of the neighbors' mean against the image's own feature.
+        sharpness: softmax logit of a neighbor with cosine 1 against one with cosine 0.
         cameras: as `discriminant` takes them.
         power: the map is of each number raised to this power, as `Bend` does it; 1 leaves them.
 
@@ -153,9 +153,11 @@ def start_as_discriminant(
     spec = head.spec
     if spec.rule == "affinity" and spec.layers < 2:
         raise UsageError(
-            "layers", got=spec.layers, expected="2 or more for the discriminant start under the affinity rule",
-            mend="Give the head another layer, or start it as the reciprocal mean.",
-        )  # fmt: skip
+            "layers",
+            spec.layers,
+            "2 or more for the discriminant start under the affinity rule",
+            "Give the head another layer, or start it as the reciprocal mean.",
+        )
     x = head.scaled(features)
     for layer, block in enumerate(head.h):
         relates = layer > 0 or spec.rule == "features"

@@ -1,6 +1,6 @@
 """The NFormer head (Wang et al., CVPR 2022) under the parameter names of the published code.
 
-Letters: N images seen together, D features, H heads, l landmarks, K neighbours.
+Letters: N images seen together, D features, H heads, l landmarks, K neighbors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model.operators import operators
+from nformer_edge.ops.operators import operators
 
 #: Rows that inference takes through a block's row-wise parts at once: what lies between them then stays in the CPU's
 #: cache (1024 x 1024 floats) instead of going to memory and back.
@@ -48,7 +48,7 @@ class Projection(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with the published names `g` and `b`, epsilon 1e-5 inside the root."""
+    """Layer normalization with the published names `g` and `b`, epsilon 1e-5 inside the root."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def _seen_by(agents: Agents, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Landmark agent attention with the reciprocal neighbour softmax (sections 3.2 and 3.3).
+    """Landmark agent attention with the reciprocal neighbor softmax (sections 3.2 and 3.3).
 
     The affinity of all pairs is ``(q k_l^T)(k q_l^T)^T`` and never stored: the operators take its two factors. With no
     more landmarks than D / H these are ``a = q k_l^T`` and ``b = k q_l^T``, of length R = l. With more they are
@@ -175,7 +175,7 @@ def _unit(x: Tensor) -> Tensor:  # [N, D] -> [N, D]
 
 
 class NFormer(nn.Module):
-    """Features of N images in, features that know their neighbours out.
+    """Features of N images in, features that know their neighbors out.
 
     The same input and landmarks give the same output: nothing is drawn inside.
     """
@@ -225,18 +225,24 @@ class NFormer(nn.Module):
     def _check(self, features: Tensor, landmarks: Tensor) -> None:
         if features.dim() != 2 or features.shape[1] != self.spec.features:
             raise UsageError(
-                "features", got=f"shape {tuple(features.shape)}", expected=f"[N, {self.spec.features}]",
-                mend="Embed the images with the backbone that this head was trained on.",
-            )  # fmt: skip
+                "features",
+                f"shape {tuple(features.shape)}",
+                f"[N, {self.spec.features}]",
+                "Embed the images with the backbone that this head was trained on.",
+            )
         rows = features.shape[0]
         fits = landmarks.dim() == 2 and landmarks.shape[0] == self.spec.layers and landmarks.shape[1] >= 1
         if not fits or landmarks.dtype not in (torch.int32, torch.int64):
             raise UsageError(
-                "landmarks", got=f"shape {tuple(landmarks.shape)} {landmarks.dtype}",
-                expected=f"int32 [{self.spec.layers}, l]", mend="Draw them with core.ops.draw_landmarks.",
-            )  # fmt: skip
+                "landmarks",
+                f"shape {tuple(landmarks.shape)} {landmarks.dtype}",
+                f"int32 [{self.spec.layers}, l]",
+                "Draw them with core.ops.draw_landmarks.",
+            )
         if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
             raise UsageError(
-                "landmarks", got=f"{int(landmarks.min())}..{int(landmarks.max())}", expected=f"0..{rows - 1}",
-                mend="Draw them for this number of images.",
-            )  # fmt: skip
+                "landmarks",
+                f"{int(landmarks.min())}..{int(landmarks.max())}",
+                f"0..{rows - 1}",
+                "Draw them for this number of images.",
+            )

@@ -4,12 +4,12 @@ For query q the set is the gallery's N images and, last, q. Run anew, that is on
 the gallery alone keeps what every layer saw, projected and chose (`GalleryPass`); a query then costs what it changes:
 
 - its own row, in every layer;
-- the rows whose lists it enters, and those that it pushes out of a list: their reciprocal neighbours change;
-- through the layers, the reciprocal neighbours of any row that changed before.
+- the rows whose lists it enters, and those that it pushes out of a list: their reciprocal neighbors change;
+- through the layers, the reciprocal neighbors of any row that changed before.
 
 Landmarks are gallery images, the same for all queries, and their projections are those of the gallery's own pass.
 
-Letters: N gallery images, B queries taken at once, H heads, K neighbours, l landmarks, D features, R = min(l, D / H),
+Letters: N gallery images, B queries taken at once, H heads, K neighbors, l landmarks, D features, R = min(l, D / H),
 P changed rows: pairs of a query of the batch and an image of its set, the B queries themselves first. Image N is the
 query.
 """
@@ -26,21 +26,21 @@ from tqdm import tqdm
 
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.model.nformer import Agents, Block, NFormer
-from nformer_edge.model.operators import operators
+from nformer_edge.ops.operators import operators
 
-#: Changed rows whose neighbours' values are gathered at once: 2048 x 21 x 512 floats take 84 MiB.
+#: Changed rows whose neighbors' values are gathered at once: 2048 x 21 x 512 floats take 84 MiB.
 _ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Lists:
-    """The gallery's neighbour lists, and what it takes to say which of them a new image enters.
+    """The gallery's neighbor lists, and what it takes to say which of them a new image enters.
 
     Args:
         rows: [h, N, R] and `columns` [h, N, R], whose products are the scores; h is 1 under the features rule.
         chosen: int64 [h, N, K], -1 where there are fewer than K images.
         last: [h, N], the score in the last place; -infinity where the list is not full.
-        mutual: bool [h, N, K], whether each neighbour chose back.
+        mutual: bool [h, N, K], whether each neighbor chose back.
     """
 
     rows: Tensor
@@ -199,8 +199,8 @@ class Meeting:
         return images, torch.cat([mutual, joined[:, :, None]], dim=2)
 
     def reached(self, state: Changed) -> Changed:
-        """The pairs that a layer must compute: those that changed before it, those whose mutual neighbours did, and
-        those whose lists of mutual neighbours changed, in any head. `x` is left empty."""
+        """The pairs that a layer must compute: those that changed before it, those whose mutual neighbors did, and
+        those whose lists of mutual neighbors changed, in any head. `x` is left empty."""
         size = self.entered.shape[2]
         mask = (self.entered & self.chosen).any(dim=0)
         for entered, mutual, chosen in zip(self.entered, self.lists.mutual, self.lists.chosen, strict=True):
@@ -243,7 +243,7 @@ def _advance(
 def _attend(
     a: Tensor, layer: Layer, patch: tuple[Tensor, Tensor, Tensor], images: Tensor, there: Tensor, mutual: Tensor
 ) -> Tensor:
-    """Softmax over the mutual neighbours, then the weighted sum of their values: [H, P, D / H], zero without any."""
+    """Softmax over the mutual neighbors, then the weighted sum of their values: [H, P, D / H], zero without any."""
     heads = []
     for h in range(len(a)):
         one = h if len(images) > 1 else 0

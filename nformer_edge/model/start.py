@@ -1,4 +1,4 @@
-"""Where the head's training starts: as the mean over reciprocal neighbours, which already ranks better than nothing."""
+"""Where the head's training starts: as the mean over reciprocal neighbors, which already ranks better than nothing."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def start_as_reciprocal_mean(
     strength: float = 1.0,
     sharpness: float | None = None,
 ) -> None:
-    """Sets the weights so that each layer adds to each image the plain mean of its reciprocal neighbours.
+    """Sets the weights so that each layer adds to each image the plain mean of its reciprocal neighbors.
 
     Values and projections become the identity, the perceptrons' outputs zero. Under the features rule queries and
-    keys start small, so that all neighbours weigh alike. Under the affinity rule they also choose the neighbours:
+    keys start small, so that all neighbors weigh alike. Under the affinity rule they also choose the neighbors:
     they start as a whitening of what the layer sees, so that the landmark product approximates the cosine there.
-    With `sharpness` they start so under both rules, and near neighbours weigh more (`relate_by_cosine`).
+    With `sharpness` they start so under both rules, and near neighbors weigh more (`relate_by_cosine`).
 
     Args:
         head: changed in place.
         features: training features, as the head will get them.
-        strength: weight of the neighbours' mean against the image's own feature.
-        sharpness: softmax logit of a neighbour with cosine 1 against one with cosine 0.
+        strength: weight of the neighbors' mean against the image's own feature.
+        sharpness: softmax logit of a neighbor with cosine 1 against one with cosine 0.
     """
     spec = head.spec
     size = spec.features // spec.heads
@@ -79,7 +79,7 @@ def relate_by_cosine(
     sharpness: float,
     landmarks: int,
 ) -> None:
-    """Makes the attention add `strength` times the neighbours' mean, weighted by ``softmax(sharpness * cosine)``.
+    """Makes the attention add `strength` times the neighbors' mean, weighted by ``softmax(sharpness * cosine)``.
 
     The cosine is that of rows less their mean, as the landmark product approximates it: its error falls with the
     square root of the number of landmarks.
@@ -91,8 +91,8 @@ def relate_by_cosine(
     attn.c_proj.w.copy_(strength * torch.eye(features))
     attn.c_proj.b.zero_()
     mean = x.mean(dim=0)
-    centred = (x - mean).double()
-    variance, directions = torch.linalg.eigh(centred.T @ centred / len(x))
+    centerd = (x - mean).double()
+    variance, directions = torch.linalg.eigh(centerd.T @ centerd / len(x))
     variance, directions = variance.flip(0)[:size], directions.flip(1)[:, :size]
     # landmarks stand between queries and keys with their own covariance: each side undoes half of it
     half = directions * variance.clamp_min(FLOOR * float(variance.max())) ** -0.25

@@ -26,13 +26,13 @@ class TensorFile:
     Args:
         kind: stands in the file's metadata; another kind is refused.
         expected: what an error says should have been there.
-        mend: what an error says to do where the file is none of this kind.
+        hint: what an error says to do where the file is none of this kind.
         version: of the layout; another one is refused.
     """
 
     kind: str
     expected: str
-    mend: str
+    hint: str
     version: str = "1"
 
     def write(self, path: str | os.PathLike[str], tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
@@ -56,29 +56,29 @@ class TensorFile:
         tensors, metadata = self._open(Path(path))
         if _digest(tensors, metadata) != metadata["sha256"]:
             raise ArtifactError(
-                str(path), got="contents that do not match their sha256", expected="the file as it was written",
-                mend="The file was changed: copy it or train again.",
-            )  # fmt: skip
+                str(path),
+                "contents that do not match their sha256",
+                "the file as it was written",
+                "The file was changed: copy it or train again.",
+            )
         return tensors, metadata
 
     def _open(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not path.is_file():
             got = "a folder" if path.is_dir() else "no such file"
-            raise ArtifactError(str(path), got=got, expected=self.expected, mend=self.mend)
+            raise ArtifactError(str(path), got, self.expected, self.hint)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 if metadata.get("kind") != self.kind or "sha256" not in metadata:
                     got = "another kind of .safetensors"
-                    raise ArtifactError(str(path), got=got, expected=self.expected, mend=self.mend)
+                    raise ArtifactError(str(path), got, self.expected, self.hint)
                 if metadata.get("version") != self.version:
                     got, wanted = f"version {metadata.get('version')}", f"version {self.version}"
-                    raise ArtifactError(str(path), got=got, expected=wanted, mend="Update nformer-edge.")
+                    raise ArtifactError(str(path), got, wanted, "Update nformer-edge.")
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
         except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-            raise ArtifactError(
-                str(path), got=f"a truncated or damaged file ({e})", expected=self.expected, mend="Copy it again."
-            ) from e
+            raise ArtifactError(str(path), f"a truncated or damaged file ({e})", self.expected, "Copy it again.") from e
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -93,7 +93,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _feed(digest: Any, data: bytes) -> None:
-    digest.update(struct.pack("<Q", len(data)))  # lengths keep neighbouring fields apart
+    digest.update(struct.pack("<Q", len(data)))  # lengths keep neighboring fields apart
     digest.update(data)
 
 

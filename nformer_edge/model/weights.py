@@ -78,7 +78,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ArtifactError: if the file is missing, damaged, or holds more than tensors.
     """
     if not Path(path).is_file():
-        raise ArtifactError(str(path), got="no such file", expected="published weights", mend="Check the path.")
+        raise ArtifactError(str(path), "no such file", "published weights", "Check the path.")
     try:
         if Path(path).suffix == ".safetensors":
             data: object = safetensors.torch.load_file(path)
@@ -86,22 +86,22 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ArtifactError(
-            str(path), got=f"a pickle of more than tensors, or none ({_first_line(e)})", expected="tensors only",
-            mend="If it is a whole pickled model, load it with its own project and save its state_dict().",
-        ) from e  # fmt: skip
-    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, EOFError) as e:
-        raise ArtifactError(
-            str(path), got=f"unreadable weights ({_first_line(e)})", expected="tensors only", mend=_MEND
+            str(path),
+            f"a pickle of more than tensors, or none ({_first_line(e)})",
+            "tensors only",
+            "If it is a whole pickled model, load it with its own project and save its state_dict().",
         ) from e
+    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, EOFError) as e:
+        raise ArtifactError(str(path), f"unreadable weights ({_first_line(e)})", "tensors only", _MEND) from e
     for wrapper in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
             data = data[wrapper]
             break
     if not isinstance(data, Mapping):
-        raise ArtifactError(str(path), got=type(data).__name__, expected="a state dictionary", mend=_MEND)
+        raise ArtifactError(str(path), type(data).__name__, "a state dictionary", _MEND)
     state = {re.sub(r"^module\.", "", str(k)): v for k, v in data.items() if isinstance(v, Tensor)}
     if not state:
-        raise ArtifactError(str(path), got="no tensors", expected="a state dictionary", mend=_MEND)
+        raise ArtifactError(str(path), "no tensors", "a state dictionary", _MEND)
     return state
 
 
@@ -131,7 +131,7 @@ def import_weights(
         head: fields of `HeadSpec` that are in no tensor, where they are not the published ones.
 
     Raises:
-        ArtifactError: if the file cannot be read or recognised, or matches in part and `partial` is False.
+        ArtifactError: if the file cannot be read or recognized, or matches in part and `partial` is False.
     """
     state = read_state(path)
     plan = _plan(path, state, Wanted(spec, preprocess, stem, head or {}))
@@ -141,14 +141,15 @@ def import_weights(
     modules = _untrained(plan)
     match = _fill(modules, plan, state)
     if not match.matched:
-        raise ArtifactError(str(path), got="no tensor that fits", expected=plan.spec.backbone.arch, mend=_MEND)
+        raise ArtifactError(str(path), "no tensor that fits", plan.spec.backbone.arch, _MEND)
     if not match.whole and not partial:
         first = [f"{what} is {names[0]}" for what, names in _incomplete(match) if names]
         raise ArtifactError(
-            str(path), got=f"{match}; {'; '.join(first)}",
-            expected=f"all of {plan.spec.backbone.arch} and nothing else",
-            mend="Check the architecture, or allow a partial match with --partial.",
-        )  # fmt: skip
+            str(path),
+            f"{match}; {'; '.join(first)}",
+            f"all of {plan.spec.backbone.arch} and nothing else",
+            "Check the architecture, or allow a partial match with --partial.",
+        )
     extra = {"imported": Path(path).name, "imported_sha256": sha256_file(path), "layout": match.layout}
     backbone, found_head = modules["backbone"], modules.get("head")
     assert isinstance(backbone, Backbone), "made above"
@@ -165,13 +166,15 @@ def _plan(path: str | os.PathLike[str], state: dict[str, Tensor], wanted: Wanted
         try:
             plan = layout(state, wanted)
         except ArtifactError as e:
-            raise ArtifactError(str(path), got=e.got, expected=e.expected, mend=e.mend) from e
+            raise ArtifactError(str(path), e.got, e.expected, e.hint) from e
         if plan is not None:
             return plan
     raise ArtifactError(
-        str(path), got=f"weights of an unknown layout (such as {next(iter(state))})", expected=_KNOWN,
-        mend="Rename its tensors as one of these names them.",
-    )  # fmt: skip
+        str(path),
+        f"weights of an unknown layout (such as {next(iter(state))})",
+        _KNOWN,
+        "Rename its tensors as one of these names them.",
+    )
 
 
 def _untrained(plan: Plan) -> dict[str, nn.Module]:
@@ -197,10 +200,14 @@ def _fill(modules: Mapping[str, nn.Module], plan: Plan, state: Mapping[str, Tens
     open_ = sorted(name for name in wanted if name not in found and not name.endswith(_COUNTER))
     anew = tuple(name for name in open_ if name.startswith(plan.anew))
     return Match(
-        plan.layout, tuple(sorted(name for name in found if not name.endswith(_COUNTER))), tuple(left),
-        tuple(name for name in left if name.startswith(plan.aside)), tuple(n for n in open_ if n not in anew), anew,
+        plan.layout,
+        tuple(sorted(name for name in found if not name.endswith(_COUNTER))),
+        tuple(left),
+        tuple(name for name in left if name.startswith(plan.aside)),
+        tuple(n for n in open_ if n not in anew),
+        anew,
         plan.notes,
-    )  # fmt: skip
+    )
 
 
 def import_checkpoint(
@@ -231,17 +238,25 @@ def import_checkpoint(
     checkpoint, match = import_weights(path, None, None, partial, stem, features, head)
     found = checkpoint.spec
     if arch is not None and found.backbone.arch != arch:
-        raise ArtifactError(str(path), got=found.backbone.arch, expected=arch, mend="Name what it holds.")
+        raise ArtifactError(str(path), found.backbone.arch, arch, "Name what it holds.")
     if imgsz:
         shape = replace(found.preprocess, height=imgsz[0], width=imgsz[1])
         checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, preprocess=shape))
     digest = save_checkpoint(out, checkpoint.spec, checkpoint.backbone, checkpoint.head, checkpoint.extra)
     return {
-        "kind": "import", "checkpoint": str(out), "sha256": digest, "layout": match.layout,
-        "model": to_dict(checkpoint.spec), "matched": list(match.matched), "left_over": list(match.left),
-        "not_needed": list(match.needless), "missing": list(match.missing), "starts_anew": list(match.anew),
-        "notes": list(match.notes), "summary": f"wrote {out}: {found.backbone.arch} from {match.layout}, {match}",
-    }  # fmt: skip
+        "kind": "import",
+        "checkpoint": str(out),
+        "sha256": digest,
+        "layout": match.layout,
+        "model": to_dict(checkpoint.spec),
+        "matched": list(match.matched),
+        "left_over": list(match.left),
+        "not_needed": list(match.needless),
+        "missing": list(match.missing),
+        "starts_anew": list(match.anew),
+        "notes": list(match.notes),
+        "summary": f"wrote {out}: {found.backbone.arch} from {match.layout}, {match}",
+    }
 
 
 def format_import(result: dict[str, Any]) -> str:
@@ -249,9 +264,11 @@ def format_import(result: dict[str, Any]) -> str:
     lines = [result["summary"]]
     stray = [name for name in result["left_over"] if name not in result["not_needed"]]
     for what, names in (
-        ("left over, not needed", result["not_needed"]), ("left over", stray), ("missing", result["missing"]),
+        ("left over, not needed", result["not_needed"]),
+        ("left over", stray),
+        ("missing", result["missing"]),
         ("starts untrained", result["starts_anew"]),
-    ):  # fmt: skip
+    ):
         if names:
             lines.append(f"  {what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
     return "\n".join([*lines, *(f"  {note}" for note in result["notes"])])

@@ -4,7 +4,7 @@
 //   -DNFORMER_ROW_TOP_K -DNFORMER_TYPE=float -DNFORMER_FACTORS=5 -DNFORMER_COUNT=20
 //   -DNFORMER_ATTENTION -DNFORMER_TYPE=__half -DNFORMER_COUNT=20
 //
-// NFORMER_FACTORS is R (0: not known), NFORMER_COUNT the length of a neighbour list. Whoever launches reads from the PTX
+// NFORMER_FACTORS is R (0: not known), NFORMER_COUNT the length of a neighbor list. Whoever launches reads from the PTX
 // how many threads a block has and how many rows it takes, and gives heads * ceil(rows / nformer_rows_per_block) blocks.
 #include "nformer/tasks.h"
 

@@ -96,7 +96,7 @@ template <int kCount>
 struct Chunk {
   float value[kCount];
 
-  // Element e of the chunk belongs to line (thread + e * kThreads) / kDepth: neighbouring threads read side by side.
+  // Element e of the chunk belongs to line (thread + e * kThreads) / kDepth: neighboring threads read side by side.
   // `from` is where the first line's chunk begins; `lines` and `left` say how many lines and factors there are.
   __device__ __forceinline__ void fetch(Source const& from, int lines, int left, int factors) {
     NFORMER_UNROLL

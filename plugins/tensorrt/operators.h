@@ -45,7 +45,7 @@ class RowTopK {
   int32_t k_ = 0;
 };
 
-// Softmax over the neighbours that chose each other; docs/operators.md.
+// Softmax over the neighbors that chose each other; docs/operators.md.
 class ReciprocalNeighborAttention {
  public:
   static constexpr char const* kName = "ReciprocalNeighborAttention";

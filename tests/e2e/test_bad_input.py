@@ -1,4 +1,4 @@
-"""Bad input: one line that says what was got and how to mend it, exit code 2, and nothing lost."""
+"""Bad input: one line that says what was got and what to do, exit code 2, and nothing lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.features import load_features, save_features
-from nformer_edge.engine.targets.machine import nvidia_driver
+from nformer_edge.core.machine import nvidia_driver
 
 Run = Callable[..., object]
 

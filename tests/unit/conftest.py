@@ -16,7 +16,7 @@ TINY = ModelSpec(
 )
 
 #: Rooms whose tests run PyTorch on tiny tensors.
-TORCH_ROOMS = ("engine", "model", "onnx", "train")
+TORCH_ROOMS = ("backends", "exporting", "model", "quantize", "training")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,14 +52,14 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint) -> Path:
     """The exported bundle of `tiny_checkpoint`. Do not write into it."""
-    from nformer_edge.onnx.export import export_bundle
+    from nformer_edge.exporting.export import export_bundle
 
     return export_bundle(tiny_checkpoint, tiny_checkpoint.parent / "bundle", landmark_seed=7)
 
 
 @pytest.fixture(scope="session")
 def tiny_market(tmp_path_factory) -> Path:
-    """A folder in Market-1501's layout: 6 people to train on, 3 to find, 3 cameras; each person a colour."""
+    """A folder in Market-1501's layout: 6 people to train on, 3 to find, 3 cameras; each person a color."""
     root = tmp_path_factory.mktemp("tiny-market")
     rng = np.random.default_rng(0)
     for folder, people, cameras in (
@@ -69,10 +69,31 @@ def tiny_market(tmp_path_factory) -> Path:
     ):
         (root / folder).mkdir()
         for pid in people:
-            colour = np.random.default_rng(pid).integers(40, 215, 3)
+            color = np.random.default_rng(pid).integers(40, 215, 3)
             for camera in cameras:
                 for shot in range(2):
-                    pixels = np.clip(colour + rng.normal(0, 20, (64, 32, 3)), 0, 255).astype(np.uint8)
+                    pixels = np.clip(color + rng.normal(0, 20, (64, 32, 3)), 0, 255).astype(np.uint8)
                     name = f"{pid:04d}_c{camera}s1_{shot:06d}_00.jpg"
                     Image.fromarray(pixels).save(root / folder / name, quality=95)
     return root
+
+
+@pytest.fixture(scope="session")
+def overflowing_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny model, with a first layer 1e6 times too large and the next ones as much smaller: ReLU lets it pass."""
+    import torch
+
+    from nformer_edge.exporting.export import export_bundle
+    from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+
+    whole = load_checkpoint(tiny_checkpoint)
+    trunk = whole.backbone.trunk
+    block = trunk.conv2[0]
+    with torch.no_grad():
+        for tensor in (trunk.conv1.bn.weight, trunk.conv1.bn.bias):
+            tensor *= 1e6
+        for layer in (block.conv1, block.downsample):
+            layer.conv.weight *= 1e-6
+    folder = tmp_path_factory.mktemp("overflowing")
+    save_checkpoint(folder / "m.safetensors", whole.spec, whole.backbone, whole.head)
+    return export_bundle(folder / "m.safetensors", folder / "bundle", landmark_seed=7)

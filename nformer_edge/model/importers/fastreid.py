@@ -37,9 +37,14 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
     )
     note = _NOTES[spec.backbone.stem]
     return Plan(
-        "FastReID BoT", spec, tensors, names, frozenset({"pixel_mean", "pixel_std"} & state.keys()),
-        aside=("heads.classifier.", "heads.weight", "heads.cls_layer."), notes=(note,) if note else (),
-    )  # fmt: skip
+        "FastReID BoT",
+        spec,
+        tensors,
+        names,
+        frozenset({"pixel_mean", "pixel_std"} & state.keys()),
+        aside=("heads.classifier.", "heads.weight", "heads.cls_layer."),
+        notes=(note,) if note else (),
+    )
 
 
 def _preprocess(state: State) -> PreprocessSpec:

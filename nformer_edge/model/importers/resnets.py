@@ -28,9 +28,11 @@ def resnet_arch(state: State, prefix: str = "") -> Arch:
     arch = _DEPTHS.get((bottleneck, depths))
     if arch is None:
         raise ArtifactError(
-            "weights", got=f"a ResNet of {'bottlenecks' if bottleneck else 'basic blocks'}, {depths} a stage",
-            expected="resnet18, resnet50 or resnet50_ibn_a", mend="Import weights of one of these.",
-        )  # fmt: skip
+            "weights",
+            f"a ResNet of {'bottlenecks' if bottleneck else 'basic blocks'}, {depths} a stage",
+            "resnet18, resnet50 or resnet50_ibn_a",
+            "Import weights of one of these.",
+        )
     with_ibn = f"{prefix}layer1.0.bn1.IN.weight" in state
     return "resnet50_ibn_a" if with_ibn and arch == "resnet50" else arch
 

@@ -12,7 +12,7 @@ from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, r
 from nformer_edge.model.importers.resnets import CHANNELS, resnet_arch
 
 _HEAD_NOTE = (
-    "A file does not say how many attention heads, neighbours and landmarks it was trained with:"
+    "A file does not say how many attention heads, neighbors and landmarks it was trained with:"
     " {heads}, {k} and {landmarks} are taken, as published."
 )
 _STEM_NOTE = "The stem has no ReLU, as that project trains it."
@@ -44,12 +44,17 @@ def plan_nformer(state: State, wanted: Wanted) -> Plan | None:
     arch = resnet_arch(state, f"{prefix}base.")
     features = int(state[f"{prefix}projection.weight"].shape[0])
     head = _head(state, features, wanted) if any(name.startswith("nformer.h.") for name in state) else None
-    names = renamed(state, [
-        (f"{prefix}base.fc.", None), (f"{prefix}base.", "backbone.trunk."),
-        (f"{prefix}projection.weight", "backbone.neck.projection.weight"),
-        (f"{prefix}bottleneck.", "backbone.neck.bn."),
-        ("nformer.h.", "head.h."), ("nformer.bottleneck.", "head.bottleneck."),
-    ])  # fmt: skip
+    names = renamed(
+        state,
+        [
+            (f"{prefix}base.fc.", None),
+            (f"{prefix}base.", "backbone.trunk."),
+            (f"{prefix}projection.weight", "backbone.neck.projection.weight"),
+            (f"{prefix}bottleneck.", "backbone.neck.bn."),
+            ("nformer.h.", "head.h."),
+            ("nformer.bottleneck.", "head.bottleneck."),
+        ],
+    )
     tensors = {ours: state[theirs] for ours, theirs in names.items()}
     folded = _fold_bias(tensors, state, f"{prefix}projection.bias")
     backbone = BackboneSpec(arch, features, "bnneck", _stem(arch))
@@ -66,7 +71,7 @@ def _stem(arch: str) -> Stem:
 
 
 def _head(state: State, features: int, wanted: Wanted) -> HeadSpec:
-    """Sizes by the tensors; the rest as published: neighbours by features, which testing brings to unit length."""
+    """Sizes by the tensors; the rest as published: neighbors by features, which testing brings to unit length."""
     layers = len({name.split(".")[2] for name in state if name.startswith("nformer.h.")})
     return HeadSpec(features, layers, **wanted.head)  # type: ignore[arg-type]
 

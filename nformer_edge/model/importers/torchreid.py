@@ -18,10 +18,11 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
     if backbone is None:
         if stem.shape[0] not in _WIDTHS or fc is None or fc.dim() != 2:
             raise ArtifactError(
-                "weights", got=f"an OSNet whose first convolution has {stem.shape[0]} channels",
-                expected="x0.25, x0.5, x0.75 or x1.0 with its fully connected layer",
-                mend="Import one of these.",
-            )  # fmt: skip
+                "weights",
+                f"an OSNet whose first convolution has {stem.shape[0]} channels",
+                "x0.25, x0.5, x0.75 or x1.0 with its fully connected layer",
+                "Import one of these.",
+            )
         backbone = BackboneSpec(_WIDTHS[stem.shape[0]], int(fc.shape[0]), "fc")
     neck = "backbone.neck.fc." if backbone.neck == "fc" else None
     names = renamed(state, [("fc.", neck), ("classifier.", None), ("", "backbone.trunk.")])

@@ -1,6 +1,6 @@
 // The two custom operators as CUDA launches: raw pointers and a stream in, an error code out.
 //
-// The contract is docs/operators.md. Nothing is allocated, nothing is synchronised, no scratch buffer is used.
+// The contract is docs/operators.md. Nothing is allocated, nothing is synchronized, no scratch buffer is used.
 // Offsets are 64-bit; a column number is an int32.
 #pragma once
 

@@ -317,7 +317,7 @@ struct LongRowBlock {
   }
 };
 
-// ---- ReciprocalNeighborAttention: a warp takes one row, its lanes the neighbours, then the values ----
+// ---- ReciprocalNeighborAttention: a warp takes one row, its lanes the neighbors, then the values ----
 
 template <class T>
 struct AttentionHead {
@@ -341,9 +341,9 @@ struct Neighborhood {
 
   typename W::Int neighbor[kSlots];
   typename W::Float weight[kSlots];
-  uint32_t counting[kSlots];  // a bit for each lane whose neighbour chose this row too
+  uint32_t counting[kSlots];  // a bit for each lane whose neighbor chose this row too
 
-  // A neighbour out of 0 .. rows - 1 (-1 above all) never counts, nor does one whose score is not finite.
+  // A neighbor out of 0 .. rows - 1 (-1 above all) never counts, nor does one whose score is not finite.
   template <class T>
   NFORMER_HD void find(AttentionHead<T> const& head, int64_t row) {
     NFORMER_UNROLL
@@ -376,7 +376,7 @@ struct Neighborhood {
     return entry;
   }
 
-  // Which of the neighbours at places start .. start + 3 have `row` in their own lists, as bits. The lanes read a list
+  // Which of the neighbors at places start .. start + 3 have `row` in their own lists, as bits. The lanes read a list
   // side by side, and four lists are under way at once to hide latency.
   template <class T>
   NFORMER_HD uint32_t chosen_by(AttentionHead<T> const& head, int start, int32_t row) const {
@@ -409,7 +409,7 @@ struct Neighborhood {
     return bits;
   }
 
-  // Fills `weight` with the softmax of scale * score over the counting neighbours. False: none counts.
+  // Fills `weight` with the softmax of scale * score over the counting neighbors. False: none counts.
   // The extreme score is subtracted before scaling, so that a large scale cannot overflow.
   template <class T>
   NFORMER_HD bool weigh(AttentionHead<T> const& head, int64_t row) {
@@ -455,8 +455,8 @@ struct Neighborhood {
     return true;
   }
 
-  // y[row] = sum of weight * v over the counting neighbours, in the order of the list; zero where none counts.
-  // A lane takes four elements side by side. Four neighbours are loaded before any is added, to hide latency.
+  // y[row] = sum of weight * v over the counting neighbors, in the order of the list; zero where none counts.
+  // A lane takes four elements side by side. Four neighbors are loaded before any is added, to hide latency.
   template <class T>
   NFORMER_HD void blend(AttentionHead<T> const& head, int64_t row) const {
     NFORMER_NO_UNROLL

@@ -7,7 +7,7 @@ namespace nformer {
 
 enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1 };
 
-// The longest neighbour list that a kernel holds in registers.
+// The longest neighbor list that a kernel holds in registers.
 inline constexpr int64_t kMaxNeighbors = 128;
 
 struct RowTopKTask {

@@ -21,7 +21,7 @@ def save(path: Path, size: tuple[int, int] = (20, 40), mode: str = "RGB") -> Pat
     return path
 
 
-def test_pixels_become_normalised_planes(tmp_path: Path) -> None:
+def test_pixels_become_normalized_planes(tmp_path: Path) -> None:
     Image.new("RGB", (16, 32), (255, 128, 0)).save(tmp_path / "a.png")
     planes = preprocess.preprocess_files([tmp_path / "a.png"], SPEC)
     assert planes.shape == (1, 3, 32, 16)
@@ -44,7 +44,7 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_other_color_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     assert preprocess.preprocess_files([save(tmp_path / "a.png", mode=mode)], SPEC).shape == (1, 3, 32, 16)
 
 

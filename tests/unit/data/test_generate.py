@@ -78,12 +78,12 @@ def test_every_query_has_a_match_under_another_camera(tiny: Dataset) -> None:
 
 def test_cameras_differ_more_than_images_of_one_camera() -> None:
     spec = GenerateSpec(train_ids=12, test_ids=1, distractors=0, junk=0, height=64, width=32)
-    colours: dict[str, list[np.ndarray]] = {}
+    colors: dict[str, list[np.ndarray]] = {}
     for path, pixels in draw_images(spec):
-        colours.setdefault(path.split("_c")[1][0], []).append(pixels.mean(axis=(0, 1)))
-    means = np.array([np.mean(c, axis=0) for c in colours.values()])
+        colors.setdefault(path.split("_c")[1][0], []).append(pixels.mean(axis=(0, 1)))
+    means = np.array([np.mean(c, axis=0) for c in colors.values()])
     assert len(means) == 6
-    within = np.mean([np.std(c, axis=0).mean() for c in colours.values()])
+    within = np.mean([np.std(c, axis=0).mean() for c in colors.values()])
     apart = [np.abs(a - b).max() for i, a in enumerate(means) for b in means[:i]]
     assert min(apart) > within
 

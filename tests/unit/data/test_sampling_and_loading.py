@@ -14,13 +14,7 @@ from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.data.sampler import PKSampler
 
 torch = pytest.importorskip("torch", reason="the loaders are torch's")
-from nformer_edge.data.loaders import (  # noqa: E402
-    AugmentSpec,
-    TrainImages,
-    augment,
-    evaluation_batches,
-    train_loader,
-)
+from nformer_edge.data.loaders import AugmentSpec, TrainImages, augment, evaluation_batches, train_loader  # noqa: E402
 
 SPEC = PreprocessSpec(48, 24)
 OFF = AugmentSpec(flip=0, pad=0, erase=0)

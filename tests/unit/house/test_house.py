@@ -30,7 +30,9 @@ def test_the_house_rules_hold(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("code", ["import nformer_edge", "import nformer_edge.cli", "import nformer_edge.runtime.open"])
+@pytest.mark.parametrize(
+    "code", ["import nformer_edge", "import nformer_edge.cli", "import nformer_edge.backends.open"]
+)
 def test_importing_loads_no_framework(code: str) -> None:
     script = f"import sys; {code}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

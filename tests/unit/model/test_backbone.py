@@ -37,7 +37,7 @@ def test_resnet_keeps_torchvision_names() -> None:
     assert len(names) == 318  # 320 in torchvision, of which fc.weight and fc.bias are its classifier
 
 
-def test_ibn_a_normalises_half_of_the_first_three_stages() -> None:
+def test_ibn_a_normalizes_half_of_the_first_three_stages() -> None:
     net = resnet50_ibn_a()
     places = [name for name, m in net.named_modules() if isinstance(m, IBN)]
     assert len(places) == 3 + 4 + 6
@@ -72,7 +72,7 @@ def test_last_stride_is_one(arch: Arch) -> None:
         assert Backbone(BackboneSpec(arch)).trunk(torch.randn(1, 3, 256, 128)).shape[2:] == (16, 8)
 
 
-def test_bn_neck_normalises_without_a_learned_shift() -> None:
+def test_bn_neck_normalizes_without_a_learned_shift() -> None:
     net = Backbone(BackboneSpec("resnet18", 32)).train()
     before, after = net.both(torch.randn(4, 3, 64, 32))
     want = (before - before.mean(0)) / (before.var(0, unbiased=False) + 1e-5).sqrt()

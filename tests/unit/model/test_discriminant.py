@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model import discriminant as module
 from nformer_edge.model.discriminant import Bend, discriminant, start_as_discriminant
 from nformer_edge.model.nformer import NFormer
+from nformer_edge.ops.contract import draw_landmarks
 
 
-def labelled(people: int = 40, each: int = 10, size: int = 16) -> tuple[Tensor, Tensor]:
+def labeled(people: int = 40, each: int = 10, size: int = 16) -> tuple[Tensor, Tensor]:
     """People who differ in all directions, under a disturbance that is strong in the first two."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(people), each)
@@ -30,26 +30,26 @@ def within(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_map_makes_what_varies_within_a_person_equal_in_all_directions() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     w, mean = discriminant(rows, labels, shrinkage=0, between=0)
     variance = torch.linalg.eigvalsh(within((rows - mean) @ w, labels))
     assert variance.max() / variance.min() == pytest.approx(1, abs=1e-9)
 
 
 def test_mapped_rows_have_mean_square_length_d() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     w, mean = discriminant(rows, labels)
     assert ((rows - mean) @ w).pow(2).sum(dim=1).mean() == pytest.approx(16)
 
 
 def test_labels_without_images_change_nothing() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     w, gaps = discriminant(rows, labels)[0], discriminant(rows, labels * 2)[0]
     assert torch.allclose(w @ w.T, gaps @ gaps.T)
 
 
 def test_what_varies_between_cameras_weighs_more_than_what_varies_within_one() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     cameras = torch.arange(len(labels)) % 2
     rows[:, 5] += 4.0 * cameras  # as much as many a person differs from the next
     plain, across = (discriminant(rows, labels, seen)[0] for seen in (None, cameras))
@@ -59,13 +59,13 @@ def test_what_varies_between_cameras_weighs_more_than_what_varies_within_one() -
 
 
 def test_cameras_that_nobody_shares_change_nothing() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     assert torch.equal(discriminant(rows, labels, labels)[0], discriminant(rows, labels)[0])
 
 
 def test_a_camera_with_many_images_of_a_person_weighs_no_more_than_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WITHIN_CAMERA", 0.0)
-    rows, labels = labelled()
+    rows, labels = labeled()
     cameras = torch.arange(len(labels)) % 2
     many = torch.cat([torch.arange(len(rows)), *[torch.where(cameras == 0)[0]] * 3])
     maps = [discriminant(rows[i], labels[i], cameras[i], between=0)[0] for i in (torch.arange(len(rows)), many)]
@@ -74,7 +74,7 @@ def test_a_camera_with_many_images_of_a_person_weighs_no_more_than_another(monke
 
 
 def test_first_layer_starts_as_the_map() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     torch.manual_seed(0)
     head = NFormer(HeadSpec(16, layers=2, heads=2, k=5, landmarks=8, rule="affinity")).double()
     start_as_discriminant(head, rows, labels)
@@ -94,7 +94,7 @@ def test_bend_is_near_the_power_it_stands_for() -> None:
 
 
 def test_first_layer_starts_as_the_map_of_powers() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     torch.manual_seed(0)
     head = NFormer(HeadSpec(16, layers=2, heads=2, k=5, landmarks=8, rule="affinity")).double()
     start_as_discriminant(head, rows, labels, power=0.7)
@@ -105,7 +105,7 @@ def test_first_layer_starts_as_the_map_of_powers() -> None:
 
 
 def test_landmark_product_starts_as_the_cosine_in_units_of_sharpness() -> None:
-    rows, labels = labelled(people=80, each=10)
+    rows, labels = labeled(people=80, each=10)
     torch.manual_seed(0)
     head = NFormer(HeadSpec(16, layers=2, heads=1, k=5, landmarks=800, rule="affinity")).double()
     start_as_discriminant(head, rows, labels, sharpness=3.0)
@@ -121,6 +121,6 @@ def test_landmark_product_starts_as_the_cosine_in_units_of_sharpness() -> None:
 
 
 def test_affinity_rule_needs_a_layer_after_the_map() -> None:
-    rows, labels = labelled()
+    rows, labels = labeled()
     with pytest.raises(UsageError, match="2 or more"):
         start_as_discriminant(NFormer(HeadSpec(16, layers=1, rule="affinity")), rows, labels)

@@ -86,7 +86,7 @@ PLAIN = PreprocessSpec()
     ],
     ids=["torchreid", "torchvision", "baseline", "baseline-ibn", "fastreid-1.3", "fastreid-1.0", "fastreid-0.1"],
 )  # fmt: skip
-def test_a_published_layout_is_recognised_and_matches_whole(
+def test_a_published_layout_is_recognized_and_matches_whole(
     write: Write,
     state: Callable[[], State],
     backbone: BackboneSpec,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model import ops
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.model.operators import using
+from nformer_edge.ops import reference as ops
+from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.ops.operators import using
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FILES = ("nformer_published_small", "nformer_published_raw_input")
@@ -54,7 +54,7 @@ def test_head_gives_the_published_outputs_within_float32_rounding(published: Pub
     assert (got - published.output).norm() <= 1e-5 * published.output.norm()
 
 
-def test_features_rule_finds_the_published_neighbours(published: Published) -> None:
+def test_features_rule_finds_the_published_neighbors(published: Published) -> None:
     unit = torch.nn.functional.normalize(published.features.double(), dim=1)[None]
     got = ops.row_top_k(unit, unit, published.spec.k)[0].numpy()
     assert np.array_equal(np.sort(got, axis=1), np.sort(published.arrays["neighbors"], axis=1))
@@ -101,7 +101,7 @@ def test_head_does_not_care_in_which_order_images_stand(rule: str) -> None:
         assert (head(features, landmarks)[order] - head(features[order], moved)).abs().max() <= 1e-10
 
 
-def test_affinity_rule_chooses_neighbours_for_each_layer_and_head() -> None:
+def test_affinity_rule_chooses_neighbors_for_each_layer_and_head() -> None:
     head, spec = make("affinity")
     calls = []
 
@@ -171,7 +171,7 @@ def test_head_names_the_feature_that_is_not_finite() -> None:
         head(features, torch.zeros(2, 3, dtype=torch.int32))
 
 
-def test_head_with_more_neighbours_than_images_equals_one_with_all_of_them() -> None:
+def test_head_with_more_neighbors_than_images_equals_one_with_all_of_them() -> None:
     many, _ = make(k=50)
     all_of_them, _ = make(k=6)
     features = torch.randn(6, 16)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nformer_edge.core.ops import draw_landmarks
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.model.operators import operators
 from nformer_edge.model.per_query import GalleryPass
+from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.ops.operators import operators
 
 
 def make_head(rule: str = "features", layers: int = 3, k: int = 5) -> NFormer:
@@ -26,9 +26,9 @@ def make_head(rule: str = "features", layers: int = 3, k: int = 5) -> NFormer:
 
 def crowd(people: int, shots: int, noise: float = 0.6) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(people, 1, 16, generator=generator, dtype=torch.float64)
+    centers = torch.randn(people, 1, 16, generator=generator, dtype=torch.float64)
     offsets = noise * torch.randn(people, shots, 16, generator=generator, dtype=torch.float64)
-    return (centres + offsets).flatten(0, 1)
+    return (centers + offsets).flatten(0, 1)
 
 
 def landmarks_of(head: NFormer, images: int) -> Tensor:

@@ -25,7 +25,7 @@ def _published() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("wrap", ["plain", "module", "state_dict"])
-def test_import_recognises_an_osnet_and_loads_it_whole(tmp_path: Path, published: dict[str, Tensor], wrap: str) -> None:
+def test_import_recognizes_an_osnet_and_loads_it_whole(tmp_path: Path, published: dict[str, Tensor], wrap: str) -> None:
     data: object = published
     if wrap == "module":
         data = {f"module.{k}": v for k, v in published.items()}

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fake_plugin
 
+from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
+from nformer_edge.backends.tensorrt.plugin import kernels as plugin_kernels
+from nformer_edge.backends.tensorrt.plugin import ptx
+from nformer_edge.backends.tensorrt.plugin.ahead import AheadOfTime
 from nformer_edge.core.errors import BackendError
-from nformer_edge.engine.plugin import ahead as plugin_ahead
-from nformer_edge.engine.plugin import kernels as plugin_kernels
-from nformer_edge.engine.plugin import ptx
-from nformer_edge.engine.plugin.ahead import AheadOfTime
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parents[2] / "plugins"
@@ -40,7 +41,6 @@ def load(path: Path) -> types.ModuleType:
     return module
 
 
-fake_plugin = load(HERE / "fake_plugin.py")
 logic = load(HERE / "test_row_logic.py")
 COMPILERS = ptx.find_compilers()
 needs_compiler = pytest.mark.skipif(
@@ -267,7 +267,7 @@ def test_row_top_k_launched_as_the_plan_says_finds_the_best_columns(plan, name):
 
 
 @pytest.mark.parametrize("name", ["shared lists", "own lists"])
-def test_attention_launched_as_the_plan_says_is_the_softmax_over_reciprocal_neighbours(plan, name):
+def test_attention_launched_as_the_plan_says_is_the_softmax_over_reciprocal_neighbors(plan, name):
     told, _ = plan(name)
     (value,) = (value for _, value, _, _ in NODES[name]["attributes"])
     kind = np.float32 if told["type"] == "FLOAT" else np.float16
@@ -337,7 +337,7 @@ def test_tensorrts_own_package_tells_a_plan_the_same(plan, tmp_path):
         folder = tmp_path / wheel.stem
         folder.mkdir()
         environment = {**os.environ, **collect.make_importable(wheel, folder)}
-        command = [sys.executable, HERE / "play_tensorrt.py", nodes, answers]
+        command = [sys.executable, HERE.parents[1] / "helpers" / "play_tensorrt.py", nodes, answers]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{wheel.name}\n{done.stdout}{done.stderr}"
         told = json.loads(answers.read_text())

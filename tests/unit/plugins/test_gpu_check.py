@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nformer_edge.model.ops import reciprocal_neighbor_attention, row_top_k
+from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
 
 PLUGINS = Path(__file__).parents[3] / "plugins"
 

@@ -159,7 +159,7 @@ def test_row_top_k_is_exact_on_small_integers_of_any_shape(row_logic, seed) -> N
     assert np.array_equal(row_logic.row_top_k(a.astype(np.float32), b.astype(np.float32), k), expected)
 
 
-def test_the_comparison_notices_a_wrong_neighbour() -> None:
+def test_the_comparison_notices_a_wrong_neighbor() -> None:
     a, b = draw(5, 1, 3, 5), draw(6, 1, 50, 5)
     right = reference_top_k(exact_scores(a, b), 10)
     assert_top_k_within_rounding(right, a, b, 10)
@@ -235,7 +235,7 @@ def test_attention_of_a_row_that_nobody_chose_is_exactly_zero(row_logic) -> None
     assert np.array_equal(got[0, 3], v[0, 4])
 
 
-def test_attention_counts_a_neighbour_whose_score_is_zero(row_logic) -> None:
+def test_attention_counts_a_neighbor_whose_score_is_zero(row_logic) -> None:
     a, b, v, neighbors = attention_case(10, 1, 5, 5, 4, 5)
     a[:] = 0
     expected = np.broadcast_to(v.astype(np.float64).mean(axis=1, keepdims=True), v.shape)

@@ -1,0 +1,131 @@
+"""What every backend's runner is: opened once, asked many times, closed. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.core.features import check_features
+from nformer_edge.core.spec import HeadSpec, ModelSpec
+from nformer_edge.ops.contract import draw_landmarks
+
+
+class Runner(Protocol):
+    """A model that runs. Entering the context loads it; leaving gives its memory back.
+
+    Args:
+        name: the model, for tables: architecture and image size.
+        backend: who computes, such as ``onnxruntime``.
+        precision: as built, by stage: ``backbone`` and, where there is one, ``head``.
+        spec: what the model is.
+        landmark_seed: landmarks are drawn from it where none are given.
+        sha256: of the file that features of this model cite.
+        has_head: whether `relate` is there.
+        native: whether the two operators run in our CPU kernels, which choose neighbors by exact scores.
+    """
+
+    name: str
+    backend: str
+    precision: Mapping[str, str]
+    spec: ModelSpec
+    landmark_seed: int
+    sha256: str
+    has_head: bool
+    native: bool
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """Inputs and outputs for `self_test`, named as in `exporting.bundle.read_golden`; empty if there are none."""
+        ...
+
+    def embed(
+        self,
+        images: np.ndarray,  # float32 [B, 3, H, W], as core.preprocess makes them
+    ) -> np.ndarray:  # float32 [B, D]
+        """Images to features."""
+        ...
+
+    def relate(
+        self,
+        features: np.ndarray,  # [N, D]
+        landmarks: np.ndarray | None = None,  # int32 [layers, l]
+    ) -> np.ndarray:  # float32 [N, D]
+        """Features of N images seen together to features that know their neighbors."""
+        ...
+
+
+def model_name(spec: ModelSpec) -> str:
+    """Such as ``osnet_x0_25_256x128``."""
+    return f"{spec.backbone.arch}_{spec.preprocess.height}x{spec.preprocess.width}"
+
+
+def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """The door of `embed`. Returns contiguous float32 [B, 3, H, W].
+
+    Raises:
+        UsageError: if shape or type do not fit.
+        DataError: if a number is NaN or infinite, naming the first such image.
+    """
+    shape = (3, spec.preprocess.height, spec.preprocess.width)
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+        raise UsageError(
+            "images",
+            f"{images.dtype} {images.shape}",
+            f"float32 [B, {', '.join(map(str, shape))}]",
+            "Bring images through core.preprocess with the model's own spec.",
+        )
+    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
+    if bad.any():
+        raise DataError(
+            "images", f"NaN or infinity in image {int(bad.argmax())}", "finite numbers", "Look at that file."
+        )
+    return np.ascontiguousarray(images)
+
+
+def check_head_input(
+    features: np.ndarray, landmarks: np.ndarray | None, spec: ModelSpec, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The door of `relate`. Returns float32 [N, D] and int32 [layers, l], drawn from `seed` if none were given.
+
+    Raises:
+        UsageError: if the model has no head, or the landmarks do not fit.
+        DataError: if a feature is NaN, infinite or all zeros, naming the first such row.
+    """
+    head = require_head(spec)
+    check_features(features, dim=head.features)
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    if landmarks is None:
+        landmarks = draw_landmarks(max(len(rows), 1), head.layers, head.landmarks, seed)
+    if landmarks.ndim != 2 or landmarks.shape[0] != head.layers or landmarks.shape[1] < 1:
+        raise UsageError(
+            "landmarks", f"shape {landmarks.shape}", f"[{head.layers}, l]", "Draw them with core.ops.draw_landmarks."
+        )
+    if len(rows) and not (landmarks.min() >= 0 and landmarks.max() < len(rows)):
+        raise UsageError(
+            "landmarks",
+            f"{landmarks.min()}..{landmarks.max()}",
+            f"0..{len(rows) - 1}",
+            "Draw them for this number of images.",
+        )
+    return rows, np.ascontiguousarray(landmarks, dtype=np.int32)
+
+
+def require_head(spec: ModelSpec) -> HeadSpec:
+    """The head's spec, or UsageError where the model is a backbone alone."""
+    if spec.head is None:
+        raise UsageError(
+            "model",
+            "a backbone alone",
+            "one with an NFormer head",
+            "Train the head, or rank by the backbone's features.",
+        )
+    return spec.head

@@ -1,0 +1,182 @@
+"""A bundle's ONNX files as a TensorRT takes them: types or flags by its version, nodes of ours for plugin or parser."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, version_converter
+
+from nformer_edge.backends.tensorrt.plugin.library import Operators
+from nformer_edge.backends.tensorrt.surgery import (
+    fold,
+    name_plugins,
+    operate,
+    split_gemms,
+    split_l2_norms,
+    split_layer_norms,
+)
+from nformer_edge.core.errors import BackendError
+from nformer_edge.core.spec import Precision
+from nformer_edge.exporting.bundle import BACKBONE, HEAD, read_graph
+from nformer_edge.ops.contract import DOMAIN
+from nformer_edge.quantize.fp16 import (
+    backbone_float32,
+    head_float16,
+    makers,
+    product_types,
+    tensor_types,
+    to_half,
+    unfit_weights,
+)
+from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.ranges import Ranges
+from nformer_edge.quantize.spec import OpenBundle
+
+#: The newest opset that TensorRT 8.5 and 8.6 parse.
+_OPSET_OF_8 = 17
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """One stage, ready to be parsed.
+
+    Args:
+        path: the ONNX file.
+        asked: ``int8``, ``fp16`` or ``fp32`` of each product and custom node.
+        flags: for TensorRT 8, which precisions must be allowed.
+        float32: for TensorRT 8, nodes that must not lose FP32.
+        beyond: nodes that are FP32 because FP16 would not hold their numbers and not by policy, with the reason.
+    """
+
+    path: Path
+    asked: dict[str, str]
+    flags: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    beyond: dict[str, str] = field(default_factory=dict)
+
+    def float_layers(self) -> tuple[list[str], list[str]]:
+        """Of `float32`, the names of nodes that compute in floats, and of those that write floats alone.
+
+        They differ by RowTopK: see `weakly_typed`.
+        """
+        model = onnx.load(self.path)
+        floats = {name for name, found in tensor_types(model).items() if found.elem_type == onnx.TensorProto.FLOAT}
+        kept = [node for node in model.graph.node if node.name in set(self.float32)]
+        writing = [node.name for node in kept if set(node.output) <= floats]
+        return writing + [node.name for node in kept if node.domain == DOMAIN and node.name not in writing], writing
+
+
+def prepare_backbone(
+    bundle: OpenBundle,
+    folder: Path,
+    precision: Precision,
+    ranges: Ranges | None = None,
+    *,
+    typed: bool = True,
+    unfit: Mapping[str, str] | None = None,
+    exclude: Collection[str] = (),
+) -> PreparedGraph:
+    """Writes the backbone into `folder`. One that another tool has quantized or halved is taken as it stands.
+
+    Args:
+        bundle: verified.
+        folder: where the file goes.
+        precision: INT8 quantizes what the CPU's INT8 does; what is left is FP16, the neck FP32.
+        ranges: for INT8.
+        typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
+        unfit: nodes whose numbers FP16 does not hold, with the reason: `quantize.overflow.unfit_nodes`.
+        exclude: for INT8, nodes that are not quantized, beside those that never are.
+
+    Raises:
+        BackendError: for another tool's graph without `typed`.
+    """
+    model = _read(bundle, BACKBONE)
+    if bundle.backbone_precision != "fp32":
+        return _as_it_stands(model, bundle, folder, typed)
+    policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
+    if precision == "int8":
+        assert ranges is not None, "build_engine measured them"
+        model = place_for_tensorrt(model, ranges, exclude)
+    half = {n.name for n in model.graph.node} - policy if precision != "fp32" else set()
+    return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
+
+
+def _as_it_stands(model: ModelProto, bundle: OpenBundle, folder: Path, typed: bool) -> PreparedGraph:
+    if not typed:
+        raise BackendError(
+            "bundle",
+            f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8",
+            "an FP32 one, which its flags quantize or halve",
+            "Build the bundle that this was made from.",
+        )
+    path = folder / f"prepared-{BACKBONE}"
+    onnx.save(model, path)
+    return PreparedGraph(path, product_types(model))
+
+
+def prepare_head(
+    bundle: OpenBundle,
+    folder: Path,
+    precision: Precision,
+    *,
+    typed: bool = True,
+    operators: Operators = "library",
+    unfit: Mapping[str, str] | None = None,
+) -> PreparedGraph:
+    """Writes the head into `folder`.
+
+    Args:
+        bundle: verified.
+        folder: where the file goes.
+        precision: FP16 for INT8 too: the head is never quantized.
+        typed: as for the backbone.
+        operators: where the two operators are nodes for a plugin, their bodies are taken out of the file, because
+            TensorRT 10.0 to 10.6 prefers a body to a plugin. Where they are inlined, the parser does it.
+        unfit: as for the backbone.
+    """
+    model = _read(bundle, HEAD)
+    if operators != "inlined":
+        del model.functions[:]
+    named = {"library": [name_plugins("")], "ahead-of-time": [name_plugins(DOMAIN)], "inlined": []}[operators]
+    model = operate(model, fold, *named)
+    stage: Precision = "fp32" if precision == "fp32" else "fp16"
+    half = head_float16(model) if stage == "fp16" else set()
+    return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", stage, typed)
+
+
+def _read(bundle: OpenBundle, name: str) -> ModelProto:
+    return onnx.load_from_string(read_graph(bundle.folder, bundle.manifest, name))
+
+
+def _written(
+    model: ModelProto, half: set[str], unfit: Mapping[str, str], path: Path, precision: Precision, typed: bool
+) -> PreparedGraph:
+    beyond = {name: unfit[name] for name in sorted(half & unfit.keys())}
+    half = half - beyond.keys() - _dequantizers(model, set(beyond))
+    halved = to_half(model, half) if half else model
+    asked = product_types(halved)
+    if typed:
+        onnx.save(halved, path)
+        return PreparedGraph(path, asked, beyond=beyond)
+    model = version_converter.convert_version(model, _OPSET_OF_8)
+    kept = {n.name for n in model.graph.node} - half
+    model = operate(model, split_layer_norms, split_l2_norms, split_gemms(kept))  # FP32 is held layer by layer, by name
+    onnx.save(model, path)
+    flags = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}[precision]
+    float32 = sorted(n.name for n in model.graph.node if n.name not in half) if flags else ()
+    return PreparedGraph(path, asked, flags, tuple(float32), beyond)
+
+
+def _dequantizers(model: ModelProto, nodes: set[str]) -> set[str]:
+    """Names of the DequantizeLinear that these nodes alone read: in their type, nothing stands between the two."""
+    made_by = makers(model)
+    read = {made_by[name].name for n in model.graph.node if n.name in nodes for name in n.input if name in made_by}
+    others = {name for n in model.graph.node if n.name not in nodes for name in n.input}
+    return {
+        n.name
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and n.name in read and n.output[0] not in others
+    }

@@ -1,0 +1,269 @@
+"""Builds the plugin library on this machine: says what is missing, then drives the CMake project in `plugins/`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, KIND, LIBRARY, default_folder
+from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifest
+from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.core.machine import this_machine, version_key
+from nformer_edge.core.terminal import PROGRESS
+
+_HERE = Path(__file__).resolve()
+
+#: The CMake project: in an installed package, and in a checkout.
+_SOURCES = (_HERE.parents[3] / "plugins", _HERE.parents[4] / "plugins")
+
+_LEAST_CMAKE = "3.20"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build needs, as found."""
+
+    cmake: Path
+    nvcc: Path
+    headers: Path  # the folder of NvInferVersion.h
+    tensorrt: str  # the headers' version
+
+
+def build_plugin(
+    out: str | os.PathLike[str] | None = None,
+    *,
+    tensorrt_root: str | os.PathLike[str] | None = None,
+    nvcc: str | os.PathLike[str] | None = None,
+    architectures: str = "auto",
+) -> dict[str, Any]:
+    """Builds `libnformer_plugins.so` into a folder with its manifest and the build's log.
+
+    Args:
+        out: the folder; where engines look for it if None.
+        tensorrt_root: an unpacked TensorRT tarball; JetPack's or apt's headers if None.
+        nvcc: the CUDA compiler; $CUDACXX, $PATH, $CUDA_HOME or /usr/local/cuda if None.
+        architectures: ``auto`` is this machine's GPU, or all that nvcc has where there is none; ``all``; or compute
+            capabilities times ten, such as ``87,89``.
+
+    Returns:
+        JSON of kind ``plugin``: library, sha256, tensorrt, cuda, architectures, ptx, log.
+
+    Raises:
+        BackendError: for what is missing, all of it at once; or with the compiler's last words.
+        UsageError: for architectures that are none.
+    """
+    tools = find_tools(tensorrt_root, nvcc)
+    wanted = _architectures(architectures)
+    folder = Path(out) if out is not None else default_folder(version_key(tools.tensorrt)[0])
+    with tempfile.TemporaryDirectory(prefix="nformer-plugins-") as scratch, atomic_folder(folder, KIND) as new:
+        log = Path(scratch) / "build.log"
+        configured = _cmake(tools, Path(scratch) / "build", log, wanted, tensorrt_root)
+        shutil.copyfile(Path(scratch) / "build" / LIBRARY, new / LIBRARY)
+        shutil.copyfile(log, new / log.name)
+        _opens(new / LIBRARY)
+        facts = {"tensorrt": tools.tensorrt, "cuda": _nvcc_version(tools.nvcc), **configured}
+        write_manifest(new, KIND, facts)
+    return {
+        "kind": "plugin",
+        "library": str(folder / LIBRARY),
+        "sha256": sha256_file(folder / LIBRARY),
+        **facts,
+        "log": str(folder / "build.log"),
+    }
+
+
+def format_plugin(built: dict[str, Any], out: str | None = None) -> str:
+    """What `build_plugin` returned, as text."""
+    codes = ", ".join(f"sm_{a}" for a in built["architectures"])
+    lines = [
+        f"wrote {built['library']}",
+        f"  sha256 {built['sha256']}",
+        f"  for TensorRT {built['tensorrt'].partition('.')[0]} (headers {built['tensorrt']}), CUDA {built['cuda']}",
+        f"  machine code for {codes}; PTX of compute_{built['ptx']} for later ones",
+    ]
+    if out is not None:
+        lines.append(f"  engines find it once {ENVIRONMENT}={built['library']} is set")
+    return "\n".join(lines)
+
+
+def find_tools(
+    tensorrt_root: str | os.PathLike[str] | None = None, nvcc: str | os.PathLike[str] | None = None
+) -> Tools:
+    """CMake, compilers and headers.
+
+    Raises:
+        BackendError: naming everything that is missing and where it comes from.
+    """
+    compiler, cmake, headers = find_nvcc(nvcc), _find_cmake(), find_headers(tensorrt_root)
+    missing = []
+    if cmake is None:
+        missing.append(f"CMake {_LEAST_CMAKE} or newer (pip install cmake)")
+    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        missing.append("C++17 compiler (apt install g++)")
+    if compiler is None:
+        missing.append("nvcc (JetPack: apt install nvidia-jetpack; a PC: the CUDA toolkit; or --nvcc PATH)")
+    if headers is None:
+        where = f" under {tensorrt_root}" if tensorrt_root else ""
+        missing.append(
+            f"TensorRT's headers{where}, NvInferVersion.h (JetPack: apt install nvidia-jetpack; a PC: apt install "
+            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; Python wheels have none, and from "
+            "10.9 on build-engine can do without this library: nformer-edge doctor)"
+        )
+    if cmake is None or compiler is None or headers is None or missing:
+        raise BackendError(
+            "build-plugin",
+            "no " + "; no ".join(missing),
+            "all of it on this machine",
+            "Install what is missing and run it again.",
+        )
+    return Tools(cmake, compiler, headers, headers_version(headers))
+
+
+def find_nvcc(named: str | os.PathLike[str] | None = None) -> Path | None:
+    """nvcc as named, or by $CUDACXX, $PATH, $CUDA_HOME, /usr/local/cuda, in this order."""
+    for candidate in (named, os.environ.get("CUDACXX")):
+        if candidate:
+            found = shutil.which(str(candidate))
+            return Path(found) if found else None
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(home))
+    return Path(found) if found else None
+
+
+def find_headers(root: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of TensorRT's headers: below `root` or $TENSORRT_ROOT if one is given, else the system's."""
+    named = root or os.environ.get("TENSORRT_ROOT")
+    if named:
+        places = [Path(named) / "include", Path(named)]
+    else:
+        places = [
+            Path("/usr/include"),
+            Path(f"/usr/include/{platform.machine()}-linux-gnu"),
+            *sorted(Path("/usr/include").glob("*-linux-gnu")),
+        ]
+    return next((place for place in places if (place / "NvInferVersion.h").is_file()), None)
+
+
+def headers_version(folder: Path) -> str:
+    """Such as ``10.13.3.9``. Since 10.13 the numbers stand behind a second name."""
+    defined: dict[str, str] = dict(
+        re.findall(r"#define\s+(\w+)\s+(\w+)", (folder / "NvInferVersion.h").read_text(errors="replace"))
+    )
+    numbers: list[str] = []
+    for part in ("MAJOR", "MINOR", "PATCH", "BUILD"):
+        value = defined.get(f"NV_TENSORRT_{part}", "")
+        numbers.append(defined.get(value, value))
+    if not all(n.isdecimal() for n in numbers):
+        raise BackendError(
+            str(folder / "NvInferVersion.h"),
+            "no version in it",
+            "TensorRT's own header",
+            "Name another folder in --tensorrt-root.",
+        )
+    return ".".join(numbers)
+
+
+def sources_folder() -> Path:
+    """The CMake project of the kernels and adapters."""
+    for place in _SOURCES:
+        if (place / "CMakeLists.txt").is_file():
+            return place
+    raise BackendError(str(_SOURCES[0]), "no such folder", "the sources of this package", "Install it again.")
+
+
+def _architectures(said: str) -> list[str]:
+    if said == "auto":
+        return [c.replace(".", "") for c in (this_machine().compute_capability,) if c]
+    if said == "all":
+        return []
+    wanted = [a.strip() for a in said.split(",")]
+    if not all(re.fullmatch(r"\d{2,3}", a) for a in wanted):
+        raise UsageError("arch", repr(said), "auto, all, or such as 87,89", "Mend --arch.")
+    return wanted
+
+
+def _find_cmake() -> Path | None:
+    """CMake beside this Python (a wheel brings one) or on $PATH, if it is new enough."""
+    for found in (shutil.which("cmake", path=str(Path(sys.executable).parent)), shutil.which("cmake")):
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout if found else ""
+        version = re.search(r"cmake version ([\d.]+)", said)
+        if found and version and version_key(version[1]) >= version_key(_LEAST_CMAKE):
+            return Path(found)
+    return None
+
+
+def _cmake(
+    tools: Tools, build: Path, log: Path, wanted: list[str], root: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """Configures and builds. Returns ``architectures`` and ``ptx`` as CMake settled them."""
+    command = [str(tools.cmake), "-S", str(sources_folder()), "-B", str(build)]
+    command += [f"-DTENSORRT_INCLUDE={tools.headers}", f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"]
+    command += [f"-DTENSORRT_ROOT={Path(root).resolve()}"] if root else []
+    command += [f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(wanted)}"] if wanted else []
+    _run(command, log, "configuring")
+    _run([str(tools.cmake), "--build", str(build), "--parallel", str(_jobs())], log, "compiling")
+    settled = re.search(r"Architectures: ([\w,]+), PTX compute_(\d+)", log.read_text(errors="replace"))
+    assert settled is not None, "plugins/CMakeLists.txt prints it"
+    return {"architectures": [a.removeprefix("sm_") for a in settled[1].split(",")], "ptx": settled[2]}
+
+
+def _jobs() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(command: list[str], log: Path, doing: str) -> None:
+    """Runs a step, its words into `log`; the bar follows the per cent that make prints."""
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        tqdm(total=100, desc=doing, unit="%", **PROGRESS) as bar,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as work,
+    ):
+        assert work.stdout is not None, "asked for above"
+        for line in work.stdout:
+            file.write(line)
+            if percent := re.match(r"\[\s*(\d+)%\]", line):
+                bar.update(int(percent[1]) - bar.n)
+    if work.returncode != 0:
+        words = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line] or ["no word of why"]
+        raise BackendError(
+            f"build-plugin: {doing}", " ".join(words[0].split()), "success", f"The whole log: {_kept(log)}"
+        )
+
+
+def _kept(log: Path) -> str:
+    """The log of a failed build, brought to where it stays."""
+    descriptor, name = tempfile.mkstemp(prefix="nformer-plugins-", suffix=".log")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(log.read_bytes())
+    return name
+
+
+def _opens(library: Path) -> None:
+    """Opens it in a process of its own: whatever it lacks shows now and not on the first engine."""
+    program = f"import ctypes, os; ctypes.CDLL({str(library)!r}, mode=os.RTLD_NOW).nformer_register_plugins"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BackendError(
+            "build-plugin",
+            done.stderr.strip().splitlines()[-1],
+            "a library that opens",
+            "Use the compiler and the TensorRT of this machine.",
+        )
+
+
+def _nvcc_version(nvcc: Path) -> str:
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"V([\d.]+)", said)
+    return found[1] if found else ""

@@ -1,0 +1,1 @@
+"""TensorRT-RTX: plans for GeForce GPUs, built without a GPU."""

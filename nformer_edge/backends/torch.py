@@ -1,0 +1,157 @@
+"""The PyTorch reference: a checkpoint, run as the model's own code says. Everything else is measured against it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
+from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.spec import ModelSpec
+from nformer_edge.model.backbone import Backbone, for_inference
+from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.model.nformer import NFormer
+from nformer_edge.ops import reference as ops
+from nformer_edge.ops.operators import FastestOperators, Operators, using
+
+T = TypeVar("T")
+
+
+class TorchRunner:
+    """See `backends.runner.Runner`.
+
+    Args:
+        path: a `.safetensors` checkpoint.
+        threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
+        device: ``cpu`` or a CUDA device.
+        plain: the backbone runs layer by layer, nothing folded, as a reference should.
+        native: the head computes with the native kernels rather than the plain torch operators. Closer to exact, they
+            now and then choose the other of two neighbors that a float32 product cannot tell apart, so a reference
+            should choose as the engine does that it judges.
+
+    Raises:
+        ArtifactError: if the checkpoint cannot be read; later, if it is a head alone and is to embed images.
+        BackendError: if the device is not there.
+    """
+
+    backend = "pytorch"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        plain: bool = False,
+        native: bool = True,
+    ) -> None:
+        checkpoint = load_checkpoint(path)
+        self.spec: ModelSpec = checkpoint.spec
+        self.name = model_name(checkpoint.spec)
+        self.sha256 = checkpoint.sha256
+        self.has_head = checkpoint.head is not None
+        self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
+        self.landmark_seed = 0
+        self._threads = threads
+        self.native = native
+        self._operators: Operators = FastestOperators() if native else ops
+        self._device = _device(device)
+        self._fold = not plain and self._device.type == "cpu"
+        self._images_to_features: Backbone | None = None
+        self._model: Checkpoint | None = checkpoint
+        for module in (checkpoint.backbone, checkpoint.head):
+            if module is not None:
+                module.to(self._device)
+
+    def __enter__(self) -> TorchRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model = self._images_to_features = None
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """None: this is where golden vectors come from."""
+        return {}
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """See `Runner.embed`."""
+        images = check_images(images, self.spec)
+        backbone = self._backbone()
+        if len(images) == 0:
+            return np.empty((0, self.spec.backbone.features), np.float32)
+        with self._computing():
+            x = torch.from_numpy(images).to(self._device)
+            return backbone(x.contiguous(memory_format=torch.channels_last) if self._fold else x).cpu().numpy()
+
+    def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
+        """See `Runner.relate`."""
+        features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
+        head = self._loaded().head
+        assert head is not None, "the spec has a head exactly where the checkpoint has"
+        if len(features) == 0:
+            return features
+        with self._computing(), using(self._operators):
+            x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
+            return head(x, chosen).cpu().numpy()
+
+    def with_head(self, use: Callable[[NFormer], T]) -> T:
+        """What `use` makes of the head, computed as `relate` computes; see `gallery.protocols`."""
+        require_head(self.spec)
+        head = self._loaded().head
+        assert head is not None, "the spec has a head exactly where the checkpoint has"
+        with self._computing(), using(self._operators):
+            return use(head)
+
+    def _backbone(self) -> Backbone:
+        backbone = self._loaded().backbone
+        if backbone is None:
+            raise ArtifactError(
+                self.name,
+                "a head alone",
+                "a backbone, to embed images",
+                "Pass a checkpoint of a whole model, or a feature store in place of images.",
+            )
+        if not self._fold:
+            return backbone
+        if self._images_to_features is None:
+            self._images_to_features = for_inference(backbone)
+        return self._images_to_features
+
+    def _loaded(self) -> Checkpoint:
+        if self._model is None:
+            raise BackendError(self.name, "a closed runner", "an open one", "Open the model again.")
+        return self._model
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        try:
+            if self._threads:
+                torch.set_num_threads(self._threads)
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise BackendError("device", name, "cpu or cuda:0", "Choose one of these.") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "device",
+            f"{name}, and PyTorch finds no GPU",
+            "a GPU that PyTorch can use",
+            "Leave --device out, or see `nformer-edge doctor`.",
+        )
+    return device

@@ -1,0 +1,134 @@
+"""Which images calibrate an INT8 build: training images, spread over people and cameras. Needs numpy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.errors import DataError
+from nformer_edge.core.preprocess import SUFFIXES
+from nformer_edge.core.spec import check_at_least
+from nformer_edge.data.readers import read_dataset
+from nformer_edge.data.records import Dataset, ImageRecord
+
+#: How far above a folder of images to look for the dataset that it belongs to.
+_LEVELS = 3
+
+
+def calibration_set(dataset: Dataset, num: int, seed: int) -> tuple[ImageRecord, ...]:
+    """`num` training images: every person once before any twice, and of each the camera that has had fewest so far.
+
+    Fewer if the dataset has fewer. The same seed gives the same images.
+
+    Raises:
+        DataError: if there is no training image.
+    """
+    check_at_least("calib_num", num, 1)
+    if not dataset.train:
+        raise DataError(
+            f"{dataset.root}: train",
+            "no image",
+            "training images to calibrate with",
+            "Give the dataset that the model was trained on.",
+        )
+    rng = np.random.default_rng(seed)
+    left: dict[int, list[ImageRecord]] = defaultdict(list)
+    for i in rng.permutation(len(dataset.train)):
+        left[dataset.train[i].pid].append(dataset.train[i])
+    people = [sorted(left)[i] for i in rng.permutation(len(left))]
+    taken: dict[int, int] = defaultdict(int)
+    chosen: list[ImageRecord] = []
+    while people and len(chosen) < num:
+        for pid in people[: num - len(chosen)]:
+            record = min(left[pid], key=lambda r: taken[r.camid])
+            left[pid].remove(record)
+            taken[record.camid] += 1
+            chosen.append(record)
+        people = [pid for pid in people if left[pid]]
+    return tuple(chosen)
+
+
+def calibration_images(
+    source: Dataset | str | os.PathLike[str], num: int, seed: int, *, force: bool = False
+) -> tuple[str, ...]:
+    """Paths of the images to calibrate with.
+
+    Args:
+        source: a dataset, whose training images are taken, or a folder of images.
+        num: how many at most.
+        seed: of the choice.
+        force: accept images that queries or the gallery hold too.
+
+    Raises:
+        DataError: if there are none, or one of them is a query or gallery image (by its path or its content).
+    """
+    dataset, paths = _resolve(source, num, seed)
+    if dataset is not None and not force:
+        refuse_test_images(paths, dataset)
+    return paths
+
+
+def _resolve(source: Dataset | str | os.PathLike[str], num: int, seed: int) -> tuple[Dataset | None, tuple[str, ...]]:
+    if isinstance(source, Dataset):
+        return source, tuple(r.path for r in calibration_set(source, num, seed))
+    folder = Path(source)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not files:
+        dataset = read_dataset(folder)
+        return dataset, tuple(r.path for r in calibration_set(dataset, num, seed))
+    order = np.random.default_rng(seed).permutation(len(files))[:num]
+    return _dataset_around(folder), tuple(str(files[i]) for i in sorted(order))
+
+
+def _dataset_around(folder: Path) -> Dataset | None:
+    """The dataset that `folder` lies in, if it lies in one."""
+    for above in list(folder.resolve().parents)[:_LEVELS]:
+        try:
+            return read_dataset(above)
+        except DataError:
+            continue
+    return None
+
+
+def refuse_test_images(paths: Sequence[str], dataset: Dataset) -> None:
+    """Raises DataError if one of `paths` is, or has the content of, a query or gallery image of `dataset`.
+
+    Accuracy measured on images that set the ranges would flatter the engine. Contents are hashed only where the
+    sizes agree.
+    """
+    test = [(split, r.path) for split in ("query", "gallery") for r in dataset.split(split)]
+    places = {os.path.realpath(path): split for split, path in test}
+    ours: dict[int, dict[str, str]] = defaultdict(dict)
+    for path in paths:
+        _require_apart(path, places.get(os.path.realpath(path)), path)
+        ours[os.path.getsize(path)][sha256_file(path)] = path
+    for split, path in test:
+        same_size = ours.get(os.path.getsize(path)) if os.path.exists(path) else None
+        if same_size:
+            _require_apart(same_size.get(sha256_file(path)), split, path)
+
+
+def _require_apart(path: str | None, split: str | None, test_path: str) -> None:
+    if path is not None and split is not None:
+        raise DataError(
+            path,
+            f"a {split} image" if path == test_path else f"the content of the {split} image {test_path}",
+            "training images alone to calibrate with",
+            "Calibrate with the training split, or force it (--force-calib) and do not report the accuracy.",
+        )
+
+
+def calibration_sha256(paths: Iterable[str], settings: Mapping[str, Any]) -> str:
+    """Sha256 over the settings and, in order, the content of every image."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in paths:
+        digest.update(bytes.fromhex(sha256_file(path)))
+    return digest.hexdigest()

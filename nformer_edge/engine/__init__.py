@@ -1,1 +1,0 @@
-"""ONNX to engine. One file a backend here; what these stand on lies in the corners beside them."""

@@ -1,1 +1,0 @@
-"""TensorRT plans, of TensorRT and TensorRT-RTX: graphs prepared, built in a process of their own, and audited."""

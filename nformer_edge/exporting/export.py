@@ -1,0 +1,165 @@
+"""A checkpoint leaves PyTorch: two ONNX files that stock onnxruntime runs, and all that a device must know of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from nformer_edge import __version__
+from nformer_edge.core.artifact import atomic_folder, atomic_write, write_manifest
+from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.machine import versions
+from nformer_edge.core.spec import ModelSpec, to_dict
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND
+from nformer_edge.exporting.trace import trace_backbone, trace_head
+from nformer_edge.metrics.agreement import tensor_error
+from nformer_edge.metrics.gates import TOLERANCES
+from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.ops.bodies import DEFAULT_OPSET, IR_VERSION, check_opset
+from nformer_edge.ops.contract import LANDMARK_RULE, draw_landmarks
+
+#: Images and, per image seen together by the head, vectors of the self-test.
+_GOLDEN_IMAGES = 2
+_GOLDEN_PEOPLE, _GOLDEN_SHOTS = 12, 8
+
+
+def export_bundle(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    opset: int = DEFAULT_OPSET,
+    landmark_seed: int = 0,
+    accuracy: dict[str, Any] | None = None,
+) -> Path:
+    """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
+
+    Args:
+        checkpoint: a `.safetensors` checkpoint with a backbone; without a head the bundle has no `nformer.onnx`.
+        out: the folder, written whole or not at all; an earlier bundle there is replaced.
+        opset: of the standard ONNX domain, 18 to 20.
+        landmark_seed: recorded in the manifest; runners draw landmarks from it.
+        accuracy: what an evaluation of the checkpoint gave, to travel along.
+
+    Raises:
+        UsageError: for an opset without bodies, or a negative seed.
+        ArtifactError: if the checkpoint cannot be read, or onnxruntime computes something else than PyTorch.
+        BackendError: if onnxruntime, which the check needs, is not installed.
+    """
+    check_opset(opset)
+    if landmark_seed < 0:
+        raise UsageError("landmark_seed", landmark_seed, "0 or more", "Choose another seed.")
+    loaded = load_checkpoint(checkpoint)
+    if loaded.backbone is None:
+        raise ArtifactError(
+            str(checkpoint),
+            "a head alone",
+            "a backbone with or without a head",
+            "Save the backbone in the same checkpoint.",
+        )
+    golden = _golden(loaded, landmark_seed)
+    with atomic_folder(out, KIND) as folder:
+        size = (loaded.spec.preprocess.height, loaded.spec.preprocess.width)
+        _save(trace_backbone(loaded.backbone, size, opset), folder / BACKBONE, "One feature an image.")
+        if loaded.head is not None:
+            _save(trace_head(loaded.head, opset), folder / HEAD, "Features of N images that know their neighbors.")
+        with atomic_write(folder / GOLDEN) as file:
+            np.savez(file, **golden)  # type: ignore[arg-type]
+        worst = check_against(folder, golden)
+        write_manifest(folder, KIND, _fields(loaded, opset, landmark_seed, worst, accuracy))
+    return Path(out)
+
+
+def _save(model: onnx.ModelProto, path: Path, doc: str) -> None:
+    model.doc_string = doc
+    onnx.helper.set_model_props(model, {"made_by": f"nformer-edge {__version__}"})
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise ArtifactError(
+            path.name, f"a graph that ONNX's checker refuses ({e})", "a valid one", "Report this."
+        ) from e
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+
+
+def _golden(loaded: Checkpoint, seed: int) -> dict[str, np.ndarray]:
+    """Seeded inputs and PyTorch's outputs, for both files."""
+    assert loaded.backbone is not None
+    rng = np.random.default_rng(0)
+    spec = loaded.spec
+    images = rng.standard_normal((_GOLDEN_IMAGES, 3, spec.preprocess.height, spec.preprocess.width), np.float32)
+    arrays = {"images": images}
+    with torch.no_grad():
+        arrays["features"] = loaded.backbone(torch.from_numpy(images)).numpy()
+        if loaded.head is not None and spec.head is not None:
+            # People with several shots each, so that there are neighbors, and who is one is not a matter of rounding.
+            people = np.repeat(rng.standard_normal((_GOLDEN_PEOPLE, spec.head.features)), _GOLDEN_SHOTS, axis=0)
+            rows = (people + 0.5 * rng.standard_normal(people.shape)).astype(np.float32)
+            landmarks = draw_landmarks(len(rows), spec.head.layers, spec.head.landmarks, seed)
+            embeddings = loaded.head(torch.from_numpy(rows), torch.from_numpy(landmarks)).numpy()
+            arrays |= {"head_input": rows, "landmarks": landmarks, "embeddings": embeddings}
+    return arrays
+
+
+def check_against(folder: Path, golden: dict[str, np.ndarray]) -> dict[str, float]:
+    """Runs both files in stock onnxruntime on the golden inputs.
+
+    Returns:
+        For each file, the worst error in units of the FP32 tolerance.
+
+    Raises:
+        ArtifactError: if an error is above 1, naming the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise BackendError(
+            "onnxruntime", "not installed", "it, to check what was exported", "pip install 'nformer-edge[cpu]'"
+        ) from e
+    inputs = {
+        BACKBONE: ({"images": "images"}, "features"),
+        HEAD: ({"features": "head_input", "landmarks": "landmarks"}, "embeddings"),
+    }
+    tolerance = TOLERANCES["fp32"]
+    worst = {}
+    for name, (feed, output) in inputs.items():
+        if output not in golden:
+            continue
+        session = onnxruntime.InferenceSession((folder / name).read_bytes(), providers=["CPUExecutionProvider"])
+        (found,) = session.run([output], {key: golden[array] for key, array in feed.items()})
+        worst[name] = tensor_error(found, golden[output], tolerance.atol, tolerance.rtol).worst
+        if not worst[name] <= 1:
+            raise ArtifactError(
+                name,
+                f"an error of {worst[name]:.3g} times the tolerance in onnxruntime",
+                f"PyTorch's outputs within {tolerance.atol} + {tolerance.rtol} * abs(ref)",
+                "Nothing was written; report this with the checkpoint's spec.",
+            )
+    return worst
+
+
+def _fields(
+    loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: dict[str, Any] | None
+) -> dict[str, Any]:
+    spec: ModelSpec = loaded.spec
+    return {
+        "model": to_dict(spec),
+        "preprocess": to_dict(spec.preprocess),
+        "normalization": {
+            "input_scale": spec.head.input_scale if spec.head else None,
+            "where": "inside nformer.onnx: features go in as the backbone gave them",
+        },
+        "landmark_rule": LANDMARK_RULE,
+        "landmark_seed": seed,
+        "opset": opset,
+        "ir_version": IR_VERSION,
+        "versions": versions("torch", "onnx", "onnxruntime", "numpy"),
+        "checkpoint_sha256": loaded.sha256,
+        "self_check": {"worst_error_in_fp32_tolerances": worst},
+        "accuracy": accuracy,
+    }

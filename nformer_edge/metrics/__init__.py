@@ -1,0 +1,1 @@
+"""CMC, mAP, re-ranking, bootstrap intervals, agreement and gates. Needs numpy alone."""

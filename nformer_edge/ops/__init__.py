@@ -1,0 +1,1 @@
+"""The two operators: their contract, the plain torch reference, native kernels and ONNX bodies."""

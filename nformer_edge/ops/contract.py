@@ -1,0 +1,74 @@
+"""The two custom operators as data, and the rule that draws landmarks.
+
+`docs/operators.md` is the contract; every backend reads names, domain and attributes from here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nformer_edge.core.errors import UsageError
+
+DOMAIN = "nformer"
+OPSET_VERSION = 1
+
+#: Opsets of the standard domain that a bundle may use; `ops.bodies` says why these.
+OPSETS = (18, 19, 20)
+
+ROW_TOP_K = "RowTopK"
+RECIPROCAL_NEIGHBOR_ATTENTION = "ReciprocalNeighborAttention"
+
+#: What stands in a neighbor list where there are fewer than k columns.
+NO_NEIGHBOR = -1
+
+#: The only rule there is so far; a bundle's manifest names it so that another can be told apart.
+LANDMARK_RULE = "splitmix64-fisher-yates-v1"
+
+_MASK64 = (1 << 64) - 1
+
+
+def _splitmix64(state: int) -> tuple[int, int]:
+    """One step of SplitMix64 (Steele, Lea, Flood 2014). Returns (next state, output), both 64-bit."""
+    state = (state + 0x9E3779B97F4A7C15) & _MASK64
+    z = state
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return state, z ^ (z >> 31)
+
+
+def draw_landmarks(num_images: int, layers: int, count: int, seed: int) -> np.ndarray:
+    """Draws the landmark images of every layer by a rule that any language can repeat.
+
+    Layer t starts SplitMix64 at ``seed + t * 2**32 + num_images`` (mod 2**64) and runs the first `count` steps of a
+    Fisher-Yates shuffle over 0..N-1; step i swaps place i with place ``i + (output * (N - i) >> 64)``. Where
+    `count` exceeds N the drawn order repeats, so every image serves before any serves twice.
+
+    Args:
+        num_images: N, images seen together, >= 1.
+        layers: number of NFormer layers.
+        count: l, landmarks per layer, >= 1.
+        seed: non-negative; stands in the bundle's manifest.
+
+    Returns:
+        int32 [layers, count], indices into the N images.
+
+    Raises:
+        UsageError: if a number is out of range.
+    """
+    for name, value, least in (("num_images", num_images, 1), ("layers", layers, 1), ("count", count, 1)):
+        if value < least:
+            raise UsageError(name, value, f"at least {least}", "Give more images or a larger number.")
+    if seed < 0:
+        raise UsageError("seed", seed, "a non-negative integer", "Choose a seed of 0 or more.")
+    landmarks = np.empty((layers, count), dtype=np.int32)
+    for layer in range(layers):
+        state = (seed + (layer << 32) + num_images) & _MASK64
+        places: dict[int, int] = {}  # only the places that a swap has touched: O(count), not O(N)
+        order = []
+        for i in range(min(count, num_images)):
+            state, output = _splitmix64(state)
+            j = i + ((output * (num_images - i)) >> 64)
+            order.append(places.get(j, j))
+            places[j] = places.get(i, i)
+        landmarks[layer] = [order[i % len(order)] for i in range(count)]
+    return landmarks

@@ -1,0 +1,312 @@
+"""The two operators on the CPU, over numpy arrays: checks at the door, then C++ on raw arrays.
+
+The contract is `docs/operators.md`. What the kernels add to it:
+
+- A score is summed in float64 in a fixed order and rounded to float32's 24 significant bits, ties to even, without
+  float32's limits on the exponent. It is the float32 nearest to the true score wherever there is one, and a score that
+  float32 could not hold keeps its place in the order.
+- Results have the same bits for every number of threads and every instruction set.
+- Threads live for one call, the GIL is released, and importing this module starts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from nformer_edge.core.errors import BackendError, DataError, UsageError
+from nformer_edge.core.spec import check_at_least, check_choice
+from nformer_edge.ops.contract import NO_NEIGHBOR
+
+_native: ModuleType | None
+try:
+    import nformer_edge.ops._native as _compiled
+except ImportError:  # a tree that was copied, not installed: the plain twin still works there
+    _native = None
+else:
+    _native = _compiled
+
+#: Forces an instruction set for every call that does not name one.
+ISA_VARIABLE = "NFORMER_EDGE_ISA"
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used here."""
+    return _native is not None
+
+
+def folder() -> Path | None:
+    """Where the compiled kernels lie, which is not beside this file in an editable install."""
+    file = _native.__file__ if _native is not None else None
+    return Path(file).parent if file else None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that are compiled in and that this machine runs, fastest first."""
+    return tuple(_library().instruction_sets())
+
+
+def default_threads() -> int:
+    """The CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def row_top_k(
+    a: np.ndarray,  # [H, N, R]
+    b: np.ndarray,  # [H, M, R]
+    k: int,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    tree: bool | None = None,
+) -> np.ndarray:  # int32 [H, N, k]
+    """For each row of ``a b^T``, the columns of the `k` largest scores; the tail is -1 where there are fewer.
+
+    Passing one array as both `a` and `b` halves the work for long factors.
+
+    Args:
+        a, b: float32 or float16.
+        threads: at most this many; the CPUs that this process may use unless given.
+        isa: one of `instruction_sets`; the fastest, or what `ISA_VARIABLE` says, unless given.
+        tree: True searches boxes of near columns (R up to 16), False goes through a matrix product; chosen by R
+            unless given. The result is the same.
+
+    Raises:
+        UsageError: if a shape, a type or an argument does not fit.
+        DataError: if an input is not finite, naming the first bad row.
+        BackendError: if the kernels are not compiled here.
+    """
+    library = _library()
+    _check_factors(a, b)
+    check_at_least("k", k, 1)
+    same = a is b
+    a, count, name = _wide(a), _threads(threads), _isa(isa)
+    b = a if same else _wide(b)
+    _check_finite("a", a, count)
+    if not same:
+        _check_finite("b", b, count)
+    heads, rows, length = a.shape
+    found = min(k, b.shape[1])
+    neighbors = np.full((heads, rows, k), NO_NEIGHBOR, dtype=np.int32)
+    if found == 0 or neighbors.size == 0:
+        return neighbors
+    if length == 0:
+        neighbors[:, :, :found] = np.arange(found)  # every score is an empty sum
+        return neighbors
+    tree = length <= library.MAX_TREE_RANK if tree is None else tree
+    if tree and length > library.MAX_TREE_RANK:
+        raise UsageError("tree", f"R = {length}", f"R <= {library.MAX_TREE_RANK}", "Leave tree out.")
+    chosen = neighbors if found == k else np.empty((heads, rows, found), dtype=np.int32)
+    library.row_top_k(a, b, chosen, count, name, tree)
+    neighbors[:, :, :found] = chosen
+    return neighbors
+
+
+def kth_scores(
+    a: np.ndarray,  # [H, N, R]
+    b: np.ndarray,  # [H, M, R]
+    neighbors: np.ndarray,  # int32 [H, N, k], from row_top_k(a, b, k)
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float64 [H, N]
+    """The score of the last place in each row's list; -infinity where the list is not full.
+
+    With `enters` it answers, for a gallery that grows, which lists a new image changes.
+    """
+    library = _library()
+    _check_factors(a, b)
+    count = _threads(threads)
+    _check_lists(neighbors, a, b.shape[1], count)
+    last = np.ascontiguousarray(np.broadcast_to(neighbors[:, :, -1:], (*a.shape[:2], 1)))
+    scores = np.empty(last.shape, dtype=np.float64)
+    library.pair_scores(_wide(a), _wide(b), last, scores, count, _isa(isa))
+    return scores[:, :, 0]
+
+
+def enters(
+    a: np.ndarray,  # [H, N, R]
+    new: np.ndarray,  # [H, M', R], columns that stand after all those that the lists were made from
+    kth: np.ndarray,  # float64 [H, N], from kth_scores
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # bool [H, N, M']
+    """Whether each new column, alone, would enter each row's list: its score is above the last place's.
+
+    A tie does not enter: equal scores stand lower column first. The answer is the one that computing the list anew
+    would give, bit for bit.
+    """
+    library = _library()
+    _check_factors(a, new)
+    if kth.shape != a.shape[:2] or kth.dtype != np.float64:
+        raise UsageError("kth", f"shape {kth.shape} {kth.dtype}", f"{a.shape[:2]} float64", "Pass kth_scores.")
+    count = _threads(threads)
+    a, new = _wide(a), _wide(new)
+    _check_finite("a", a, count)
+    _check_finite("new", new, count)
+    shape = (*a.shape[:2], new.shape[1])
+    columns = np.ascontiguousarray(np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape))
+    scores = np.empty(shape, dtype=np.float64)
+    library.pair_scores(a, new, columns, scores, count, _isa(isa))
+    entered: np.ndarray = scores > kth[:, :, None]
+    return entered
+
+
+def reciprocal_neighbor_attention(
+    a: np.ndarray,  # [H, N, R]
+    b: np.ndarray,  # [H, N, R]
+    v: np.ndarray,  # [H, N, D]
+    neighbors: np.ndarray,  # int32 [H, N, K] or [1, N, K]
+    scale: float | None = None,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # [H, N, D], as v
+    """Softmax of ``scale * a b^T`` over the neighbors that chose each other, then the weighted sum of their values.
+
+    `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero; a row of `v` that is not
+    finite reaches the rows that count it and no other.
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or a neighbor is out of range.
+        BackendError: if the kernels are not compiled here.
+    """
+    library = _library()
+    count = _threads(threads)
+    scale = _check_attention(a, b, v, neighbors, scale, count)
+    y = np.zeros(v.shape, dtype=np.float32)
+    if y.size and neighbors.shape[2]:
+        library.attend(_wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors), scale, y, count, _isa(isa))
+    return y.astype(v.dtype, copy=False)
+
+
+def reciprocal_neighbor_attention_backward(
+    gradient: np.ndarray,  # [H, N, D], of the loss by y
+    a: np.ndarray,
+    b: np.ndarray,
+    v: np.ndarray,
+    neighbors: np.ndarray,
+    scale: float | None = None,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradients by `a`, `b` and `v`, shaped and typed as they are. The choice of neighbors has none.
+
+    Raises as `reciprocal_neighbor_attention` does.
+    """
+    library = _library()
+    count = _threads(threads)
+    scale = _check_attention(a, b, v, neighbors, scale, count)
+    if gradient.shape != v.shape:
+        raise UsageError("gradient", f"shape {gradient.shape}", f"{v.shape}", "Pass that of y.")
+    out = tuple(np.zeros(x.shape, dtype=np.float32) for x in (a, b, v))
+    if v.size and a.size and neighbors.shape[2]:
+        inputs = (_wide(gradient), _wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors))
+        library.attend_backward(*inputs, scale, *out, count, _isa(isa))
+    ga, gb, gv = (g.astype(v.dtype, copy=False) for g in out)
+    return ga, gb, gv
+
+
+def _library() -> ModuleType:
+    if _native is None:
+        raise BackendError(
+            "native kernels",
+            "no compiled module",
+            "nformer_edge.ops._native",
+            "Install the package (pip install .) rather than importing a copied tree.",
+        )
+    return _native
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    check_at_least("threads", threads, 1)
+    return threads
+
+
+def _isa(isa: str | None) -> str:
+    name = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+    if name:
+        check_choice(ISA_VARIABLE if isa is None else "isa", name, instruction_sets())
+    return name
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    """float32 and row-major; every float16 is a float32, so nothing is lost."""
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
+    bad = _library().first_bad_row(x, threads)
+    if bad >= 0:
+        head, row = divmod(bad, x.shape[1])
+        raise DataError(
+            name,
+            f"NaN or infinity in row {row} of head {head}",
+            "finite numbers",
+            "Embed these images again and look at what they show.",
+        )
+
+
+def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: int) -> None:
+    heads, rows, _ = a.shape
+    fits = neighbors.ndim == 3 and neighbors.shape[0] in (1, heads) and neighbors.shape[1] == rows
+    if not fits or neighbors.dtype != np.int32:
+        raise UsageError(
+            "neighbors",
+            f"shape {neighbors.shape} {neighbors.dtype}",
+            f"[{heads} or 1, {rows}, K] int32",
+            "Pass what row_top_k gave.",
+        )
+    bad = _library().first_bad_list(np.ascontiguousarray(neighbors), columns, threads) if neighbors.size else -1
+    if bad >= 0:
+        head, row = divmod(bad, rows)
+        raise UsageError(
+            "neighbors",
+            f"{neighbors[head, row].tolist()} in row {row}",
+            f"-1..{columns - 1}",
+            "Pass what row_top_k gave for the same images.",
+        )
+
+
+def _check_factors(a: np.ndarray, b: np.ndarray) -> None:
+    if a.dtype not in (np.float32, np.float16):
+        raise UsageError("a", a.dtype, "float32 or float16", "Convert it first.")
+    if a.ndim != 3 or b.ndim != 3:
+        got = f"shapes {a.shape} and {b.shape}"
+        raise UsageError("a, b", got, "[H, N, R] and [H, M, R]", "Add the head axis: a[None].")
+    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or a.dtype != b.dtype:
+        raise UsageError(
+            "b",
+            f"shape {b.shape} {b.dtype}",
+            f"[{a.shape[0]}, M, {a.shape[2]}] {a.dtype}",
+            "Give both factors the same heads, length and type.",
+        )
+    if b.shape[1] >= 1 << 29:
+        raise UsageError("b", f"{b.shape[1]} columns", "fewer than 2**29", "Split the gallery.")
+
+
+def _check_attention(
+    a: np.ndarray, b: np.ndarray, v: np.ndarray, neighbors: np.ndarray, scale: float | None, threads: int
+) -> float:
+    """Checks everything but finiteness; returns the scale to use."""
+    _check_factors(a, b)
+    heads, rows, _ = a.shape
+    if b.shape[1] != rows:
+        raise UsageError("b", f"{b.shape[1]} rows", f"{rows}, as a", "Pass factors of the same set.")
+    if v.ndim != 3 or v.shape[:2] != a.shape[:2] or v.dtype != a.dtype:
+        raise UsageError(
+            "v",
+            f"shape {v.shape} {v.dtype}",
+            f"[{heads}, {rows}, D] {a.dtype}",
+            "Give values for the same heads and images, of the same type.",
+        )
+    _check_lists(neighbors, a, rows, threads)
+    return 1.0 / math.sqrt(max(1, v.shape[2])) if scale is None else float(scale)

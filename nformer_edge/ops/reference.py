@@ -1,0 +1,189 @@
+"""The two custom operators in plain torch: what every other backend is measured against.
+
+The contract is `docs/operators.md`. Nothing here holds an N x N matrix: rows are taken in blocks whose scores fit in
+`BLOCK_BYTES`. Half precision is accumulated in float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.ops.contract import NO_NEIGHBOR
+
+#: Upper bound on the temporaries of one block of rows.
+BLOCK_BYTES = 64 << 20
+
+_WIDE = {torch.float16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+
+
+def row_top_k(
+    a: Tensor,  # [H, N, R]
+    b: Tensor,  # [H, M, R]
+    k: int,
+) -> Tensor:  # int32 [H, N, k]
+    """For each row of ``a b^T``, the columns of the `k` largest scores.
+
+    Scores descend; equal scores stand lower column first; the tail is -1 where there are fewer than `k` columns.
+    A score that overflows to infinity or NaN is never chosen. No gradient flows through the choice.
+
+    Raises:
+        UsageError: if a shape, a type or `k` does not fit.
+        DataError: if an input is not finite, naming the first bad row.
+    """
+    _check_factors(a, b)
+    if k < 1:
+        raise UsageError("k", k, "at least 1", "Ask for one neighbor or more.")
+    check_finite("a", a)
+    check_finite("b", b)
+    heads, rows, _ = a.shape
+    columns = b.shape[1]
+    neighbors = torch.full((heads, rows, k), NO_NEIGHBOR, dtype=torch.int32, device=a.device)
+    if rows == 0 or columns == 0:
+        return neighbors
+    wide = _WIDE[a.dtype]
+    block = max(1, BLOCK_BYTES // (columns * wide.itemsize))
+    with torch.no_grad():
+        for head in range(heads):
+            transposed = b[head].to(wide).T
+            for start in range(0, rows, block):
+                scores = a[head, start : start + block].to(wide) @ transposed
+                chosen = _largest(scores, min(k, columns))
+                neighbors[head, start : start + block, : chosen.shape[1]] = chosen
+    return neighbors
+
+
+def _largest(
+    scores: Tensor,  # [B, M]
+    k: int,
+) -> Tensor:  # int32 [B, k]
+    """The exact choice. `torch.topk` is fast but orders ties as it likes, so rows with a tie are sorted stably."""
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows a tie across the border
+    if not values.isfinite().all():
+        scores = scores.masked_fill(~scores.isfinite(), -math.inf)
+        values, columns = scores.topk(values.shape[1], dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero()[:, 0]
+    values, columns = values[:, :k], columns[:, :k]
+    if len(tied):
+        ordered, order = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = ordered[:, :k], order[:, :k]
+    return columns.masked_fill(values == -math.inf, NO_NEIGHBOR).to(torch.int32)
+
+
+def reciprocal_neighbor_attention(
+    a: Tensor,  # [H, N, R]
+    b: Tensor,  # [H, N, R]
+    v: Tensor,  # [H, N, D]
+    neighbors: Tensor,  # int32 [H, N, K] or [1, N, K]
+    scale: float | None = None,
+) -> Tensor:  # [H, N, D]
+    """Softmax of ``scale * a b^T`` over the neighbors that chose each other, then the weighted sum of their values.
+
+    `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero. Differentiable in
+    `a`, `b` and `v` (Wang et al., CVPR 2022, section 3.3, with the sign of the published code).
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or a neighbor is out of range.
+        DataError: if an input is not finite, naming the first bad row.
+    """
+    _check_factors(a, b)
+    _check_attention(a, b, v, neighbors)
+    for name, x in (("a", a), ("b", b), ("v", v)):
+        check_finite(name, x)
+    heads, rows, size = v.shape
+    if rows == 0:
+        return torch.zeros_like(v)
+    scale = 1.0 / math.sqrt(size) if scale is None else scale
+    wide, count = _WIDE[v.dtype], neighbors.shape[2]
+    per_row = count * (wide.itemsize * (a.shape[2] + size) + 8 * count)
+    block = max(1, BLOCK_BYTES // per_row)
+    out = []
+    for head in range(heads):
+        chosen = neighbors[head if neighbors.shape[0] > 1 else 0].long()
+        factors = (a[head].to(wide), b[head].to(wide), v[head].to(wide))
+        blocks = [_attend(*factors, chosen, slice(s, min(s + block, rows)), scale) for s in range(0, rows, block)]
+        out.append(torch.cat(blocks))
+    return torch.stack(out).to(v.dtype)
+
+
+def _attend(
+    a: Tensor,  # [N, R]
+    b: Tensor,  # [N, R]
+    v: Tensor,  # [N, D]
+    neighbors: Tensor,  # int64 [N, K]
+    rows: slice,
+    scale: float,
+) -> Tensor:  # [rows, D]
+    mine = neighbors[rows]
+    places = mine.clamp_min(0)  # -1 would read the last row; it is masked below
+    index = torch.arange(rows.start, rows.stop, device=a.device)
+    counts = (mine >= 0) & (neighbors[places] == index[:, None, None]).any(dim=2)
+    scores = (a[rows, None, :] * b[places]).sum(dim=2)
+    counts = counts & scores.isfinite()
+    scores = torch.where(counts, scores * scale, -math.inf)
+    highest = scores.detach().amax(dim=1, keepdim=True)
+    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
+    total = weights.sum(dim=1, keepdim=True)
+    weights = weights / total.masked_fill(total == 0, 1.0)
+    return (weights[:, None, :] @ v[places])[:, 0, :]
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raises DataError naming the first row of `x` [..., N, D] that holds NaN or infinity, if there is one."""
+    if x.isfinite().all():
+        return
+    bad = ~x.detach().isfinite().all(dim=-1)
+    bad = bad.flatten(0, -2).any(dim=0) if bad.dim() > 1 else bad
+    row = int(bad.nonzero()[0, 0])
+    raise DataError(
+        name,
+        f"NaN or infinity in row {row} ({int(bad.sum())} such rows)",
+        "finite numbers",
+        "Embed these images again and look at what they show.",
+    )
+
+
+def _check_factors(a: Tensor, b: Tensor) -> None:
+    if a.dtype not in _WIDE:
+        raise UsageError("a", a.dtype, "float32, float16 or float64", "Convert it first.")
+    if a.dim() != 3 or b.dim() != 3:
+        got = f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        raise UsageError("a, b", got, "[H, N, R] and [H, M, R]", "Add the head axis: a[None].")
+    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or a.dtype != b.dtype:
+        raise UsageError(
+            "b",
+            f"shape {tuple(b.shape)} {b.dtype}",
+            f"[{a.shape[0]}, M, {a.shape[2]}] {a.dtype}",
+            "Give both factors the same heads, length and type.",
+        )
+
+
+def _check_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor) -> None:
+    heads, rows, _ = a.shape
+    if b.shape[1] != rows:
+        raise UsageError("b", f"{b.shape[1]} rows", f"{rows}, as a", "Pass factors of the same set.")
+    if v.dim() != 3 or v.shape[:2] != a.shape[:2] or v.dtype != a.dtype:
+        raise UsageError(
+            "v",
+            f"shape {tuple(v.shape)} {v.dtype}",
+            f"[{heads}, {rows}, D] {a.dtype}",
+            "Give values for the same heads and images, of the same type.",
+        )
+    fits = neighbors.dim() == 3 and neighbors.shape[0] in (1, heads) and neighbors.shape[1] == rows
+    if not fits or neighbors.dtype != torch.int32:
+        raise UsageError(
+            "neighbors",
+            f"shape {tuple(neighbors.shape)} {neighbors.dtype}",
+            f"[{heads} or 1, {rows}, K] torch.int32",
+            "Pass what row_top_k gave.",
+        )
+    if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < rows):
+        raise UsageError(
+            "neighbors",
+            f"{int(neighbors.min())}..{int(neighbors.max())}",
+            f"-1..{rows - 1}",
+            "Pass what row_top_k gave for the same images.",
+        )

@@ -1,0 +1,131 @@
+"""The native kernels as PyTorch operators: ``nformer::row_top_k`` and ``nformer::reciprocal_neighbor_attention``.
+
+They have fake tensors, so `torch.compile` and `torch.export` see through them, and autograd: gradients flow through
+the scores of the kept neighbors and through the values, never through the choice. They take CPU tensors of float32
+or float16 (`supports`); the plain twin in `nformer_edge.model` serves all else and is what these are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.ops import native
+
+_DTYPES = (torch.float32, torch.float16)
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the native kernels take these factors or values: compiled here, on the CPU, float32 or float16."""
+    return native.available() and all(t.device.type == "cpu" and t.dtype in _DTYPES for t in tensors)
+
+
+def row_top_k(
+    a: Tensor,  # [H, N, R]
+    b: Tensor,  # [H, M, R]
+    k: int,
+) -> Tensor:  # int32 [H, N, k]
+    """`native.row_top_k` on tensors, with as many threads as torch uses.
+
+    Raises:
+        UsageError: for tensors that `supports` does not take, or a shape that does not fit.
+        DataError: if an input is not finite, naming the first bad row.
+    """
+    _check_supported(a, b)
+    chosen: Tensor = _row_top_k(a.detach(), b.detach(), k)
+    return chosen
+
+
+def reciprocal_neighbor_attention(
+    a: Tensor,  # [H, N, R]
+    b: Tensor,  # [H, N, R]
+    v: Tensor,  # [H, N, D]
+    neighbors: Tensor,  # int32 [H, N, K] or [1, N, K]
+    scale: float | None = None,
+) -> Tensor:  # [H, N, D]
+    """`native.reciprocal_neighbor_attention` on tensors, differentiable once in `a`, `b` and `v`.
+
+    Raises:
+        UsageError: for tensors that `supports` does not take, or a shape that does not fit.
+    """
+    _check_supported(a, b, v)
+    y: Tensor = _attention(a, b, v, neighbors, 1.0 / math.sqrt(max(1, v.shape[-1])) if scale is None else scale)
+    return y
+
+
+def _check_supported(*tensors: Tensor) -> None:
+    if not supports(*tensors):
+        got = ", ".join(f"{t.device} {t.dtype}" for t in tensors)
+        raise UsageError(
+            "native operators",
+            got,
+            "compiled kernels and CPU tensors of float32 or float16",
+            "Use nformer_edge.ops.reference, which takes any tensor.",
+        )
+
+
+@torch.library.custom_op("nformer::row_top_k", mutates_args=(), device_types="cpu")
+def _row_top_k(a: Tensor, b: Tensor, k: int) -> Tensor:
+    factor = a.numpy()
+    same = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    chosen = native.row_top_k(factor, factor if same else b.numpy(), k, threads=torch.get_num_threads())
+    return torch.from_numpy(chosen)
+
+
+@_row_top_k.register_fake
+def _(a: Tensor, b: Tensor, k: int) -> Tensor:
+    return a.new_empty((a.shape[0], a.shape[1], k), dtype=torch.int32)
+
+
+@torch.library.custom_op("nformer::reciprocal_neighbor_attention", mutates_args=(), device_types="cpu")
+def _attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float) -> Tensor:
+    factors = a.detach().numpy(), b.detach().numpy()
+    lists = neighbors.numpy()
+    threads = torch.get_num_threads()
+    return torch.from_numpy(
+        native.reciprocal_neighbor_attention(*factors, v.detach().numpy(), lists, scale, threads=threads)
+    )
+
+
+@_attention.register_fake
+def _(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("nformer::reciprocal_neighbor_attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    gradient: Tensor, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, values = a.detach().numpy(), b.detach().numpy(), v.detach().numpy()
+    ga, gb, gv = native.reciprocal_neighbor_attention_backward(
+        gradient.numpy(), x, y, values, neighbors.numpy(), scale, threads=torch.get_num_threads()
+    )
+    return torch.from_numpy(ga), torch.from_numpy(gb), torch.from_numpy(gv)
+
+
+@_attention_backward.register_fake
+def _(
+    gradient: Tensor, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+        torch.empty_like(b, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, v, neighbors, ctx.scale = inputs
+    ctx.save_for_backward(a, b, v, neighbors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    ga, gb, gv = _attention_backward(gradient, *ctx.saved_tensors, ctx.scale)
+    return ga, gb, gv, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,1 @@
+"""Evaluation, parity and benchmarks, and the HTML page that shows them."""

@@ -1,0 +1,192 @@
+"""An ONNX graph to look into: what stands for a tensor, and its values on given inputs, in stock onnxruntime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
+
+from nformer_edge.exporting.session import open_session
+from nformer_edge.ops.contract import DOMAIN
+from nformer_edge.quantize.fp16 import for_cpu, holds_half, makers
+
+#: Operators that only say how a tensor is held. A build puts them in; they are nobody's work.
+_CARRIERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+
+#: Attributes that a prepared graph has for TensorRT's parser alone.
+_PARSERS = ("plugin_version", "plugin_namespace")
+
+
+class Graph:
+    """A model's main graph.
+
+    One with FP16 tensors is computed with every rounding that its types say, node by node: `quantize.fp16.for_cpu`. Any
+    other runs as onnxruntime serves it, in its integer kernels where it has them.
+
+    Args:
+        model: with local functions for nodes of ours; they are taken from `like` where it has none.
+        like: another graph of the same model. Carriers that it has too are work like any other node.
+    """
+
+    def __init__(self, model: ModelProto, like: ModelProto | None = None) -> None:
+        self.model = _runnable(model, like)
+        self.constants = {t.name: t for t in model.graph.initializer}
+        self.inputs = {i.name for i in model.graph.input} - set(self.constants)
+        self.makers = makers(self.model)
+        self._half = holds_half(self.model)
+        shared = {n.name for n in like.graph.node} if like is not None else {n.name for n in model.graph.node}
+        self._carriers = {n.name for n in self.model.graph.node if n.op_type in _CARRIERS and n.name not in shared}
+        self.rounded: dict[str, tuple[NodeProto, NodeProto]] = {}  # a tensor -> the Q and the DQ that its readers see
+        for node in self.model.graph.node:
+            source = self.makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+            if source is not None and source.op_type == "QuantizeLinear":
+                self.rounded.setdefault(self.origin(source.input[0]), (source, node))
+
+    def origin(self, name: str) -> str:
+        """The tensor that `name` holds in another form: back through quantization and casts to who computed it."""
+        while (maker := self.makers.get(name)) is not None and maker.name in self._carriers:
+            name = maker.input[0]
+        return name
+
+    def maker(self, name: str) -> NodeProto | None:
+        """Who computes a tensor; None for an input or a constant."""
+        return self.makers.get(self.origin(name))
+
+    def reads(self, node: NodeProto) -> list[str]:
+        """The tensors that a node computes from, as their makers call them; constants are left out."""
+        found = (self.origin(name) for name in node.input if name)
+        return [name for name in found if name not in self.constants and not self._constant(name)]
+
+    def _constant(self, name: str) -> bool:
+        maker = self.makers.get(name)
+        return maker is not None and maker.op_type == "Constant"
+
+    def has(self, name: str) -> bool:
+        """Whether the graph computes, or is given, a tensor of this name."""
+        return name in self.makers or name in self.inputs
+
+    def carried(self) -> list[str]:
+        """Tensors that hang on the inputs' values, in the order of computation; shapes and constants are none."""
+        known, found = set(self.inputs), []
+        for node in self.model.graph.node:
+            if node.op_type not in ("Shape", "Size") and known & set(node.input):
+                known |= set(node.output)
+                found += [name for name in node.output if name]
+        return found
+
+    def values(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors `names` as their readers see them: quantized and back where the graph does that.
+
+        Only what they hang on is computed, and a quantized tensor is looked at behind its Q, where looking does not
+        keep onnxruntime from its integer kernels.
+        """
+        if not names:
+            return {}
+        return self._run(list(self.model.graph.node), names, feed, {})
+
+    def alone(self, name: str, given: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`name` as its maker computes it from other inputs than its own.
+
+        Args:
+            given: of tensors that the maker reads, the values that it shall read.
+            feed: of the graph's inputs, for what is not given.
+        """
+        types = self._inferred()
+        kinds = {n: types[n].elem_type if n in types else TensorProto.FLOAT for n in given if n not in self.inputs}
+        nodes = [n for n in self.model.graph.node if not set(n.output) & kinds.keys()]
+        typed = {n: v.astype(helper.tensor_dtype_to_np_dtype(kinds[n])) if n in kinds else v for n, v in given.items()}
+        return self._run(nodes, [name], {**feed, **typed}, kinds)[name]
+
+    def groups(self, names: Sequence[str], samples: int, limit: int) -> list[list[str]]:
+        """`names` in their order, in lists whose values take at most `limit` bytes, or hold one name.
+
+        Args:
+            samples: what a free dimension stands for, such as the batch.
+        """
+        inferred = self._inferred()
+        found: list[list[str]] = []
+        room = 0
+        for name in names:
+            dims = inferred[name].shape.dim if name in inferred else ()
+            size = 4 * math.prod(d.dim_value or samples for d in dims)
+            if not found or size > room:
+                found.append([])
+                room = limit
+            found[-1].append(name)
+            room -= size
+        return found
+
+    def _inferred(self) -> dict[str, TypeProto.Tensor]:
+        """Type and shape of each tensor, as far as onnx can tell."""
+        inferred = shape_inference.infer_shapes(self.model, strict_mode=False).graph
+        infos = (*inferred.value_info, *inferred.input, *inferred.output)
+        return {info.name: info.type.tensor_type for info in infos if info.type.tensor_type.elem_type}
+
+    def _run(
+        self, nodes: list[NodeProto], names: Sequence[str], feed: Mapping[str, np.ndarray], kinds: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
+        wanted = {}
+        for name in names:
+            if (pair := self.rounded.get(self.origin(name))) is None:
+                wanted[name] = name
+                continue
+            seen = helper.make_node("DequantizeLinear", [pair[0].output[0], *pair[1].input[1:]], [f"{name}/seen"])
+            seen.attribute.extend(pair[1].attribute)
+            nodes = [*nodes, seen]
+            wanted[name] = seen.output[0]
+        given = [*self.model.graph.input, *(helper.make_tensor_value_info(n, k, None) for n, k in kinds.items())]
+        model = _pruned(self.model, nodes, given, set(wanted.values()))
+        if self._half:
+            model = for_cpu(model)
+        session = open_session(model.SerializeToString(), "layers", optimize=not self._half)
+        taken = {i.name for i in session.get_inputs()}
+        found = session.run(list(wanted.values()), {n: v for n, v in feed.items() if n in taken})
+        return dict(zip(names, found, strict=True))
+
+
+def _runnable(model: ModelProto, like: ModelProto | None) -> ModelProto:
+    """A copy that stock onnxruntime runs: nodes of our domain have their bodies, every node has a name."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    if like is not None and not copy.functions:
+        copy.functions.extend(like.functions)
+    for i, node in enumerate(copy.graph.node):
+        node.name = node.name or f"{node.op_type} {i}"
+        if node.domain == DOMAIN:
+            kept = [a for a in node.attribute if a.name not in _PARSERS]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copy
+
+
+def _pruned(
+    model: ModelProto, nodes: Sequence[NodeProto], inputs: Sequence[ValueInfoProto], outputs: set[str]
+) -> ModelProto:
+    """A model of those `nodes`, `inputs` and constants of `model` that `outputs` hang on."""
+    kept, needed = [], set(outputs)
+    for node in reversed(nodes):  # readers before makers: a file stands in the order of computation
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    graph = helper.make_graph(
+        kept[::-1],
+        model.graph.name,
+        [i for i in inputs if i.name in needed],
+        [helper.ValueInfoProto(name=name) for name in sorted(outputs)],  # onnxruntime finds their types
+        [t for t in model.graph.initializer if t.name in needed],
+    )
+    return helper.make_model(
+        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
+    )
+
+
+def constant(graph: Graph, name: str) -> np.ndarray | None:
+    """The values of an initializer or of a Constant node's output; None for anything else."""
+    if name in graph.constants:
+        return numpy_helper.to_array(graph.constants[name])
+    maker = graph.makers.get(name)
+    if maker is not None and maker.op_type == "Constant" and maker.attribute[0].name == "value":
+        return numpy_helper.to_array(maker.attribute[0].t)
+    return None

@@ -1,0 +1,279 @@
+"""The report's sections: JSON in, HTML out. Nothing is computed; every text is escaped.
+
+Each function takes all results, picks its kind and returns "" where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from nformer_edge.report.html.svg import Bar, Line, line_chart, stacked_bars
+from nformer_edge.report.pipeline import STAGES
+from nformer_edge.report.table import PERCENTILES, Row, number, percent, summary_rows
+
+Results = Sequence[dict[str, Any]]
+
+#: What stands where nothing was measured.
+NONE = "\N{EN DASH}"
+
+
+def text(value: object) -> str:
+    """Anything as escaped text; "" for None."""
+    return "" if value is None else escape(str(value), quote=True)
+
+
+def section(title: str, body: str, note: str = "") -> str:
+    """A titled card; "" without a body."""
+    told = f'<p class="note">{text(note)}</p>' if note else ""
+    return f"<section><h2>{text(title)}</h2>{told}{body}</section>" if body else ""
+
+
+def pill(status: str, words: str = "") -> str:
+    """A colored word: passed, failed, undecided, alarm, quiet, reported or short."""
+    return f'<span class="pill {text(status)}">{text(words or status)}</span>'
+
+
+def table(headers: Sequence[str], rows: Sequence[str], left: int = 1, wide: bool = False) -> str:
+    """A table that scrolls sideways by itself; `rows` are finished ``<tr>``, closer together if `wide`."""
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col"{_left(i, left)}>{text(h)}</th>' for i, h in enumerate(headers))
+    tight = ' class="tight"' if wide else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table{tight}><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
+    )
+
+
+def row(cells: Sequence[str], left: int = 1, marked: Sequence[int] = ()) -> str:
+    """A line of finished cells; the first is its header."""
+    parts = [f'<th scope="row" class="l">{cells[0]}</th>']
+    for i, cell in enumerate(cells[1:], 1):
+        classes = " ".join(c for c, on in (("l", i < left), ("best", i in marked)) if on)
+        parts.append(f"<td{f' class={chr(34)}{classes}{chr(34)}' if classes else ''}>{cell}</td>")
+    return f"<tr>{''.join(parts)}</tr>"
+
+
+def group(title: str, width: int) -> str:
+    """A line that heads the lines below it; `title` is finished HTML."""
+    return f'<tr class="group"><th scope="rowgroup" class="l" colspan="{width}">{title}</th></tr>'
+
+
+def _left(i: int, left: int) -> str:
+    return ' class="l"' if i < left else ""
+
+
+def of_kind(results: Results, kind: str) -> list[dict[str, Any]]:
+    return [r for r in results if r["kind"] == kind]
+
+
+def _latency(r: Row) -> str:
+    kind = f" <small>{text(r.latency_kind)}</small>" if r.latency_kind else ""
+    return f"{number(r.latency_ms)}{kind}" if r.latency_ms is not None else NONE
+
+
+def _sure(fraction: float, interval: Sequence[float]) -> str:
+    """Percent, its 95 % interval small beside it."""
+    lower, upper = map(percent, interval)
+    return f"{percent(fraction)} <small>{lower}{NONE}{upper}</small>"
+
+
+def summary(results: Results) -> str:
+    """Backbone and +NFormer of each model: accuracy, latency, size."""
+    rows = summary_rows(results)
+    cells = [
+        row(
+            [
+                text(r.model),
+                text(r.stage),
+                text(r.precision.upper()),
+                _sure(r.mAP, r.mAP_interval),
+                _sure(r.rank1, r.rank1_interval),
+                percent(r.mINP),
+                _latency(r),
+                number(r.size_mb) or NONE,
+            ],
+            left=3,
+        )
+        for r in rows
+    ]
+    note = (
+        "mAP, Rank-1 and mINP in percent, with 95 % intervals by the bootstrap over queries. ms per image: image file "
+        "in, ranked gallery out, one query after the other; "
+        "p90 with 99 % confidence, or the median where the run was too short for that."
+    )
+    headers = ["model", "stage", "precision", "mAP", "Rank-1", "mINP", "ms per image", "MB"]
+    return section("Summary", table(headers, cells, left=3), note)
+
+
+def baselines(results: Results) -> str:
+    """Other ways to re-rank the same features, where an evaluation has them."""
+    cells = []
+    for result in of_kind(results, "evaluation"):
+        label = result["model"]["label"] if result["model"] else result["data"]["name"]
+        if len(result["results"]) > 2 or result["model"] is None:
+            cells.append(group(text(label), 6))
+            for r in result["results"]:
+                cmc = r["cmc"]
+                cells.append(
+                    row(
+                        [
+                            text(r["name"]),
+                            _sure(r["mAP"], r["mAP_interval"]),
+                            _sure(cmc[0], r["rank1_interval"]),
+                            percent(cmc[4]),
+                            percent(r["mINP"]),
+                            number(r["seconds"], 2),
+                        ]
+                    )
+                )
+    note = "The same features under each way of ranking. Seconds are for all queries, on the machine below."
+    return section(
+        "Beside other re-ranking", table(["ranking", "mAP", "Rank-1", "Rank-5", "mINP", "seconds"], cells), note
+    )
+
+
+def latency(results: Results) -> str:
+    """Percentiles of every run, and the mean of each stage as bars."""
+    cells, bars = [], []
+    for result in of_kind(results, "benchmark"):
+        label = result["model"]["label"]
+        cells.append(group(text(label), 9))
+        for run in result["runs"]:
+            figures = [number(run["latency"][f"{p}_ms"]) or NONE for p in PERCENTILES]
+            if run["scenario"] == "Offline":
+                figures = [NONE] * len(PERCENTILES)
+            estimate = number(run.get("early_stopping_ms")) or NONE
+            cells.append(
+                row(
+                    [
+                        f"{text(run['pipeline'])}, {text(run['name'])}",
+                        number(run["count"], 0),
+                        estimate,
+                        *figures,
+                        number(run["images_per_second"]),
+                    ]
+                )
+            )
+            if run["scenario"] == "SingleStream":
+                means = [(s, run["stages"][s]["mean_ms"]) for s in STAGES if s in run["stages"]]
+                bars.append(Bar(f"{label}, {run['pipeline']}", means, f"{number(run['latency']['mean_ms'])} ms"))
+    headers = ["scenario", "count", "early stop", *PERCENTILES, "images/s"]
+    chart = stacked_bars(bars, "Mean latency by stage", STAGES, "ms")
+    body = table(headers, cells) + (f"<h3>Where the time goes (SingleStream, mean)</h3>{chart}" if chart else "")
+    note = (
+        "Milliseconds from issue to reply, warm-up left out. Early stop: an upper bound of the scenario's percentile "
+        "(p90 of SingleStream, p99 of MultiStream) with 99 % confidence. A dash: too few samples for that figure."
+    )
+    return section("Latency", body, note)
+
+
+def comparison(results: Results) -> str:
+    """Ratios pair by pair of models timed in turn."""
+    cells = []
+    for result in of_kind(results, "comparison"):
+        for r in result["ratios"]:
+            cells.append(
+                row(
+                    [
+                        f"{text(r['label'])} / {text(r['baseline'])}",
+                        number(r["median"], 3),
+                        number(r["p5"], 3),
+                        number(r["p95"], 3),
+                        number(r["pairs"], 0),
+                    ]
+                )
+            )
+    note = "Latency over the baseline's for the same query in the same round; under 1 is faster."
+    return section("In turn, pair by pair", table(["ratio", "median", "p5", "p95", "pairs"], cells), note)
+
+
+def cmc(results: Results) -> str:
+    """Cumulative match curves, first 20 ranks: a color for each model, dashes for its backbone alone."""
+    lines = []
+    for color, result in enumerate(of_kind(results, "evaluation")):
+        label = result["model"]["label"] if result["model"] else result["data"]["name"]
+        for r in result["results"]:
+            if r["name"] in ("backbone", "+NFormer"):
+                points = [(rank, 100 * share) for rank, share in enumerate(r["cmc"][:20], 1)]
+                lines.append(Line(f"{label}, {r['name']}", points, color, dashed=r["name"] == "backbone"))
+    chart = line_chart(lines, "Cumulative match curves", "rank", "queries with a match, %", y_max=100)
+    note = "How many queries have a right match among the first so many. Of equal curves the last is seen."
+    return section("CMC", chart, note)
+
+
+def training(results: Results) -> str:
+    """Each stage of each training as a line, and its learning curves: loss and held-out mAP by epoch."""
+    found = [(r, stage, record) for r in of_kind(results, "training") for stage, record in r["stages"].items()]
+    several = len(of_kind(results, "training")) > 1
+    cells = []
+    lines: dict[str, list[Line]] = {"loss": [], "held_out_map": []}
+    for color, (result, stage, record) in enumerate(found):
+        label = f"{stage}, {result['checkpoint'].rpartition('/')[2]}" if several else stage
+        for key, factor in (("loss", 1), ("held_out_map", 100)):
+            points = [(r["epoch"], factor * r[key]) for r in record["epochs"] if r.get(key) is not None]
+            if points:  # an epoch without a figure is not drawn
+                lines[key].append(Line(label, points, color))
+        if record["epochs"]:
+            last, best = record["epochs"][-1], record.get("best") or {}
+            cells.append(
+                row(
+                    [
+                        text(label),
+                        number(last["epoch"], 0),
+                        number(last.get("loss"), 3) or NONE,
+                        percent(best.get("held_out_map")) or NONE,
+                        number(best.get("epoch"), 0) or NONE,
+                        number(record.get("seconds"), 0) or NONE,
+                    ]
+                )
+            )
+    body = table(["stage", "epochs", "last loss", "best held-out mAP", "after epoch", "seconds"], cells)
+    for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):
+        chart = line_chart(lines[key], f"{title} by epoch", "epoch", title.lower())
+        body += f"<h3>{text(title)}</h3>{chart}" if chart else ""
+    note = "Held-out mAP: on training identities that were kept out of training, ranked in the plain view."
+    return section("Training", body, note if lines["held_out_map"] else "")
+
+
+def machine(results: Results) -> str:
+    """Where it was measured, with which versions, on which data."""
+    parts = []
+    seen: list[Any] = []
+    for result in results:
+        m = result.get("machine")
+        if not m or m in seen:
+            continue
+        seen.append(m)
+        memory = f"{m['memory_mib'] / 1024:.0f} GiB" if m["memory_mib"] else None
+        facts = {
+            "Processor": f"{m['cpu']}, {m['cores']} cores, {m['architecture']}",
+            "Instruction sets": ", ".join(m["instruction_sets"]),
+            "Memory": memory,
+            "Board": m["board"],
+            "System": m["system"],
+            "Versions": ", ".join(f"{k} {v}" for k, v in m["versions"].items()),
+        }
+        parts.append(_facts(facts))
+    for result in of_kind(results, "benchmark")[:1]:
+        now = result["conditions"]["after"]
+        parts.append(
+            _facts(
+                {
+                    "Clock": now["cpu_mhz"] and f"{now['cpu_mhz']:.0f} MHz",
+                    "Governor": now["governor"],
+                    "Power mode": now["power_mode"],
+                    "Temperature": now["temperature_c"] and f"{now['temperature_c']:.0f} °C",
+                    "Load": now["load_average"] and f"{now['load_average']:.2f}",
+                    "Threads": result["threads"],
+                }
+            )
+        )
+    return section("Machine", "".join(parts))
+
+
+def _facts(facts: dict[str, object]) -> str:
+    items = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items() if v)
+    return f'<dl class="details">{items}</dl>' if items else ""

@@ -1,0 +1,1 @@
+"""Both training stages: the backbone from images, the NFormer head from features."""

@@ -1,0 +1,217 @@
+"""The two stages with their files: what each starts from, keeps on the way and leaves behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.spec import ModelSpec, to_dict
+from nformer_edge.data.holdout import Holdout
+from nformer_edge.data.loaders import TrainImages
+from nformer_edge.metrics.ranking import evaluate
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.model.nformer import NFormer
+from nformer_edge.training.backbone import extract, extract_view, train_backbone
+from nformer_edge.training.config import TrainConfig
+from nformer_edge.training.head import relate, train_head
+from nformer_edge.training.run import Run
+
+#: Files of a run beside its checkpoint ``<stem>.safetensors``, each ``<stem>.<name>``.
+BACKBONE, BEST_BACKBONE = "backbone.safetensors", "backbone.best.safetensors"
+BEST_HEAD, LAST_HEAD = "head.best.safetensors", "head.last.safetensors"
+VIEWS = "views.npz"
+
+Record = dict[str, Any]
+
+
+def first_stage(
+    run: Run,
+    images: TrainImages,
+    config: TrainConfig,
+    holdout: Holdout | None,
+    initial: str | os.PathLike[str] | None,
+    extra: dict[str, Any],
+) -> tuple[Backbone, Record, str]:
+    """Stage one, unless an earlier run of this training has already done it.
+
+    Returns:
+        The backbone of the last epoch, the stage's record for the history, and its checkpoint's sha256.
+    """
+    start = time.perf_counter()
+    spec = replace(config.model, head=None)
+    path = run.out if config.model.head is None else run.beside(BACKBONE)
+    state = run.state("backbone", {**run.identity, "config": _stage_identity(config, "head")})
+    done = state.finished()
+    if done is not None and path.is_file() and sha256_file(path) == done["sha256"]:
+        run.logs.rows["backbone"] = done["record"]["epochs"]
+        return _loaded(load_checkpoint(path).backbone), done["record"], done["sha256"]
+    backbone, device = start_backbone(config, initial), str(run.compute.device)
+    if holdout is None:
+        run.clean(BEST_BACKBONE)  # an earlier run's
+
+    def watch(model: Backbone) -> float:
+        assert holdout is not None
+        return evaluate(*held_out(model, holdout, spec, device)).mAP
+
+    def keep_best(tensors: dict[str, Tensor], epoch: int) -> None:
+        best = Backbone(spec.backbone)
+        best.load_state_dict(tensors)
+        save_checkpoint(run.beside(BEST_BACKBONE), spec, best, None, {**extra, "epoch": epoch})
+
+    rows = train_backbone(
+        images,
+        backbone,
+        config.backbone,
+        seed=config.seed,
+        watch=watch if holdout else None,
+        compute=run.compute,
+        state=state,
+        on_row=partial(run.logs.note, "backbone"),
+        on_best=keep_best,
+    )
+    record = {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}
+    if run.compute.leads:
+        digest = save_checkpoint(path, spec, backbone, None, extra)
+        if config.model.head is not None:
+            state.finish({"sha256": digest, "record": record})
+    run.compute.wait()
+    return backbone, record, sha256_file(path)
+
+
+def second_stage(
+    run: Run,
+    views: Sequence[FeatureSet],
+    held: tuple[FeatureSet, FeatureSet] | None,
+    config: TrainConfig,
+    source: str,
+    backbone: Backbone | None,
+    extra: dict[str, Any],
+) -> tuple[Record, str]:
+    """Stage two, and the run's checkpoint.
+
+    Args:
+        views: the training images' features, each time augmented otherwise.
+        held: query and gallery of the held-out identities; features are needed on the leading rank alone.
+        source: sha256 of what the features come from.
+        backbone: goes into the checkpoint; None leaves a head alone.
+
+    Returns:
+        The stage's record for the history, and the checkpoint's sha256.
+    """
+    start = time.perf_counter()
+    spec = config.model
+    assert spec.head is not None
+    if held is None:
+        run.clean(BEST_HEAD)  # an earlier run's
+    state = run.state("head", {**run.identity, "config": _stage_identity(config, "backbone"), "features": source})
+
+    def watch(head: NFormer) -> float:
+        assert held is not None
+        return evaluate(*relate(head, *held, seed=config.seed)).mAP
+
+    def keep(name: str, tensors: dict[str, Tensor], epoch: int) -> None:
+        assert spec.head is not None
+        head = NFormer(spec.head)
+        head.load_state_dict(tensors)
+        if run.compute.leads:
+            save_checkpoint(run.beside(name), spec, None, head, {**extra, "epoch": epoch})
+
+    head, rows = train_head(
+        views,
+        spec.head,
+        config.head,
+        seed=config.seed,
+        watch=watch if held is not None else None,
+        compute=run.compute,
+        state=state,
+        on_row=partial(run.logs.note, "head"),
+        on_best=partial(keep, BEST_HEAD),
+        on_last=partial(keep, LAST_HEAD, epoch=config.head.epochs),
+    )
+    if run.compute.leads:
+        save_checkpoint(run.out, spec, backbone, head, extra)
+    run.compute.wait()
+    return {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}, sha256_file(run.out)
+
+
+def _best(rows: Sequence[Record]) -> Record | None:
+    """Epoch and held-out mAP of the best epoch, the earliest of equals; None where nothing was watched."""
+    watched = [{k: row[k] for k in ("epoch", "held_out_map")} for row in rows if "held_out_map" in row]
+    return max(watched, key=lambda row: row["held_out_map"], default=None)
+
+
+def extract_views(
+    run: Run, images: TrainImages, backbone: Backbone, config: TrainConfig, source: str
+) -> list[FeatureSet]:
+    """The training images' augmented views, extracted by the leading rank and kept in a file until the run ends.
+
+    Args:
+        source: sha256 of the backbone's checkpoint: views of another one are extracted anew.
+    """
+    path, device = run.beside(VIEWS), str(run.compute.device)
+    views: list[FeatureSet] = []
+    if run.compute.leads:
+        kept = list(load_features(path).values()) if run.resume and path.is_file() else []
+        if len(kept) == config.head.views and all(v.model == source for v in kept):
+            views = kept
+        else:
+            recipe, seed = config.backbone.augment, config.seed
+            for v in range(config.head.views):
+                view = extract_view(backbone, images, config.model, recipe, seed=seed + v, device=device)
+                views.append(replace(view, model=source))
+            save_features(path, {f"view-{v}": view for v, view in enumerate(views)})
+    run.compute.wait()
+    return views or list(load_features(path).values())
+
+
+def held_out(backbone: Backbone, holdout: Holdout, spec: ModelSpec, device: str) -> tuple[FeatureSet, FeatureSet]:
+    """The held-out identities' features: query and gallery."""
+    both = extract(backbone, holdout.query + holdout.gallery, spec, device=device)
+    first = np.arange(len(both)) < len(holdout.query)
+    return both.take(first), both.take(~first)
+
+
+def start_backbone(config: TrainConfig, initial: str | os.PathLike[str] | None) -> Backbone:
+    """A new backbone by the seed, or that of the checkpoint `initial`.
+
+    Raises:
+        ArtifactError: if the checkpoint holds another one.
+    """
+    if initial is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return Backbone(config.model.backbone)
+    checkpoint = load_checkpoint(initial)
+    if checkpoint.backbone is None or checkpoint.spec.backbone != config.model.backbone:
+        got = "no backbone" if checkpoint.backbone is None else checkpoint.spec.backbone
+        raise ArtifactError(str(initial), got, config.model.backbone, "Train the model that it holds.")
+    return checkpoint.backbone
+
+
+def config_identity(config: TrainConfig) -> dict[str, Any]:
+    """What of the configuration decides the numbers."""
+    return {k: v for k, v in to_dict(config).items() if k not in ("save_minutes", "cache_mib")}
+
+
+def _stage_identity(config: TrainConfig, other: str) -> dict[str, Any]:
+    """What decides the numbers of one stage: the other's settings may change while this one waits to be resumed."""
+    kept = {k: v for k, v in config_identity(config).items() if k != other}
+    kept["model"] = {k: v for k, v in kept["model"].items() if k != other}
+    return kept
+
+
+def _loaded(backbone: Backbone | None) -> Backbone:
+    assert backbone is not None
+    return backbone

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.metrics.distance import nearest, reciprocal_mask, smallest, unit_rows
+from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+
+
+@pytest.fixture(scope="module")
+def published(golden):
+    return golden("market_protocol_small")
+
+
+def test_distances_agree_with_the_published_reranking(published):
+    distances = k_reciprocal_distances(published["query"], published["gallery"])
+    assert distances.dtype == np.float32
+    assert np.abs(distances - published["rerank_dist"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("change", [{"k1": 19}, {"k2": 5}, {"lambda_": 0.31}])
+def test_other_parameters_do_not_agree_with_the_published_reranking(published, change):
+    distances = k_reciprocal_distances(published["query"], published["gallery"], **change)
+    assert np.abs(distances - published["rerank_dist"]).max() > 1e-3
+
+
+def test_length_of_features_changes_no_order(published):
+    longer = k_reciprocal_distances(published["query"] * 7, published["gallery"] * 0.1)
+    assert np.abs(longer - published["rerank_dist"]).max() <= 2e-3  # one step of half precision
+
+
+def test_a_gallery_smaller_than_k1_is_reranked():
+    rng = np.random.default_rng(0)
+    distances = k_reciprocal_distances(rng.normal(size=(2, 8)), rng.normal(size=(3, 8)))
+    assert distances.shape == (2, 3)
+    assert np.isfinite(distances).all()
+
+
+def test_equal_images_are_reranked_without_nan():
+    distances = k_reciprocal_distances(np.ones((2, 4)), np.ones((40, 4)))
+    assert np.isfinite(distances).all()
+
+
+def test_bad_features_and_parameters_are_refused(published):
+    with pytest.raises(DataError, match="gallery features"):
+        k_reciprocal_distances(published["query"], np.zeros_like(published["gallery"]))
+    with pytest.raises(UsageError, match="k1"):
+        k_reciprocal_distances(published["query"], published["gallery"], k1=0)
+    with pytest.raises(UsageError, match="lambda"):
+        k_reciprocal_distances(published["query"], published["gallery"], lambda_=1.5)
+
+
+def test_smallest_breaks_ties_by_lower_column():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 6, size=(50, 200)).astype(np.float32)
+    for k in (1, 7, 60, 199, 200, 300):
+        assert (smallest(values, k) == np.argsort(values, axis=1, kind="stable")[:, :k]).all()
+
+
+def test_an_image_leads_its_own_list_though_another_equals_it():
+    assert nearest(unit_rows(np.ones((5, 3))), 2).tolist() == [[0, 1], [1, 0], [2, 0], [3, 0], [4, 0]]
+
+
+def test_reciprocal_mask_is_the_topk_mask_times_its_transpose():
+    rng = np.random.default_rng(1)
+    lists = nearest(unit_rows(rng.normal(size=(90, 5))), 8)
+    mask = np.zeros((90, 90), dtype=bool)
+    np.put_along_axis(mask, lists, True, axis=1)
+    assert (reciprocal_mask(lists) == np.take_along_axis(mask & mask.T, lists, axis=1)).all()
+
+
+def test_reciprocal_mean_averages_those_who_chose_each_other():
+    rng = np.random.default_rng(2)
+    query, gallery = rng.normal(size=(10, 6)), rng.normal(size=(50, 6))
+    unit = unit_rows(np.concatenate([query, gallery])).astype(np.float64)
+    order = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, :9]
+    mask = np.zeros((60, 60))
+    np.put_along_axis(mask, order, 1, axis=1)
+    mask *= mask.T
+    expected = mask @ unit / mask.sum(axis=1, keepdims=True)
+    got = np.concatenate(reciprocal_mean(query, gallery, k=9))
+    assert np.abs(got - expected).max() <= 1e-6
+
+
+def test_query_expansion_moves_a_query_to_its_nearest_gallery_images():
+    query, gallery = np.array([[1.0, 0.0]]), np.array([[0.8, 0.6], [-1.0, 0.0], [0.8, 0.6]])
+    expanded = average_query_expansion(query, gallery, k=2)
+    expected = np.array([2.6, 1.2]) / np.hypot(2.6, 1.2)
+    assert np.abs(expanded[0] - expected).max() <= 1e-6

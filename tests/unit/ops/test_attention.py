@@ -1,0 +1,157 @@
+"""The native ReciprocalNeighborAttention against the dense formulation in float64, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nformer_edge.ops import native
+
+torch = pytest.importorskip("torch")
+
+from nformer_edge.ops import torch_ops  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
+
+
+def dense(a, b, v, neighbors, scale):  # type: ignore[no-untyped-def]
+    """The contract read literally: an N x N mask, a softmax, a product. In the tensors' own precision."""
+    heads, rows, _ = v.shape
+    lists = neighbors.expand(heads, -1, -1).long()
+    mask = torch.zeros(heads, rows, rows + 1, dtype=torch.bool)
+    mask.scatter_(2, torch.where(lists < 0, rows, lists), True)
+    mask = mask[:, :, :rows] & mask[:, :, :rows].transpose(1, 2)
+    scores = (scale * (a @ b.transpose(1, 2))).masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~mask.any(dim=2, keepdim=True), 0.0)
+    return (torch.softmax(scores, dim=2) * mask) @ v
+
+
+def case(heads: int, rows: int, length: int, size: int, k: int, seed: int, shared: bool = False):  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    a, b, v = (torch.randn(heads, rows, d, generator=generator) for d in (length, length, size))
+    neighbors = torch_ops.row_top_k(a[:1] if shared else a, b[:1] if shared else b, k)
+    return a, b, v, neighbors
+
+
+def results(function, a, b, v, neighbors, scale):  # type: ignore[no-untyped-def]
+    """y and the gradients by a, b, v of a loss that weighs every output differently."""
+    inputs = [x.detach().clone().requires_grad_() for x in (a, b, v)]
+    y = function(*inputs, neighbors, scale)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(x.grad for x in inputs)]
+
+
+SHAPES = [(2, 61, 5, 32, 20), (1, 130, 256, 128, 20), (3, 17, 2, 1, 4), (2, 9, 5, 67, 30), (1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("heads", "rows", "length", "size", "k"), SHAPES)
+def test_values_and_gradients_err_at_most_twice_as_much_as_plain_torch(
+    heads: int, rows: int, length: int, size: int, k: int, shared: bool
+) -> None:
+    a, b, v, neighbors = case(heads, rows, length, size, k, seed=1, shared=shared)
+    truth = results(dense, a.double(), b.double(), v.double(), neighbors, 0.3)
+    plain = results(dense, a, b, v, neighbors, 0.3)
+    ours = results(torch_ops.reciprocal_neighbor_attention, a, b, v, neighbors, 0.3)
+    for exact, torchs, got in zip(truth, plain, ours, strict=True):
+        error = (got - exact).abs().max().item()
+        assert error <= 2 * (torchs - exact).abs().max().item() + 1e-6 * exact.abs().max().item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40), length=st.integers(1, 20), size=st.integers(1, 140), k=st.integers(1, 40),
+    scale=st.floats(-4, 4), seed=st.integers(0, 2**31), data=st.data(),
+)  # fmt: skip
+def test_any_shape_agrees_with_the_dense_form_on_every_instruction_set(
+    rows: int, length: int, size: int, k: int, scale: float, seed: int, data: st.DataObject
+) -> None:
+    a, b, v, neighbors = case(2, rows, length, size, k, seed)
+    arrays = [x.numpy() for x in (a, b, v, neighbors)]
+    gradient = torch.linspace(-1, 1, v.numel()).view_as(v).numpy()
+    truth = results(dense, a.double(), b.double(), v.double(), neighbors, scale)
+    sets = native.instruction_sets()
+    outs = []
+    for isa in sets:
+        threads = data.draw(st.integers(1, 3))
+        y = native.reciprocal_neighbor_attention(*arrays, scale, threads=threads, isa=isa)
+        back = native.reciprocal_neighbor_attention_backward(gradient, *arrays, scale, threads=threads, isa=isa)
+        outs.append((y, *back))
+    for exact, got in zip(truth, outs[0], strict=True):
+        assert np.abs(got - exact.numpy()).max() <= 2e-5 * (1 + exact.abs().max().item())
+    assert all((x == y).all() for other in outs for x, y in zip(outs[0], other, strict=True))
+
+
+def test_a_row_without_reciprocal_neighbors_is_exactly_zero() -> None:
+    v = np.ones((1, 3, 4), dtype=np.float32)
+    a = np.ones((1, 3, 2), dtype=np.float32)
+    lists = np.array([[[1, -1], [2, -1], [2, 1]]], dtype=np.int32)  # 0 chose 1, which did not choose it back
+    y = native.reciprocal_neighbor_attention(a, a, v, lists)
+    assert (y[0, 0] == 0).all()
+    assert (y[0, 1] == 1).all()
+    grads = native.reciprocal_neighbor_attention_backward(v, a, a, v, lists)
+    assert all((g[0, 0] == 0).all() for g in grads)
+
+
+def test_a_neighbor_with_score_zero_counts() -> None:
+    a = np.zeros((1, 2, 2), dtype=np.float32)
+    v = np.array([[[1.0], [3.0]]], dtype=np.float32)
+    lists = np.array([[[0, 1], [0, 1]]], dtype=np.int32)
+    assert native.reciprocal_neighbor_attention(a, a, v, lists).ravel().tolist() == [2.0, 2.0]
+
+
+def test_a_bad_value_reaches_only_the_rows_that_count_it() -> None:
+    a, b, v, neighbors = (x.numpy() for x in case(1, 40, 5, 16, 4, seed=2))
+    clean = native.reciprocal_neighbor_attention(a, b, v, neighbors)
+    v[0, 7] = np.nan
+    y = native.reciprocal_neighbor_attention(a, b, v, neighbors)
+    touched = np.isnan(y).any(axis=2)[0]
+    chose = (neighbors[0] == 7).any(axis=1) & np.isin(np.arange(40), neighbors[0, 7])
+    assert (touched == chose).all()
+    assert (y[0, ~touched] == clean[0, ~touched]).all()
+
+
+@pytest.mark.parametrize("size", [1e15, 1e30])
+def test_scores_beyond_float32_leave_a_finite_softmax(size: float) -> None:
+    a = np.full((1, 4, 2), size, dtype=np.float32)
+    v = np.arange(4, dtype=np.float32).reshape(1, 4, 1)
+    lists = native.row_top_k(a, a, 4)
+    assert native.reciprocal_neighbor_attention(a, a, v, lists).ravel().tolist() == [1.5] * 4
+
+
+def test_half_precision_in_gives_half_precision_out() -> None:
+    a, b, v, neighbors = case(2, 50, 5, 64, 8, seed=3)
+    half = [x.half().numpy() for x in (a, b, v)]
+    y = native.reciprocal_neighbor_attention(*half, neighbors.numpy())
+    wide = native.reciprocal_neighbor_attention(*(x.astype(np.float32) for x in half), neighbors.numpy())
+    assert y.dtype == np.float16
+    assert (y == wide.astype(np.float16)).all()
+
+
+def test_torch_registers_the_operators_completely() -> None:
+    a, b, v, neighbors = case(2, 30, 5, 16, 4, seed=4)
+    torch.library.opcheck(torch.ops.nformer.row_top_k.default, (a, b, 4))
+    inputs = [x.clone().requires_grad_() for x in (a, b, v)]
+    torch.library.opcheck(torch.ops.nformer.reciprocal_neighbor_attention.default, (*inputs, neighbors, 0.3))
+
+
+def test_torch_operators_are_seen_by_compile() -> None:
+    a, b, v, _ = case(2, 30, 5, 16, 4, seed=5)
+
+    def attend(a, b, v):  # type: ignore[no-untyped-def]
+        return torch_ops.reciprocal_neighbor_attention(a, b, v, torch_ops.row_top_k(a, b, 4)) * 2
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(a, b, v), attend(a, b, v))
+
+
+def test_torch_operators_refuse_what_only_the_twin_takes() -> None:
+    from nformer_edge.core.errors import UsageError
+
+    a, b, v, neighbors = (x.double() if x.is_floating_point() else x for x in case(1, 5, 3, 4, 2, seed=6))
+    with pytest.raises(UsageError, match=r"ops\.reference"):
+        torch_ops.row_top_k(a, b, 2)
+    with pytest.raises(UsageError, match=r"ops\.reference"):
+        torch_ops.reciprocal_neighbor_attention(a, b, v, neighbors)

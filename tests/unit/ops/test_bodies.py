@@ -1,0 +1,224 @@
+"""The bodies in stock onnxruntime against plain numpy, and against the model's own operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.ops import bodies as operators
+from nformer_edge.ops import reference as ops
+from nformer_edge.ops.contract import DOMAIN, NO_NEIGHBOR, OPSET_VERSION, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
+
+ONNX_TYPE = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+
+
+def session(function, inputs, output, opset=18, **attributes):
+    """A model of one node of our domain with `function` as its body. Inputs: name -> element type."""
+    node = helper.make_node(function.name, list(inputs), ["out"], domain=DOMAIN, **attributes)
+    values = [helper.make_tensor_value_info(name, kind, [None] * 3) for name, kind in inputs.items()]
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("out", output, [None] * 3)])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=operators.IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def row_top_k(a, b, k, block=16, opset=18):
+    kind = ONNX_TYPE[a.dtype.type]
+    found = session(
+        operators.row_top_k_function(opset, block=block), {"a": kind, "b": kind}, TensorProto.INT32, opset, k=k
+    )
+    return found.run(None, {"a": a, "b": b})[0]
+
+
+def attention(a, b, v, neighbors, scale=None, block=16, opset=18):
+    kind = ONNX_TYPE[a.dtype.type]
+    inputs = {"a": kind, "b": kind, "v": kind, "neighbors": TensorProto.INT32}
+    given = {} if scale is None else {"scale": scale}
+    function = operators.reciprocal_neighbor_attention_function(opset, block=block)
+    feed = {"a": a, "b": b, "v": v, "neighbors": neighbors}
+    return session(function, inputs, kind, opset, **given).run(None, feed)[0]
+
+
+def numpy_row_top_k(a, b, k):
+    scores = a.astype(np.float32) @ b.astype(np.float32).swapaxes(1, 2)
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    order = np.argsort(-scores, axis=2, kind="stable")[:, :, :k]
+    order = np.where(np.take_along_axis(scores, order, 2) > -np.inf, order, NO_NEIGHBOR)
+    return np.pad(order, ((0, 0), (0, 0), (0, k - order.shape[2])), constant_values=NO_NEIGHBOR).astype(np.int32)
+
+
+def numpy_attention(a, b, v, neighbors, scale=None):
+    heads, images, size = v.shape
+    scale = size**-0.5 if scale is None else scale
+    neighbors = np.broadcast_to(neighbors, (heads, *neighbors.shape[1:]))
+    y = np.zeros(v.shape)
+    for h in range(heads):
+        for i in range(images):
+            mine = [j for j in neighbors[h, i] if j >= 0 and i in neighbors[h, j]]
+            if mine:
+                weight = np.exp(scale * (b[h, mine].astype(float) @ a[h, i].astype(float)))
+                y[h, i] = weight / weight.sum() @ v[h, mine].astype(float)
+    return y
+
+
+def distinct_scores(rng, heads, rows, columns, length):
+    """Small integers: every score is exact, so that ties are ties in any order of summation."""
+    return rng.integers(-9, 10, (heads, rows, length)), rng.integers(-9, 10, (heads, columns, length))
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns", "k"),
+    [(1, 37, 37, 5), (2, 16, 16, 20), (2, 33, 50, 7), (1, 50, 3, 4), (3, 1, 1, 1), (1, 1, 40, 40), (2, 17, 5, 12)],
+)
+def test_row_top_k_is_the_stable_sort_of_numpy_with_ties(heads, rows, columns, k):
+    a, b = distinct_scores(np.random.default_rng(rows), heads, rows, columns, 5)
+    for kind in (np.float32, np.float16):
+        found = row_top_k(a.astype(kind), b.astype(kind), k)
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, numpy_row_top_k(a, b, k))
+
+
+def test_row_top_k_breaks_ties_by_lower_column_when_all_are_equal():
+    found = row_top_k(np.ones((1, 300, 4), np.float32), np.ones((1, 300, 4), np.float32), 6, block=128)
+    np.testing.assert_array_equal(found, np.broadcast_to(np.arange(6, dtype=np.int32), (1, 300, 6)))
+
+
+def test_row_top_k_of_no_image_is_empty():
+    nothing = np.zeros((2, 0, 5), np.float32)
+    assert row_top_k(nothing, nothing, 3).shape == (2, 0, 3)
+
+
+def test_row_top_k_with_no_column_finds_nobody():
+    found = row_top_k(np.ones((1, 4, 5), np.float32), np.zeros((1, 0, 5), np.float32), 3)
+    np.testing.assert_array_equal(found, np.full((1, 4, 3), NO_NEIGHBOR))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_row_top_k_never_chooses_a_score_that_is_not_finite(bad):
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((1, 40, 4)).astype(np.float32) + 3 for _ in range(2))
+    b[0, 7] = bad
+    found = row_top_k(a, b, 40)
+    assert not (found == 7).any()
+    np.testing.assert_array_equal(found[..., -1], np.full((1, 40), NO_NEIGHBOR))
+    others = np.delete(b, 7, axis=1)
+    clean = row_top_k(a, others, 39)
+    np.testing.assert_array_equal(found[..., :39], clean + (clean >= 7))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("images", [1, 2, 31, 48])
+def test_row_top_k_agrees_with_the_model_on_random_factors(heads, images):
+    rng = np.random.default_rng(images)
+    a, b = (rng.standard_normal((heads, images, 64)).astype(np.float32) for _ in range(2))
+    expected = ops.row_top_k(torch.from_numpy(a), torch.from_numpy(b), 9).numpy()
+    np.testing.assert_array_equal(row_top_k(a, b, 9), expected)
+
+
+def random_neighbors(rng, lists, images, k):
+    chosen = np.argsort(rng.random((lists, images, max(images, k))), axis=2)[:, :, :k]
+    return np.where(chosen < images, chosen, NO_NEIGHBOR).astype(np.int32)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -1.5])
+@pytest.mark.parametrize(
+    ("heads", "lists", "images", "k"), [(2, 1, 37, 9), (2, 2, 16, 20), (1, 1, 1, 3), (3, 1, 33, 4)]
+)
+def test_attention_is_the_loop_of_numpy(heads, lists, images, k, scale):
+    rng = np.random.default_rng(images)
+    a, b = (rng.standard_normal((heads, images, 5)).astype(np.float32) for _ in range(2))
+    v = rng.standard_normal((heads, images, 8)).astype(np.float32)
+    neighbors = random_neighbors(rng, lists, images, k)
+    found = attention(a, b, v, neighbors, scale)
+    expected = numpy_attention(a, b, v, neighbors, scale)
+    assert np.abs(found - expected).max() <= 1e-6
+    lonely = ~expected.any(axis=2)
+    assert (found[lonely] == 0).all()
+    model = ops.reciprocal_neighbor_attention(*map(torch.from_numpy, (a, b, v, neighbors)), scale=scale)
+    assert np.abs(found - model.numpy()).max() <= 1e-6
+
+
+@pytest.mark.parametrize("opset", operators.OPSETS)
+def test_both_bodies_say_the_same_in_every_opset(opset):
+    a, b = (x.astype(np.float32) for x in distinct_scores(np.random.default_rng(3), 2, 21, 21, 4))
+    neighbors = row_top_k(a, b, 6, opset=opset)
+    np.testing.assert_array_equal(neighbors, numpy_row_top_k(a, b, 6))
+    assert np.abs(attention(a, b, a, neighbors, opset=opset) - numpy_attention(a, b, a, neighbors)).max() <= 1e-5
+
+
+def test_attention_of_a_row_without_reciprocal_neighbor_is_exactly_zero():
+    neighbors = np.array([[[1], [2], [0]]], np.int32)  # a ring: nobody chose back
+    ones = np.ones((1, 3, 2), np.float32)
+    assert (attention(ones, ones, ones, neighbors) == 0).all()
+
+
+def test_attention_accumulates_float16_in_float32():
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal((2, 40, 5)).astype(np.float16) for _ in range(2))
+    v = rng.standard_normal((2, 40, 16)).astype(np.float16)
+    neighbors = random_neighbors(rng, 1, 40, 12)
+    found = attention(a, b, v, neighbors)
+    assert found.dtype == np.float16
+    exact = numpy_attention(a, b, v, neighbors)
+    assert np.abs(found - exact).max() <= 2 * np.abs(exact.astype(np.float16) - exact).max()
+
+
+def test_attention_keeps_a_bad_row_to_itself():
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal((1, 40, 5)).astype(np.float32) for _ in range(2))
+    v = rng.standard_normal((1, 40, 8)).astype(np.float32)
+    neighbors = random_neighbors(rng, 1, 40, 8)
+    clean = attention(a, b, v, neighbors)
+    v[0, 0] = np.nan
+    counts = np.array([any(j == 0 and i in neighbors[0, 0] for j in neighbors[0, i]) for i in range(40)])
+    found = attention(a, b, v, neighbors)
+    counts[0] = True  # its own output may be anything
+    assert not counts.all()
+    np.testing.assert_array_equal(found[0, ~counts], clean[0, ~counts])
+
+
+def test_attention_gives_a_huge_score_no_weight_beyond_its_own():
+    v = np.array([[[1.0], [5.0]]], np.float32)
+    a = np.array([[[3e38], [1.0]]], np.float32)
+    b = np.array([[[3e38], [1.0]]], np.float32)  # image 0 overflows against itself, and counts for nothing there
+    found = attention(a, b, v, np.array([[[0, 1], [0, 1]]], np.int32), scale=1.0)
+    assert np.isfinite(found).all()
+    assert found[0, 0, 0] == 5.0
+
+
+def test_attention_of_no_image_is_empty():
+    nothing = np.zeros((2, 0, 5), np.float32)
+    assert attention(nothing, nothing, np.zeros((2, 0, 8), np.float32), np.zeros((1, 0, 4), np.int32)).shape == (
+        2,
+        0,
+        8,
+    )
+
+
+def test_bodies_hold_no_square_matrix():
+    """Nothing in a body may depend on N twice: every MatMul stands inside the Scan, where rows are a block's."""
+    for function in operators.functions(18):
+        scans = [n for n in function.node if n.op_type == "Scan"]
+        assert len(scans) == 1
+        assert scans[0].input[0] == "keys"
+        assert not [n for n in function.node if n.op_type in ("MatMul", "Gemm", "TopK")]
+
+
+@pytest.mark.parametrize("opset", operators.OPSETS)
+def test_bodies_import_the_opset_of_their_model(opset):
+    for function in operators.functions(opset):
+        assert [(o.domain, o.version) for o in function.opset_import] == [("", opset)]
+        assert function.domain == DOMAIN
+    assert {f.name for f in operators.functions(opset)} == {ROW_TOP_K, RECIPROCAL_NEIGHBOR_ATTENTION}
+
+
+@pytest.mark.parametrize("opset", [7, 17, 21])
+def test_an_unknown_opset_is_refused_by_name(opset):
+    with pytest.raises(UsageError, match=rf"opset: got {opset}, expected 18 \| 19 \| 20"):
+        operators.functions(opset)

@@ -1,0 +1,121 @@
+"""Nodes left in float: the graph that comes out, what onnxruntime makes of it, and what is judged together."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from nformer_edge.core.errors import ArtifactError, UsageError
+from nformer_edge.core.spec import PreprocessSpec
+from nformer_edge.exporting.session import open_session
+from nformer_edge.quantize.place_cpu import (
+    audit,
+    excluded_products,
+    float_nodes,
+    measure_ranges,
+    place_for_cpu,
+    quantized_nodes,
+    require_quantized,
+)
+from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.placement import FOLLOWERS, node_groups
+from nformer_edge.quantize.ranges import CALIBRATED
+
+
+@pytest.fixture(scope="module")
+def ranges(tiny_bundle, tiny_market):
+    images = [str(p) for p in sorted((tiny_market / "bounding_box_train").iterdir())[:4]]
+    return measure_ranges(tiny_bundle / "backbone.onnx", images, PreprocessSpec(64, 32), "minmax")
+
+
+@pytest.fixture(scope="module")
+def placement(tiny_bundle, ranges):
+    return place_for_cpu(tiny_bundle / "backbone.onnx", ranges, reduce_range=True)
+
+
+@pytest.fixture(scope="module")
+def groups(placement):
+    return node_groups(placement.plain, quantized_nodes(placement.plain))
+
+
+def features(model):
+    """Each node for itself: what onnxruntime makes of a graph with fewer nodes in INT8 is judged in `engine`."""
+    session = open_session(model.SerializeToString(), "graph", threads=1, optimize=False)
+    images = np.random.default_rng(0).normal(0, 1, (2, 3, 64, 32)).astype(np.float32)
+    return session.run(None, {"images": images})[0]
+
+
+def excluding(placement, ranges, names):
+    """The same by onnxruntime's quantizer alone."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(placement.plain)
+    options = {"ActivationSymmetric": False, "WeightSymmetric": True, "QuantizeBias": True}
+    left = [*float_nodes(plain), *names]
+    return QDQQuantizer(
+        plain, True, True, QuantType.QInt8, QuantType.QUInt8, ranges.for_onnxruntime(), [], left, CALIBRATED, options
+    ).quantize_model()
+
+
+def test_with_every_node_quantized_it_is_what_onnxruntime_placed(placement):
+    ours, theirs = placement.without(), placement.placed
+    onnx.checker.check_model(ours, full_check=True)
+    assert {n.name: (list(n.input), list(n.output)) for n in ours.graph.node} == {
+        n.name: (list(n.input), list(n.output)) for n in theirs.graph.node
+    }
+    assert {t.name for t in ours.graph.initializer} == {t.name for t in theirs.graph.initializer}
+
+
+def test_without_some_nodes_it_computes_what_onnxruntimes_quantizer_makes(placement, ranges, groups):
+    members = list(chain.from_iterable(list(groups.values())[4:80]))
+    ours, theirs = placement.without(members), excluding(placement, ranges, members)
+    onnx.checker.check_model(ours, full_check=True)
+    assert audit(ours) == audit(theirs)
+    np.testing.assert_allclose(features(ours), features(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_with_no_node_quantized_it_is_the_float_graph(placement, groups):
+    model = placement.without(list(chain.from_iterable(groups.values())))
+    assert not [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    np.testing.assert_array_equal(features(model), features(placement.plain))
+
+
+def test_a_node_left_out_has_its_float_weights_and_fewer_bytes_are_int8(placement, groups):
+    name = next(n for n in groups if len(groups[n]) == 2)
+    model = placement.without(groups[name])
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name in groups[name]:
+            assert constants[node.input[1]].data_type == onnx.TensorProto.FLOAT
+    assert audit(model)["Conv"]["int8"] == audit(placement.without())["Conv"]["int8"] - 2
+
+
+def test_convolutions_in_a_row_and_the_sums_of_a_block_are_judged_together(placement, groups):
+    kinds = {n.name: n.op_type for n in placement.plain.graph.node}
+    assert len(groups) == 92
+    assert all(len({kinds[n] for n in members}) == 1 for members in groups.values())
+    assert sum(len(m) == 2 and kinds[n] == "Conv" for n, m in groups.items()) == 60  # OSNet's light 3 x 3
+    assert sum(len(m) == 3 and kinds[n] == "Add" for n, m in groups.items()) == 6  # the sum of a block's four streams
+    members = list(chain.from_iterable(groups.values()))
+    quantized = [n for n in quantized_nodes(placement.plain) if kinds[n] not in FOLLOWERS]
+    assert sorted(members) == sorted(quantized)
+
+
+def test_both_placements_refuse_a_name_that_is_not_there(placement, ranges):
+    with pytest.raises(UsageError, match=r"got '/trunk/conv1/Conv'.*Did you mean '/trunk/conv1/conv/Conv'"):
+        placement.without(["/trunk/conv1/Conv"])
+    with pytest.raises(UsageError, match="exclude_nodes: got 'x'"):
+        place_for_tensorrt(placement.plain, ranges, ["x"])
+
+
+def test_an_engine_with_nothing_left_in_int8_is_refused(placement, ranges):
+    everything = quantized_nodes(placement.plain)
+    model = placement.without(everything)
+    with pytest.raises(ArtifactError, match=r"got 0 of 188 products in INT8.*Exclude fewer nodes"):
+        require_quantized("b", audit(model), excluded_products(model, everything))
+    with pytest.raises(ArtifactError, match="Exclude fewer nodes"):
+        place_for_tensorrt(placement.plain, ranges, everything)

@@ -1,0 +1,132 @@
+"""Graphs and commands for a TensorRT 8 without our Python: what its trtexec is told, and that the graphs are right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from nformer_edge.cli import main
+from nformer_edge.core.artifact import read_manifest
+from nformer_edge.core.errors import UsageError
+from nformer_edge.exporting.session import open_session
+from nformer_edge.metrics.agreement import cosines
+from nformer_edge.ops.bodies import functions
+from nformer_edge.quantize.spec import EngineSpec
+from nformer_edge.targets.build import with_target
+from nformer_edge.targets.recipe import read_target
+from nformer_edge.targets.trtexec import prepare_for_trtexec
+
+KNOWN = set((Path(__file__).parents[2] / "helpers" / "operators_of_tensorrt_8.5.txt").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def xavier(tiny_bundle, tiny_market, tmp_path_factory):
+    """By the recipe: INT8."""
+    wanted = with_target(EngineSpec(calib_num=4, calib_method="minmax"), read_target("jetson-xavier-jp51"))
+    return prepare_for_trtexec(tiny_bundle, tmp_path_factory.mktemp("xavier") / "graphs", wanted, tiny_market)
+
+
+@pytest.fixture
+def told(xavier, tmp_path):
+    """Runs the script with a trtexec that writes down what it is told: of each graph, flag -> value."""
+    trtexec, said = tmp_path / "trtexec", tmp_path / "said"
+    trtexec.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" . >> {shlex.quote(str(said))}\n')
+    trtexec.chmod(0o755)
+    environment = {**os.environ, "TRTEXEC": str(trtexec), "PLUGIN": "/lib/plugins.so"}
+    subprocess.run([str(xavier / "build.sh")], check=True, env=environment, cwd=tmp_path)
+    calls = [call.split("\n") for call in said.read_text().strip().removesuffix("\n.").split("\n.\n")]
+    flags = [{name: value for name, _, value in (o.lstrip("-").partition("=") for o in call)} for call in calls]
+    return {call["onnx"]: call for call in flags}
+
+
+def test_trtexec_is_asked_for_both_stages_with_the_recipes_sizes(told):
+    backbone, head = told["prepared-backbone.onnx"], told["prepared-nformer.onnx"]
+    assert (backbone["saveEngine"], head["saveEngine"]) == ("backbone.engine", "nformer.engine")
+    assert backbone["minShapes"] == "images:1x3x64x32"
+    assert backbone["maxShapes"] == "images:32x3x64x32"
+    assert head["optShapes"] == "features:2000x32,landmarks:2x3"
+    assert head["plugins"] == "/lib/plugins.so"
+    assert "plugins" not in backbone
+    for call in (backbone, head):
+        assert (call["memPoolSize"], call["precisionConstraints"]) == ("workspace:1024", "obey")
+        assert {"fp16", "noTF32", "buildOnly"} <= call.keys()
+    assert "int8" in backbone
+    assert "int8" not in head
+
+
+def names(flag):
+    return {part.removesuffix(":fp32") for part in flag.split(",")}
+
+
+def test_trtexec_holds_to_float32_what_the_policy_keeps_there(told, xavier):
+    head = onnx.load(xavier / "prepared-nformer.onnx")
+    kinds = {n.name: n.op_type for n in head.graph.node}
+    computing, writing = (names(told["prepared-nformer.onnx"][f]) for f in ("layerPrecisions", "layerOutputTypes"))
+    assert {kinds[n] for n in computing - writing} == {"RowTopK"}
+    assert {"ReciprocalNeighborAttention", "ReduceMean", "Sqrt", "Tanh", "MatMul"} <= {kinds[n] for n in writing}
+    assert not {"Gemm", "Shape", "Cast"} & {kinds[n] for n in computing}
+    neck = names(told["prepared-backbone.onnx"]["layerPrecisions"])
+    assert any(name.endswith("/Gemm") for name in neck)
+    assert not any("/trunk/" in name for name in neck)
+
+
+def test_the_graphs_are_what_tensorrt_8_5_reads(xavier):
+    for file in ("prepared-backbone.onnx", "prepared-nformer.onnx"):
+        model = onnx.load(xavier / file)
+        onnx.checker.check_model(model, full_check=True)
+        assert {o.domain: o.version for o in model.opset_import}[""] == 17
+        assert {n.op_type for n in model.graph.node if not n.domain} <= KNOWN
+        assert not model.functions
+
+
+def test_the_graphs_compute_what_the_bundle_does(xavier):
+    with np.load(xavier / "golden.npz") as z:
+        golden = dict(z)
+    head = onnx.load(xavier / "prepared-nformer.onnx")
+    for node in head.graph.node:
+        if node.domain:
+            kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    head = onnx.version_converter.convert_version(head, 18)
+    head.functions.extend(functions(18))
+    found = run(head, {"features": golden["head_input"], "landmarks": golden["landmarks"]})
+    np.testing.assert_allclose(found, golden["embeddings"], atol=5e-6)
+    features = run(onnx.load(xavier / "prepared-backbone.onnx"), {"images": golden["images"]})
+    assert cosines(features, golden["features"]).min() >= 0.9  # INT8, of an untrained model
+
+
+def run(model, feed):
+    session = open_session(model.SerializeToString(), "graph", threads=1, optimize=False)
+    return session.run(None, feed)[0]
+
+
+def test_the_folder_says_what_it_is_and_that_overflow_was_searched(xavier):
+    manifest = read_manifest(xavier, "graphs")
+    assert manifest["fp16"]["searched"]["images"] == 4
+    assert manifest["calibration"]["num"] == 4
+    assert (manifest["landmark_seed"], manifest["preprocess"]["height"]) == (7, 64)
+    assert os.access(xavier / "build.sh", os.X_OK)
+
+
+def test_int8_without_images_is_refused_and_float32_needs_no_precision_flags(tiny_bundle, tmp_path):
+    with pytest.raises(UsageError, match="calib_data"):
+        prepare_for_trtexec(tiny_bundle, tmp_path / "a", EngineSpec(precision="int8"))
+    assert not (tmp_path / "a").exists()
+    script = (prepare_for_trtexec(tiny_bundle, tmp_path / "b", EngineSpec()) / "build.sh").read_text()
+    assert not any(flag in script for flag in ("--fp16", "--int8", "layerPrecisions", "memPoolSize"))
+
+
+def test_the_command_prepares_for_xavier_unless_told_otherwise(tiny_bundle, tmp_path, capsys):
+    assert main(["prepare", str(tiny_bundle), "--fp16", "-o", str(tmp_path / "g"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["graphs"] == str(tmp_path / "g")
+    assert read_manifest(tmp_path / "g", "graphs")["spec"]["workspace"] == 1.0
+    assert main(["prepare", str(tiny_bundle), "--target", "jetson-xaver", "-o", str(tmp_path / "h")]) == 2
+    assert "Did you mean 'jetson-xavier-jp51'?" in capsys.readouterr().err
