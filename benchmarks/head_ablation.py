@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec, from_dict
 from nformer_edge.metrics.ranking import evaluate
@@ -51,7 +51,7 @@ def hold_out(
     return np.flatnonzero(~held), query, np.setdiff1d(np.flatnonzero(held), query)
 
 
-def score(query: FeatureSet, gallery: FeatureSet) -> dict[str, float]:
+def score(query: Features, gallery: Features) -> dict[str, float]:
     result = evaluate(query, gallery)
     return {"mAP": 100 * result.mAP, "rank1": 100 * float(result.cmc[0])}
 
@@ -109,7 +109,7 @@ def _line(name: str, runs: list[dict[str, Any]]) -> list[str]:
 class Fold:
     """The training images apart from a third of the people, and that third as query and gallery."""
 
-    def __init__(self, train: FeatureSet, factor: float, seed: int, fold: int) -> None:
+    def __init__(self, train: Features, factor: float, seed: int, fold: int) -> None:
         learn, ask, answer = hold_out(train.pids, train.camids, seed, fold)
         held = train.with_features(spread(train.features, train.pids, factor))
         self.query, self.gallery = held.take(ask), held.take(answer)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.gallery.protocols import per_query
@@ -60,12 +60,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 }
 
 
-def score(query: FeatureSet, gallery: FeatureSet, distances: np.ndarray | None = None) -> dict[str, float]:
+def score(query: Features, gallery: Features, distances: np.ndarray | None = None) -> dict[str, float]:
     result = evaluate(query, gallery, distances=distances)
     return {"mAP": 100 * result.mAP, "rank1": 100 * float(result.cmc[0]), "mINP": 100 * result.mINP}
 
 
-def baselines(query: FeatureSet, gallery: FeatureSet) -> dict[str, list[dict[str, float]]]:
+def baselines(query: Features, gallery: Features) -> dict[str, list[dict[str, float]]]:
     expanded = query.with_features(average_query_expansion(query.features, gallery.features))
     mean = reciprocal_mean(query.features, gallery.features)
     distances = k_reciprocal_distances(query.features, gallery.features)
@@ -77,7 +77,7 @@ def baselines(query: FeatureSet, gallery: FeatureSet) -> dict[str, list[dict[str
     }
 
 
-def nformer(sets: dict[str, FeatureSet], recipe: Recipe, seeds: list[int], alone: bool) -> dict[str, Any]:
+def nformer(sets: dict[str, Features], recipe: Recipe, seeds: list[int], alone: bool) -> dict[str, Any]:
     """Trains one head and scores it by each landmark seed: queries and gallery in one set, and each query `alone`."""
     spec, config = recipe
     query, gallery = sets["query"], sets["gallery"]

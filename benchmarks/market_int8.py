@@ -26,7 +26,7 @@ import numpy as np
 from nformer_edge.backends.build import EngineSpec, build_engine
 from nformer_edge.backends.open import open_runner
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
-from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import CalibrationChoice
 from nformer_edge.data.readers import read_dataset
@@ -45,7 +45,7 @@ from nformer_edge.training.head import train_head
 
 PRECISIONS = ("fp32", "int8")
 
-Pair = tuple[FeatureSet, FeatureSet]
+Pair = tuple[Features, Features]
 
 
 def some_people(dataset: Dataset, people: int | None, seed: int = 0) -> Dataset:

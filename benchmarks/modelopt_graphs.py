@@ -28,7 +28,7 @@ from market_int8 import some_people
 
 from nformer_edge.backends.build import EngineSpec, build_engine
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.data.batches import iter_batches
@@ -46,7 +46,7 @@ PARSED = f"prepared-{BACKBONE}"
 
 BATCH = 16
 
-Pair = tuple[FeatureSet, FeatureSet]
+Pair = tuple[Features, Features]
 
 
 def embed(graph: Path, dataset: Dataset, spec: PreprocessSpec) -> Pair:
@@ -56,7 +56,7 @@ def embed(graph: Path, dataset: Dataset, spec: PreprocessSpec) -> Pair:
         paths = [r.path for r in records]
         features = np.concatenate([plain_features(graph, images) for images in iter_batches(paths, spec, BATCH)])
         pids, camids = (np.array([getattr(r, key) for r in records], np.int64) for key in ("pid", "camid"))
-        sets.append(FeatureSet(features, pids, camids, tuple(paths)))
+        sets.append(Features(features, pids, camids, tuple(paths)))
     return sets[0], sets[1]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.gallery.protocols import per_query
@@ -33,7 +33,7 @@ from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.table import format_table
 
 
-def joint(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
+def joint(head: NFormer, query: Features, gallery: Features, seed: int) -> tuple[Features, Features]:
     rows = np.concatenate([query.features, gallery.features])
     landmarks = draw_landmarks(len(rows), head.spec.layers, head.spec.landmarks, seed)
     with torch.inference_mode():
@@ -41,7 +41,7 @@ def joint(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int) -> t
     return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
 
 
-def whole_passes(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int) -> np.ndarray:
+def whole_passes(head: NFormer, query: Features, gallery: Features, seed: int) -> np.ndarray:
     """Distances [Q, G], one pass of the head over [gallery; query] for each query."""
     landmarks = torch.from_numpy(draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, seed))
     distances = np.empty((len(query), len(gallery)), np.float32)
@@ -53,7 +53,7 @@ def whole_passes(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: in
     return distances
 
 
-def against(query: FeatureSet, gallery: FeatureSet, reference: np.ndarray, found: np.ndarray) -> dict[str, float]:
+def against(query: Features, gallery: Features, reference: np.ndarray, found: np.ndarray) -> dict[str, float]:
     """How far `found` [Q, G] ranks from `reference`: the largest difference of a distance, of an AP; who leads."""
     first, second = (evaluate(query, gallery, distances=d) for d in (reference, found))
     a, b = (rank(query, gallery, distances=d).indices for d in (reference, found))
@@ -67,7 +67,7 @@ def against(query: FeatureSet, gallery: FeatureSet, reference: np.ndarray, found
     }
 
 
-def timed(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int, follow: bool) -> dict[str, Any]:
+def timed(head: NFormer, query: Features, gallery: Features, seed: int, follow: bool) -> dict[str, Any]:
     start = time.perf_counter()
     found = per_query(head, query, gallery, seed, follow)
     seconds = time.perf_counter() - start
@@ -78,7 +78,7 @@ def timed(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int, foll
     }  # fmt: skip
 
 
-def make_head(args: argparse.Namespace, sets: dict[str, FeatureSet]) -> NFormer:
+def make_head(args: argparse.Namespace, sets: dict[str, Features]) -> NFormer:
     if args.head:
         head = load_checkpoint(args.head).head
         if head is None:

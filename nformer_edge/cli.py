@@ -14,6 +14,7 @@ from typing import Any
 from nformer_edge import __version__
 from nformer_edge.core import spec
 from nformer_edge.core.errors import NFormerEdgeError, UsageError
+from nformer_edge.core.values import Result
 
 Args = argparse.Namespace
 Option = Callable[[argparse._ActionsContainer], object]
@@ -68,13 +69,14 @@ def _command(name: str, summary: str, *options: Option) -> Callable[[Callable[[A
     return register
 
 
-def _show(args: Args, result: dict[str, Any], text: str) -> None:
+def _show(args: Args, result: Result | dict[str, Any], text: str | None = None) -> None:
     """The result, as JSON on standard output under --json, as text otherwise; -o keeps the JSON in a file."""
+    plain = result.to_json() if isinstance(result, Result) else result
     if getattr(args, "out_json", None):
         from nformer_edge.core.artifact import atomic_write_json
 
-        atomic_write_json(args.out_json, result)
-    print(json.dumps(result, indent=2) if args.json else text)
+        atomic_write_json(args.out_json, plain)
+    print(json.dumps(plain, indent=2) if args.json else str(result) if text is None else text)
 
 
 MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")

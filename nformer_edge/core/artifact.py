@@ -11,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.values import Table
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -154,6 +156,46 @@ def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, 
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
     atomic_write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact's folder, opened once and verified whole: what is used later is what was hashed.
+
+    Args:
+        folder: where it was read.
+        kind: ``bundle``, ``engine`` ...
+        fields: the manifest without ``kind``, ``format_version`` and ``files``.
+        files: of every file that the manifest lists, its bytes.
+        sha256: of the manifest, which lists the files' hashes: it stands for the whole.
+    """
+
+    folder: Path
+    kind: str
+    fields: Table
+    files: Mapping[str, bytes]
+    sha256: str
+
+    def digest(self, name: str) -> str:
+        """The sha256 of one file."""
+        return hashlib.sha256(self.files[name]).hexdigest()
+
+    def copy(self, name: str, folder: Path) -> None:
+        """Writes one file's verified bytes into `folder`."""
+        (folder / name).write_bytes(self.files[name])
+
+
+def open_artifact(folder: str | os.PathLike[str], kind: str) -> Artifact:
+    """Reads and verifies an artifact's folder, each file once.
+
+    Raises:
+        ArtifactError: naming the file and what does not match.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, kind)
+    files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
+    fields = {key: value for key, value in manifest.items() if key not in ("kind", "format_version", "files")}
+    return Artifact(folder, kind, fields, files, sha256_file(folder / MANIFEST))
 
 
 def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _FORMAT = "nformer-edge-features-1"
 
 
 @dataclass(frozen=True)
-class FeatureSet:
+class Features:
     """N images' features and labels.
 
     Args:
@@ -73,7 +73,7 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.features)
 
-    def take(self, rows: np.ndarray) -> FeatureSet:
+    def take(self, rows: np.ndarray) -> Features:
         """The images at `rows` (indices or a boolean mask), in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
         return replace(
@@ -86,7 +86,7 @@ class FeatureSet:
             augmented=None if self.augmented is None else self.augmented[:, rows],
         )
 
-    def with_features(self, features: np.ndarray) -> FeatureSet:
+    def with_features(self, features: np.ndarray) -> Features:
         """The same images under other features, such as the head's output; augmented views are not kept."""
         return replace(self, features=features, augmented=None, augmentation="")
 
@@ -95,7 +95,7 @@ class FeatureSet:
         """V: how many views of each image there are, the plain one among them."""
         return 1 if self.augmented is None else 1 + len(self.augmented)
 
-    def view(self, number: int) -> FeatureSet:
+    def view(self, number: int) -> Features:
         """One view alone: 0 is the plain one, 1 to `views` - 1 the augmented ones."""
         if not 0 <= number < self.views:
             raise DataError("view", number, f"0..{self.views - 1}", "Embed the images again with more --views.")
@@ -131,7 +131,7 @@ def check_features(features: np.ndarray, subject: str = "features", dim: int | N
         )
 
 
-def save_features(path: str | os.PathLike[str], sets: dict[str, FeatureSet]) -> None:
+def save_features(path: str | os.PathLike[str], sets: dict[str, Features]) -> None:
     """Writes a feature store, one `.npz` without pickles, atomically. Keys are split names such as ``query``."""
     arrays: dict[str, np.ndarray] = {"format": np.array(_FORMAT), "splits": np.array(list(sets))}
     for split, s in sets.items():
@@ -152,7 +152,7 @@ def save_features(path: str | os.PathLike[str], sets: dict[str, FeatureSet]) -> 
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
+def load_features(path: str | os.PathLike[str]) -> dict[str, Features]:
     """Reads a feature store that `save_features` wrote, of this version or an earlier one (without hashes and views).
 
     Raises:
@@ -171,9 +171,9 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, FeatureSet]:
         ) from e
 
 
-def _read_split(z: Mapping[str, np.ndarray], split: str) -> FeatureSet:
+def _read_split(z: Mapping[str, np.ndarray], split: str) -> Features:
     with_views = f"{split}/augmented" in z
-    return FeatureSet(
+    return Features(
         z[f"{split}/features"],
         z[f"{split}/pids"],
         z[f"{split}/camids"],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from nformer_edge.core.errors import UsageError
+from nformer_edge.core.values import Table, from_json, to_table
 
 Arch = Literal["resnet18", "resnet50", "resnet50_ibn_a", "osnet_x1_0", "osnet_x0_75", "osnet_x0_5", "osnet_x0_25"]
 Neck = Literal["bnneck", "bn", "fc"]
@@ -136,52 +135,15 @@ class ModelSpec:
             )
 
 
-def to_dict(spec: Any) -> dict[str, Any]:
+def to_dict(spec: object) -> Table:
     """A spec as plain JSON data. Tuples become lists."""
-    return _plain(dataclasses.asdict(spec))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return to_table(spec)
 
 
 def from_dict(cls: type[T], data: object, where: str = "") -> T:
-    """A spec from JSON or TOML data; absent keys take their defaults.
+    """A spec from JSON or TOML data; absent keys take their defaults. See `core.values.from_json`.
 
     Raises:
         UsageError: for a key that `cls` does not have (with the nearest spelling), or a value of the wrong type.
     """
-    where = where or cls.__name__
-    if not isinstance(data, dict):
-        raise UsageError(where, type(data).__name__, "a table of keys and values", "Correct the file.")
-    hints = typing.get_type_hints(cls)
-    known = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-    values = {}
-    for key, value in data.items():
-        check_choice(f"{where} key", key, known)
-        values[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if origin is Literal:
-        check_choice(where, value, args)
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
-            raise UsageError(where, repr(value), f"a list of {len(args)}", "Correct the value.")
-        return tuple(_convert(args[0], v, where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UsageError(where, repr(value), hint.__name__, "Correct the value.")
-    return value
+    return from_json(cls, data, where)

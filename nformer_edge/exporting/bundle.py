@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.artifact import read_verified
+from nformer_edge.core.artifact import Artifact, open_artifact, read_verified
 from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
-from nformer_edge.core.spec import ModelSpec, from_dict
+from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec, from_dict
+from nformer_edge.core.values import JSON, from_json
 from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
 
 KIND = "bundle"
@@ -22,6 +26,173 @@ GOLDEN = "golden.npz"
 
 # The key of ONNX's external data, as it stands in the file: field 1, eight bytes, then field 2.
 _EXTERNAL = b"\x0a\x08location\x12"
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Where features are brought to a length: the manifest says it for whoever writes a runtime of their own."""
+
+    input_scale: InputScale | None
+    where: str
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """What a bundle's manifest says besides its files.
+
+    Args:
+        model: what the model is.
+        preprocess: how an image becomes the backbone's input; the model's own.
+        normalization: where features are brought to a length.
+        landmark_rule: how landmarks follow from N and the seed (`ops.contract.draw_landmarks`).
+        landmark_seed: the seed.
+        opset: of the standard ONNX domain.
+        ir_version: of the ONNX files.
+        versions: of the packages that made it.
+        checkpoint_sha256: of the checkpoint it was exported from.
+        self_check: of each file, the worst error of stock onnxruntime in units of the FP32 tolerance.
+        accuracy: what the exporter was told of the model's accuracy, or null.
+        precision: by part, where another tool changed it; ``fp32`` where a part is not named.
+        calibration: what that tool calibrated with.
+        made_by: that tool's versions.
+        made_from: sha256 of the backbone's file before.
+    """
+
+    model: ModelSpec
+    preprocess: PreprocessSpec
+    normalization: Normalization
+    landmark_rule: str
+    landmark_seed: int
+    opset: int
+    ir_version: int
+    versions: Mapping[str, str]
+    checkpoint_sha256: str
+    self_check: Mapping[str, Mapping[str, float]]
+    accuracy: JSON = None
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+    calibration: JSON = None
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    made_from: str = ""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: opened once, and handed on whole.
+
+    Args:
+        files: the folder and the bytes of its files.
+        manifest: what its manifest says.
+    """
+
+    files: Artifact
+    manifest: BundleManifest
+
+    @property
+    def folder(self) -> Path:
+        """Where it was read."""
+        return self.files.folder
+
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, which stands for the whole."""
+        return self.files.sha256
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is."""
+        return self.manifest.model
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an NFormer head beside the backbone."""
+        return HEAD in self.files.files
+
+    @property
+    def backbone(self) -> bytes:
+        """The backbone's ONNX file."""
+        return self.files.files[BACKBONE]
+
+    @property
+    def head(self) -> bytes:
+        """The head's ONNX file; KeyError where there is none."""
+        return self.files.files[HEAD]
+
+    @cached_property
+    def backbone_sha256(self) -> str:
+        """Of the backbone's file: what calibration ranges belong to."""
+        return self.files.digest(BACKBONE)
+
+    @property
+    def backbone_precision(self) -> Precision:
+        """What the backbone's graph is in: ``fp32`` unless another tool has changed that (`quantize.modelopt`)."""
+        return self.manifest.precision.get("backbone", "fp32")
+
+    @cached_property
+    def golden(self) -> dict[str, np.ndarray]:
+        """The self-test's arrays: ``images`` and ``features`` of the backbone; ``head_input``, ``landmarks`` and
+        ``embeddings`` of the head."""
+        return golden_arrays(self.files)
+
+
+def open_bundle(path: str | os.PathLike[str] | Bundle) -> Bundle:
+    """Verifies a bundle; an open one comes back as it is. The one place where a bundle's files are opened.
+
+    Raises:
+        ArtifactError: naming what does not hold: a file, the manifest's fields, tensors stored outside a graph, or a
+            head without its file.
+    """
+    if isinstance(path, Bundle):
+        return path
+    files = open_artifact(path, KIND)
+    manifest = from_json(BundleManifest, files.fields, str(files.folder), error=ArtifactError)
+    check_model(str(files.folder), manifest.opset, manifest.landmark_rule)
+    bundle = Bundle(files, manifest)
+    check_graphs(files, (BACKBONE, HEAD) if manifest.model.head is not None else (BACKBONE,))
+    if bundle.has_head != (manifest.model.head is not None):
+        got = f"{HEAD} {'without' if bundle.has_head else 'missing for'} a head in its spec"
+        raise ArtifactError(str(files.folder), got, "both or neither", "Export the bundle again.")
+    return bundle
+
+
+def check_model(where: str, opset: int, landmark_rule: str) -> None:
+    """Raises ArtifactError for an opset or a landmark rule that this version does not know."""
+    for key, found, known in (("opset", opset, OPSETS), ("landmark_rule", landmark_rule, (LANDMARK_RULE,))):
+        if found not in known:
+            expected = " | ".join(map(str, known))
+            raise ArtifactError(f"{where}: {key}", repr(found), expected, "Export the bundle again with this version.")
+
+
+def check_graphs(files: Artifact, names: Iterable[str]) -> None:
+    """Raises ArtifactError where a graph is missing, or names data outside itself."""
+    for name in names:
+        if name not in files.files:
+            raise ArtifactError(
+                str(files.folder / name), "no such file", "it in the manifest", "Export the bundle again."
+            )
+        if _EXTERNAL in files.files[name]:
+            raise ArtifactError(
+                str(files.folder / name),
+                "tensors stored in another file",
+                "all of them inside",
+                "Export the bundle again.",
+            )
+
+
+def golden_arrays(files: Artifact) -> dict[str, np.ndarray]:
+    """The arrays of an artifact's golden file; none where it has no such file.
+
+    Raises:
+        ArtifactError: if it holds something else.
+    """
+    if GOLDEN not in files.files:
+        return {}
+    try:
+        with np.load(io.BytesIO(files.files[GOLDEN]), allow_pickle=False) as z:
+            return {name: z[name] for name in z.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise ArtifactError(
+            str(files.folder / GOLDEN), f"an unreadable file ({e})", "arrays", "Export it again."
+        ) from e
 
 
 def model_spec(where: str, manifest: Mapping[str, Any]) -> ModelSpec:

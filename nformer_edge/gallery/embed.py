@@ -19,7 +19,7 @@ from nformer_edge.backends.runner import Runner, require_head
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.batch_journal import BatchJournal
 from nformer_edge.core.errors import BackendError, DataError, UsageError
-from nformer_edge.core.features import FeatureSet, save_features
+from nformer_edge.core.features import Features, save_features
 from nformer_edge.core.preprocess import SUFFIXES, normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
@@ -47,7 +47,7 @@ def embed_records(
     seed: int = 0,
     finite: bool = True,
     journal: BatchJournal | None = None,
-) -> FeatureSet:
+) -> Features:
     """The backbone's features of `records`, in their order, with their labels and the files' hashes.
 
     Args:
@@ -86,7 +86,7 @@ def embed_records(
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
     spec = json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
-    return FeatureSet(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe, spec)
+    return Features(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe, spec)
 
 
 def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
@@ -131,14 +131,14 @@ def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, Any] | None, 
 
 def embed_dataset(
     runner: Runner, dataset: Dataset, splits: Sequence[str] = SPLITS, batch: int = 32, threads: int | None = None
-) -> dict[str, FeatureSet]:
+) -> dict[str, Features]:
     """The features of each of `splits` that has images."""
     return {s: embed_records(runner, dataset.split(s), batch, threads) for s in splits if dataset.split(s)}
 
 
 def relate_sets(
-    runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None
-) -> tuple[FeatureSet, FeatureSet]:
+    runner: Runner, query: Features, gallery: Features, seed: int | None = None
+) -> tuple[Features, Features]:
     """Query and gallery through the head together, as the authors evaluate: every image sees every other.
 
     Args:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nformer_edge.backends.runner import Runner, require_head
 from nformer_edge.core.errors import BackendError, DataError
-from nformer_edge.core.features import FeatureSet, check_features
+from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.ops.contract import draw_landmarks
@@ -50,8 +50,8 @@ class PerQuery:
         exact: whether a whole pass for each query, with the landmarks projected as here, would give these distances.
     """
 
-    query: FeatureSet
-    gallery: FeatureSet
+    query: Features
+    gallery: Features
     distances: np.ndarray
     changed: float
     exact: bool
@@ -63,7 +63,7 @@ class HoldsHead(Protocol):
     def with_head(self, use: Callable[[NFormer], T]) -> T: ...
 
 
-def relate_per_query(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None) -> PerQuery:
+def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> PerQuery:
     """The per-query protocol with an open model (`per_query`).
 
     Raises:
@@ -86,8 +86,8 @@ def relate_per_query(runner: Runner, query: FeatureSet, gallery: FeatureSet, see
 
 
 def relate_each(
-    runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int | None = None
-) -> Iterator[tuple[FeatureSet, FeatureSet]]:
+    runner: Runner, query: Features, gallery: Features, seed: int | None = None
+) -> Iterator[tuple[Features, Features]]:
     """Each query alone with the gallery by a whole pass of the head: any backend, both neighbor rules, few queries.
 
     The set is the gallery and, last, the query. Landmarks are drawn from the gallery alone and projected as they are in
@@ -111,7 +111,7 @@ def relate_each(
         yield asked.with_features(related[-1:]), gallery.with_features(related[:-1])
 
 
-def per_query(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0, follow: bool = True) -> PerQuery:
+def per_query(head: NFormer, query: Features, gallery: Features, seed: int = 0, follow: bool = True) -> PerQuery:
     """The per-query protocol with a head of PyTorch, in evaluation mode.
 
     Args:

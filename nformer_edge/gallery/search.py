@@ -12,7 +12,7 @@ import numpy as np
 from nformer_edge.backends.open import open_runner
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.gallery.embed import embed_records, holds_images, image_records, relate_sets
@@ -20,7 +20,7 @@ from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each
 from nformer_edge.metrics.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
 
 
-def top_matches(query: FeatureSet, gallery: FeatureSet, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def top_matches(query: Features, gallery: Features, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """The `top` gallery images of each query by cosine, best first; ties, lower index first.
 
     Taken in blocks of queries: no [Q, G] matrix is held.
@@ -46,7 +46,7 @@ def top_matches(query: FeatureSet, gallery: FeatureSet, top: int = 10) -> tuple[
 def search(
     runner: Runner,
     queries: Sequence[str | os.PathLike[str]],
-    gallery: FeatureSet | str | os.PathLike[str],
+    gallery: Features | str | os.PathLike[str],
     *,
     top: int = 10,
     head: bool = True,
@@ -72,10 +72,10 @@ def search(
     Raises:
         DataError: if an image cannot be read, or the gallery is empty or of another model.
     """
-    found = gallery if isinstance(gallery, FeatureSet) else _open_gallery(runner, gallery, batch, threads)
+    found = gallery if isinstance(gallery, Features) else _open_gallery(runner, gallery, batch, threads)
     _check_gallery(runner, found)
     asked = embed_records(runner, image_records(queries), batch, threads)
-    pairs: Iterable[tuple[FeatureSet, FeatureSet]] = [(asked, found)]
+    pairs: Iterable[tuple[Features, Features]] = [(asked, found)]
     if head and runner.has_head:
         pairs = [relate_sets(runner, asked, found)] if together else relate_each(runner, asked, found)
     indices, scores = map(np.concatenate, zip(*(top_matches(*pair, top) for pair in pairs), strict=True))
@@ -97,7 +97,7 @@ def search(
     ]
 
 
-def _open_gallery(runner: Runner, source: str | os.PathLike[str], batch: int, threads: int | None) -> FeatureSet:
+def _open_gallery(runner: Runner, source: str | os.PathLike[str], batch: int, threads: int | None) -> Features:
     if Path(source).suffix == ".npz":
         sets = load_features(source)
         return sets["gallery"] if "gallery" in sets else next(iter(sets.values()))
@@ -109,7 +109,7 @@ def _open_gallery(runner: Runner, source: str | os.PathLike[str], batch: int, th
     return embed_records(runner, records, batch, threads)
 
 
-def _check_gallery(runner: Runner, gallery: FeatureSet) -> None:
+def _check_gallery(runner: Runner, gallery: Features) -> None:
     if not len(gallery):
         raise DataError("gallery", "zero images", "at least one", "Check the path.")
     if gallery.model and gallery.model != runner.sha256:

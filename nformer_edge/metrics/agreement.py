@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.metrics.distance import nearest, reciprocal_mask, row_blocks, unit_rows
 from nformer_edge.metrics.ranking import rank
 
@@ -75,7 +75,7 @@ def cosine_histogram(found: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def rank_agreement(
-    query: FeatureSet, gallery: FeatureSet, x_query: np.ndarray, x_gallery: np.ndarray, top: int = 10
+    query: Features, gallery: Features, x_query: np.ndarray, x_gallery: np.ndarray, top: int = 10
 ) -> tuple[float, float]:
     """Share of queries with the same best gallery image, and the mean overlap of the `top` best.
 

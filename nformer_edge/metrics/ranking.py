@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, smallest, unit_rows
 
@@ -68,7 +68,7 @@ class RankLists:
     distances: np.ndarray
 
 
-def kept(query: FeatureSet, gallery: FeatureSet, rows: slice) -> np.ndarray:
+def kept(query: Features, gallery: Features, rows: slice) -> np.ndarray:
     """Which gallery images the protocol ranks for the queries in `rows`. Returns bool [B, G].
 
     Two unknown cameras do not count as the same one.
@@ -79,7 +79,7 @@ def kept(query: FeatureSet, gallery: FeatureSet, rows: slice) -> np.ndarray:
 
 
 def _distance_blocks(
-    query: FeatureSet, gallery: FeatureSet, distances: np.ndarray | None, block: int
+    query: Features, gallery: Features, distances: np.ndarray | None, block: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     if distances is None:
         q, g = unit_rows(query.features, "query features"), unit_rows(gallery.features, "gallery features")
@@ -99,8 +99,8 @@ def _distance_blocks(
 
 
 def rank(
-    query: FeatureSet,
-    gallery: FeatureSet,
+    query: Features,
+    gallery: Features,
     *,
     top: int = 10,
     distances: np.ndarray | None = None,
@@ -140,8 +140,8 @@ def _match_ranks(distances: np.ndarray, keep: np.ndarray, match: np.ndarray) -> 
 
 
 def evaluate(
-    query: FeatureSet,
-    gallery: FeatureSet,
+    query: Features,
+    gallery: Features,
     *,
     distances: np.ndarray | None = None,
     max_rank: int = 50,

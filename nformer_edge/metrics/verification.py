@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, unit_rows
 from nformer_edge.metrics.ranking import JUNK, UNKNOWN_CAMERA
@@ -45,7 +45,7 @@ class Operating:
     elsewhere: Rates | None = None
 
 
-def _pairs(query: FeatureSet, gallery: FeatureSet, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(query: Features, gallery: Features, rows: slice) -> tuple[np.ndarray, np.ndarray]:
     """Genuine and impostor pairs of the queries in `rows`: two bool [B, G]. Unknown cameras are not the same one."""
     across = (query.camids[rows, None] != gallery.camids[None]) | (gallery.camids == UNKNOWN_CAMERA)[None]
     known = (query.pids[rows, None] != JUNK) & (gallery.pids != JUNK)[None]
@@ -53,7 +53,7 @@ def _pairs(query: FeatureSet, gallery: FeatureSet, rows: slice) -> tuple[np.ndar
     return across & known & same, across & known & ~same
 
 
-def _distances(query: FeatureSet, gallery: FeatureSet, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _distances(query: Features, gallery: Features, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Distances of genuine and of impostor pairs, float32, a block of queries at a time."""
     q, g = unit_rows(query.features, "query features"), unit_rows(gallery.features, "gallery features")
     check_same_size(q, g)
@@ -63,7 +63,7 @@ def _distances(query: FeatureSet, gallery: FeatureSet, block: int) -> Iterator[t
         yield found[genuine], found[impostor]
 
 
-def _count(query: FeatureSet, gallery: FeatureSet, block: int) -> tuple[int, int]:
+def _count(query: Features, gallery: Features, block: int) -> tuple[int, int]:
     counts = np.zeros(2, np.int64)
     for rows in row_blocks(len(query), block):
         counts += [int(mask.sum()) for mask in _pairs(query, gallery, rows)]
@@ -71,12 +71,7 @@ def _count(query: FeatureSet, gallery: FeatureSet, block: int) -> tuple[int, int
 
 
 def fit_threshold(
-    query: FeatureSet,
-    gallery: FeatureSet,
-    false_match_rate: float,
-    *,
-    also_at: float | None = None,
-    block: int = ROW_BLOCK,
+    query: Features, gallery: Features, false_match_rate: float, *, also_at: float | None = None, block: int = ROW_BLOCK
 ) -> Operating:
     """The threshold that accepts a wanted share of the impostor pairs, and the share of genuine pairs it accepts.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.data.holdout import split_holdout
 from nformer_edge.data.records import Dataset, ImageRecord
 
@@ -38,10 +38,10 @@ class HeldOut:
             digest.update(f"{sha256_file(record.path)} {record.pid} {record.camid}\n".encode())
         return digest.hexdigest()
 
-    def label(self, features: np.ndarray) -> FeatureSet:
+    def label(self, features: np.ndarray) -> Features:
         """Features [N, D] of the images with their identities and cameras."""
         pids, camids = (np.array([getattr(r, name) for r in self.records], np.int64) for name in ("pid", "camid"))
-        return FeatureSet(features, pids, camids, tuple(r.path for r in self.records))
+        return Features(features, pids, camids, tuple(r.path for r in self.records))
 
     def describe(self) -> dict[str, Any]:
         """How many, for a manifest."""

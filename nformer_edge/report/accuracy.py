@@ -32,7 +32,7 @@ import numpy as np
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
 from nformer_edge.gallery.embed import embed_dataset, relate_sets
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query
@@ -111,8 +111,8 @@ def evaluate_model(
 def _document(
     model: dict[str, Any] | None,
     data: Data,
-    query: FeatureSet,
-    gallery: FeatureSet,
+    query: Features,
+    gallery: Features,
     seconds: float | None,
     results: list[dict[str, Any]],
     lists: list[dict[str, Any]],
@@ -158,8 +158,8 @@ def _intervals(results: Sequence[RankingResult]) -> dict[str, list[float]]:
 
 def _score(
     runner: Runner | None,
-    query: FeatureSet,
-    gallery: FeatureSet,
+    query: Features,
+    gallery: Features,
     rerank: bool,
     seeds: tuple[int, ...],
     rank_lists: int,
@@ -197,7 +197,7 @@ def _without_per_query(runner: Runner, wanted: bool) -> str | None:
     return None if wanted else "not asked for"
 
 
-def _alone(runner: Runner, query: FeatureSet, gallery: FeatureSet, seed: int) -> tuple[RankingResult, dict[str, Any]]:
+def _alone(runner: Runner, query: Features, gallery: Features, seed: int) -> tuple[RankingResult, dict[str, Any]]:
     start = time.perf_counter()
     found = relate_per_query(runner, query, gallery, seed)
     ranked = evaluate(found.query, found.gallery, distances=found.distances)
@@ -222,7 +222,7 @@ def _over_seeds(ranked: list[tuple[RankingResult, dict[str, Any]]], seeds: tuple
     }
 
 
-def _baselines(query: FeatureSet, gallery: FeatureSet) -> list[dict[str, Any]]:
+def _baselines(query: Features, gallery: Features) -> list[dict[str, Any]]:
     start = time.perf_counter()
     distances = k_reciprocal_distances(query.features, gallery.features)
     results = [scores("k-reciprocal", evaluate(query, gallery, distances=distances), time.perf_counter() - start)]
@@ -241,8 +241,8 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
 
-def _rank_lists(name: str, query: FeatureSet, gallery: FeatureSet, rows: np.ndarray, top: int) -> list[dict[str, Any]]:
-    def image(images: FeatureSet, i: int) -> dict[str, Any]:
+def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[dict[str, Any]]:
+    def image(images: Features, i: int) -> dict[str, Any]:
         return {"path": images.paths[i], "pid": int(images.pids[i]), "camid": int(images.camids[i])}
 
     shown = query.take(rows)

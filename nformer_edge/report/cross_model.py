@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.embed import embed_dataset
@@ -43,7 +43,7 @@ from nformer_edge.report.models import (
 
 VERSION = 1
 
-Pair = tuple[FeatureSet, FeatureSet]
+Pair = tuple[Features, Features]
 
 
 def fleet(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.errors import NFormerEdgeError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.records import ImageRecord
@@ -50,7 +50,7 @@ def compare_layers(
     stages: Iterable[dict[str, Any]],
     spec: ModelSpec,
     records: Sequence[ImageRecord],
-    features: Sequence[FeatureSet],
+    features: Sequence[Features],
 ) -> list[dict[str, Any]]:
     """The float graph and the engine's graph of each of `stages`, node by node on the reference's own inputs.
 
@@ -81,7 +81,7 @@ def compare_layers(
 
 
 def _feed(
-    stage: str, spec: ModelSpec, records: Sequence[ImageRecord], features: Sequence[FeatureSet]
+    stage: str, spec: ModelSpec, records: Sequence[ImageRecord], features: Sequence[Features]
 ) -> dict[str, np.ndarray]:
     if stage == "backbone":
         return {"images": _images(records, spec.preprocess)}

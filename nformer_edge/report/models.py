@@ -11,7 +11,7 @@ from typing import Any, get_args
 from nformer_edge.backends.open import open_runner
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import ArtifactError, DataError
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
@@ -61,7 +61,7 @@ def is_feature_store(data: Data) -> bool:
     return not isinstance(data, Dataset) and Path(data).suffix == ".npz"
 
 
-def open_features(path: str | os.PathLike[str]) -> tuple[FeatureSet, FeatureSet]:
+def open_features(path: str | os.PathLike[str]) -> tuple[Features, Features]:
     """Query and gallery of a feature store.
 
     Raises:
@@ -79,7 +79,7 @@ def open_features(path: str | os.PathLike[str]) -> tuple[FeatureSet, FeatureSet]
     return sets["query"], sets["gallery"]
 
 
-def describe_data(data: Data, query: FeatureSet, gallery: FeatureSet) -> dict[str, Any]:
+def describe_data(data: Data, query: Features, gallery: Features) -> dict[str, Any]:
     """What was ranked, as a result's ``data`` tells it: name, numbers of images, and whether it is a feature store."""
     stored = is_feature_store(data)
     return {

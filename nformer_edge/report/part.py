@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import Precision
 from nformer_edge.metrics import agreement, gates
 from nformer_edge.metrics.bootstrap import DRAWS, Ratio, paired_difference, paired_ratio
 from nformer_edge.metrics.ranking import RankingResult, evaluate
 
 #: Query and gallery.
-Pair = tuple[FeatureSet, FeatureSet]
+Pair = tuple[Features, Features]
 
 
 def usable(pair: Pair) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, augment, evaluation_batches
@@ -96,7 +96,7 @@ def _epoch(course: Course, loader: TrainLoader) -> None:
 @torch.inference_mode()
 def extract(
     backbone: Backbone, records: Sequence[ImageRecord], spec: ModelSpec, *, batch: int = 64, device: str = "cpu"
-) -> FeatureSet:
+) -> Features:
     """The features of `records`, preprocessed as at runtime."""
     backbone.to(device).eval()
     batches = evaluation_batches(records, spec.preprocess, batch)
@@ -116,7 +116,7 @@ def extract_view(
     seed: int,
     batch: int = 64,
     device: str = "cpu",
-) -> FeatureSet:
+) -> Features:
     """The features of one augmented view of the training images; `seed` decides the view."""
     backbone.to(device).eval()
     rng = np.random.default_rng(seed)
@@ -128,8 +128,8 @@ def extract_view(
     return _labeled(rows, images.records, spec)
 
 
-def _labeled(rows: list[np.ndarray], records: Sequence[ImageRecord], spec: ModelSpec) -> FeatureSet:
-    return FeatureSet(
+def _labeled(rows: list[np.ndarray], records: Sequence[ImageRecord], spec: ModelSpec) -> Features:
+    return Features(
         np.concatenate(rows) if rows else np.empty((0, spec.backbone.features), np.float32),
         np.array([r.pid for r in records], dtype=np.int64),
         np.array([r.camid for r in records], dtype=np.int64),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet, check_features
+from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.discriminant import start_as_discriminant
 from nformer_edge.model.nformer import NFormer
@@ -27,7 +27,7 @@ Watch = Callable[[NFormer], float]
 
 
 def train_head(
-    views: Sequence[FeatureSet],
+    views: Sequence[Features],
     spec: HeadSpec,
     config: HeadConfig,
     *,
@@ -101,7 +101,7 @@ def spread(features: np.ndarray, pids: np.ndarray, factor: float) -> np.ndarray:
     return moved
 
 
-def _stack(views: Sequence[FeatureSet], spec: HeadSpec, factor: float) -> tuple[Tensor, Tensor]:
+def _stack(views: Sequence[Features], spec: HeadSpec, factor: float) -> tuple[Tensor, Tensor]:
     """Views as float32 [V, M, D] and labels int64 [M] in 0..C-1."""
     if not views or len(views[0]) == 0:
         raise DataError("training features", "none", "one view or more", "Extract them first.")
@@ -206,7 +206,7 @@ def _epoch(course: Course, stack: Tensor, labels: Tensor, head: NFormer, config:
 
 
 @torch.inference_mode()
-def relate(head: NFormer, query: FeatureSet, gallery: FeatureSet, seed: int = 0) -> tuple[FeatureSet, FeatureSet]:
+def relate(head: NFormer, query: Features, gallery: Features, seed: int = 0) -> tuple[Features, Features]:
     """Query and gallery through the head together, as published: the held-out evaluation's way."""
     joint = torch.from_numpy(np.concatenate([query.features, gallery.features]).astype(np.float32))
     device, dtype = head.bottleneck.weight.device, head.bottleneck.weight.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec, to_dict
 from nformer_edge.data.holdout import Holdout
 from nformer_edge.data.loaders import TrainImages
@@ -92,8 +92,8 @@ def first_stage(
 
 def second_stage(
     run: Run,
-    views: Sequence[FeatureSet],
-    held: tuple[FeatureSet, FeatureSet] | None,
+    views: Sequence[Features],
+    held: tuple[Features, Features] | None,
     config: TrainConfig,
     source: str,
     backbone: Backbone | None,
@@ -154,14 +154,14 @@ def _best(rows: Sequence[Record]) -> Record | None:
 
 def extract_views(
     run: Run, images: TrainImages, backbone: Backbone, config: TrainConfig, source: str
-) -> list[FeatureSet]:
+) -> list[Features]:
     """The training images' augmented views, extracted by the leading rank and kept in a file until the run ends.
 
     Args:
         source: sha256 of the backbone's checkpoint: views of another one are extracted anew.
     """
     path, device = run.beside(VIEWS), str(run.compute.device)
-    views: list[FeatureSet] = []
+    views: list[Features] = []
     if run.compute.leads:
         kept = list(load_features(path).values()) if run.resume and path.is_file() else []
         if len(kept) == config.head.views and all(v.model == source for v in kept):
@@ -176,7 +176,7 @@ def extract_views(
     return views or list(load_features(path).values())
 
 
-def held_out(backbone: Backbone, holdout: Holdout, spec: ModelSpec, device: str) -> tuple[FeatureSet, FeatureSet]:
+def held_out(backbone: Backbone, holdout: Holdout, spec: ModelSpec, device: str) -> tuple[Features, Features]:
     """The held-out identities' features: query and gallery."""
     both = extract(backbone, holdout.query + holdout.gallery, spec, device=device)
     first = np.arange(len(both)) < len(holdout.query)

@@ -13,7 +13,7 @@ import torch
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.core.features import FeatureSet, load_features
+from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import ModelSpec, from_dict
 from nformer_edge.data.holdout import held_out_rows
 from nformer_edge.model.backbone import Backbone
@@ -95,7 +95,7 @@ def train_from_features(
     return history
 
 
-def _training_features(store: str | os.PathLike[str]) -> FeatureSet:
+def _training_features(store: str | os.PathLike[str]) -> Features:
     sets = load_features(store)
     if SPLIT not in sets:
         raise ArtifactError(
@@ -109,7 +109,7 @@ def _training_features(store: str | os.PathLike[str]) -> FeatureSet:
 
 
 def _backbone(
-    path: str | os.PathLike[str] | None, features: FeatureSet, store: str
+    path: str | os.PathLike[str] | None, features: Features, store: str
 ) -> tuple[ModelSpec, Backbone, str] | None:
     """Spec, backbone and sha256 of the checkpoint that made the features."""
     if path is None:
@@ -127,7 +127,7 @@ def _backbone(
 
 
 def _configured(
-    config: TrainConfig, features: FeatureSet, parts: tuple[ModelSpec, Backbone, str] | None, store: str
+    config: TrainConfig, features: Features, parts: tuple[ModelSpec, Backbone, str] | None, store: str
 ) -> TrainConfig:
     """The configuration with the model that made the features in place of its own."""
     if config.model.head is None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import ArtifactError, DataError
-from nformer_edge.core.features import FeatureSet, check_features, load_features, save_features
+from nformer_edge.core.features import Features, check_features, load_features, save_features
 
 
-def make(rows: int = 4) -> FeatureSet:
+def make(rows: int = 4) -> Features:
     features = np.random.default_rng(0).standard_normal((rows, 8)).astype(np.float32)
-    return FeatureSet(features, np.arange(rows), np.arange(rows) % 2, tuple(f"ä{i}.jpg" for i in range(rows)), "abc")
+    return Features(features, np.arange(rows), np.arange(rows) % 2, tuple(f"ä{i}.jpg" for i in range(rows)), "abc")
 
 
 def test_a_feature_store_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_another_npz_is_refused(tmp_path: Path) -> None:
 
 def test_labels_must_match_the_rows() -> None:
     with pytest.raises(DataError, match="pids: got 2 entries, expected 3"):
-        FeatureSet(np.zeros((3, 8), np.float32), np.zeros(2), np.zeros(3), ("a",) * 3)
+        Features(np.zeros((3, 8), np.float32), np.zeros(2), np.zeros(3), ("a",) * 3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
 from nformer_edge.backends.open import open_runner
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records, relate_sets
@@ -35,7 +35,7 @@ def sets(runner, tiny_market):
 def of(features, model=""):
     count = len(features)
     labels = np.full(count, -1, np.int64)
-    return FeatureSet(np.asarray(features, np.float32), labels, labels, tuple(map(str, range(count))), model)
+    return Features(np.asarray(features, np.float32), labels, labels, tuple(map(str, range(count))), model)
 
 
 def test_features_come_in_the_order_of_the_records_with_their_labels(runner, tiny_market, sets):

@@ -7,19 +7,19 @@ import pytest
 
 from nformer_edge.backends.open import open_runner
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.gallery.protocols import per_query, relate_per_query
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.ops.contract import draw_landmarks
 
 
-def people(count: int, seed: int) -> FeatureSet:
+def people(count: int, seed: int) -> Features:
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(0).standard_normal((10, 32))
     pids = np.arange(count) % 10
     features = (centers[pids] + 0.7 * rng.standard_normal((count, 32))).astype(np.float32)
-    return FeatureSet(features, pids + 1, np.full(count, seed), tuple(f"{seed}/{i}.jpg" for i in range(count)))
+    return Features(features, pids + 1, np.full(count, seed), tuple(f"{seed}/{i}.jpg" for i in range(count)))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.metrics.agreement import (
     COSINE_EDGES,
     cosine_histogram,
@@ -20,14 +20,14 @@ from nformer_edge.metrics.gates import GATES, TITLES, judge, judge_ratio, rule, 
 
 
 @pytest.fixture(scope="module")
-def sets() -> tuple[FeatureSet, FeatureSet]:
+def sets() -> tuple[Features, Features]:
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(25, 16))
     q_pids, g_pids = np.repeat(np.arange(25), 2), np.repeat(np.arange(25), 8)
 
     def make(pids, cameras):
         features = (centers[pids] + rng.normal(size=(len(pids), 16))).astype(np.float32)
-        return FeatureSet(features, pids, cameras, ("",) * len(pids))
+        return Features(features, pids, cameras, ("",) * len(pids))
 
     return make(q_pids, np.zeros(50, int)), make(g_pids, np.ones(200, int))
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.metrics.ranking import evaluate, rank
 
 
-def feature_set(features, pids, camids) -> FeatureSet:
+def feature_set(features, pids, camids) -> Features:
     features = np.asarray(features, dtype=np.float32)
-    return FeatureSet(features, np.asarray(pids), np.asarray(camids), tuple(f"{i}.jpg" for i in range(len(features))))
+    return Features(features, np.asarray(pids), np.asarray(camids), tuple(f"{i}.jpg" for i in range(len(features))))
 
 
-def on_circle(degrees, pids, camids) -> FeatureSet:
+def on_circle(degrees, pids, camids) -> Features:
     radians = np.deg2rad(np.asarray(degrees, dtype=np.float64))
     return feature_set(np.stack([np.cos(radians), np.sin(radians)], axis=1), pids, camids)
 
@@ -31,7 +31,7 @@ def golden_sets(published):
     )
 
 
-def plain_protocol(query: FeatureSet, gallery: FeatureSet, distances: np.ndarray) -> tuple[list[float], list[float]]:
+def plain_protocol(query: Features, gallery: Features, distances: np.ndarray) -> tuple[list[float], list[float]]:
     """AP and INP of each valid query, the slow and obvious way."""
     aps, inps = [], []
     for q in range(len(query)):

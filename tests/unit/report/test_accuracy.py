@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
-from nformer_edge.core.features import FeatureSet, save_features
+from nformer_edge.core.features import Features, save_features
 from nformer_edge.data.records import Dataset
 from nformer_edge.report.accuracy import evaluate_model
 from nformer_edge.report.models import model_sizes, stage_precision
@@ -67,7 +67,7 @@ def test_a_feature_store_scores_as_the_images_it_came_from(dataset, opener, grid
 def test_images_without_a_model_and_half_a_store_are_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match="model"):
         evaluate_model(None, dataset)
-    half = FeatureSet(np.ones((1, 2), np.float32), np.ones(1), np.ones(1), ("a",))
+    half = Features(np.ones((1, 2), np.float32), np.ones(1), np.ones(1), ("a",))
     save_features(tmp_path / "half.npz", {"query": half})
     with pytest.raises(ArtifactError, match="gallery"):
         evaluate_model(None, tmp_path / "half.npz")

@@ -8,7 +8,7 @@ import pytest
 
 from nformer_edge.cli import main
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import FeatureSet, save_features
+from nformer_edge.core.features import Features, save_features
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.verification import fit_threshold
 from nformer_edge.report.cross_model import fleet
@@ -21,9 +21,7 @@ def people(rows, camera, seed, names):
     pids = np.arange(rows) % 9 - 1
     centers = np.random.default_rng(99).normal(size=(9, 16))
     features = (centers[pids] + rng.normal(size=(rows, 16))).astype(np.float32)
-    return FeatureSet(
-        features, pids, np.where(np.arange(rows) % 5, camera, 3), tuple(f"{names}{i}" for i in range(rows))
-    )
+    return Features(features, pids, np.where(np.arange(rows) % 5, camera, 3), tuple(f"{names}{i}" for i in range(rows)))
 
 
 @pytest.fixture(scope="module")

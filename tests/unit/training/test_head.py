@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import HeadSpec, NeighborRule
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.nformer import NFormer
@@ -17,16 +17,16 @@ from nformer_edge.training.config import HeadConfig, Start
 from nformer_edge.training.head import relate, spread, train_head
 
 
-def people(ids: int, each: int, noise: float, seed: int, size: int = 32) -> FeatureSet:
+def people(ids: int, each: int, noise: float, seed: int, size: int = 32) -> Features:
     """Images of people as noisy copies of one direction each, two cameras."""
     rng = np.random.default_rng(seed)
     pids = np.repeat(np.arange(1, ids + 1), each)
     features = rng.normal(size=(ids, size))[pids - 1] + noise * rng.normal(size=(ids * each, size))
     camids = np.tile(np.arange(each) % 2, ids)
-    return FeatureSet(features.astype(np.float32), pids, camids, tuple(f"{i}" for i in range(len(pids))))
+    return Features(features.astype(np.float32), pids, camids, tuple(f"{i}" for i in range(len(pids))))
 
 
-def split(images: FeatureSet) -> tuple[FeatureSet, FeatureSet]:
+def split(images: Features) -> tuple[Features, Features]:
     first = np.arange(len(images)) % 8 < 2
     return images.take(first), images.take(~first)
 
@@ -111,7 +111,7 @@ def test_head_refuses_views_of_other_images() -> None:
         train_head([people(5, 4, 0.5, seed=0), people(4, 5, 0.5, seed=0)], spec("features"), HeadConfig())
 
 
-def disturbed(ids: int, each: int, seed: int) -> FeatureSet:
+def disturbed(ids: int, each: int, seed: int) -> Features:
     """People under a disturbance that is strong in a quarter of the directions, as a new camera site is."""
     images = people(ids, each, 0.3, seed)
     images.features[:, :8] += 3 * np.random.default_rng(seed + 100).normal(size=(len(images), 8)).astype(np.float32)

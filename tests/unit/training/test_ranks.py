@@ -16,7 +16,7 @@ from torch import nn
 
 from nformer_edge.cli import main
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, augment
@@ -50,11 +50,11 @@ def _data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def people(ids: int = 12, each: int = 6, size: int = 16) -> FeatureSet:
+def people(ids: int = 12, each: int = 6, size: int = 16) -> Features:
     rng = np.random.default_rng(0)
     pids = np.repeat(np.arange(1, ids + 1), each)
     features = rng.normal(size=(ids, size))[pids - 1] + rng.normal(size=(ids * each, size))
-    return FeatureSet(features.astype(np.float32), pids, pids % 2, ("",) * len(pids))
+    return Features(features.astype(np.float32), pids, pids % 2, ("",) * len(pids))
 
 
 def both_stages(data: str, config: TrainConfig, compute: Compute) -> tuple[dict[str, Any], list[Any]]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.core.features import FeatureSet
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.loaders import AugmentSpec
@@ -182,7 +182,7 @@ def test_without_resume_a_training_begins_anew(data: Path, whole: Whole, tmp_pat
 def test_a_state_never_falls_between_the_parts_of_a_step(tmp_path: Path, kill_after: Any, accumulate: int) -> None:
     rng = np.random.default_rng(0)
     pids = np.repeat(np.arange(1, 9), 6)
-    views = [FeatureSet(rng.normal(size=(48, 16)).astype(np.float32), pids, pids % 2, ("",) * 48)]
+    views = [Features(rng.normal(size=(48, 16)).astype(np.float32), pids, pids % 2, ("",) * 48)]
     config, spec = HeadConfig(epochs=2, sets=5, set_size=30, accumulate=accumulate), HeadSpec(16, layers=1, k=4)
     want, want_rows = train_head(views, spec, config)
     for writes in (1, 2, 3):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nformer_edge.cli import main
-from nformer_edge.core.features import FeatureSet, load_features, save_features
+from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.model.backbone import Backbone
@@ -135,7 +135,7 @@ def test_features_of_another_length_choose_the_heads_size(tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     spec = json.dumps({"backbone": {"arch": "osnet_x0_25", "features": 12}})
     pids = np.repeat(np.arange(1, 7), 4)
-    features = FeatureSet(rng.normal(size=(24, 12)).astype(np.float32), pids, pids % 2, ("",) * 24, spec=spec)
+    features = Features(rng.normal(size=(24, 12)).astype(np.float32), pids, pids % 2, ("",) * 24, spec=spec)
     save_features(tmp_path / "s.npz", {"train": features})
     train_from_features(tmp_path / "s.npz", tmp_path / "m.safetensors", replace(CONFIG, holdout=0))
     assert load_checkpoint(tmp_path / "m.safetensors").spec.head == HeadSpec(12, layers=1, k=4, landmarks=4)
