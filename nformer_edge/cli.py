@@ -13,7 +13,7 @@ from typing import Any
 
 from nformer_edge import __version__
 from nformer_edge.core import spec
-from nformer_edge.core.errors import NFormerEdgeError, UsageError
+from nformer_edge.core.errors import Error, UsageError
 from nformer_edge.core.values import Result
 
 Args = argparse.Namespace
@@ -699,7 +699,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.function(args)
-    except NFormerEdgeError as e:
+    except Error as e:
         return _fail(args, str(e), e.exit_code)
     except ModuleNotFoundError as e:
         extra = _EXTRAS.get((e.name or "").partition(".")[0])

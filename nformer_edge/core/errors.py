@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class NFormerEdgeError(Exception):
+class Error(Exception):
     """Root of every error that this package raises on purpose.
 
     Args:
@@ -29,23 +29,23 @@ class NFormerEdgeError(Exception):
         self.hint = hint
 
 
-class UsageError(NFormerEdgeError):
+class UsageError(Error):
     """An argument, flag or configuration value that cannot be used."""
 
 
-class DataError(NFormerEdgeError):
+class DataError(Error):
     """Images, labels or features that cannot be used."""
 
 
-class ArtifactError(NFormerEdgeError):
+class ArtifactError(Error):
     """A checkpoint, bundle, engine or report that is missing, damaged or of another version."""
 
 
-class BackendError(NFormerEdgeError):
+class BackendError(Error):
     """A backend that is not installed here, or that refused the work."""
 
 
-class GateError(NFormerEdgeError):
+class GateError(Error):
     """A parity gate that does not hold. The command's exit code is 1, not 2."""
 
     exit_code = 1

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from nformer_edge.core.errors import ArtifactError, NFormerEdgeError, UsageError
+from nformer_edge.core.errors import ArtifactError, Error, UsageError
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Table: TypeAlias = dict[str, JSON]
@@ -58,7 +58,7 @@ def to_table(value: object) -> Table:
 
 
 def from_json(
-    cls: type[T], data: object, where: str = "", *, error: type[NFormerEdgeError] = UsageError, complete: bool = False
+    cls: type[T], data: object, where: str = "", *, error: type[Error] = UsageError, complete: bool = False
 ) -> T:
     """A value of `cls` from JSON or TOML data.
 
@@ -70,7 +70,7 @@ def from_json(
         complete: every field must be there, also those with defaults: for files that this package wrote.
 
     Raises:
-        NFormerEdgeError: an `error` that names an unknown key (with the nearest spelling), a missing one, or a value
+        Error: an `error` that names an unknown key (with the nearest spelling), a missing one, or a value
             of the wrong type.
     """
     where = where or cls.__name__
@@ -90,16 +90,16 @@ def from_json(
     values = {key: _convert(hints[key], value, f"{where}.{key}", error, complete) for key, value in data.items()}
     try:
         return cls(**values)
-    except NFormerEdgeError as e:
+    except Error as e:
         if isinstance(e, error):
             raise
         raise error(f"{where}.{e.subject}", e.got, e.expected, e.hint) from e
 
 
-def _convert(hint: object, value: object, where: str, error: type[NFormerEdgeError], complete: bool) -> object:
+def _convert(hint: object, value: object, where: str, error: type[Error], complete: bool) -> object:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
 
-    def wrong(expected: str) -> NFormerEdgeError:
+    def wrong(expected: str) -> Error:
         return error(where, repr(value), expected, "Correct the value.")
 
     def inner(kind: object, item: object, name: object) -> object:
@@ -114,7 +114,7 @@ def _convert(hint: object, value: object, where: str, error: type[NFormerEdgeErr
         for kind in kinds[:-1]:
             try:
                 return _convert(kind, value, where, error, complete)
-            except NFormerEdgeError:
+            except Error:
                 continue
         return _convert(kinds[-1], value, where, error, complete)
     if dataclasses.is_dataclass(hint):

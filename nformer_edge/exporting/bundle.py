@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.core.artifact import Artifact, open_artifact, read_verified
-from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
+from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec, from_dict
 from nformer_edge.core.values import JSON, from_json
 from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
@@ -211,7 +211,7 @@ def model_spec(where: str, manifest: Mapping[str, Any]) -> ModelSpec:
             )
     try:
         return from_dict(ModelSpec, manifest["model"])
-    except (NFormerEdgeError, KeyError) as e:
+    except (Error, KeyError) as e:
         raise ArtifactError(f"{where}: model", f"an unreadable spec ({e})", "this version's", "Export it again.") from e
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nformer_edge.core.artifact import sha256_file
-from nformer_edge.core.errors import ArtifactError, NFormerEdgeError
+from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import ModelSpec, from_dict, to_dict
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.nformer import NFormer
@@ -76,7 +76,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         spec = from_dict(ModelSpec, json.loads(metadata["spec"]))
         extra = json.loads(metadata["extra"])
-    except (NFormerEdgeError, KeyError, ValueError) as e:
+    except (Error, KeyError, ValueError) as e:
         raise ArtifactError(
             str(path), f"an unreadable spec ({e})", "this version's", "Train again with this version."
         ) from e

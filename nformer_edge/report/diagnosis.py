@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.errors import NFormerEdgeError
+from nformer_edge.core.errors import Error
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.data.batches import iter_batches
@@ -76,7 +76,7 @@ def compare_layers(
             compare_graphs(stage, precision, ours[stage], theirs[stage], _feed(stage, spec, records, features))
             for stage, precision in wanted.items()
         ]
-    except (NFormerEdgeError, ImportError) as e:
+    except (Error, ImportError) as e:
         return [_not_compared(stage, str(e)) for stage in wanted]
 
 

@@ -16,7 +16,7 @@ from nformer_edge.backends.tensorrt.build import tensorrt_package
 from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
 from nformer_edge.backends.tensorrt_rtx.build import tensorrt_rtx_package
-from nformer_edge.core.errors import NFormerEdgeError
+from nformer_edge.core.errors import Error
 from nformer_edge.core.machine import instruction_sets, module_version, nvidia_driver, this_machine, version_key
 from nformer_edge.targets.preflight import Mismatch, format_preflight, preflight
 from nformer_edge.targets.recipe import Target, read_target
@@ -128,7 +128,7 @@ def _plugin_library() -> dict[str, Any]:
         return _check(name, "", f"not needed by onnxruntime; for TensorRT: {step}")
     try:
         facts = plugin_facts(library)
-    except NFormerEdgeError as e:
+    except Error as e:
         return _check(name, "", f"{e} Build it again: nformer-edge build-plugin")
     codes = ", ".join(f"sm_{a}" for a in facts.get("architectures", ()))
     return _check(name, f"{library} (TensorRT {facts['tensorrt']}, {codes})" if facts else str(library), "")

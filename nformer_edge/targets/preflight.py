@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
-from nformer_edge.core.errors import BackendError, NFormerEdgeError
+from nformer_edge.core.errors import BackendError, Error
 from nformer_edge.core.machine import Machine, version_key
 from nformer_edge.targets.recipe import VERSIONS, Target
 
@@ -145,7 +145,7 @@ def _plugin(machine: Machine) -> list[Mismatch]:
         return [Mismatch("plugin library", f"no libnformer_plugins.so, and {lacking}", "one of the two", hint)]
     try:
         facts = plugin_facts(library)
-    except NFormerEdgeError as e:
+    except Error as e:
         return [Mismatch("plugin library", str(library), "one whose manifest holds", str(e))]
     found = []
     built = version_key(str(facts.get("tensorrt", "")))[:1]

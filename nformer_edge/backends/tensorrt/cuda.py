@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.errors import BackendError, NFormerEdgeError
+from nformer_edge.core.errors import BackendError, Error
 
 _MIB = 1 << 20
 
@@ -161,7 +161,7 @@ def _no_gpu(why: str) -> BackendError:
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do meanwhile is no concern of this capture
 
 
-class CaptureError(NFormerEdgeError):
+class CaptureError(Error):
     """Work that CUDA cannot keep as a graph; it can still be done call by call."""
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from nformer_edge.backends.tensorrt.job import PlanJob
 from nformer_edge.backends.tensorrt.network import build_plan
-from nformer_edge.core.errors import BackendError, NFormerEdgeError
+from nformer_edge.core.errors import BackendError, Error
 
 
 def work(job: PlanJob) -> dict[str, Any]:
     """Builds the plan. Returns the fields of `BuiltPlan`.
 
     Raises:
-        NFormerEdgeError: as `build_plan` does, or if the package cannot be imported.
+        Error: as `build_plan` does, or if the package cannot be imported.
     """
     if job.device:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
@@ -39,7 +39,7 @@ def main(request: str, answer: str) -> int:
     job = PlanJob(**json.loads(Path(request).read_text()))
     try:
         found, code = work(job), 0
-    except NFormerEdgeError as e:
+    except Error as e:
         plain = {key: None if (v := getattr(e, key)) is None else str(v) for key in ("got", "expected")}
         found, code = {"error": {"subject": e.subject, "hint": e.hint, **plain}}, 2
     Path(answer).write_text(json.dumps(found))

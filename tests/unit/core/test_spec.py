@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nformer_edge.core.errors import GateError, NFormerEdgeError, UsageError
+from nformer_edge.core.errors import Error, GateError, UsageError
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, from_dict, to_dict
 
 
@@ -56,7 +56,7 @@ def test_head_and_backbone_must_agree_on_features() -> None:
 
 
 def test_an_error_says_got_expected_and_how_to_mend() -> None:
-    error = NFormerEdgeError("neighbors", "shape (256, 20)", "[H=2, N=256, K]", "Add the head axis.")
+    error = Error("neighbors", "shape (256, 20)", "[H=2, N=256, K]", "Add the head axis.")
     assert str(error) == "neighbors: got shape (256, 20), expected [H=2, N=256, K]. Add the head axis."
 
 
