@@ -672,7 +672,7 @@ def _demo(args: Args) -> None:
     _show(args, result, format_demo(result))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nformer-edge",
         description="Person re-identification with NFormer: train, export, build, prove.",
@@ -696,7 +696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a gate failed, 2 bad input, 130 interrupted.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         args.function(args)
     except Error as e:

@@ -52,3 +52,12 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "build-engine", root / "bundle", "-o", root / "int8", "--int8", "--calib-data", root / "data", "--calib-num", 48
     )
     return root
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Last lines: how many blocks of the docs were run, and how many only parsed, with the reason that each gives."""
+    done = {r.nodeid for r in terminalreporter.stats.get("passed", ()) if "test_docs.py" in r.nodeid}
+    if done:
+        run = sum("at_toy_size" in name for name in done)
+        parsed = sum("its_parser_takes" in name for name in done)
+        terminalreporter.write_line(f"docs: {run} blocks run at toy size, {parsed - run} parsed by the real parsers")
