@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nformer_edge.backends.build import EngineSpec, build_engine
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.machine import machine
@@ -108,7 +108,7 @@ def engines(args: argparse.Namespace, work: Path) -> dict[str, Path]:
 
 def embedded(engine: Path, store: Path, dataset: Dataset, threads: int | None) -> Pair:
     """Features of queries and gallery: those in `store` where this engine made them of these images, else made now."""
-    with open_runner(engine, threads=threads) as runner:
+    with open_model(engine, intra_op_threads=threads) as runner:
         if store.exists():
             query, gallery = open_features(store)
             same = (len(query), len(gallery)) == (len(dataset.query), len(dataset.gallery))
@@ -139,7 +139,7 @@ def compare_related(built: dict[str, Path], pairs: dict[str, Pair], seed: int, t
     """The same after the head, which each engine runs over its own features, queries and gallery in one set."""
     related = {}
     for precision, path in built.items():
-        with open_runner(path, threads=threads) as runner:
+        with open_model(path, intra_op_threads=threads) as runner:
             related[precision] = relate_sets(runner, *pairs[precision], seed=seed)
     return compare(related["fp32"], related["int8"])
 
@@ -191,7 +191,7 @@ def main() -> None:
     stores = {precision: work / f"{precision}.npz" for precision in PRECISIONS}
     pairs = {p: embedded(built[p], stores[p], dataset, args.threads) for p in PRECISIONS}
     results = {"backbone": compare(pairs["fp32"], pairs["int8"])}
-    with open_runner(built["fp32"], threads=args.threads) as runner:
+    with open_model(built["fp32"], intra_op_threads=args.threads) as runner:
         seeds = args.landmark_seeds if runner.has_head else []
     for seed in seeds:
         results[f"+NFormer, landmark seed {seed}"] = compare_related(built, pairs, seed, args.threads)

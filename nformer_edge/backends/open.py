@@ -12,16 +12,17 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 
-#: How alike a stage's output must be to what it gave when it was made: cosine, by precision as built.
+#: How alike a part's output must be to what it gave when it was made: cosine, by precision as built.
 _SELF_TEST_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
 
 
-def open_runner(
+def open_model(
     path: str | os.PathLike[str],
     *,
     backend: str = "auto",
-    threads: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
+    intra_op_threads: int | None = None,
+    contexts: int | None = None,
     reference: bool = False,
     native: bool = True,
 ) -> Runner:
@@ -30,9 +31,10 @@ def open_runner(
     Args:
         path: the model.
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
-        threads: CPU threads; for a TensorRT engine, threads of the caller that compute at once: each gets an execution
-            context, with its memory (two if None).
-        device: for a checkpoint, ``cpu`` or a CUDA device; for a TensorRT engine the GPU, the first one if ``cpu``.
+        device: ``cpu``, or a GPU such as ``cuda:0``. None: the CPU, or for a TensorRT engine the first GPU.
+        intra_op_threads: CPU threads of one forward pass; the backend's own choice if None.
+        contexts: of a TensorRT engine, threads of the caller that compute at once: each takes the memory of one
+            execution context. Two if None.
         reference: a checkpoint runs layer by layer, nothing folded, to judge engines by.
         native: the head's two operators run in the native kernels where they are compiled; otherwise as plain torch
             or as the standard operators of the file's own bodies.
@@ -40,57 +42,50 @@ def open_runner(
     Raises:
         ArtifactError: if it is damaged, or none of these.
         BackendError: if its backend is not installed here, or is not the one asked for.
-        UsageError: for a device that this kind of model does not have.
+        UsageError: for a device, threads or contexts that this kind of model does not have.
     """
     path = Path(path)
     if not path.is_dir() and path.suffix != ".safetensors":
         got = "a file of another kind" if path.exists() else "no such file or folder"
-        raise ArtifactError(
-            str(path),
-            got,
-            "a checkpoint (.safetensors), a bundle or an engine",
-            "Make one with `nformer-edge train`, `export` or `build-engine`.",
-        )
+        hint = "Make one with `nformer-edge train`, `export` or `build-engine`."
+        raise ArtifactError(str(path), got, "a checkpoint (.safetensors), a bundle or an engine", hint)
     kind = "checkpoint" if not path.is_dir() else _kind(path)
     runs_on = _engine_backend(path) if kind == "engine" else {"checkpoint": "pytorch"}.get(kind, "onnxruntime")
     if backend not in ("auto", runs_on):
-        raise BackendError(
-            str(path),
-            f"a {kind} that {runs_on} runs",
-            f"one for {backend}",
-            f"Build one: nformer-edge build-engine --backend {backend}",
-        )
-    if runs_on == "pytorch":
-        return _open_checkpoint(path, threads, device, reference, native)
+        hint = f"Build one: nformer-edge build-engine --backend {backend}"
+        raise BackendError(str(path), f"a {kind} that {runs_on} runs", f"one for {backend}", hint)
     if runs_on in ("tensorrt", "tensorrt-rtx"):
         from nformer_edge.backends.tensorrt.run import TensorRTRunner
 
-        return TensorRTRunner(path, device=device, contexts=threads)
-    if device != "cpu":
-        raise UsageError("device", device, f"cpu for {runs_on}", "Leave --device out.")
+        _refuse("intra_op_threads", intra_op_threads, runs_on, "Set contexts: threads of the caller that compute.")
+        return TensorRTRunner(path, device=device, contexts=contexts)
+    _refuse("contexts", contexts, runs_on, "Set intra_op_threads: CPU threads of one forward pass.")
+    if runs_on == "pytorch":
+        return _open_checkpoint(path, intra_op_threads, device, reference, native)
     if runs_on == "onnxruntime":
         from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path, kind, threads=threads, native=native)
-    raise BackendError(
-        str(path),
-        f"an engine for {runs_on}",
-        "one for a backend that this version runs",
-        "Build one: nformer-edge build-engine --backend onnxruntime",
-    )
+        _refuse("device", None if device == "cpu" else device, runs_on, "Leave it out: it runs on the CPU.")
+        return OnnxRuntimeRunner(path, kind, intra_op_threads=intra_op_threads, native=native)
+    hint = "Build one: nformer-edge build-engine --backend onnxruntime"
+    raise BackendError(str(path), f"an engine for {runs_on}", "one for a backend that this version runs", hint)
 
 
-def _open_checkpoint(path: Path, threads: int | None, device: str, plain: bool, native: bool) -> Runner:
+def _refuse(name: str, value: object, backend: str, hint: str) -> None:
+    if value is not None:
+        raise UsageError(name, value, f"nothing for {backend}", hint)
+
+
+def _open_checkpoint(
+    path: Path, intra_op_threads: int | None, device: str | None, reference: bool, native: bool
+) -> Runner:
     try:
         from nformer_edge.backends.torch import TorchRunner
     except ImportError as e:
-        raise BackendError(
-            str(path),
-            f"no {e.name} here",
-            "PyTorch and safetensors, to run a checkpoint",
-            "pip install 'nformer-edge[train]', or pass a bundle or an engine.",
-        ) from e
-    return TorchRunner(path, threads=threads, device=device, plain=plain, native=native)
+        hint = "pip install 'nformer-edge[train]', or pass a bundle or an engine."
+        expected = "PyTorch and safetensors, to run a checkpoint"
+        raise BackendError(str(path), f"no {e.name} here", expected, hint) from e
+    return TorchRunner(path, device=device, intra_op_threads=intra_op_threads, reference=reference, native=native)
 
 
 def _kind(path: Path) -> str:
@@ -114,10 +109,10 @@ def self_test(runner: Runner) -> dict[str, float]:
     """Runs the golden inputs that travel with the model and compares with what it gave when it was made.
 
     Returns:
-        For each stage the lowest cosine; empty for a model that carries no golden vectors.
+        For each part the lowest cosine; empty for a model that carries no golden vectors.
 
     Raises:
-        ArtifactError: if a stage's output is not what it was.
+        ArtifactError: if a part's output is not what it was.
     """
     golden = runner.golden()
     outputs = {}
@@ -126,15 +121,12 @@ def self_test(runner: Runner) -> dict[str, float]:
     if "head_input" in golden:
         outputs["head"] = (runner.relate(golden["head_input"], golden["landmarks"]), golden["embeddings"])
     lowest = {}
-    for stage, (found, expected) in outputs.items():
+    for part, (found, expected) in outputs.items():
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-        lowest[stage] = float(((found * expected).sum(axis=1) / norms).min())
-        least = _SELF_TEST_COSINE[runner.precision[stage]]
-        if not lowest[stage] >= least:
-            raise ArtifactError(
-                f"{runner.name}: {stage}",
-                f"a cosine of {lowest[stage]:.5f} to what it gave when made",
-                f"at least {least}",
-                "This machine computes otherwise: build the engine here.",
-            )
+        lowest[part] = float(((found * expected).sum(axis=1) / norms).min())
+        limit = _SELF_TEST_COSINE[runner.precision[part]]
+        if not lowest[part] >= limit:
+            got = f"a cosine of {lowest[part]:.5f} to what it gave when made"
+            hint = "This machine computes otherwise: build the engine here."
+            raise ArtifactError(f"{runner.name}: {part}", got, f"at least {limit}", hint)
     return lowest

@@ -28,9 +28,9 @@ class TorchRunner:
 
     Args:
         path: a `.safetensors` checkpoint.
-        threads: CPU threads of PyTorch while this runner computes; as it is set, if None.
-        device: ``cpu`` or a CUDA device.
-        plain: the backbone runs layer by layer, nothing folded, as a reference should.
+        device: ``cpu`` or a CUDA device; ``cpu`` if None.
+        intra_op_threads: of PyTorch while this runner computes; as it is set, if None.
+        reference: the backbone runs layer by layer, nothing folded, as a reference should.
         native: the head computes with the native kernels rather than the plain torch operators. Closer to exact, they
             now and then choose the other of two neighbors that a float32 product cannot tell apart, so a reference
             should choose as the engine does that it judges.
@@ -46,9 +46,9 @@ class TorchRunner:
         self,
         path: str | os.PathLike[str],
         *,
-        threads: int | None = None,
-        device: str = "cpu",
-        plain: bool = False,
+        device: str | None = None,
+        intra_op_threads: int | None = None,
+        reference: bool = False,
         native: bool = True,
     ) -> None:
         checkpoint = load_checkpoint(path)
@@ -58,11 +58,11 @@ class TorchRunner:
         self.has_head = checkpoint.head is not None
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
-        self._threads = threads
+        self._threads = intra_op_threads
         self.native = native
         self._operators: Operators = FastestOperators() if native else ops
-        self._device = _device(device)
-        self._fold = not plain and self._device.type == "cpu"
+        self._device = _device(device or "cpu")
+        self._fold = not reference and self._device.type == "cpu"
         self._images_to_features: Backbone | None = None
         self._model: Checkpoint | None = checkpoint
         for module in (checkpoint.backbone, checkpoint.head):
@@ -113,12 +113,8 @@ class TorchRunner:
     def _backbone(self) -> Backbone:
         backbone = self._loaded().backbone
         if backbone is None:
-            raise ArtifactError(
-                self.name,
-                "a head alone",
-                "a backbone, to embed images",
-                "Pass a checkpoint of a whole model, or a feature store in place of images.",
-            )
+            hint = "Pass a checkpoint of a whole model, or a feature store in place of images."
+            raise ArtifactError(self.name, "a head alone", "a backbone, to embed images", hint)
         if not self._fold:
             return backbone
         if self._images_to_features is None:
@@ -148,10 +144,6 @@ def _device(name: str) -> torch.device:
     except RuntimeError as e:
         raise BackendError("device", name, "cpu or cuda:0", "Choose one of these.") from e
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "device",
-            f"{name}, and PyTorch finds no GPU",
-            "a GPU that PyTorch can use",
-            "Leave --device out, or see `nformer-edge doctor`.",
-        )
+        hint = "Leave it out, or see `nformer-edge doctor`."
+        raise BackendError("device", f"{name}, and PyTorch finds no GPU", "a GPU that PyTorch can use", hint)
     return device

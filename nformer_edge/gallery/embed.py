@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner, require_head
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.batch_journal import BatchJournal
@@ -218,7 +218,7 @@ def embed_files(
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")
     start = time.perf_counter()
     journal = BatchJournal(Path(f"{os.fspath(output)}.journal"))
-    with open_runner(model, threads=threads) as runner:
+    with open_model(model, intra_op_threads=threads) as runner:
         sets = {
             split: embed_records(
                 runner, chosen, batch, threads, views if split == "train" else 1, augment, seed, journal=journal

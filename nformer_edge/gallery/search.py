@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features, load_features
@@ -137,7 +137,7 @@ def search_files(
     Returns:
         JSON of kind ``search``: model, backend, head, protocol (null without the head), queries as `search` gives.
     """
-    with open_runner(model, threads=threads) as runner:
+    with open_model(model, intra_op_threads=threads) as runner:
         results = search(runner, queries, gallery, top=top, head=head, together=together, batch=batch, threads=threads)
         related = head and runner.has_head
         return {

@@ -81,7 +81,7 @@ def evaluate_model(
         threads: of the backend; its own choice if None.
         label: what the report calls the model.
         layout: of the dataset's folder.
-        opener: stands in for `open_runner`.
+        opener: stands in for `open_model`.
         per_query: also rank each query alone with the gallery (`gallery.protocols`), where PyTorch runs the head.
 
     Returns:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model as open_any
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import ArtifactError, DataError
 from nformer_edge.core.features import Features, load_features
@@ -30,10 +30,10 @@ def open_model(
     reference: bool = False,
     native: bool = True,
 ) -> Runner:
-    """Opens a checkpoint, bundle or engine. `opener` stands in for `backends.open.open_runner`."""
+    """Opens a checkpoint, bundle or engine. `opener` stands in for `backends.open.open_model`."""
     if opener is not None:
         return opener(path, threads=threads)
-    return open_runner(path, threads=threads, reference=reference, native=native)
+    return open_any(path, intra_op_threads=threads, reference=reference, native=native)
 
 
 def open_dataset(data: Data, layout: str = "auto") -> Dataset:

@@ -31,7 +31,7 @@ class OnnxRuntimeRunner:
     Args:
         path: folder of a bundle or of an engine built for onnxruntime.
         kind: ``bundle`` or ``engine``.
-        threads: intra-op threads; onnxruntime's choice (one a core) if None.
+        intra_op_threads: onnxruntime's choice (one a core) if None.
         max_batch: larger batches are split.
         native: run the head's operators in the native kernels where they are compiled.
 
@@ -47,13 +47,13 @@ class OnnxRuntimeRunner:
         path: str | os.PathLike[str],
         kind: str,
         *,
-        threads: int | None = None,
+        intra_op_threads: int | None = None,
         max_batch: int = MAX_BATCH,
         native: bool = True,
     ) -> None:
         check_at_least("max_batch", max_batch, 1)
-        if threads is not None:
-            check_at_least("threads", threads, 1)
+        if intra_op_threads is not None:
+            check_at_least("intra_op_threads", intra_op_threads, 1)
         self._path = os.fspath(path)
         self._manifest = read_manifest(path, kind)
         self.spec = model_spec(self._path, self._manifest)
@@ -71,7 +71,7 @@ class OnnxRuntimeRunner:
         self.precision: Mapping[str, str] = self._manifest.get("precision") or dict.fromkeys(stages, "fp32")
         self.landmark_seed = int(self._manifest["landmark_seed"])
         self.native = native and onnx_ops.available()
-        self._threads, self._max_batch = threads, max_batch
+        self._threads, self._max_batch = intra_op_threads, max_batch
         self._sessions: dict[str, Any] = {}
 
     def __enter__(self) -> OnnxRuntimeRunner:

@@ -44,7 +44,7 @@ class TensorRTRunner:
 
     Args:
         path: folder of an engine built for TensorRT or TensorRT-RTX.
-        device: ``cuda:0`` or another; ``cpu``, what a command says unless told otherwise, means the first GPU.
+        device: ``cuda:0`` or another; the first GPU if None.
         contexts: threads that compute at once, `CONTEXTS` if None; each takes the memory of one execution context.
         graphs: keep shapes that come again as CUDA graphs.
 
@@ -54,7 +54,12 @@ class TensorRTRunner:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str = "cpu", contexts: int | None = None, graphs: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        contexts: int | None = None,
+        graphs: bool = True,
     ) -> None:
         contexts = CONTEXTS if contexts is None else contexts
         check_at_least("contexts", contexts, 1)
@@ -69,7 +74,7 @@ class TensorRTRunner:
                 self._path,
                 f"an engine for {self.backend}",
                 " or ".join(PACKAGES),
-                "Open it with nformer_edge.backends.open.open_runner.",
+                "Open it with nformer_edge.backends.open.open_model.",
             )
         self.spec = model_spec(self._path, self._manifest)
         self.name = model_name(self.spec)
@@ -196,10 +201,10 @@ class TensorRTRunner:
         self._device = None
 
 
-def _ordinal(device: str) -> int:
-    name, _, number = device.partition(":")
-    if device == "cpu":
+def _ordinal(device: str | None) -> int:
+    if device is None:
         return 0
+    name, _, number = device.partition(":")
     if name != "cuda" or not (number.isdecimal() or device == "cuda"):
         raise UsageError("device", device, "a GPU, such as cuda:0", "Choose one, or leave it out.")
     return int(number or 0)

@@ -12,7 +12,7 @@ from onnx import helper
 
 from nformer_edge.backends.build import EngineSpec, build_engine, choose_backend, describe_engine
 from nformer_edge.backends.onnxruntime import build as onnxruntime
-from nformer_edge.backends.open import open_runner, self_test
+from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.core import machine as cpu
 from nformer_edge.core.artifact import read_manifest
@@ -38,7 +38,7 @@ def test_an_fp32_engine_is_the_bundle_in_plain_files(tiny_bundle, tmp_path):
     assert manifest["files"] == bundle["files"]
     assert manifest["precision"] == {"backbone": "fp32", "head": "fp32"}
     assert (manifest["backend"], manifest["landmark_seed"]) == ("onnxruntime", 7)
-    with open_runner(engine) as runner:
+    with open_model(engine) as runner:
         assert set(self_test(runner)) == {"backbone", "head"}
 
 
@@ -49,7 +49,7 @@ def test_an_int8_engine_is_audited_and_agrees_with_fp32(int8_engine, tiny_bundle
     assert manifest["calibration"]["num"] == 10
     assert len(manifest["calibration"]["sha256"]) == 64
     images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 64, 32)).astype(np.float32)
-    with open_runner(int8_engine) as engine, open_runner(tiny_bundle) as reference:
+    with open_model(int8_engine) as engine, open_model(tiny_bundle) as reference:
         self_test(engine)
         found, expected = engine.embed(images), reference.embed(images)
         assert cosines(found, expected).min() >= 0.9

@@ -11,7 +11,7 @@ import pytest
 
 from nformer_edge.backends.onnxruntime import run as onnxruntime_runner
 from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
-from nformer_edge.backends.open import open_runner, self_test
+from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.metrics.agreement import tensor_error
@@ -21,7 +21,9 @@ from nformer_edge.ops.contract import draw_landmarks
 
 @pytest.fixture(params=["checkpoint", "bundle"])
 def runner(request, tiny_checkpoint, tiny_bundle):
-    with open_runner({"checkpoint": tiny_checkpoint, "bundle": tiny_bundle}[request.param], threads=1) as opened:
+    with open_model(
+        {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle}[request.param], intra_op_threads=1
+    ) as opened:
         yield opened
 
 
@@ -99,7 +101,7 @@ def test_landmarks_that_do_not_fit_are_refused(runner):
 def test_onnxruntime_equals_pytorch(tiny_checkpoint, tiny_bundle):
     features = np.random.default_rng(5).standard_normal((150, 32)).astype(np.float32)
     landmarks = draw_landmarks(150, 2, 3, 1)
-    with open_runner(tiny_checkpoint) as reference, open_runner(tiny_bundle) as runner:
+    with open_model(tiny_checkpoint) as reference, open_model(tiny_bundle) as runner:
         for found, expected in (
             (runner.embed(pictures(2)), reference.embed(pictures(2))),
             (runner.relate(features, landmarks), reference.relate(features, landmarks)),
@@ -109,7 +111,7 @@ def test_onnxruntime_equals_pytorch(tiny_checkpoint, tiny_bundle):
 
 def test_batches_above_the_limit_are_split_and_come_back_in_order(tiny_bundle):
     images = pictures(7)
-    with OnnxRuntimeRunner(tiny_bundle, "bundle", max_batch=3) as small, open_runner(tiny_bundle) as large:
+    with OnnxRuntimeRunner(tiny_bundle, "bundle", max_batch=3) as small, open_model(tiny_bundle) as large:
         np.testing.assert_allclose(small.embed(images), large.embed(images), rtol=1e-4, atol=1e-5)
 
 
@@ -119,11 +121,11 @@ def test_the_head_runs_in_the_native_kernels_and_by_its_bodies_with_the_same_res
     registered = []
     register = onnx_ops.register
     monkeypatch.setattr(onnx_ops, "register", lambda *args: (registered.append(args), register(*args)))
-    with open_runner(tiny_bundle, native=False) as bodies:
+    with open_model(tiny_bundle, native=False) as bodies:
         expected = bodies.relate(features)
         assert not bodies.native
         assert not registered
-    with open_runner(tiny_bundle) as runner:
+    with open_model(tiny_bundle) as runner:
         assert runner.native
         assert len(registered) == 1
         assert tensor_error(runner.relate(features), expected, 1e-6, 1e-3).worst <= 1
@@ -135,13 +137,13 @@ def test_a_changed_byte_is_refused_before_onnxruntime_sees_the_file(copy, monkey
     data = bytearray((copy / "backbone.onnx").read_bytes())
     data[100] ^= 1
     (copy / "backbone.onnx").write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"backbone.onnx: got sha256"), open_runner(copy):
+    with pytest.raises(ArtifactError, match=r"backbone.onnx: got sha256"), open_model(copy):
         pass
     assert not seen
 
 
 def test_a_file_that_changes_after_it_was_verified_is_still_refused(copy):
-    runner = open_runner(copy)
+    runner = open_model(copy)
     (copy / "nformer.onnx").write_bytes(b"\0" * (copy / "nformer.onnx").stat().st_size)
     with pytest.raises(ArtifactError, match="other bytes"):
         runner.__enter__()
@@ -156,7 +158,7 @@ def test_a_graph_that_onnxruntime_cannot_read_is_a_named_refusal(copy):
     (copy / "backbone.onnx").write_bytes(b"not a model")
     rewrite(copy)
     with pytest.raises(ArtifactError, match=r"backbone.onnx: got a graph that onnxruntime .* refuses"):
-        open_runner(copy).__enter__()
+        open_model(copy).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -171,14 +173,14 @@ def test_a_graph_that_onnxruntime_cannot_read_is_a_named_refusal(copy):
 def test_what_this_version_does_not_know_is_refused_by_name(copy, fields, message):
     rewrite(copy, **fields)
     with pytest.raises((ArtifactError, BackendError), match=message):
-        open_runner(copy)
+        open_model(copy)
 
 
 def test_a_head_without_its_file_is_refused(copy):
     (copy / "nformer.onnx").unlink()
     rewrite(copy)
     with pytest.raises(ArtifactError, match=r"nformer.onnx missing for a head"):
-        open_runner(copy)
+        open_model(copy)
 
 
 @pytest.mark.parametrize("name", ["nothing", "notes.txt", "folder"])
@@ -186,26 +188,35 @@ def test_what_is_no_model_is_refused(tmp_path, name):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ArtifactError, match=r"expected a checkpoint|expected a bundle or an engine"):
-        open_runner(tmp_path / name)
+        open_model(tmp_path / name)
 
 
 def test_a_backend_that_does_not_run_this_model_is_refused(tiny_bundle, tiny_checkpoint):
     with pytest.raises(BackendError, match="a bundle that onnxruntime runs, expected one for tensorrt"):
-        open_runner(tiny_bundle, backend="tensorrt")
+        open_model(tiny_bundle, backend="tensorrt")
     with pytest.raises(UsageError, match="device: got cuda:0"):
-        open_runner(tiny_bundle, device="cuda:0")
+        open_model(tiny_bundle, device="cuda:0")
     with pytest.raises(BackendError, match="device"):
-        open_runner(tiny_checkpoint, device="cuda:7")
+        open_model(tiny_checkpoint, device="cuda:7")
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "bundle"])
+def test_contexts_are_refused_where_there_are_none(model, tiny_checkpoint, tiny_bundle):
+    path = {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle}[model]
+    with pytest.raises(UsageError, match=r"contexts: got 2, expected nothing for .* Set intra_op_threads"):
+        open_model(path, contexts=2)
+    with open_model(path, device="cpu") as runner:
+        assert runner.embed(pictures(1)).shape == (1, 32)
 
 
 def test_onnxruntime_that_is_missing_is_named_with_the_next_step(tiny_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"onnxruntime: got not installed.*nformer-edge\[cpu\]"):
-        open_runner(tiny_bundle).__enter__()
+        open_model(tiny_bundle).__enter__()
 
 
 def test_a_self_test_runs_both_stages_and_fails_on_other_numbers(tiny_bundle, tiny_checkpoint, monkeypatch):
-    with open_runner(tiny_bundle) as runner:
+    with open_model(tiny_bundle) as runner:
         lowest = self_test(runner)
         assert set(lowest) == {"backbone", "head"}
         assert all(value >= 0.99999 for value in lowest.values())
@@ -213,12 +224,12 @@ def test_a_self_test_runs_both_stages_and_fails_on_other_numbers(tiny_bundle, ti
         monkeypatch.setattr(runner, "relate", lambda *args: real(*args)[::-1])
         with pytest.raises(ArtifactError, match="head: got a cosine of"):
             self_test(runner)
-    with open_runner(tiny_checkpoint) as runner:
+    with open_model(tiny_checkpoint) as runner:
         assert self_test(runner) == {}
 
 
 def test_a_closed_checkpoint_says_so(tiny_checkpoint):
-    with open_runner(tiny_checkpoint) as runner:
+    with open_model(tiny_checkpoint) as runner:
         pass
     with pytest.raises(BackendError, match="a closed runner"):
         runner.embed(pictures(1))
@@ -230,7 +241,7 @@ def test_plain_operators_are_used_where_asked_for(tiny_checkpoint, monkeypatch):
     calls = []
     monkeypatch.setattr(torch_ops, "supports", lambda *_: calls.append(1))
     features = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
-    with open_runner(tiny_checkpoint, native=False) as plain, open_runner(tiny_checkpoint) as fast:
+    with open_model(tiny_checkpoint, native=False) as plain, open_model(tiny_checkpoint) as fast:
         reference = plain.relate(features)
         assert not calls
         np.testing.assert_allclose(fast.relate(features), reference, atol=1e-5)

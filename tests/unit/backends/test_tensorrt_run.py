@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from nformer_edge.backends.open import open_runner, self_test
+from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.backends.tensorrt.run import TensorRTRunner
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 
@@ -25,7 +25,7 @@ def rows(count, seed=0):
 
 
 def test_an_engine_answers_as_its_bundle_does(gpu, make_engine, tiny_bundle):
-    with open_runner(make_engine()) as runner, open_runner(tiny_bundle) as bundle:
+    with open_model(make_engine()) as runner, open_model(tiny_bundle) as bundle:
         assert (runner.backend, runner.has_head, runner.name) == ("tensorrt", True, "osnet_x0_25_64x32")
         np.testing.assert_allclose(runner.embed(pictures(5)), bundle.embed(pictures(5)), atol=1e-5)
         np.testing.assert_allclose(runner.relate(rows(60)), bundle.relate(rows(60)), atol=1e-5)
@@ -34,21 +34,21 @@ def test_an_engine_answers_as_its_bundle_does(gpu, make_engine, tiny_bundle):
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 20])
 def test_any_number_of_images_goes_through_a_small_profile(gpu, make_engine, tiny_bundle, count):
-    with open_runner(make_engine(batch=(3, 4, 8))) as runner, open_runner(tiny_bundle) as bundle:
+    with open_model(make_engine(batch=(3, 4, 8))) as runner, open_model(tiny_bundle) as bundle:
         features = runner.embed(pictures(count))
         assert features.shape == (count, 32)
         np.testing.assert_allclose(features, bundle.embed(pictures(count)), atol=1e-5)
 
 
 def test_tensors_of_float16_are_brought_there_and_back(gpu, make_engine, tiny_bundle):
-    with open_runner(make_engine(io="float16")) as runner, open_runner(tiny_bundle) as bundle:
+    with open_model(make_engine(io="float16")) as runner, open_model(tiny_bundle) as bundle:
         features = runner.embed(pictures(4))
         assert features.dtype == np.float32
         np.testing.assert_allclose(features, bundle.embed(pictures(4)), atol=0.02)
 
 
 def test_results_are_the_callers_own(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         first = runner.embed(pictures(4))
         kept = first.copy()
         runner.embed(pictures(4, seed=1))
@@ -56,7 +56,7 @@ def test_results_are_the_callers_own(gpu, make_engine):
 
 
 def test_a_shape_that_comes_again_is_kept_as_a_graph_with_the_same_answers(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         first = [runner.embed(pictures(4, seed)) for seed in range(3)]
         assert gpu.calls.count("execute_async_v3") == 2  # once as it is, once captured
         assert gpu.calls.count("cuGraphLaunch") == 2
@@ -71,7 +71,7 @@ def test_a_shape_that_comes_again_is_kept_as_a_graph_with_the_same_answers(gpu, 
 )
 def test_what_cannot_be_captured_is_done_call_by_call_with_the_same_answers(gpu, make_engine, call):
     gpu.failing[call] = 900
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         first = [runner.embed(pictures(4, seed)) for seed in range(4)]
         assert "cuGraphLaunch" not in gpu.calls
         assert gpu.calls.count(call) == 1  # not tried again
@@ -87,7 +87,7 @@ def test_graphs_can_be_left_out(gpu, make_engine):
 
 
 def test_threads_get_contexts_of_their_own_and_the_right_answers(gpu, make_engine, tiny_bundle):
-    with open_runner(tiny_bundle) as bundle:
+    with open_model(tiny_bundle) as bundle:
         expected = {seed: bundle.embed(pictures(4, seed)) for seed in range(6)}
     found: dict[int, np.ndarray] = {}
     with TensorRTRunner(make_engine(), contexts=3) as runner:
@@ -106,11 +106,11 @@ def test_threads_get_contexts_of_their_own_and_the_right_answers(gpu, make_engin
         np.testing.assert_allclose(found[seed], features, atol=1e-5)
 
 
-def test_as_many_threads_compute_at_once_as_open_runner_was_asked_for(gpu, make_engine):
+def test_as_many_threads_compute_at_once_as_open_model_was_asked_for(gpu, make_engine):
     """Each waits inside its context for the two others: with fewer contexts none would come out."""
     gpu.meeting = threading.Barrier(3)
     found = []
-    with open_runner(make_engine(), threads=3) as runner:
+    with open_model(make_engine(), contexts=3) as runner:
         threads = [threading.Thread(target=lambda: found.append(runner.embed(pictures(2)))) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -119,7 +119,7 @@ def test_as_many_threads_compute_at_once_as_open_runner_was_asked_for(gpu, make_
     assert len(found) == 3
     assert gpu.calls.count("create_execution_context") == 3 + 1  # one for the head
     with pytest.raises(UsageError, match="contexts: got 0, expected at least 1"):
-        open_runner(make_engine(), threads=0)
+        open_model(make_engine(), contexts=0)
 
 
 def test_before_tensorrt_10_threads_share_one_context(gpu, make_engine):
@@ -134,7 +134,7 @@ def test_before_tensorrt_10_threads_share_one_context(gpu, make_engine):
 
 
 def test_closing_gives_all_memory_back(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         for count in (2, 5, 8, 3, 3, 3):
             runner.embed(pictures(count))
         runner.relate(rows(20))
@@ -143,7 +143,7 @@ def test_closing_gives_all_memory_back(gpu, make_engine):
 
 
 def test_memory_is_taken_once_for_the_largest_shape(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         runner.embed(pictures(8))
         taken = gpu.calls.count("cuMemHostAlloc"), gpu.calls.count("cuMemAlloc")
         for count in (1, 8, 3, 8):
@@ -154,14 +154,14 @@ def test_memory_is_taken_once_for_the_largest_shape(gpu, make_engine):
 def test_a_stage_that_was_closed_says_so(gpu, make_engine):
     from nformer_edge.backends.tensorrt.engine import BACKBONE_STAGE
 
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         stage = runner._stage(BACKBONE_STAGE)
     with pytest.raises(BackendError, match="backbone: got a closed runner"):
         stage.run({"images": pictures(2)})
 
 
 def test_copies_are_told_apart_from_computing(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         runner.embed(pictures(20))
         assert set(runner.device_ms) == {"copy_in", "compute", "copy_out"}
         assert runner.copy_ms == (runner.device_ms["copy_in"], runner.device_ms["copy_out"])
@@ -174,7 +174,7 @@ def test_an_engine_for_rtx_runs_on_tensorrt_rtx(gpu, make_engine):
                          plans={"nformer.engine": b""}, built_for={"compute_capabilities": ["8.7"]})  # fmt: skip
     gpu.failing["deserialize_cuda_engine"] = "the stop"  # far enough: the right package was asked
     with pytest.raises(ArtifactError, match=r"backbone.engine.*the stop.*expected a plan that tensorrt_rtx 1\.7\.1"):
-        open_runner(engine).__enter__()
+        open_model(engine).__enter__()
 
 
 def test_parity_and_benchmark_work_unchanged(gpu, make_engine, tiny_checkpoint, tiny_market):
@@ -193,7 +193,7 @@ def test_parity_and_benchmark_work_unchanged(gpu, make_engine, tiny_checkpoint, 
 
 
 def refused(engine, kind, message, **settings):
-    with pytest.raises(kind, match=message) as caught, open_runner(engine, **settings):
+    with pytest.raises(kind, match=message) as caught, open_model(engine, **settings):
         pass
     return str(caught.value)
 
@@ -209,7 +209,7 @@ def test_a_truncated_plan_is_refused_before_tensorrt_sees_it(gpu, make_engine):
 
 def test_a_changed_plan_is_refused_before_tensorrt_sees_it(gpu, make_engine):
     engine = make_engine()
-    runner = open_runner(engine)
+    runner = open_model(engine)
     data = bytearray((engine / "nformer.engine").read_bytes())
     data[-5] ^= 1
     (engine / "nformer.engine").write_bytes(data)
@@ -251,7 +251,7 @@ def test_another_tensorrt_is_refused_with_the_command_that_rebuilds(gpu, make_en
 def test_a_version_compatible_plan_runs_on_later_versions_of_the_same_major_one(gpu, make_engine):
     spec = {"precision": "fp16", "version_compat": True}
     gpu.install("10.16.1.11")
-    with open_runner(make_engine(spec=spec)) as runner:
+    with open_model(make_engine(spec=spec)) as runner:
         assert runner.embed(pictures(1)).shape == (1, 32)
         assert runner._runtime.engine_host_code_allowed
     for here in ("10.2.0", "11.0.0.114"):
@@ -273,7 +273,7 @@ def test_the_command_that_rebuilds_repeats_what_was_asked(gpu, make_engine):
 @pytest.mark.parametrize(("built", "here"), [("10.3.0", "10.3.0.26"), ("10.16.1.11", "10.16.1.11")])
 def test_versions_that_agree_as_far_as_they_are_told_are_taken(gpu, make_engine, built, here):
     gpu.install(here)
-    with open_runner(make_engine(versions={"tensorrt": built})) as runner:
+    with open_model(make_engine(versions={"tensorrt": built})) as runner:
         assert runner.embed(pictures(1)).shape == (1, 32)
 
 
@@ -303,7 +303,7 @@ def test_another_gpu_is_refused_with_the_command_that_rebuilds(gpu, make_engine,
     ],
 )
 def test_a_plan_built_to_be_compatible_runs_on_another_gpu(gpu, make_engine, built_for):
-    with open_runner(make_engine(built_for=built_for)) as runner:
+    with open_model(make_engine(built_for=built_for)) as runner:
         assert runner.embed(pictures(1)).shape == (1, 32)
 
 
@@ -332,7 +332,7 @@ def test_another_plugin_library_is_refused_by_its_hash(gpu, make_engine, plugin_
 def test_a_plugin_library_beside_the_plan_is_found(gpu, make_engine, plugin_library, monkeypatch):
     engine = make_engine(plans={"libnformer_plugins.so": plugin_library.read_bytes()})
     monkeypatch.delenv("NFORMER_EDGE_PLUGINS")
-    with open_runner(engine) as runner:
+    with open_model(engine) as runner:
         assert runner.relate(rows(20)).shape == (20, 32)
 
 
@@ -349,13 +349,13 @@ def test_a_head_without_its_plugin_is_refused_in_tensorrts_words(gpu, make_engin
 
 def test_a_second_engine_of_a_process_uses_the_library_that_is_loaded(gpu, make_engine):
     engine = make_engine()
-    with open_runner(engine), open_runner(engine) as second:
+    with open_model(engine), open_model(engine) as second:
         assert second.relate(rows(20)).shape == (20, 32)
     assert gpu.calls.count("load_library") == 1
 
 
 def test_two_plugin_libraries_in_one_process_are_refused(gpu, make_engine, plugin_library):
-    with open_runner(make_engine()):
+    with open_model(make_engine()):
         pass
     plugin_library.write_bytes(b"another library")
     refused(make_engine(), BackendError, "that this process loaded before.*Start a new process")
@@ -363,7 +363,7 @@ def test_two_plugin_libraries_in_one_process_are_refused(gpu, make_engine, plugi
 
 @pytest.mark.parametrize("count", [1, 201])
 def test_images_beyond_the_heads_profile_are_refused_with_the_profile(gpu, make_engine, count):
-    with open_runner(make_engine()) as runner, pytest.raises(UsageError, match=r"features: got shape") as caught:
+    with open_model(make_engine()) as runner, pytest.raises(UsageError, match=r"features: got shape") as caught:
         runner.relate(rows(count), np.zeros((2, 3), np.int32))
     assert "[2..200, 32], the profile that the head was built for" in str(caught.value)
     assert "--gallery-size" in str(caught.value)
@@ -372,17 +372,17 @@ def test_images_beyond_the_heads_profile_are_refused_with_the_profile(gpu, make_
 def test_a_batch_beyond_the_profile_is_refused_with_the_profile(gpu, make_engine):
     from nformer_edge.backends.tensorrt.engine import BACKBONE_STAGE
 
-    with open_runner(make_engine()) as runner, pytest.raises(UsageError, match=r"images: got shape \[9, 3, 64, 32\]"):
+    with open_model(make_engine()) as runner, pytest.raises(UsageError, match=r"images: got shape \[9, 3, 64, 32\]"):
         runner._stage(BACKBONE_STAGE).run({"images": pictures(9)})
 
 
 def test_other_landmarks_than_the_plan_has_are_refused(gpu, make_engine):
-    with open_runner(make_engine()) as runner, pytest.raises(UsageError, match=r"landmarks: got shape \[2, 4\]"):
+    with open_model(make_engine()) as runner, pytest.raises(UsageError, match=r"landmarks: got shape \[2, 4\]"):
         runner.relate(rows(9), np.zeros((2, 4), np.int32))
 
 
 def test_memory_that_runs_out_on_the_gpu_is_named_with_what_is_free(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         before = runner.embed(pictures(2))
         gpu.total = gpu.used + 1000
         with pytest.raises(BackendError, match=r"got out of GPU memory: 0 MiB free of \d+ MiB"):
@@ -394,7 +394,7 @@ def test_memory_that_runs_out_on_the_gpu_is_named_with_what_is_free(gpu, make_en
 
 @pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuMemAlloc"])
 def test_memory_that_runs_out_on_either_side_is_named(gpu, make_engine, call):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         gpu.failing[call] = "memory"
         with pytest.raises(BackendError, match="got out of GPU memory"):
             runner.embed(pictures(8))
@@ -408,7 +408,7 @@ def test_memory_that_runs_out_inside_tensorrt_is_named(gpu, make_engine, call):
 
 
 def test_memory_that_runs_out_while_running_is_named(gpu, make_engine):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         gpu.failing["execute_async_v3"] = "enqueueV3: cuda error: out of memory"
         with pytest.raises(BackendError, match="running the backbone: got out of GPU memory"):
             runner.embed(pictures(2))
@@ -441,6 +441,8 @@ def test_a_driver_without_a_gpu_is_refused_by_name(gpu, make_engine):
 def test_a_gpu_that_is_not_there_is_refused(gpu, make_engine):
     refused(make_engine(), BackendError, r"device: got cuda:3, expected one of the 1 GPUs", device="cuda:3")
     refused(make_engine(), UsageError, "device: got tpu", device="tpu")
+    refused(make_engine(), UsageError, "device: got cpu, expected a GPU", device="cpu")
+    refused(make_engine(), UsageError, r"intra_op_threads: got 4, .*Set contexts", intra_op_threads=4)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +456,7 @@ def test_a_missing_package_is_named_with_the_next_step(gpu, make_engine, monkeyp
 
 @pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
 def test_every_no_of_tensorrt_is_an_error(gpu, make_engine, call):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         gpu.failing[call] = "the reason"
         with pytest.raises(BackendError, match=f"running the backbone: got {call}.* returned False"):
             runner.embed(pictures(2))
@@ -464,7 +466,7 @@ def test_every_no_of_tensorrt_is_an_error(gpu, make_engine, call):
 
 @pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuStreamSynchronize", "cuCtxPushCurrent"])
 def test_every_error_of_the_driver_is_named(gpu, make_engine, call):
-    with open_runner(make_engine()) as runner:
+    with open_model(make_engine()) as runner:
         gpu.failing[call] = "an illegal memory access was encountered"
         with pytest.raises(BackendError, match=f"{call} failed: an illegal memory access"):
             runner.embed(pictures(2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
@@ -23,7 +23,7 @@ from nformer_edge.targets.doctor import doctor, format_doctor
 
 @pytest.fixture(scope="module")
 def runner(tiny_bundle):
-    with open_runner(tiny_bundle, threads=1) as opened:
+    with open_model(tiny_bundle, intra_op_threads=1) as opened:
         yield opened
 
 

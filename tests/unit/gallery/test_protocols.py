@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
@@ -44,7 +44,7 @@ def models(tmp_path_factory):
 
 def test_a_query_is_ranked_as_in_a_pass_of_its_own(models):
     query, gallery = people(15, 1), people(60, 2)
-    with open_runner(models["features"], threads=1) as runner:
+    with open_model(models["features"], intra_op_threads=1) as runner:
         found = relate_per_query(runner, query, gallery, seed=4)
         landmarks = draw_landmarks(60, 1, 3, 4)
         for i, own in enumerate(query.features):
@@ -60,7 +60,7 @@ def test_a_query_is_ranked_as_in_a_pass_of_its_own(models):
 
 def test_under_the_affinity_rule_the_answer_says_that_it_is_not_exact(models):
     query, gallery = people(5, 1), people(60, 2)
-    with open_runner(models["affinity"], threads=1) as runner:
+    with open_model(models["affinity"], intra_op_threads=1) as runner:
         found = relate_per_query(runner, query, gallery)
         frozen = runner.with_head(lambda head: per_query(head, query, gallery, follow=False))
     assert not found.exact
@@ -72,9 +72,12 @@ def test_under_the_affinity_rule_the_answer_says_that_it_is_not_exact(models):
 
 def test_what_cannot_be_taken_apart_is_refused(models, tiny_bundle):
     query, gallery = people(2, 1), people(9, 2)
-    with open_runner(tiny_bundle, threads=1) as runner, pytest.raises(BackendError, match="onnxruntime runs as one"):
+    with (
+        open_model(tiny_bundle, intra_op_threads=1) as runner,
+        pytest.raises(BackendError, match="onnxruntime runs as one"),
+    ):
         relate_per_query(runner, query, gallery)
-    with open_runner(models[None], threads=1) as runner, pytest.raises(UsageError, match="a backbone alone"):
+    with open_model(models[None], intra_op_threads=1) as runner, pytest.raises(UsageError, match="a backbone alone"):
         relate_per_query(runner, query, gallery)
 
 
@@ -84,7 +87,7 @@ def test_a_head_alone_relates_features_and_embeds_no_image(models, tmp_path):
     whole = load_checkpoint(models["features"])
     save_checkpoint(tmp_path / "head.safetensors", whole.spec, None, whole.head)
     query, gallery = people(3, 1), people(20, 2)
-    with open_runner(tmp_path / "head.safetensors", threads=1) as runner:
+    with open_model(tmp_path / "head.safetensors", intra_op_threads=1) as runner:
         assert relate_per_query(runner, query, gallery).distances.shape == (3, 20)
         with pytest.raises(ArtifactError, match="got a head alone, expected a backbone"):
             runner.embed(np.zeros((1, 3, 64, 32), np.float32))
@@ -92,7 +95,7 @@ def test_a_head_alone_relates_features_and_embeds_no_image(models, tmp_path):
 
 def test_bad_features_are_refused_at_the_door(models):
     query, gallery = people(2, 1), people(9, 2)
-    with open_runner(models["features"], threads=1) as runner:
+    with open_model(models["features"], intra_op_threads=1) as runner:
         with pytest.raises(DataError, match="gallery: got zero images"):
             relate_per_query(runner, query, gallery.take(np.array([], int)))
         with pytest.raises(DataError, match="query features: got NaN or infinity in row 1"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.cli import main
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import load_features
@@ -19,7 +19,7 @@ from nformer_edge.gallery.embed import embed_files, embed_records, format_embedd
 
 @pytest.fixture(scope="module")
 def runner(tiny_bundle):
-    with open_runner(tiny_bundle, threads=1) as opened:
+    with open_model(tiny_bundle, intra_op_threads=1) as opened:
         yield opened
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from nformer_edge.backends.open import open_runner, self_test
+from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import BackendError, DataError, UsageError
@@ -84,7 +84,7 @@ def test_a_quantized_bundle_says_so_and_runs_and_keeps_the_head(tool, tiny_bundl
     assert manifest["landmark_seed"] == 7
     assert "self_check" not in manifest
     assert "int8" in product_types(plain(out)).values()
-    with open_runner(out) as runner:
+    with open_model(out) as runner:
         assert runner.precision["backbone"] == "int8"
         assert set(self_test(runner)) == {"backbone", "head"}
 

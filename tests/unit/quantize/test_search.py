@@ -12,7 +12,7 @@ import pytest
 from helpers.planted import BAD, GOOD, SPEC, colored_people, planted_bundle
 
 from nformer_edge.backends.build import BudgetSpec, EngineSpec, build_engine, describe_engine
-from nformer_edge.backends.open import open_runner, self_test
+from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.backends.tensorrt.graphs import prepare_backbone
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import DataError, GateError, UsageError
@@ -92,7 +92,7 @@ def test_the_engine_says_what_was_searched_and_what_stays_in_float(built):
     told = describe_engine(built)
     assert "<- chosen" in told["summary"]
     assert told["budget"]["held_out"]["images"] == 24
-    with open_runner(built) as runner:
+    with open_model(built) as runner:
         self_test(runner)
 
 

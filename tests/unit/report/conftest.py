@@ -80,7 +80,7 @@ def dataset(tmp_path_factory) -> Dataset:
 
 @pytest.fixture
 def opener():
-    """`open_runner` for made models: looks up a path among those given."""
+    """`open_model` for made models: looks up a path among those given."""
 
     def make(**runners):
         return lambda path, threads=None: runners[str(path)]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from nformer_edge.backends.open import open_runner
+from nformer_edge.backends.open import open_model
 from nformer_edge.cli import main
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import nvidia_driver
@@ -48,7 +48,7 @@ def test_an_engine_is_built_for_rtx_by_its_recipe_and_refused_where_there_is_no_
     assert main(["build-engine", str(tiny_bundle), "--target", "rtx", "-o", str(folder), "--json"]) == 0
     built = json.loads(capsys.readouterr().out)
     assert (built["backend"], built["precision"]) == ("tensorrt-rtx", {"backbone": "fp16", "head": "fp16"})
-    with pytest.raises(BackendError, match=r"NVIDIA driver: got |pycuda: got not installed"), open_runner(folder):
+    with pytest.raises(BackendError, match=r"NVIDIA driver: got |pycuda: got not installed"), open_model(folder):
         pass
 
 
