@@ -34,6 +34,7 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
+from nformer_edge.core.values import to_json
 from nformer_edge.gallery.embed import embed_dataset, relate_sets
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query
 from nformer_edge.metrics.bootstrap import mean_interval
@@ -121,7 +122,7 @@ def _document(
     return {
         "kind": "evaluation",
         "version": VERSION,
-        "machine": machine(),
+        "machine": to_json(machine()),
         "model": model,
         "data": describe_data(data, query, gallery),
         "embed_seconds": seconds,

@@ -33,6 +33,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import conditions, machine
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.core.values import to_json
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.report.latency import early_stopping_estimate, min_samples, percentile_name, summarize
 from nformer_edge.report.models import Data, Opener, describe_model, open_dataset, open_model
@@ -97,8 +98,8 @@ def benchmark(
     return {
         "kind": "benchmark",
         "version": VERSION,
-        "machine": machine(),
-        "conditions": {"before": before, "after": conditions()},
+        "machine": to_json(machine()),
+        "conditions": to_json({"before": before, "after": conditions()}),
         "model": model,
         "data": {"name": dataset.name, "images": len(requests), "gallery": len(features)},
         "threads": threads,
@@ -229,8 +230,8 @@ def compare(
     return {
         "kind": "comparison",
         "version": VERSION,
-        "machine": machine(),
-        "conditions": {"before": before, "after": conditions()},
+        "machine": to_json(machine()),
+        "conditions": to_json({"before": before, "after": conditions()}),
         "models": models,
         "data": {"name": dataset.name, "images": len(requests), "gallery": len(pipelines[0].gallery)},
         "threads": threads,

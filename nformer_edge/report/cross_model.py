@@ -25,6 +25,7 @@ from typing import Any
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
+from nformer_edge.core.values import to_json
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.metrics.bootstrap import DRAWS, TWO_SIDED, paired_ratio
@@ -91,7 +92,7 @@ def fleet(
     return {
         "kind": "fleet",
         "version": VERSION,
-        "machine": machine(),
+        "machine": to_json(machine()),
         "models": described,
         "data": describe_data(models[0] if dataset is None else dataset, *embedded[0]),
         "wanted_false_match_rate": false_match_rate,

@@ -40,6 +40,7 @@ import numpy as np
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import machine
+from nformer_edge.core.values import to_json
 from nformer_edge.gallery.embed import embed_records, relate_sets
 from nformer_edge.metrics.bootstrap import DRAWS
 from nformer_edge.report.diagnosis import compare_inputs, compare_layers
@@ -110,7 +111,7 @@ def parity(
     return {
         "kind": "parity",
         "version": VERSION,
-        "machine": machine(),
+        "machine": to_json(machine()),
         **models,
         "data": {"name": dataset.name, "query": len(ours[0]), "gallery": len(ours[1])},
         "landmark_seeds": list(seeds),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nformer_edge.backends.build import build_engine
-from nformer_edge.core.machine import this_machine
+from nformer_edge.core.machine import conditions, machine
 from nformer_edge.quantize.spec import EngineSpec, open_bundle
 from nformer_edge.targets.preflight import require_match
 from nformer_edge.targets.recipe import Target, read_target
@@ -36,7 +36,7 @@ def build_for_target(
         BackendError: if this machine is not the target's, naming everything that does not match.
     """
     recipe = read_target(target)
-    require_match(recipe, this_machine(), with_head=open_bundle(bundle).has_head)
+    require_match(recipe, machine(), conditions(), with_head=open_bundle(bundle).has_head)
     return build_engine(bundle, out, with_target(spec, recipe), **settings)
 
 

@@ -17,7 +17,7 @@ from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lack
 from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
 from nformer_edge.backends.tensorrt_rtx.build import tensorrt_rtx_package
 from nformer_edge.core.errors import Error
-from nformer_edge.core.machine import instruction_sets, module_version, nvidia_driver, this_machine, version_key
+from nformer_edge.core.machine import conditions, instruction_sets, machine, nvidia_driver, package_version, version_key
 from nformer_edge.targets.preflight import Mismatch, format_preflight, preflight
 from nformer_edge.targets.recipe import Target, read_target
 
@@ -38,13 +38,13 @@ def doctor(target: str | None = None) -> dict[str, Any]:
     compared = {} if target is None else {"target": _compared(read_target(target))}
     checks = [
         _check(
-            "PyTorch", module_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
+            "PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
         ),
         _check(
-            "ONNX", module_version("onnx"), "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"
+            "ONNX", package_version("onnx"), "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"
         ),
         _check(
-            "onnxruntime", module_version("onnxruntime"), "to run bundles and engines: pip install 'nformer-edge[cpu]'"
+            "onnxruntime", package_version("onnxruntime"), "to run bundles and engines: pip install 'nformer-edge[cpu]'"
         ),
         _native_kernels(),
         _gpus(),
@@ -70,7 +70,7 @@ def doctor(target: str | None = None) -> dict[str, Any]:
 
 
 def _compared(target: Target) -> dict[str, Any]:
-    found = preflight(target, this_machine())
+    found = preflight(target, machine(), conditions())
     return {
         "name": target.name,
         "summary": target.summary,

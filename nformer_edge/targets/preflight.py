@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
 from nformer_edge.core.errors import BackendError, Error
-from nformer_edge.core.machine import Machine, version_key
+from nformer_edge.core.machine import Conditions, MachineFacts, version_key
 from nformer_edge.targets.recipe import VERSIONS, Target
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "onnxruntime": "cpu"}
@@ -27,27 +27,28 @@ class Mismatch:
         return f"{self.what}: got {self.got or 'none'}, expected {self.expected}. {self.hint}"
 
 
-def preflight(target: Target, machine: Machine, *, with_head: bool = True) -> list[Mismatch]:
+def preflight(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> list[Mismatch]:
     """Compares, and changes nothing; empty if all matches.
 
     Args:
         target: what is to be built for.
         machine: what is here.
+        now: and in what state.
         with_head: whether the model has an NFormer head, which in TensorRT needs the plugin library or a CUDA compiler.
     """
-    found = _versions(target, machine) + _hardware(target, machine)
+    found = _versions(target, machine) + _hardware(target, machine, now)
     if target.engine.backend == "tensorrt" and with_head:
         found += _plugin(machine)
     return found
 
 
-def require_match(target: Target, machine: Machine, *, with_head: bool = True) -> list[Mismatch]:
+def require_match(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> list[Mismatch]:
     """What does not match without being in the way.
 
     Raises:
         BackendError: if something is in the way, naming all of it.
     """
-    found = preflight(target, machine, with_head=with_head)
+    found = preflight(target, machine, now, with_head=with_head)
     blocking = [m for m in found if m.blocks]
     if blocking:
         note = f" Note: {target.note}" if target.note else ""
@@ -66,15 +67,20 @@ def format_preflight(name: str, summary: str, note: str, found: list[Mismatch]) 
     return "\n".join([*lines, *([] if found else ["  all matches"])])
 
 
-def _versions(target: Target, machine: Machine) -> list[Mismatch]:
+def _versions(target: Target, machine: MachineFacts) -> list[Mismatch]:
     found = []
     for name in VERSIONS:
-        wanted, here = getattr(target.machine, name), getattr(machine, name)
+        wanted, here = getattr(target.machine, name), _version(machine, name)
         if wanted and not version_key(wanted[0]) <= version_key(here) < version_key(wanted[1]):
             found.append(
                 Mismatch(name, here, f"from {wanted[0]}, below {wanted[1]}", _mend(name, target), blocks=name != "cuda")
             )
     return found
+
+
+def _version(machine: MachineFacts, name: str) -> str:
+    own = {"l4t": machine.l4t, "cuda": machine.cuda}
+    return own[name] if name in own else machine.versions.get(name.replace("_", "-"), "")
 
 
 def _mend(name: str, target: Target) -> str:
@@ -87,7 +93,7 @@ def _mend(name: str, target: Target) -> str:
     return f"pip install 'nformer-edge[{_PACKAGES[name]}]'"
 
 
-def _hardware(target: Target, machine: Machine) -> list[Mismatch]:
+def _hardware(target: Target, machine: MachineFacts, now: Conditions) -> list[Mismatch]:
     wanted, found = target.machine, []
     if wanted.architecture and machine.architecture != wanted.architecture:
         found.append(
@@ -110,11 +116,11 @@ def _hardware(target: Target, machine: Machine) -> list[Mismatch]:
         )
     if target.engine.backend == "tensorrt" and not machine.driver:
         found.append(Mismatch("NVIDIA driver", "", "one", "Install the driver; TensorRT builds on the GPU itself."))
-    if wanted.power_mode and machine.power_mode not in wanted.power_mode:
+    if wanted.power_mode and now.power_mode not in wanted.power_mode:
         found.append(
             Mismatch(
                 "power mode",
-                machine.power_mode,
+                now.power_mode,
                 " or ".join(wanted.power_mode),
                 "`sudo nvpmodel -m N` with its number in /etc/nvpmodel.conf, then `sudo jetson_clocks`: "
                 "the builder chooses kernels by their time.",
@@ -122,11 +128,12 @@ def _hardware(target: Target, machine: Machine) -> list[Mismatch]:
             )
         )
     workspace = target.engine.workspace
-    if workspace and machine.memory_gib and machine.memory_gib < 2 * workspace:
+    memory_gib = (machine.gpu_memory_mib or machine.memory_mib or 0) / 1024
+    if workspace and memory_gib and memory_gib < 2 * workspace:
         found.append(
             Mismatch(
                 "memory",
-                f"{machine.memory_gib:.1f} GiB",
+                f"{memory_gib:.1f} GiB",
                 f"{2 * workspace:g} GiB, twice the workspace",
                 "Close other programs, or give a smaller --workspace.",
                 blocks=False,
@@ -135,8 +142,8 @@ def _hardware(target: Target, machine: Machine) -> list[Mismatch]:
     return found
 
 
-def _plugin(machine: Machine) -> list[Mismatch]:
-    here = version_key(machine.tensorrt)
+def _plugin(machine: MachineFacts) -> list[Mismatch]:
+    here = version_key(machine.versions.get("tensorrt", ""))
     library, lacking = find_plugin(here[0] if here else None), lacking_ahead_of_time(here)
     if library is None and not lacking:
         return []  # the plan carries the kernels

@@ -12,7 +12,7 @@ from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lack
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY, Operators, find_plugin
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import module_version, nvidia_driver
+from nformer_edge.core.machine import nvidia_driver, package_version
 from nformer_edge.quantize.calibrate import Calibration
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
@@ -25,7 +25,7 @@ _NO_DLA = ((10, 8), (11, 4, 1))
 
 def tensorrt_package() -> str:
     """The version of the package tensorrt, or "" where it is not installed."""
-    return module_version("tensorrt")
+    return package_version("tensorrt")
 
 
 def lacking() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from nformer_edge.backends.tensorrt.job import run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
 from nformer_edge.core.errors import BackendError
-from nformer_edge.core.machine import module_version, nvidia_driver
+from nformer_edge.core.machine import nvidia_driver, package_version
 from nformer_edge.quantize.calibrate import Calibration
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
@@ -30,7 +30,7 @@ USUAL = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 def tensorrt_rtx_package() -> str:
     """The version of the package tensorrt_rtx, or "" where it is not installed."""
-    return module_version("tensorrt_rtx")
+    return package_version("tensorrt_rtx")
 
 
 def lacking() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.backends.tensorrt.plugin import ptx
 from nformer_edge.core.errors import BackendError
-from nformer_edge.core.machine import Machine
+from nformer_edge.core.machine import MachineFacts
 from nformer_edge.targets import doctor, preflight
 
 HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(m
 
     def told():
         check = next(c for c in doctor.doctor()["checks"] if c["name"] == "TensorRT plugin library")
-        return check["ok"], preflight._plugin(Machine(tensorrt="10.13.3.9"))
+        return check["ok"], preflight._plugin(MachineFacts(versions={"tensorrt": "10.13.3.9"}))
 
     assert told() == (True, [])
     monkeypatch.setattr(plugin_ahead, "find_compilers", list)

@@ -7,6 +7,7 @@ import pytest
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import conditions, machine
+from nformer_edge.core.values import dumps, to_json
 from nformer_edge.report.benchmark import benchmark, compare
 from nformer_edge.report.pipeline import Pipeline
 
@@ -98,6 +99,6 @@ def test_one_model_alone_cannot_be_compared(dataset, opener, grid_runner):
 
 
 def test_the_machine_is_described_in_plain_json():
-    described = json.loads(json.dumps({"machine": machine(), "conditions": conditions()}, allow_nan=False))
+    described = json.loads(dumps(to_json({"machine": machine(), "conditions": conditions()})))
     assert described["machine"]["cores"] >= 1
     assert described["machine"]["versions"]["numpy"] == np.__version__

@@ -9,15 +9,17 @@ import pytest
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import Machine, module_version, this_machine, version_key
+from nformer_edge.core.machine import Conditions, MachineFacts, conditions, package_version, version_key
+from nformer_edge.core.machine import machine as look_around
 from nformer_edge.targets import recipe
 from nformer_edge.targets.preflight import format_preflight, preflight, require_match
 from nformer_edge.targets.recipe import read_target, target_names
 
-ORIN = Machine(
-    architecture="aarch64", l4t="36.4.3", cuda="12.6.68", tensorrt="10.3.0", driver="nvgpu", gpu="tegra234",
-    compute_capability="8.7", power_mode="MAXN", memory_gib=30.0,
+ORIN = MachineFacts(
+    architecture="aarch64", l4t="36.4.3", cuda="12.6.68", versions={"tensorrt": "10.3.0"}, driver="nvgpu",
+    gpu="tegra234", compute_capability="8.7", memory_mib=30 << 10,
 )  # fmt: skip
+MAXN = Conditions(power_mode="MAXN")
 
 
 @pytest.fixture
@@ -31,8 +33,8 @@ def library(tmp_path, monkeypatch):
     return folder / plugin_library.LIBRARY
 
 
-def what(target_name, machine, **settings):
-    return {m.what: m for m in preflight(read_target(target_name), machine, **settings)}
+def what(target_name, machine, now=MAXN, **settings):
+    return {m.what: m for m in preflight(read_target(target_name), machine, now, **settings)}
 
 
 def test_every_target_of_the_house_has_a_recipe_that_reads():
@@ -85,7 +87,7 @@ def test_a_recipe_of_ones_own_is_read(tmp_path):
 
 def test_a_machine_that_matches_has_nothing_to_mend(library):
     assert what("jetson-orin-jp62", ORIN) == {}
-    assert require_match(read_target("jetson-orin-jp62"), ORIN) == []
+    assert require_match(read_target("jetson-orin-jp62"), ORIN, MAXN) == []
     assert "all matches" in format_preflight("mine", "a device", "", [])
 
 
@@ -93,8 +95,8 @@ def test_a_machine_that_matches_has_nothing_to_mend(library):
     ("field", "value", "name", "expected", "hint"),
     [
         ("l4t", "39.2.0", "l4t", "from 36.4, below 36.6", "SDK Manager"),
-        ("tensorrt", "10.13.3.9", "tensorrt", "from 10.3, below 10.4", "nvidia-jetpack"),
-        ("tensorrt", "", "tensorrt", "from 10.3, below 10.4", "nvidia-jetpack"),
+        ("versions", {"tensorrt": "10.13.3.9"}, "tensorrt", "from 10.3, below 10.4", "nvidia-jetpack"),
+        ("versions", {}, "tensorrt", "from 10.3, below 10.4", "nvidia-jetpack"),
         ("compute_capability", "7.2", "compute capability", "8.7", "build it there"),
         ("architecture", "x86_64", "architecture", "aarch64", "on the device itself"),
         ("driver", "", "NVIDIA driver", "one", "Install the driver"),
@@ -106,16 +108,16 @@ def test_what_is_in_the_way_is_named_with_its_mend(library, field, value, name, 
     assert (mismatch.expected, mismatch.blocks) == (expected, True)
     assert hint in mismatch.hint
     with pytest.raises(BackendError, match=f"target jetson-orin-jp62: .* not match.*{name}.*doctor --target"):
-        require_match(read_target("jetson-orin-jp62"), machine)
+        require_match(read_target("jetson-orin-jp62"), machine, MAXN)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "name"),
-    [("power_mode", "15W", "power mode"), ("memory_gib", 3.0, "memory"), ("cuda", "", "cuda")],
+    [("power_mode", "15W", "power mode"), ("memory_mib", 3 << 10, "memory"), ("cuda", "", "cuda")],
 )
 def test_what_only_costs_time_does_not_block(library, field, value, name):
-    machine = dataclasses.replace(ORIN, **{field: value})
-    (mismatch,) = require_match(read_target("jetson-orin-jp62"), machine)
+    machine, now = (dataclasses.replace(v, **{field: value}) if hasattr(v, field) else v for v in (ORIN, MAXN))
+    (mismatch,) = require_match(read_target("jetson-orin-jp62"), machine, now)
     assert (mismatch.what, mismatch.blocks) == (name, False)
 
 
@@ -127,7 +129,7 @@ def test_a_head_needs_the_plugin_library_and_a_backbone_alone_does_not(tmp_path,
 
 
 def test_a_plugin_library_for_another_tensorrt_or_gpu_is_named(library):
-    other = dataclasses.replace(ORIN, tensorrt="11.1.0")
+    other = dataclasses.replace(ORIN, versions={"tensorrt": "11.1.0"})
     assert "for TensorRT 10" in what("desktop-ada", other)["plugin library"].got
     thor = dataclasses.replace(ORIN, compute_capability="11.0")
     mismatch = what("jetson-thor-jp72", thor)["plugin library"]
@@ -150,15 +152,14 @@ def test_a_jetson_is_known_by_its_files(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    machine = this_machine(tmp_path)
+    machine = look_around(tmp_path)
     assert (machine.l4t, machine.cuda, machine.compute_capability) == ("36.4.3", "12.6.68", "8.7")
-    assert (machine.power_mode, machine.gpu) == ("MAXN_SUPER", "tegra234")
-    assert machine.memory_gib == pytest.approx(7.44, abs=0.01)
+    assert (conditions(tmp_path).power_mode, machine.gpu, machine.memory_mib) == ("MAXN_SUPER", "tegra234", 7619)
 
 
 def test_a_machine_that_is_no_jetson_has_none_of_it(tmp_path):
-    machine = this_machine(tmp_path)
-    assert (machine.l4t, machine.power_mode, machine.cuda) == ("", "", "")
+    machine = look_around(tmp_path)
+    assert (machine.l4t, conditions(tmp_path).power_mode, machine.cuda) == ("", "", "")
 
 
 def test_a_version_is_told_without_importing_and_without_metadata(tmp_path, monkeypatch):
@@ -171,11 +172,11 @@ def test_a_version_is_told_without_importing_and_without_metadata(tmp_path, monk
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(text)
-    assert module_version("played_trt") == "10.3.0"
-    assert module_version("played_rtx") == "1.7.1.116"
-    assert module_version("played_none") == "unknown"
-    assert module_version("played_nothing") == ""
-    assert module_version("numpy")[0].isdecimal()
+    assert package_version("played_trt") == "10.3.0"
+    assert package_version("played_rtx") == "1.7.1.116"
+    assert package_version("played_none") == "unknown"
+    assert package_version("played_nothing") == ""
+    assert package_version("numpy")[0].isdecimal()
 
 
 def test_the_doctor_compares_with_a_target():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, KIND, LIBRARY, default_folder
 from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import this_machine, version_key
+from nformer_edge.core.machine import machine, version_key
 from nformer_edge.core.terminal import PROGRESS
 
 _HERE = Path(__file__).resolve()
@@ -183,7 +183,7 @@ def sources_folder() -> Path:
 
 def _architectures(said: str) -> list[str]:
     if said == "auto":
-        return [c.replace(".", "") for c in (this_machine().compute_capability,) if c]
+        return [c.replace(".", "") for c in (machine().compute_capability,) if c]
     if said == "all":
         return []
     wanted = [a.strip() for a in said.split(",")]
