@@ -38,12 +38,12 @@ def _one_of(*options: Option) -> Option:
     return add
 
 
-def _choice(literal: Any) -> Callable[[str], str]:
+def _choice(known: Any) -> Callable[[str], str]:
     """An argparse type that refuses a misspelt choice with the nearest spelling."""
 
     def parse(text: str) -> str:
         try:
-            spec.check_choice("choice", text, typing.get_args(literal))
+            spec.check_choice("choice", text, typing.get_args(known) or tuple(known))
         except UsageError as e:
             raise argparse.ArgumentTypeError(str(e)) from None
         return text
@@ -138,7 +138,7 @@ def _summary(args: Args) -> None:
     _option("--resume", action="store_true", help="go on from where an interrupted run of this training was"),
     _option("--preset", choices=("published", "demo"), default="published", help="where the configuration starts"),
     _option("--config", metavar="FILE.toml", help="configuration file; flags win over it"),
-    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="resnet50, osnet_x0_25 ..."),
+    _option("--arch", type=_choice(spec.TRUNKS), metavar="NAME", help="resnet50, osnet_x0_25 ..."),
     _option("--epochs", type=int, help="epochs of stage one"),
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_true", help="train the backbone alone"),
@@ -198,7 +198,7 @@ def _train(args: Args) -> None:
     ),
     _out("FILE.safetensors"),
     IMGSZ,
-    _option("--arch", type=_choice(spec.Arch), metavar="NAME", help="what it must hold (default: whatever it does)"),
+    _option("--arch", type=_choice(spec.TRUNKS), metavar="NAME", help="what it must hold (default: whatever it does)"),
     _option("--features", type=int, help="put a projection to so many features in place of the file's neck"),
     _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
     _option("--heads", type=int, help="attention heads, of an NFormer (default 2)"),

@@ -10,7 +10,6 @@ from typing import Literal, TypeVar
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.values import Table, from_json, to_table
 
-Arch = Literal["resnet18", "resnet50", "resnet50_ibn_a", "osnet_x1_0", "osnet_x0_75", "osnet_x0_5", "osnet_x0_25"]
 Neck = Literal["bnneck", "bn", "fc"]
 Stem = Literal["standard", "no_relu", "ceil_pool"]
 NeighborRule = Literal["features", "affinity"]
@@ -21,6 +20,17 @@ CalibrationMethod = Literal["minmax", "entropy", "percentile", "mse"]
 CalibrationChoice = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 
 T = TypeVar("T")
+
+#: Backbones: a module of `nformer_edge.model`, and what makes the trunk. A new one is one file and one line here.
+TRUNKS = {
+    "resnet18": "resnet:resnet18",
+    "resnet50": "resnet:resnet50",
+    "resnet50_ibn_a": "resnet:resnet50_ibn_a",
+    "osnet_x1_0": "osnet:osnet_x1_0",
+    "osnet_x0_75": "osnet:osnet_x0_75",
+    "osnet_x0_5": "osnet:osnet_x0_5",
+    "osnet_x0_25": "osnet:osnet_x0_25",
+}
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -70,13 +80,13 @@ class BackboneSpec:
     Weights trained with one are wrong under another.
     """
 
-    arch: Arch = "resnet50"
+    arch: str = "resnet50"
     features: int = 256
     neck: Neck = "bnneck"
     stem: Stem = "standard"
 
     def __post_init__(self) -> None:
-        check_choice("arch", self.arch, typing.get_args(Arch))
+        check_choice("arch", self.arch, tuple(TRUNKS))
         check_choice("neck", self.neck, typing.get_args(Neck))
         check_choice("stem", self.stem, typing.get_args(Stem))
         check_at_least("features", self.features, 1)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import BackboneSpec, Stem
-from nformer_edge.model.osnet import OSNet
-from nformer_edge.model.resnet import ResNet, resnet18, resnet50, resnet50_ibn_a
-
-_RESNETS: dict[str, Callable[[Stem], ResNet]] = {
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "resnet50_ibn_a": resnet50_ibn_a,
-}
-_OSNET_WIDTHS = {"osnet_x1_0": 1.0, "osnet_x0_75": 0.75, "osnet_x0_5": 0.5, "osnet_x0_25": 0.25}
+from nformer_edge.core.spec import TRUNKS, BackboneSpec
 
 
-def _trunk(spec: BackboneSpec) -> ResNet | OSNet:
-    return _RESNETS[spec.arch](spec.stem) if spec.arch in _RESNETS else OSNet(_OSNET_WIDTHS[spec.arch])
+def _trunk(spec: BackboneSpec) -> nn.Module:
+    module, _, name = TRUNKS[spec.arch].partition(":")
+    make = getattr(importlib.import_module(f"nformer_edge.model.{module}"), name)
+    return make(**({} if spec.stem == "standard" else {"stem": spec.stem}))
 
 
 class BNNeck(nn.Module):
@@ -91,7 +85,8 @@ class Backbone(nn.Module):
         self.spec = spec
         self.trunk = _trunk(spec)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.neck = _NECKS[spec.neck](self.trunk.channels, spec.features)
+        channels: Any = self.trunk.channels
+        self.neck = _NECKS[spec.neck](channels, spec.features)
 
     def forward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 _CHANNELS = (64, 256, 384, 512)  # of x1.0
@@ -108,3 +110,9 @@ class OSNet(nn.Module):
     ) -> Tensor:  # [B, channels, H / 16, W / 16]
         x = self.maxpool(self.conv1(images))
         return self.conv5(self.conv4(self.conv3(self.conv2(x))))
+
+
+osnet_x1_0 = partial(OSNet, 1.0)
+osnet_x0_75 = partial(OSNet, 0.75)
+osnet_x0_5 = partial(OSNet, 0.5)
+osnet_x0_25 = partial(OSNet, 0.25)

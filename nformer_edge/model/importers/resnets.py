@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.spec import Arch, BackboneSpec, PreprocessSpec
+from nformer_edge.core.spec import BackboneSpec, PreprocessSpec
 from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, renamed
 
-_DEPTHS: dict[tuple[bool, tuple[int, ...]], Arch] = {
-    (False, (2, 2, 2, 2)): "resnet18",
-    (True, (3, 4, 6, 3)): "resnet50",
-}
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], str] = {(False, (2, 2, 2, 2)): "resnet18", (True, (3, 4, 6, 3)): "resnet50"}
 CHANNELS: dict[str, int] = {"resnet18": 512, "resnet50": 2048, "resnet50_ibn_a": 2048}
 
 
-def resnet_arch(state: State, prefix: str = "") -> Arch:
+def resnet_arch(state: State, prefix: str = "") -> str:
     """The architecture by its blocks.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.spec import Arch, BackboneSpec, PreprocessSpec
+from nformer_edge.core.spec import BackboneSpec, PreprocessSpec
 from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, renamed
 
-_WIDTHS: dict[int, Arch] = {16: "osnet_x0_25", 32: "osnet_x0_5", 48: "osnet_x0_75", 64: "osnet_x1_0"}
+_WIDTHS: dict[int, str] = {16: "osnet_x0_25", 32: "osnet_x0_5", 48: "osnet_x0_75", 64: "osnet_x1_0"}
 
 
 def plan(state: State, wanted: Wanted) -> Plan | None:

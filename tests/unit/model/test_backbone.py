@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import Arch, BackboneSpec, Stem
+from nformer_edge.core.spec import TRUNKS, BackboneSpec, Stem
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.osnet import ChannelGate
 from nformer_edge.model.resnet import IBN, resnet18, resnet50, resnet50_ibn_a
@@ -55,8 +55,8 @@ def test_ibn_equals_its_two_halves() -> None:
     assert (ibn(x) - want).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("arch", typing.get_args(Arch))
-def test_backbone_gives_one_feature_an_image(arch: Arch) -> None:
+@pytest.mark.parametrize("arch", TRUNKS)
+def test_backbone_gives_one_feature_an_image(arch: str) -> None:
     net = Backbone(BackboneSpec(arch, 48)).eval()
     images = torch.randn(3, 3, 64, 32)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_backbone_gives_one_feature_an_image(arch: Arch) -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "osnet_x0_25"])
-def test_last_stride_is_one(arch: Arch) -> None:
+def test_last_stride_is_one(arch: str) -> None:
     with torch.no_grad():
         assert Backbone(BackboneSpec(arch)).trunk(torch.randn(1, 3, 256, 128)).shape[2:] == (16, 8)
 
@@ -89,7 +89,7 @@ def test_fc_neck_serves_every_loss_with_one_feature() -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50_ibn_a", "osnet_x0_25"])
 @torch.no_grad()
-def test_folding_changes_rounding_alone_and_leaves_the_backbone_as_it_was(arch: Arch) -> None:
+def test_folding_changes_rounding_alone_and_leaves_the_backbone_as_it_was(arch: str) -> None:
     torch.manual_seed(0)
     backbone = Backbone(BackboneSpec(arch, 32)).eval()
     for module in backbone.modules():
