@@ -20,10 +20,11 @@ class Runner(Protocol):
     Args:
         name: the model, for tables: architecture and image size.
         backend: who computes, such as ``onnxruntime``.
-        precision: as built, by stage: ``backbone`` and, where there is one, ``head``.
+        precision: as built, by part: ``backbone`` and, where there is one, ``head``.
         spec: what the model is.
         landmark_seed: landmarks are drawn from it where none are given.
         sha256: of the file that features of this model cite.
+        checkpoint: sha256 of the checkpoint that it was made from, or is; "" where that is not known.
         has_head: whether `relate` is there.
         native: whether the two operators run in our CPU kernels, which choose neighbors by exact scores.
     """
@@ -34,6 +35,7 @@ class Runner(Protocol):
     spec: ModelSpec
     landmark_seed: int
     sha256: str
+    checkpoint: str
     has_head: bool
     native: bool
 
@@ -77,17 +79,12 @@ def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
     """
     shape = (3, spec.preprocess.height, spec.preprocess.width)
     if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
-        raise UsageError(
-            "images",
-            f"{images.dtype} {images.shape}",
-            f"float32 [B, {', '.join(map(str, shape))}]",
-            "Bring images through core.preprocess with the model's own spec.",
-        )
+        hint = "Bring images through core.preprocess with the model's own spec."
+        raise UsageError("images", f"{images.dtype} {images.shape}", f"float32 [B, {str(shape)[1:-1]}]", hint)
     bad = ~np.isfinite(images).all(axis=(1, 2, 3))
     if bad.any():
-        raise DataError(
-            "images", f"NaN or infinity in image {int(bad.argmax())}", "finite numbers", "Look at that file."
-        )
+        got = f"NaN or infinity in image {int(bad.argmax())}"
+        raise DataError("images", got, "finite numbers", "Look at that file.")
     return np.ascontiguousarray(images)
 
 
@@ -106,26 +103,17 @@ def check_head_input(
     if landmarks is None:
         landmarks = draw_landmarks(max(len(rows), 1), head.layers, head.landmarks, seed)
     if landmarks.ndim != 2 or landmarks.shape[0] != head.layers or landmarks.shape[1] < 1:
-        raise UsageError(
-            "landmarks", f"shape {landmarks.shape}", f"[{head.layers}, l]", "Draw them with core.ops.draw_landmarks."
-        )
+        hint = "Draw them with ops.contract.draw_landmarks."
+        raise UsageError("landmarks", f"shape {landmarks.shape}", f"[{head.layers}, l]", hint)
     if len(rows) and not (landmarks.min() >= 0 and landmarks.max() < len(rows)):
-        raise UsageError(
-            "landmarks",
-            f"{landmarks.min()}..{landmarks.max()}",
-            f"0..{len(rows) - 1}",
-            "Draw them for this number of images.",
-        )
+        got = f"{landmarks.min()}..{landmarks.max()}"
+        raise UsageError("landmarks", got, f"0..{len(rows) - 1}", "Draw them for this number of images.")
     return rows, np.ascontiguousarray(landmarks, dtype=np.int32)
 
 
 def require_head(spec: ModelSpec) -> HeadSpec:
     """The head's spec, or UsageError where the model is a backbone alone."""
     if spec.head is None:
-        raise UsageError(
-            "model",
-            "a backbone alone",
-            "one with an NFormer head",
-            "Train the head, or rank by the backbone's features.",
-        )
+        hint = "Train the head, or rank by the backbone's features."
+        raise UsageError("model", "a backbone alone", "one with an NFormer head", hint)
     return spec.head

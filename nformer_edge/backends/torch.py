@@ -54,7 +54,7 @@ class TorchRunner:
         checkpoint = load_checkpoint(path)
         self.spec: ModelSpec = checkpoint.spec
         self.name = model_name(checkpoint.spec)
-        self.sha256 = checkpoint.sha256
+        self.sha256 = self.checkpoint = checkpoint.sha256
         self.has_head = checkpoint.head is not None
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0

@@ -5,73 +5,94 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError, DataError
+from nformer_edge.core.values import Result
+
+#: A label that nobody gave, of a person or a camera.
+UNKNOWN = -1
 
 _FORMAT = "nformer-edge-features-1"
 
 
+def _unknown() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass(frozen=True)
-class Features:
-    """N images' features and labels.
+class Features(Result):
+    """N images' features and what is known of the images. Labels may be left out: they are then unknown.
 
     Args:
         features: float32 [N, D], as the backbone gave them (not normalized).
-        pids: int64 [N], person identity; -1 is junk, 0 a distractor, unknown is -1.
+        pids: int64 [N], person identity; -1 is junk or unknown, 0 a distractor.
         camids: int64 [N], camera; unknown is -1.
-        paths: N image paths, in the same order.
+        paths: N image paths, in the same order; "" for an image that came from memory.
         model: sha256 of the model file that made the features, or "".
         hashes: sha256 of each image file, in the same order; empty where nobody took them.
         augmented: float32 [V - 1, N, D], further views of the same images, each augmented otherwise; None for none.
         augmentation: JSON that says how the views were drawn, or "".
         spec: JSON of the `ModelSpec` that made the features, its head left out, or "": a head trained on the features
             alone goes into a checkpoint with it.
+        ids: N names that the caller gave the images, several images a name where they show the same; empty for none.
+        checkpoint: sha256 of the checkpoint that the model was made from, or "" where that is not known.
     """
 
+    kind: ClassVar[str] = "features"
+
     features: np.ndarray
-    pids: np.ndarray
-    camids: np.ndarray
-    paths: tuple[str, ...]
+    pids: np.ndarray = field(default_factory=_unknown)
+    camids: np.ndarray = field(default_factory=_unknown)
+    paths: tuple[str, ...] = ()
     model: str = ""
     hashes: tuple[str, ...] = ()
     augmented: np.ndarray | None = None
     augmentation: str = ""
     spec: str = ""
+    ids: tuple[str, ...] = ()
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "features", np.asarray(self.features, np.float32))
         rows = len(self.features)
         if self.features.ndim != 2:
             raise DataError("features", f"shape {self.features.shape}", "[N, D]", "Pass one row an image.")
-        for name in ("pids", "camids", "paths"):
-            if len(getattr(self, name)) != rows:
-                raise DataError(
-                    name,
-                    f"{len(getattr(self, name))} entries",
-                    f"{rows}, one for each feature",
-                    "Pass labels for exactly these images.",
-                )
-        if self.hashes and len(self.hashes) != rows:
-            raise DataError(
-                "hashes",
-                f"{len(self.hashes)} entries",
-                f"{rows}, one for each feature, or none",
-                "Pass the hashes of exactly these images.",
-            )
+        for name in ("pids", "camids"):
+            labels = np.asarray(getattr(self, name), np.int64)
+            object.__setattr__(self, name, labels if len(labels) else np.full(rows, UNKNOWN, np.int64))
+        object.__setattr__(self, "paths", self.paths or ("",) * rows)
+        for name in ("pids", "camids", "paths", "hashes", "ids"):
+            count = len(getattr(self, name))
+            if count != rows and not (name in ("hashes", "ids") and count == 0):
+                hint = f"Pass {name} of exactly these images, or leave them out."
+                raise DataError(name, f"{count} entries", f"{rows}, one for each feature", hint)
         if self.augmented is not None and (self.augmented.ndim != 3 or self.augmented.shape[1:] != self.features.shape):
-            raise DataError(
-                "augmented",
-                f"shape {self.augmented.shape}",
-                f"[V - 1, {rows}, {self.features.shape[1]}]",
-                "Pass each view's features of exactly these images.",
-            )
+            expected = f"[V - 1, {rows}, {self.features.shape[1]}]"
+            hint = "Pass each view's features of exactly these images."
+            raise DataError("augmented", f"shape {self.augmented.shape}", expected, hint)
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def __str__(self) -> str:
+        shown = f"{len(self):,} images, {self.features.shape[1]} numbers each"
+        for name, values in (("people", self.pids), ("cameras", self.camids)):
+            known = np.unique(values[values != UNKNOWN])
+            shown += f", {len(known):,} {name}" if len(known) else ""
+        views = f", {self.views} views" if self.views > 1 else ""
+        return f"{shown}{views}" + (f", model {self.model[:12]}" if self.model else "")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each image is called: the id that was given, or else the person's number, the path, or ""."""
+        known = (str(pid) if pid != UNKNOWN else path for pid, path in zip(self.pids, self.paths, strict=True))
+        return self.ids or tuple(known)
 
     def take(self, rows: np.ndarray) -> Features:
         """The images at `rows` (indices or a boolean mask), in that order."""
@@ -83,12 +104,17 @@ class Features:
             camids=self.camids[rows],
             paths=tuple(self.paths[i] for i in rows),
             hashes=tuple(self.hashes[i] for i in rows) if self.hashes else (),
+            ids=tuple(self.ids[i] for i in rows) if self.ids else (),
             augmented=None if self.augmented is None else self.augmented[:, rows],
         )
 
     def with_features(self, features: np.ndarray) -> Features:
         """The same images under other features, such as the head's output; augmented views are not kept."""
         return replace(self, features=features, augmented=None, augmentation="")
+
+    def shares_model(self, model: str, checkpoint: str = "") -> bool:
+        """Whether a model, by its sha256 and its checkpoint's, made these features or shares their checkpoint."""
+        return bool({self.model, self.checkpoint} & {model, checkpoint} - {""})
 
     @property
     def views(self) -> int:
@@ -103,51 +129,51 @@ class Features:
             self.features if self.augmented is None or number == 0 else self.augmented[number - 1]
         )
 
+    def save(self, path: str | os.PathLike[str], split: str = "gallery") -> None:
+        """Writes a feature store with this one split; see `save_features`."""
+        save_features(path, {split: self})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], split: str | None = None) -> Features:
+        """One split of a feature store; if None the gallery, or where there is none the first split.
+
+        Raises:
+            ArtifactError: if the file is missing or damaged, or has no such split.
+        """
+        sets = load_features(path)
+        name = split or ("gallery" if "gallery" in sets else next(iter(sets), "gallery"))
+        if name not in sets:
+            got = f"splits {', '.join(sets) or 'none'}"
+            raise ArtifactError(str(path), got, f"a split {name}", "Choose one of these, or embed again.")
+        return sets[name]
+
 
 def check_features(features: np.ndarray, subject: str = "features", dim: int | None = None) -> None:
     """The door: finite, non-zero rows of the right length, or a DataError that names the first bad row."""
     if features.ndim != 2 or (dim is not None and features.shape[1] != dim):
-        raise DataError(
-            subject,
-            f"shape {features.shape}",
-            f"[N, {dim if dim is not None else 'D'}]",
-            "Embed the images with the model that this head was trained on.",
-        )
+        hint = "Embed the images with the model that this head was trained on."
+        raise DataError(subject, f"shape {features.shape}", f"[N, {dim if dim is not None else 'D'}]", hint)
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
-        raise DataError(
-            subject,
-            f"NaN or infinity in row {int(bad.argmax())} ({int(bad.sum())} such rows)",
-            "finite numbers",
-            "Embed these images again and look at what they show.",
-        )
+        got = f"NaN or infinity in row {int(bad.argmax())} ({int(bad.sum())} such rows)"
+        raise DataError(subject, got, "finite numbers", "Embed these images again and look at what they show.")
     zero = ~features.any(axis=1)
     if zero.any():
-        raise DataError(
-            subject,
-            f"all zeros in row {int(zero.argmax())} ({int(zero.sum())} such rows)",
-            "a direction in every row",
-            "Embed these images again.",
-        )
+        got = f"all zeros in row {int(zero.argmax())} ({int(zero.sum())} such rows)"
+        raise DataError(subject, got, "a direction in every row", "Embed these images again.")
 
 
-def save_features(path: str | os.PathLike[str], sets: dict[str, Features]) -> None:
+def save_features(path: str | os.PathLike[str], sets: Mapping[str, Features]) -> None:
     """Writes a feature store, one `.npz` without pickles, atomically. Keys are split names such as ``query``."""
     arrays: dict[str, np.ndarray] = {"format": np.array(_FORMAT), "splits": np.array(list(sets))}
     for split, s in sets.items():
-        arrays |= {
-            f"{split}/features": s.features,
-            f"{split}/pids": s.pids,
-            f"{split}/camids": s.camids,
-            f"{split}/paths": np.array(s.paths, dtype=np.str_),
-            f"{split}/model": np.array(s.model),
-        }
-        if s.hashes:
-            arrays[f"{split}/sha256"] = np.array(s.hashes, dtype=np.str_)
-        if s.augmented is not None:
-            arrays |= {f"{split}/augmented": s.augmented, f"{split}/augmentation": np.array(s.augmentation)}
-        if s.spec:
-            arrays[f"{split}/spec"] = np.array(s.spec)
+        found = {name: getattr(s, name) for name in ("features", "pids", "camids", "augmented")}
+        found |= {"paths": np.array(s.paths, np.str_), "model": np.array(s.model)}
+        for name, values in (("sha256", s.hashes), ("ids", s.ids)):
+            found[name] = np.array(values, np.str_) if values else None
+        for name, text in (("augmentation", s.augmentation), ("spec", s.spec), ("checkpoint", s.checkpoint)):
+            found[name] = np.array(text) if text else None
+        arrays |= {f"{split}/{name}": array for name, array in found.items() if array is not None}
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -166,21 +192,27 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, Features]:
                 raise ArtifactError(str(path), "another kind of .npz", _FORMAT, "Make one with `nformer-edge embed`.")
             return {str(split): _read_split(z, str(split)) for split in z["splits"]}
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise ArtifactError(
-            str(path), f"an unreadable file ({e})", "a feature store", "Make it again with `nformer-edge embed`."
-        ) from e
+        hint = "Make it again with `nformer-edge embed`."
+        raise ArtifactError(str(path), f"an unreadable file ({e})", "a feature store", hint) from e
 
 
 def _read_split(z: Mapping[str, np.ndarray], split: str) -> Features:
-    with_views = f"{split}/augmented" in z
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(str(text) for text in z[f"{split}/{name}"]) if f"{split}/{name}" in z else ()
+
+    def text(name: str) -> str:
+        return str(z[f"{split}/{name}"]) if f"{split}/{name}" in z else ""
+
     return Features(
         z[f"{split}/features"],
         z[f"{split}/pids"],
         z[f"{split}/camids"],
-        tuple(str(p) for p in z[f"{split}/paths"]),
+        tuple(str(path) for path in z[f"{split}/paths"]),
         str(z[f"{split}/model"]),
-        hashes=tuple(str(h) for h in z[f"{split}/sha256"]) if f"{split}/sha256" in z else (),
-        augmented=z[f"{split}/augmented"] if with_views else None,
-        augmentation=str(z[f"{split}/augmentation"]) if with_views else "",
-        spec=str(z[f"{split}/spec"]) if f"{split}/spec" in z else "",
+        hashes=texts("sha256"),
+        augmented=z.get(f"{split}/augmented"),
+        augmentation=text("augmentation"),
+        spec=text("spec"),
+        ids=texts("ids"),
+        checkpoint=text("checkpoint"),
     )

@@ -115,7 +115,7 @@ def _backbone(
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    if checkpoint.backbone is None or checkpoint.sha256 != features.model:
+    if checkpoint.backbone is None or not features.shares_model(checkpoint.sha256):
         got = "no backbone" if checkpoint.backbone is None else f"sha256 {checkpoint.sha256[:12]}..."
         raise ArtifactError(
             str(path),

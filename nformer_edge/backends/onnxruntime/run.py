@@ -59,6 +59,7 @@ class OnnxRuntimeRunner:
         self.spec = model_spec(self._path, self._manifest)
         self.name = model_name(self.spec)
         self.sha256 = sha256_file(os.path.join(self._path, MANIFEST))
+        self.checkpoint = str(self._manifest.get("checkpoint_sha256", ""))
         self.has_head = HEAD in self._manifest["files"]
         if self.has_head != (self.spec.head is not None):
             raise ArtifactError(

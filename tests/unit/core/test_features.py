@@ -106,3 +106,40 @@ def test_the_door_names_the_first_bad_row(value: float, said: str) -> None:
 def test_the_door_knows_the_width() -> None:
     with pytest.raises(DataError, match=r"got shape \(4, 8\), expected \[N, 256\]"):
         check_features(make().features, dim=256)
+
+
+def test_labels_may_be_left_out() -> None:
+    s = Features(make(3).features)
+    assert (s.pids.tolist(), s.camids.tolist(), s.paths, s.names) == ([-1] * 3, [-1] * 3, ("",) * 3, ("",) * 3)
+    assert len(s.take(np.array([2]))) == 1
+    assert str(s) == "3 images, 8 numbers each"
+    with pytest.raises(DataError, match="ids: got 1 entries, expected 3"):
+        replace(s, ids=("alice",))
+
+
+def test_an_image_is_called_by_its_id_then_by_its_person_then_by_its_path() -> None:
+    s = Features(make(2).features, np.array([7, -1]), paths=("a.jpg", "b.jpg"))
+    assert s.names == ("7", "b.jpg")
+    assert replace(s, ids=("alice", "bob")).take(np.array([1, 1])).names == ("bob", "bob")
+
+
+def test_features_become_json_and_a_store_and_come_back(tmp_path: Path) -> None:
+    s = replace(make(), ids=("a", "b", "c", "d"), checkpoint="def", hashes=tuple("wxyz"))
+    s.save(tmp_path / "f.npz")
+    for back in (Features.from_json(s.to_json()), Features.load(tmp_path / "f.npz")):
+        np.testing.assert_array_equal(back.features, s.features)
+        assert back.features.dtype == np.float32
+        assert (back.ids, back.names, back.paths) == (s.ids, s.ids, s.paths)
+        assert (back.hashes, back.model, back.checkpoint) == (s.hashes, "abc", "def")
+        assert str(back) == str(s) == "4 images, 8 numbers each, 4 people, 2 cameras, model abc"
+    with pytest.raises(ArtifactError, match="got splits gallery, expected a split query"):
+        Features.load(tmp_path / "f.npz", "query")
+
+
+def test_features_belong_to_a_model_or_to_another_of_the_same_checkpoint() -> None:
+    s = replace(make(), model="bundle", checkpoint="checkpoint")
+    assert s.shares_model("bundle")
+    assert s.shares_model("checkpoint", "checkpoint")
+    assert s.shares_model("engine", "checkpoint")
+    assert not s.shares_model("engine", "another")
+    assert not replace(s, checkpoint="").shares_model("engine")
