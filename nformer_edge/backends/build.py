@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from nformer_edge.backends.base import BackendModule
 from nformer_edge.backends.onnxruntime import build as onnxruntime
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.backends.tensorrt_rtx import build as tensorrt_rtx
@@ -27,9 +26,7 @@ __all__ = ["BACKENDS", "BudgetSpec", "EngineSpec", "build_engine", "choose_backe
 KIND = "engine"
 
 #: Best first: the order in which ``auto`` tries them.
-BACKENDS: dict[str, BackendModule] = {
-    module.NAME: cast(BackendModule, module) for module in (tensorrt, tensorrt_rtx, onnxruntime)
-}
+BACKENDS: dict[str, Any] = {module.NAME: cast(Any, module) for module in (tensorrt, tensorrt_rtx, onnxruntime)}
 
 #: What a bundle's manifest says of the model, and an engine's repeats.
 _INHERITED = ("model", "preprocess", "normalization", "landmark_rule", "landmark_seed", "opset", "checkpoint_sha256")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,9 @@ class Normalization:
     where: str
 
 
-@dataclass(frozen=True)
-class BundleManifest:
-    """What a bundle's manifest says besides its files.
+@dataclass(frozen=True, kw_only=True)
+class ModelManifest:
+    """What a bundle's manifest says of the model, and an engine's repeats.
 
     Args:
         model: what the model is.
@@ -47,15 +47,7 @@ class BundleManifest:
         landmark_rule: how landmarks follow from N and the seed (`ops.contract.draw_landmarks`).
         landmark_seed: the seed.
         opset: of the standard ONNX domain.
-        ir_version: of the ONNX files.
-        versions: of the packages that made it.
         checkpoint_sha256: of the checkpoint it was exported from.
-        self_check: of each file, the worst error of stock onnxruntime in units of the FP32 tolerance.
-        accuracy: what the exporter was told of the model's accuracy, or null.
-        precision: by part, where another tool changed it; ``fp32`` where a part is not named.
-        calibration: what that tool calibrated with.
-        made_by: that tool's versions.
-        made_from: sha256 of the backbone's file before.
     """
 
     model: ModelSpec
@@ -64,9 +56,26 @@ class BundleManifest:
     landmark_rule: str
     landmark_seed: int
     opset: int
+    checkpoint_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleManifest(ModelManifest):
+    """What a bundle's manifest says besides its files.
+
+    Args:
+        ir_version: of the ONNX files.
+        versions: of the packages that made it.
+        self_check: of each file, the worst error of stock onnxruntime in units of the FP32 tolerance.
+        accuracy: what the exporter was told of the model's accuracy, or null.
+        precision: by part, where another tool changed it; ``fp32`` where a part is not named.
+        calibration: what that tool calibrated with.
+        made_by: that tool's versions.
+        made_from: sha256 of the backbone's file before.
+    """
+
     ir_version: int
     versions: Mapping[str, str]
-    checkpoint_sha256: str
     self_check: Mapping[str, Mapping[str, float]]
     accuracy: JSON = None
     precision: Mapping[str, Precision] = field(default_factory=dict)
@@ -76,8 +85,8 @@ class BundleManifest:
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A verified bundle: opened once, and handed on whole.
+class ModelFiles:
+    """A verified folder that holds a model: opened once, and handed on whole.
 
     Args:
         files: the folder and the bytes of its files.
@@ -85,7 +94,7 @@ class Bundle:
     """
 
     files: Artifact
-    manifest: BundleManifest
+    manifest: ModelManifest
 
     @property
     def folder(self) -> Path:
@@ -105,7 +114,12 @@ class Bundle:
     @property
     def has_head(self) -> bool:
         """Whether there is an NFormer head beside the backbone."""
-        return HEAD in self.files.files
+        return self.spec.head is not None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """``backbone``, and ``head`` where there is one."""
+        return ("backbone", "head") if self.has_head else ("backbone",)
 
     @property
     def backbone(self) -> bytes:
@@ -118,6 +132,30 @@ class Bundle:
         return self.files.files[HEAD]
 
     @cached_property
+    def golden(self) -> dict[str, np.ndarray]:
+        """The self-test's arrays: ``images`` and ``features`` of the backbone; ``head_input``, ``landmarks`` and
+        ``embeddings`` of the head. None where there is no such file.
+
+        Raises:
+            ArtifactError: if the file holds something else.
+        """
+        if GOLDEN not in self.files.files:
+            return {}
+        try:
+            with np.load(io.BytesIO(self.files.files[GOLDEN]), allow_pickle=False) as z:
+                return {name: z[name] for name in z.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+            got = f"an unreadable file ({e})"
+            raise ArtifactError(str(self.folder / GOLDEN), got, "arrays", "Export it again.") from e
+
+
+@dataclass(frozen=True)
+class Bundle(ModelFiles):
+    """A verified bundle. Fields as in `ModelFiles`."""
+
+    manifest: BundleManifest
+
+    @cached_property
     def backbone_sha256(self) -> str:
         """Of the backbone's file: what calibration ranges belong to."""
         return self.files.digest(BACKBONE)
@@ -126,12 +164,6 @@ class Bundle:
     def backbone_precision(self) -> Precision:
         """What the backbone's graph is in: ``fp32`` unless another tool has changed that (`quantize.modelopt`)."""
         return self.manifest.precision.get("backbone", "fp32")
-
-    @cached_property
-    def golden(self) -> dict[str, np.ndarray]:
-        """The self-test's arrays: ``images`` and ``features`` of the backbone; ``head_input``, ``landmarks`` and
-        ``embeddings`` of the head."""
-        return golden_arrays(self.files)
 
 
 def open_bundle(path: str | os.PathLike[str] | Bundle) -> Bundle:
@@ -145,54 +177,33 @@ def open_bundle(path: str | os.PathLike[str] | Bundle) -> Bundle:
         return path
     files = open_artifact(path, KIND)
     manifest = from_json(BundleManifest, files.fields, str(files.folder), error=ArtifactError)
-    check_model(str(files.folder), manifest.opset, manifest.landmark_rule)
+    check_model(str(files.folder), manifest)
     bundle = Bundle(files, manifest)
-    check_graphs(files, (BACKBONE, HEAD) if manifest.model.head is not None else (BACKBONE,))
-    if bundle.has_head != (manifest.model.head is not None):
-        got = f"{HEAD} {'without' if bundle.has_head else 'missing for'} a head in its spec"
-        raise ArtifactError(str(files.folder), got, "both or neither", "Export the bundle again.")
+    check_graphs(bundle)
     return bundle
 
 
-def check_model(where: str, opset: int, landmark_rule: str) -> None:
+def check_model(where: str, manifest: ModelManifest) -> None:
     """Raises ArtifactError for an opset or a landmark rule that this version does not know."""
-    for key, found, known in (("opset", opset, OPSETS), ("landmark_rule", landmark_rule, (LANDMARK_RULE,))):
-        if found not in known:
-            expected = " | ".join(map(str, known))
+    known = {"opset": (manifest.opset, OPSETS), "landmark_rule": (manifest.landmark_rule, (LANDMARK_RULE,))}
+    for key, (found, choices) in known.items():
+        if found not in choices:
+            expected = " | ".join(map(str, choices))
             raise ArtifactError(f"{where}: {key}", repr(found), expected, "Export the bundle again with this version.")
 
 
-def check_graphs(files: Artifact, names: Iterable[str]) -> None:
-    """Raises ArtifactError where a graph is missing, or names data outside itself."""
-    for name in names:
-        if name not in files.files:
-            raise ArtifactError(
-                str(files.folder / name), "no such file", "it in the manifest", "Export the bundle again."
-            )
-        if _EXTERNAL in files.files[name]:
-            raise ArtifactError(
-                str(files.folder / name),
-                "tensors stored in another file",
-                "all of them inside",
-                "Export the bundle again.",
-            )
-
-
-def golden_arrays(files: Artifact) -> dict[str, np.ndarray]:
-    """The arrays of an artifact's golden file; none where it has no such file.
-
-    Raises:
-        ArtifactError: if it holds something else.
-    """
-    if GOLDEN not in files.files:
-        return {}
-    try:
-        with np.load(io.BytesIO(files.files[GOLDEN]), allow_pickle=False) as z:
-            return {name: z[name] for name in z.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise ArtifactError(
-            str(files.folder / GOLDEN), f"an unreadable file ({e})", "arrays", "Export it again."
-        ) from e
+def check_graphs(model: ModelFiles) -> None:
+    """Raises ArtifactError where a graph is missing or names data outside itself, or there is a head too many."""
+    files, hint = model.files.files, "Export the bundle again."
+    if (HEAD in files) != model.has_head:
+        got = f"{HEAD} {'missing for' if model.has_head else 'without'} a head in its spec"
+        raise ArtifactError(str(model.folder), got, "both or neither", hint)
+    for name in (BACKBONE, HEAD) if model.has_head else (BACKBONE,):
+        if name not in files:
+            raise ArtifactError(str(model.folder / name), "no such file", "it in the manifest", hint)
+        if _EXTERNAL in files[name]:
+            got = "tensors stored in another file"
+            raise ArtifactError(str(model.folder / name), got, "all of them inside", hint)
 
 
 def model_spec(where: str, manifest: Mapping[str, Any]) -> ModelSpec:
