@@ -19,7 +19,7 @@ import numpy as np
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.machine import machine
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
-from nformer_edge.report.accuracy import evaluate_model
+from nformer_edge.report.accuracy import evaluate
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.train import train
@@ -50,8 +50,8 @@ def one_seed(seed: int, folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def _scores(model: Path, dataset: Any, rerank: bool = False) -> dict[str, tuple[float, float]]:
-    results = evaluate_model(model, dataset, rerank=rerank, rank_lists=0)["results"]
-    return {r["name"]: (100 * r["mAP"], 100 * r["cmc"][0]) for r in results}
+    rankings = evaluate(model, dataset, rerank=rerank, rank_lists=0).rankings
+    return {r.name: (100 * r.mAP, 100 * r.cmc[0]) for r in rankings}
 
 
 def main() -> None:

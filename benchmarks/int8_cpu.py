@@ -35,6 +35,7 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.machine import VNNI, conditions, instruction_sets, machine
 from nformer_edge.core.spec import Arch, BackboneSpec, CalibrationMethod, ModelSpec
 from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.core.values import to_json
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.calibration import calibration_set
 from nformer_edge.data.generate import generate_dataset
@@ -257,8 +258,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         taken = take_turns(contenders, images[0][:batch], args.rounds, args.warmup)
         for name, times in taken.items():
             ratios = {base: speed_up(taken[base], times) for base in BASELINES}
-            runs.append({"name": name, "batch": batch, "latency": summarize(times), "latency_ms": times.tolist(),
-                         "speed_up_over": ratios})  # fmt: skip
+            latency = {"latency": to_json(summarize(times)), "latency_ms": times.tolist()}
+            runs.append({"name": name, "batch": batch, **latency, "speed_up_over": ratios})
     for contender in contenders.values():
         contender.close()
     return {

@@ -37,8 +37,7 @@ from nformer_edge.metrics.bootstrap import Interval, mean_interval, paired_diffe
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.report.cross_model import fleet
-from nformer_edge.report.cross_model_table import format_fleet
+from nformer_edge.report.cross_model import cross_model
 from nformer_edge.report.models import open_features
 from nformer_edge.report.table import format_table
 from nformer_edge.training.head import train_head
@@ -195,16 +194,16 @@ def main() -> None:
         seeds = args.landmark_seeds if runner.has_head else []
     for seed in seeds:
         results[f"+NFormer, landmark seed {seed}"] = compare_related(built, pairs, seed, args.threads)
-    mixed = fleet([stores[p] for p in PRECISIONS])
+    mixed = cross_model([stores[p] for p in PRECISIONS])
     document = {
         "kind": "market_int8", "machine": machine(), "data": dataset.name,
         "images": {"query": len(dataset.query), "gallery": len(dataset.gallery)}, "people": args.people,
-        "engines": facts_of(built), "results": results, "fleet": mixed,
+        "engines": facts_of(built), "results": results, "cross_model": mixed.to_json(),
     }  # fmt: skip
     atomic_write_json(args.output or work / "market_int8.json", document)
     headers = ["", "FP32 mAP", "INT8 mAP", "difference", "FP32 Rank-1", "INT8 Rank-1", "difference"]
     print(format_table(headers, [_line(name, result) for name, result in results.items()]))
-    print(format_fleet(mixed))
+    print(mixed)
 
 
 if __name__ == "__main__":

@@ -235,19 +235,18 @@ def _import(args: Args) -> None:
     _option("--rerank", action="store_true", help="k-reciprocal re-ranking (20/6/0.3) and other baselines beside it"),
 )
 def _evaluate(args: Args) -> None:
-    from nformer_edge.report.accuracy import evaluate_model
-    from nformer_edge.report.table import format_evaluation
+    from nformer_edge.report.accuracy import evaluate
 
-    result = evaluate_model(
+    result = evaluate(
         args.model,
         args.data,
         batch=args.batch,
         rerank=args.rerank,
         seeds=args.seed,
-        threads=args.threads,
+        intra_op_threads=args.threads,
         layout=args.layout,
     )
-    _show(args, result, format_evaluation(result))
+    _show(args, result)
 
 
 @_command(
@@ -585,18 +584,17 @@ def _parity(args: Args) -> None:
     ),
 )
 def _fleet(args: Args) -> None:
-    from nformer_edge.report.cross_model import fleet
-    from nformer_edge.report.cross_model_table import format_fleet
+    from nformer_edge.report.cross_model import cross_model
 
-    result = fleet(
+    result = cross_model(
         args.models,
         args.data,
         false_match_rate=args.false_match_rate,
         batch=args.batch,
-        threads=args.threads,
+        intra_op_threads=args.threads,
         layout=args.layout,
     )
-    _show(args, result, format_fleet(result))
+    _show(args, result)
 
 
 @_command(
@@ -615,22 +613,12 @@ def _fleet(args: Args) -> None:
 )
 def _benchmark(args: Args) -> None:
     from nformer_edge.report.benchmark import benchmark, compare
-    from nformer_edge.report.table import format_benchmark, format_comparison
 
-    shared = {"gallery": args.gallery, "threads": args.threads, "layout": args.layout}
+    shared = {"gallery": args.gallery, "intra_op_threads": args.threads, "layout": args.layout}
     if len(args.models) > 1:
-        result = compare(args.models, args.data, rounds=args.single_stream, **shared)
-        return _show(args, result, format_comparison(result))
-    result = benchmark(
-        args.models[0],
-        args.data,
-        single_stream=args.single_stream,
-        multi_stream=args.multi_stream,
-        offline=args.offline,
-        batch=args.batch,
-        **shared,
-    )
-    return _show(args, result, format_benchmark(result))
+        return _show(args, compare(args.models, args.data, rounds=args.single_stream, **shared))
+    counts = {"single_stream": args.single_stream, "multi_stream": args.multi_stream, "offline": args.offline}
+    return _show(args, benchmark(args.models[0], args.data, batch=args.batch, **counts, **shared))
 
 
 @_command(

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nformer_edge.core.artifact import atomic_write_json
+from nformer_edge.core.values import Result
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import format_summary
+from nformer_edge.report.summary import format_summary as format_models
 from nformer_edge.report.table import format_gates
-from nformer_edge.report.table import format_summary as format_models
 
 Say = Callable[[str], None]
 
@@ -34,7 +35,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
 
     Returns:
         JSON of kind ``demo``: ``results`` (training, evaluations, parities, benchmarks, comparison), ``parity`` (the
-        parities alone), ``report`` (the page's path) and ``seconds`` a step.
+        parities alone), ``report`` (the page's path), ``seconds`` a step and ``summary`` (the table).
     """
     out = Path(out)
     clock = _Clock(say)
@@ -42,15 +43,18 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
         dataset = generate_dataset(out / "data", GenerateSpec.tiny(seed) if tiny else GenerateSpec(seed), force=True)
     say(format_summary(dataset))
     models, training = _make_models(out, dataset, seed, tiny, clock)
-    results = [training, *_measure(models, dataset, tiny, clock)]
-    for number, result in enumerate(results):
+    results: list[Any] = [training, *_measure(models, dataset, tiny, clock)]
+    plain = [r.to_json() if isinstance(r, Result) else r for r in results]
+    for number, result in enumerate(plain):
         atomic_write_json(out / "results" / f"{number:02d}-{result['kind']}.json", result)
     with clock("report"):
         from nformer_edge.report.html.page import write_report
 
         page = write_report(results, out / "report.html", "nformer-edge demo")
-    judged = [r for r in results if r["kind"] == "parity"]
-    return {"kind": "demo", "results": results, "parity": judged, "report": str(page), "seconds": clock.seconds}
+    judged = [r for r in plain if r["kind"] == "parity"]
+    table = format_models(results)
+    told = {"parity": judged, "report": str(page), "seconds": clock.seconds, "summary": table}
+    return {"kind": "demo", "results": plain, **told}
 
 
 def _make_models(
@@ -79,15 +83,15 @@ def _make_models(
     return models, training
 
 
-def _measure(models: dict[str, Path], dataset: Dataset, tiny: bool, clock: _Clock) -> list[dict[str, Any]]:
-    from nformer_edge.report.accuracy import evaluate_model
+def _measure(models: dict[str, Path], dataset: Dataset, tiny: bool, clock: _Clock) -> list[Any]:
+    from nformer_edge.report.accuracy import evaluate
     from nformer_edge.report.benchmark import benchmark, compare
     from nformer_edge.report.parity import parity
 
-    results = []
+    results: list[Any] = []
     for label, path in models.items():
         with clock(f"evaluate {label}"):
-            results.append(evaluate_model(path, dataset, label=label, rerank=label == PYTORCH))
+            results.append(evaluate(path, dataset, label=label, rerank=label == PYTORCH))
     for label in (ONNX_FP32, ONNX_INT8):
         with clock(f"parity {label}"):
             results.append(parity(models[PYTORCH], models[label], dataset, reference_label=PYTORCH, engine_label=label))
@@ -124,7 +128,4 @@ def format_demo(result: dict[str, Any]) -> str:
     failed = [f"FAILED {j['engine']['label']}: {line}" for j in result["parity"] for line in describe_failures(j)]
     verdict = "\n".join(failed) or "no gate failed"
     total = sum(result["seconds"].values())
-    return (
-        f"\n{gates}\n\n{verdict}\n\n{format_models(result['results'])}\n\n"
-        f"{total:.0f} s in all\nreport: {result['report']}"
-    )
+    return f"\n{gates}\n\n{verdict}\n\n{result['summary']}\n\n{total:.0f} s in all\nreport: {result['report']}"

@@ -1,48 +1,30 @@
-"""What a model ranks like: backbone, NFormer by both query protocols, and re-ranking beside them.
-
-JSON of a result (fractions 0 to 1, times in seconds)::
-
-    {"kind": "evaluation", "version": 2, "machine": {...},
-     "model": {"label", "path", "name", "backend", "precision": {"backbone", "head"}, "size_mb": {...},
-               "landmark_seed"} or null for a feature store alone,
-     "data": {"name", "query", "gallery", "source": "images" | "features"},
-     "embed_seconds": 1.2 or null,
-     "per_query": null, or why the per-query protocol is not there,
-     "results": [{"name": "backbone" | "+NFormer" | "+NFormer per-query" | "k-reciprocal" | "reciprocal mean"
-                          | "query expansion",
-                  "mAP", "mINP", "cmc": [50], "queries", "left_out", "seconds",
-                  "mAP_interval": [lower, upper], "rank1_interval": [lower, upper],
-                  "protocol": "joint" | "per-query", "seeds": [0, ...], "mAP_by_seed": [...],
-                  "rank1_by_seed": [...]  (NFormer only), "exact", "changed_rows"  (per-query only)}],
-     "rank_lists": [{"result", "query": {"path", "pid", "camid"},
-                     "gallery": [{"path", "pid", "camid", "correct", "distance"}]}]}
-
-Intervals are 95 %, two-sided, by the bootstrap over queries (10,000 draws); of a mean over landmark seeds each query
-scores its mean over them.
-"""
+"""How well a model ranks: backbone, NFormer by both query protocols, and re-ranking beside them."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.machine import machine
-from nformer_edge.core.values import to_json
+from nformer_edge.core.machine import MachineFacts, machine
+from nformer_edge.core.values import Result
 from nformer_edge.gallery.embed import embed_dataset, relate_sets
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query
+from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
-from nformer_edge.metrics.ranking import RankingResult, evaluate, rank
+from nformer_edge.metrics.ranking import RankingResult
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
 from nformer_edge.report.models import (
     Data,
-    Opener,
+    MeasuredData,
+    Model,
+    Source,
     describe_data,
     describe_model,
     is_feature_store,
@@ -50,12 +32,156 @@ from nformer_edge.report.models import (
     open_features,
     open_model,
 )
+from nformer_edge.report.table import format_table, number, percent
 
-VERSION = 2
+BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
 
 
-def evaluate_model(
-    model_path: str | os.PathLike[str] | None,
+@dataclass(frozen=True)
+class Ranking:
+    """The figures of one way to rank the gallery. All but `seconds` are fractions, 0 to 1.
+
+    Args:
+        name: backbone, +NFormer, +NFormer per-query, k-reciprocal, reciprocal mean or query expansion.
+        mAP: mean average precision; this and the next two are means over the landmark seeds, where there are several.
+        mINP: mean inverse negative penalty (Ye et al. 2021).
+        cmc: share of queries with a correct match among the first 1 to 50.
+        mAP_interval: two-sided 95 % bounds by the bootstrap over queries (10,000 draws).
+        rank1_interval: likewise, of Rank-1.
+        queries: that have a match in the gallery.
+        unmatched: queries excluded because the gallery has no match.
+        seconds: for all queries.
+        protocol: joint or per-query; null where the head is not run.
+        seeds: landmark seeds.
+        mAP_by_seed: of each landmark seed.
+        rank1_by_seed: of each landmark seed.
+        exact: whether the distances are those of a whole pass for each query; null but for the per-query protocol.
+        changed_rows: gallery rows that a query changes, on average; null but for the per-query protocol.
+    """
+
+    name: str
+    mAP: float
+    mINP: float
+    cmc: tuple[float, ...]
+    mAP_interval: tuple[float, float]
+    rank1_interval: tuple[float, float]
+    queries: int
+    unmatched: int
+    seconds: float
+    protocol: str | None = None
+    seeds: tuple[int, ...] = ()
+    mAP_by_seed: tuple[float, ...] = ()
+    rank1_by_seed: tuple[float, ...] = ()
+    exact: bool | None = None
+    changed_rows: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, with the query protocol where the head is run."""
+        if self.protocol is None:
+            return self.name
+        return f"{NFORMER}, {self.protocol}{', fixed lists' if self.exact is False else ''}"
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image in a rank list.
+
+    Args:
+        path: of its file.
+        pid: person.
+        camid: camera.
+    """
+
+    path: str
+    pid: int
+    camid: int
+
+
+@dataclass(frozen=True)
+class ListedMatch(ListedImage):
+    """A gallery image in a rank list.
+
+    Args:
+        path: of its file.
+        pid: person.
+        camid: camera.
+        correct: whether it is the query's person.
+        distance: cosine distance to the query.
+    """
+
+    correct: bool
+    distance: float
+
+
+@dataclass(frozen=True)
+class RankList:
+    """A query and the gallery images nearest to it.
+
+    Args:
+        ranking: name of the ranking.
+        query: the query image.
+        gallery: the matches, best first.
+    """
+
+    ranking: str
+    query: ListedImage
+    gallery: tuple[ListedMatch, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """The ranking accuracy of a model, or of a feature store as it is.
+
+    Args:
+        machine: where it was measured.
+        model: what was measured; null for a feature store alone.
+        data: what was ranked.
+        embed_seconds: time to embed all images; null if a feature store was read.
+        no_per_query: why the per-query protocol is missing; null where it is there.
+        rankings: one for each way to rank.
+        rank_lists: some queries with their matches.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    version: ClassVar[int] = 3
+
+    machine: MachineFacts
+    model: Model | None
+    data: MeasuredData
+    embed_seconds: float | None
+    no_per_query: str | None
+    rankings: tuple[Ranking, ...]
+    rank_lists: tuple[RankList, ...]
+
+    @property
+    def label(self) -> str:
+        """The model's label, or the name of the feature store."""
+        return self.model.label if self.model else self.data.name
+
+    def __str__(self) -> str:
+        body = []
+        for r in self.rankings:
+            bounded = [_bounded(r.mAP, r.mAP_interval), _bounded(r.cmc[0], r.rank1_interval)]
+            figures = [percent(v) for v in (r.cmc[4], r.cmc[9], r.mINP)]
+            body.append([r.title, *bounded, *figures, number(r.seconds, 2)])
+        headers = ["ranking", "mAP (95 %)", "Rank-1 (95 %)", "Rank-5", "Rank-10", "mINP", "seconds"]
+        unmatched = self.rankings[0].unmatched
+        excluded = f" ({unmatched:,} excluded: the gallery has no match)" if unmatched else ""
+        model = self.model.label if self.model else "features"
+        ranked = f"{self.data.query:,} queries{excluded}, {self.data.gallery:,} in the gallery"
+        related = any(r.protocol for r in self.rankings)
+        note = f"\nno per-query protocol: {self.no_per_query}" if self.no_per_query and related else ""
+        return f"{format_table(headers, body)}\n{model} on {self.data.name}: {ranked}{note}"
+
+
+def _bounded(fraction: float, interval: tuple[float, float]) -> str:
+    """0.8734 between 0.861 and 0.885 as ``87.3 (86.1 to 88.5)``."""
+    return f"{percent(fraction)} ({percent(interval[0])} to {percent(interval[1])})"
+
+
+def evaluate(
+    model: Source | None,
     data: Data,
     *,
     batch: int = 32,
@@ -63,98 +189,48 @@ def evaluate_model(
     seeds: Sequence[int] | None = None,
     rank_lists: int = 6,
     top: int = 10,
-    threads: int | None = None,
+    intra_op_threads: int | None = None,
     label: str | None = None,
     layout: str = "auto",
-    opener: Opener | None = None,
     per_query: bool = True,
-) -> dict[str, Any]:
-    """Ranks a dataset's queries against its gallery with a checkpoint, bundle or engine.
+) -> Evaluation:
+    """Ranks a dataset's queries against its gallery and scores the ranking.
 
     Args:
-        model_path: the model; None to score a feature store as it is.
+        model: an open model, or the path of a checkpoint, bundle or engine; None to score a feature store as it is.
         data: a dataset, its folder, or a feature store (`.npz`) whose features the model's head takes.
         batch: images that the backbone sees at once.
         rerank: add k-reciprocal re-ranking and the two parameter-free baselines.
         seeds: of the landmarks; the model's own seed if None. Several give the spread over draws.
         rank_lists: how many queries' ranked galleries to record, spread evenly over the queries with a match.
         top: length of a recorded list.
-        threads: of the backend; its own choice if None.
+        intra_op_threads: of the backend; its own choice if None.
         label: what the report calls the model.
         layout: of the dataset's folder.
-        opener: stands in for `open_model`.
         per_query: also rank each query alone with the gallery (`gallery.protocols`), where PyTorch runs the head.
 
-    Returns:
-        the JSON that this module's docstring describes.
+    Raises:
+        UsageError: if there is no model for a dataset of images.
+        DataError: if the data cannot be read, or lacks queries or a gallery.
     """
-    if model_path is None:
+    if model is None:
         if not is_feature_store(data):
             raise UsageError("model", "none", "a model, or a feature store", "Name a model.")
         query, gallery = open_features(data)  # type: ignore[arg-type]
-        results, lists = _score(None, query, gallery, rerank, (), rank_lists, top)
-        return _document(None, data, query, gallery, None, results, lists)
-    with open_model(model_path, threads, opener) as runner:
+        rankings, lists = _score(None, query, gallery, rerank, (), rank_lists, top)
+        return Evaluation(machine(), None, describe_data(data, query, gallery), None, None, rankings, lists)
+    with open_model(model, intra_op_threads) as runner:
         start = time.perf_counter()
         if is_feature_store(data):
             (query, gallery), seconds = open_features(data), None  # type: ignore[arg-type]
         else:
-            dataset = open_dataset(data, layout)
-            query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
-            data, seconds = dataset, time.perf_counter() - start
-        model = describe_model(model_path, runner, label)
+            data = open_dataset(data, layout)
+            query, gallery = embed_dataset(runner, data, ("query", "gallery"), batch).values()
+            seconds = time.perf_counter() - start
+        measured, told = describe_model(model, runner, label), describe_data(data, query, gallery)
         chosen = tuple(seeds) if seeds is not None else (runner.landmark_seed,)
-        results, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top, per_query)
-        why = _without_per_query(runner, per_query)
-    return _document(model, data, query, gallery, seconds, results, lists, why)
-
-
-def _document(
-    model: dict[str, Any] | None,
-    data: Data,
-    query: Features,
-    gallery: Features,
-    seconds: float | None,
-    results: list[dict[str, Any]],
-    lists: list[dict[str, Any]],
-    without_per_query: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "kind": "evaluation",
-        "version": VERSION,
-        "machine": to_json(machine()),
-        "model": model,
-        "data": describe_data(data, query, gallery),
-        "embed_seconds": seconds,
-        "per_query": without_per_query,
-        "results": results,
-        "rank_lists": lists,
-    }
-
-
-def scores(name: str, result: RankingResult, seconds: float) -> dict[str, Any]:
-    """A ranking's figures as JSON."""
-    return {
-        "name": name,
-        **_intervals([result]),
-        "mAP": result.mAP,
-        "mINP": result.mINP,
-        "cmc": result.cmc.tolist(),
-        "queries": int(result.valid.sum()),
-        "left_out": result.left_out,
-        "seconds": seconds,
-    }
-
-
-def _intervals(results: Sequence[RankingResult]) -> dict[str, list[float]]:
-    """Of the mean over rankings of the same queries."""
-    valid = results[0].valid  # labels alone decide it: the same in each
-    by_query = {
-        "mAP_interval": np.mean([r.ap[valid] for r in results], axis=0),
-        "rank1_interval": np.mean([r.hits(1)[valid] for r in results], axis=0),
-    }
-    found = {name: mean_interval(scored) for name, scored in by_query.items()}
-    return {name: [interval.lower, interval.upper] for name, interval in found.items()}
+        rankings, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top, per_query)
+        return Evaluation(machine(), measured, told, seconds, _no_per_query(runner, per_query), rankings, lists)
 
 
 def _score(
@@ -166,30 +242,56 @@ def _score(
     rank_lists: int,
     top: int,
     per_query: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    start = time.perf_counter()
-    backbone = evaluate(query, gallery)
-    results = [scores("backbone", backbone, time.perf_counter() - start)]
+) -> tuple[tuple[Ranking, ...], tuple[RankList, ...]]:
+    backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
+    rankings = [found]
     shown = _spread(np.flatnonzero(backbone.valid), rank_lists)
-    lists = _rank_lists("backbone", query, gallery, shown, top)
+    lists = _rank_lists(BACKBONE, query, gallery, shown, top)
     if runner is not None and runner.has_head and seeds:
-        by_seed = []
-        for seed in seeds:
-            start = time.perf_counter()
-            q, g = relate_sets(runner, query, gallery, seed=seed)
-            ranked = evaluate(q, g)
-            by_seed.append((ranked, scores("+NFormer", ranked, time.perf_counter() - start) | {"protocol": JOINT}))
-            if seed == seeds[0]:
-                lists += _rank_lists("+NFormer", q, g, shown, top)
-        results.append(_over_seeds(by_seed, seeds))
-        if _without_per_query(runner, per_query) is None:
-            results.append(_over_seeds([_alone(runner, query, gallery, seed) for seed in seeds], seeds))
+        model = runner
+        related: list[tuple[Features, Features]] = []
+
+        def joint(seed: int) -> RankingResult:
+            related.append(relate_sets(model, query, gallery, seed=seed))
+            return ranking.evaluate(*related[-1])
+
+        _, found = _ranked(NFORMER, joint, seeds)
+        rankings.append(replace(found, protocol=JOINT))
+        lists += _rank_lists(NFORMER, *related[0], shown, top)
+        if _no_per_query(runner, per_query) is None:
+            rankings.append(_per_query(runner, query, gallery, seeds))
     if rerank:
-        results += _baselines(query, gallery)
-    return results, lists
+        rankings += _baselines(query, gallery)
+    return tuple(rankings), tuple(lists)
 
 
-def _without_per_query(runner: Runner, wanted: bool) -> str | None:
+def _ranked(
+    name: str, way: Callable[[int], RankingResult], seeds: tuple[int, ...] = ()
+) -> tuple[RankingResult, Ranking]:
+    """Runs and times `way` with each landmark seed, or once; the first result, and the mean figures of all."""
+    start = time.perf_counter()
+    results = [way(seed) for seed in seeds or (0,)]
+    seconds = (time.perf_counter() - start) / len(results)
+    valid = results[0].valid  # labels alone decide it: the same for every seed
+    mAP = mean_interval(np.mean([r.ap[valid] for r in results], axis=0))
+    rank1 = mean_interval(np.mean([r.hits(1)[valid] for r in results], axis=0))
+    return results[0], Ranking(
+        name=name,
+        mAP=float(np.mean([r.mAP for r in results])),
+        mINP=float(np.mean([r.mINP for r in results])),
+        cmc=tuple(np.mean([r.cmc for r in results], axis=0).tolist()),
+        mAP_interval=(mAP.lower, mAP.upper),
+        rank1_interval=(rank1.lower, rank1.upper),
+        queries=int(valid.sum()),
+        unmatched=results[0].left_out,
+        seconds=seconds,
+        seeds=seeds,
+        mAP_by_seed=tuple(float(r.mAP) for r in results) if seeds else (),
+        rank1_by_seed=tuple(float(r.rank(1)) for r in results) if seeds else (),
+    )
+
+
+def _no_per_query(runner: Runner, wanted: bool) -> str | None:
     """Why an evaluation of this model has no per-query protocol; None where it has."""
     if not runner.has_head:
         return "the model has no head"
@@ -198,43 +300,33 @@ def _without_per_query(runner: Runner, wanted: bool) -> str | None:
     return None if wanted else "not asked for"
 
 
-def _alone(runner: Runner, query: Features, gallery: Features, seed: int) -> tuple[RankingResult, dict[str, Any]]:
-    start = time.perf_counter()
-    found = relate_per_query(runner, query, gallery, seed)
-    ranked = evaluate(found.query, found.gallery, distances=found.distances)
-    return ranked, scores("+NFormer per-query", ranked, time.perf_counter() - start) | {
-        "protocol": PER_QUERY,
-        "exact": found.exact,
-        "changed_rows": found.changed,
-    }
+def _per_query(runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> Ranking:
+    exact, changed = True, 0.0
+
+    def alone(seed: int) -> RankingResult:
+        nonlocal exact, changed
+        found = relate_per_query(runner, query, gallery, seed)
+        exact, changed = found.exact, changed + found.changed / len(seeds)
+        return ranking.evaluate(found.query, found.gallery, distances=found.distances)
+
+    _, scored = _ranked(NFORMER_PER_QUERY, alone, seeds)
+    return replace(scored, protocol=PER_QUERY, exact=exact, changed_rows=changed)
 
 
-def _over_seeds(ranked: list[tuple[RankingResult, dict[str, Any]]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """The mean over landmark draws, with each draw's mAP and Rank-1 beside it."""
-    by_seed = [plain for _, plain in ranked]
-    merged = by_seed[0] | _intervals([result for result, _ in ranked])
-    for name in ("mAP", "mINP", "seconds"):
-        merged[name] = float(np.mean([r[name] for r in by_seed]))
-    merged["cmc"] = np.mean([r["cmc"] for r in by_seed], axis=0).tolist()
-    return merged | {
-        "seeds": list(seeds),
-        "mAP_by_seed": [r["mAP"] for r in by_seed],
-        "rank1_by_seed": [r["cmc"][0] for r in by_seed],
-    }
+def _baselines(query: Features, gallery: Features) -> list[Ranking]:
+    def k_reciprocal(_: int) -> RankingResult:
+        return ranking.evaluate(query, gallery, distances=k_reciprocal_distances(query.features, gallery.features))
 
+    def mean(_: int) -> RankingResult:
+        q, g = reciprocal_mean(query.features, gallery.features)
+        return ranking.evaluate(query.with_features(q), gallery.with_features(g))
 
-def _baselines(query: Features, gallery: Features) -> list[dict[str, Any]]:
-    start = time.perf_counter()
-    distances = k_reciprocal_distances(query.features, gallery.features)
-    results = [scores("k-reciprocal", evaluate(query, gallery, distances=distances), time.perf_counter() - start)]
-    start = time.perf_counter()
-    q, g = reciprocal_mean(query.features, gallery.features)
-    ranked = evaluate(query.with_features(q), gallery.with_features(g))
-    results.append(scores("reciprocal mean", ranked, time.perf_counter() - start))
-    start = time.perf_counter()
-    expanded = query.with_features(average_query_expansion(query.features, gallery.features))
-    results.append(scores("query expansion", evaluate(expanded, gallery), time.perf_counter() - start))
-    return results
+    def expansion(_: int) -> RankingResult:
+        expanded = average_query_expansion(query.features, gallery.features)
+        return ranking.evaluate(query.with_features(expanded), gallery)
+
+    ways = {"k-reciprocal": k_reciprocal, "reciprocal mean": mean, "query expansion": expansion}
+    return [_ranked(name, way)[1] for name, way in ways.items()]
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
@@ -242,17 +334,17 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
 
-def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[dict[str, Any]]:
-    def image(images: Features, i: int) -> dict[str, Any]:
-        return {"path": images.paths[i], "pid": int(images.pids[i]), "camid": int(images.camids[i])}
-
+def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[RankList]:
     shown = query.take(rows)
-    ranked = rank(shown, gallery, top=top)
+    found = ranking.rank(shown, gallery, top=top)
     lists = []
-    for q in range(len(shown)):
-        pairs = [(int(g), float(d)) for g, d in zip(ranked.indices[q], ranked.distances[q], strict=True) if g >= 0]
-        found = [
-            {**image(gallery, g), "correct": bool(gallery.pids[g] == shown.pids[q]), "distance": d} for g, d in pairs
-        ]
-        lists.append({"result": name, "query": image(shown, q), "gallery": found})
+    for q, (path, pid, camid) in enumerate(zip(shown.paths, shown.pids, shown.camids, strict=True)):
+        matches = tuple(
+            ListedMatch(
+                gallery.paths[g], int(gallery.pids[g]), int(gallery.camids[g]), bool(gallery.pids[g] == pid), float(d)
+            )
+            for g, d in zip(found.indices[q], found.distances[q], strict=True)
+            if g >= 0
+        )
+        lists.append(RankList(name, ListedImage(path, int(pid), int(camid)), matches))
     return lists

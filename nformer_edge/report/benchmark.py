@@ -1,55 +1,206 @@
-"""How fast a model is, by MLPerf LoadGen's conventions.
-
-JSON of a benchmark (milliseconds; a percentile that the count does not allow is null)::
-
-    {"kind": "benchmark", "version": 1, "machine": {...}, "conditions": {"before": {...}, "after": {...}},
-     "model": {...}, "data": {"name", "images", "gallery"}, "threads": null, "clock": "time.perf_counter_ns",
-     "peak_memory_mib": 512.0 or null,
-     "runs": [{"scenario": "SingleStream" | "MultiStream" | "Offline",
-               "name": the scenario, with "(short: 40 of 64 samples)" where it is no valid run,
-               "pipeline": "backbone" | "+NFormer", "valid", "count", "required", "warmup", "batch", "gallery",
-               "percentile": "p90", "early_stopping_ms": 12.3 or null        (not Offline),
-               "latency": {"count", "mean_ms", "min_ms", "max_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "p99.9_ms"},
-               "stages": {"decode": {as latency}, ...}, "images_per_second", "ms_per_image"}]}
-
-JSON of a comparison: ``{"kind": "comparison", ..., "models": [{...}], "runs": [{"label", "latency", "latency_ms"}],
-"ratios": [{"label", "baseline", "pairs", "median", "p5", "p95"}]}``; a ratio is a model's latency over the first's in
-the same round, so under 1 is faster.
-"""
+"""How fast a model is, by MLPerf LoadGen's conventions. The clock is `time.perf_counter_ns`."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from itertools import repeat
+from typing import ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.machine import conditions, machine
+from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.core.values import to_json
+from nformer_edge.core.values import Result
 from nformer_edge.gallery.embed import embed_records
-from nformer_edge.report.latency import early_stopping_estimate, min_samples, percentile_name, summarize
-from nformer_edge.report.models import Data, Opener, describe_model, open_dataset, open_model
-from nformer_edge.report.pipeline import STAGES, Pipeline
+from nformer_edge.report.latency import PERCENTILES, Latency, early_stopping_estimate, min_samples, summarize
+from nformer_edge.report.models import Data, MeasuredData, Model, Source, describe_model, open_dataset, open_model
+from nformer_edge.report.pipeline import STEPS, Pipeline, Reply
+from nformer_edge.report.table import format_table, number
 
-VERSION = 1
-
-#: Scenario: percentile that is reported, images in one query.
-SCENARIOS: dict[str, tuple[float, int]] = {"SingleStream": (0.90, 1), "MultiStream": (0.99, 8)}
+#: Scenario: name of the percentile that is reported, images in one query.
+SCENARIOS = {"SingleStream": ("p90", 1), "MultiStream": ("p99", 8)}
 
 #: Samples of MLPerf's one Offline query (inference rules, "Scenarios").
 OFFLINE_SAMPLES = 24_576
 
 
+@dataclass(frozen=True)
+class BeforeAfter:
+    """What changes from minute to minute, such as clock and temperature.
+
+    Args:
+        before: the measurement.
+        after: the measurement.
+    """
+
+    before: Conditions
+    after: Conditions
+
+
+@dataclass(frozen=True)
+class Run:
+    """One scenario of a benchmark.
+
+    Args:
+        scenario: as MLPerf names it.
+        name: the scenario; with "(short: 40 of 64 samples)" where the run is not valid.
+        pipeline: backbone, or +NFormer where the head is run.
+        count: queries timed; of Offline, images.
+        required: count from which the run is valid.
+        warmup: queries before the clock counts.
+        batch: images that the backbone sees at once.
+        gallery: gallery images searched.
+        latency: from issue to reply.
+        steps: latency of each step: decode, preprocess, copy_in, backbone, head, copy_out, search.
+        images_per_second: throughput.
+        ms_per_image: milliseconds.
+        percentile: which one `early_stopping_ms` estimates, such as p90; null for Offline.
+        early_stopping_ms: value that the percentile does not exceed, with 99 % confidence; null if the run is short.
+    """
+
+    scenario: Literal["SingleStream", "MultiStream", "Offline"]
+    name: str
+    pipeline: str
+    count: int
+    required: int
+    warmup: int
+    batch: int
+    gallery: int
+    latency: Latency
+    steps: Mapping[str, Latency]
+    images_per_second: float
+    ms_per_image: float
+    percentile: str | None = None
+    early_stopping_ms: float | None = None
+
+    @property
+    def percentiles(self) -> dict[str, float | None]:
+        """Milliseconds by name; Offline has none."""
+        return dict.fromkeys(PERCENTILES) if self.scenario == "Offline" else self.latency.percentiles
+
+
+@dataclass(frozen=True)
+class Benchmark(Result):
+    """The latency and throughput of a model, from image file to ranked gallery, with and without its head.
+
+    Args:
+        machine: where it was measured.
+        conditions: of the machine, before and after.
+        model: what was measured.
+        data: number of different query images, and of gallery images searched.
+        intra_op_threads: of the backend; null for its own choice.
+        peak_memory_mib: of this process since it began; null where the system does not report it.
+        runs: one for each scenario and pipeline.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 2
+
+    machine: MachineFacts
+    conditions: BeforeAfter
+    model: Model
+    data: MeasuredData
+    intra_op_threads: int | None
+    peak_memory_mib: float | None
+    runs: tuple[Run, ...]
+
+    def __str__(self) -> str:
+        body, steps = [], []
+        for run in self.runs:
+            figures = [run.early_stopping_ms, *run.percentiles.values()]
+            shown = [number(v) or "-" for v in figures]
+            body.append([run.pipeline, run.name, *shown, number(run.images_per_second)])
+            means = ", ".join(f"{name} {number(s.mean_ms, 2)}" for name, s in run.steps.items())
+            steps.append(f"{run.pipeline}, {run.scenario}, mean ms a query: {means}")
+        headers = ["pipeline", "run", "early stop", *PERCENTILES, "images/s"]
+        about = f"{self.model.label}, {self.data.gallery:,} in the gallery; ms from issue to reply"
+        return "\n".join([about, format_table(headers, body, left=2), *steps])
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One model of a comparison.
+
+    Args:
+        label: of the model.
+        name: the scenario; with "(short: 40 of 64 samples)" where the run is not valid.
+        pipeline: backbone, or +NFormer where the head is run.
+        latency: from issue to reply.
+        latency_ms: of each round.
+    """
+
+    label: str
+    name: str
+    pipeline: str
+    latency: Latency
+    latency_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatencyRatio:
+    """A model's latency over the first model's in the same round: below 1 is faster.
+
+    Args:
+        label: of the model.
+        baseline: label of the first model.
+        pairs: rounds.
+        median: of the ratios.
+        p5: their 5th percentile.
+        p95: their 95th percentile.
+    """
+
+    label: str
+    baseline: str
+    pairs: int
+    median: float
+    p5: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """The latency of several models that are timed in turn on the same queries.
+
+    Args:
+        machine: where it was measured.
+        conditions: of the machine, before and after.
+        models: the first is the baseline.
+        data: number of different query images, and of gallery images searched.
+        intra_op_threads: of the backends; null for their own choice.
+        warmup: rounds before the clock counts.
+        runs: one for each model.
+        ratios: one for each model but the first.
+    """
+
+    kind: ClassVar[str] = "comparison"
+    version: ClassVar[int] = 2
+
+    machine: MachineFacts
+    conditions: BeforeAfter
+    models: tuple[Model, ...]
+    data: MeasuredData
+    intra_op_threads: int | None
+    warmup: int
+    runs: tuple[ComparedRun, ...]
+    ratios: tuple[LatencyRatio, ...]
+
+    def __str__(self) -> str:
+        body = []
+        for i, run in enumerate(self.runs):
+            ratio = self.ratios[i - 1] if i else None
+            shown = [number(v, 3) for v in (ratio.median, ratio.p5, ratio.p95)] if ratio else ["1", "", ""]
+            body.append([run.label, run.name, number(run.latency.p50_ms), *shown])
+        return format_table(["model", "run", "p50 ms", "ratio", "p5", "p95"], body, left=2)
+
+
 def benchmark(
-    model_path: str | os.PathLike[str],
+    model: Source,
     data: Data,
     *,
     single_stream: int = 130,
@@ -59,15 +210,14 @@ def benchmark(
     gallery: int = 500,
     warmup: int = 8,
     max_seconds: float | None = None,
-    threads: int | None = None,
+    intra_op_threads: int | None = None,
     label: str | None = None,
     layout: str = "auto",
-    opener: Opener | None = None,
-) -> dict[str, Any]:
-    """Times a checkpoint, bundle or engine, image files in and ranked gallery out, with and without its head.
+) -> Benchmark:
+    """Times a model from image files to a ranked gallery, with and without its head.
 
     Args:
-        model_path: the model.
+        model: an open model, or the path of a checkpoint, bundle or engine.
         data: a dataset or its folder; its query images are the requests, in turn.
         single_stream: queries of one image, one after the other; 0 leaves the scenario out. 64 make a valid run.
         multi_stream: queries of eight images; 662 make a valid run.
@@ -75,8 +225,10 @@ def benchmark(
         batch: images that the backbone sees at once in Offline.
         gallery: gallery images that are searched, and that the head sees with each query.
         warmup: queries before the clock counts.
-        max_seconds: ends a scenario early; what that makes of it stands in its name.
-        threads: of the backend; its own choice if None.
+        max_seconds: ends a scenario early; its name then says that the run is short.
+        intra_op_threads: of the backend; its own choice if None.
+        label: what the report calls the model.
+        layout: of the dataset's folder.
     """
     dataset = open_dataset(data, layout)
     requests = [r.path for r in dataset.query]
@@ -84,33 +236,23 @@ def benchmark(
         check_at_least(name, value, 1)
     before = conditions()
     runs = []
-    with open_model(model_path, threads, opener) as runner:
-        features = embed_records(runner, dataset.gallery[:gallery], batch=batch).features
+    with open_model(model, intra_op_threads) as runner:
+        searched = embed_records(runner, dataset.gallery[:gallery], batch=batch)
         for with_head in (False, True) if runner.has_head else (False,):
             for scenario, count in (("SingleStream", single_stream), ("MultiStream", multi_stream)):
                 if count:
-                    pipeline = Pipeline(runner, features, with_head=with_head, batch=SCENARIOS[scenario][1])
+                    pipeline = Pipeline(runner, searched, with_head=with_head, batch=SCENARIOS[scenario][1])
                     runs.append(_stream(pipeline, requests, scenario, count, warmup, max_seconds))
             if offline:
-                pipeline = Pipeline(runner, features, with_head=with_head, batch=batch)
+                pipeline = Pipeline(runner, searched, with_head=with_head, batch=batch)
                 runs.append(_offline(pipeline, requests, offline, warmup))
-        model = describe_model(model_path, runner, label)
-    return {
-        "kind": "benchmark",
-        "version": VERSION,
-        "machine": to_json(machine()),
-        "conditions": to_json({"before": before, "after": conditions()}),
-        "model": model,
-        "data": {"name": dataset.name, "images": len(requests), "gallery": len(features)},
-        "threads": threads,
-        "clock": "time.perf_counter_ns",
-        "peak_memory_mib": _peak_memory_mib(),
-        "runs": runs,
-    }
+        measured = describe_model(model, runner, label)
+    told = MeasuredData(dataset.name, len(requests), len(searched))
+    around = BeforeAfter(before, conditions())
+    return Benchmark(machine(), around, measured, told, intra_op_threads, _peak_memory_mib(), tuple(runs))
 
 
 def _peak_memory_mib() -> float | None:
-    """Of this process since it began, whatever ran in it."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -123,80 +265,80 @@ def _take(requests: list[str], first: int, count: int) -> list[str]:
 
 
 def run_name(scenario: str, count: int, required: int) -> str:
-    """The scenario's name, saying so where the run is too short to be valid."""
+    """The scenario's name; a run that is too short to be valid says so."""
     return scenario if count >= required else f"{scenario} (short: {count:,} of {required:,} samples)"
 
 
 def _stream(
     pipeline: Pipeline, requests: list[str], scenario: str, count: int, warmup: int, max_seconds: float | None
-) -> dict[str, Any]:
+) -> Run:
     """Queries one after the other; the next is issued when the last is answered."""
     percentile, images = SCENARIOS[scenario]
     for i in range(warmup):
         pipeline(_take(requests, i * images, images))
-    timings: list[dict[str, float]] = []
+    replies: list[Reply] = []
     start = time.perf_counter()
     for i in tqdm(range(count), desc=scenario, unit="query", **PROGRESS):
-        timings.append(pipeline(_take(requests, (warmup + i) * images, images))[1])
+        replies.append(pipeline(_take(requests, (warmup + i) * images, images)))
         if max_seconds is not None and time.perf_counter() - start > max_seconds:
             break
-    total = [t["total"] for t in timings]
-    required = min_samples(percentile)
-    return _run(pipeline, scenario, timings, required, warmup, images) | {
-        "percentile": percentile_name(percentile),
-        "early_stopping_ms": early_stopping_estimate(total, percentile),
-        "images_per_second": 1000 * images * len(total) / sum(total),
-        "ms_per_image": sum(total) / (images * len(total)),
-    }
+    bound = early_stopping_estimate([r.total_ms for r in replies], PERCENTILES[percentile])
+    required = min_samples(PERCENTILES[percentile])
+    return _run(pipeline, scenario, replies, len(replies), required, warmup, images, percentile, bound)
 
 
-def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) -> dict[str, Any]:
+def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) -> Run:
     """One query of many images: throughput, no percentiles."""
+    warmup = min(warmup, images)
     if warmup:
-        pipeline(_take(requests, 0, min(warmup, images)))
-    _, timing = pipeline(_take(requests, 0, images))
-    run = _run(pipeline, "Offline", [timing], OFFLINE_SAMPLES, min(warmup, images), pipeline.batch)
-    return run | {
-        "name": run_name("Offline", images, OFFLINE_SAMPLES),
-        "valid": images >= OFFLINE_SAMPLES,
-        "count": images,
-        "images_per_second": 1000 * images / timing["total"],
-        "ms_per_image": timing["total"] / images,
-    }
+        pipeline(_take(requests, 0, warmup))
+    reply = pipeline(_take(requests, 0, images))
+    return _run(pipeline, "Offline", [reply], images, OFFLINE_SAMPLES, warmup, images)
 
 
 def _run(
-    pipeline: Pipeline, scenario: str, timings: list[dict[str, float]], required: int, warmup: int, batch: int
-) -> dict[str, Any]:
-    return {
-        "scenario": scenario,
-        "name": run_name(scenario, len(timings), required),
-        "pipeline": "+NFormer" if pipeline.head else "backbone",
-        "valid": len(timings) >= required,
-        "count": len(timings),
-        "required": required,
-        "warmup": warmup,
-        "batch": batch,
-        "gallery": len(pipeline.gallery),
-        "latency": summarize([t["total"] for t in timings]),
-        "stages": {s: summarize([t[s] for t in timings]) for s in STAGES if s in timings[0]},
-    }
+    pipeline: Pipeline,
+    scenario: str,
+    replies: list[Reply],
+    count: int,
+    required: int,
+    warmup: int,
+    images: int,
+    percentile: str | None = None,
+    early_stopping_ms: float | None = None,
+) -> Run:
+    total = [r.total_ms for r in replies]
+    return Run(
+        scenario=scenario,  # type: ignore[arg-type]
+        name=run_name(scenario, count, required),
+        pipeline=pipeline.name,
+        count=count,
+        required=required,
+        warmup=warmup,
+        batch=pipeline.batch,
+        gallery=len(pipeline.gallery),
+        latency=summarize(total),
+        steps={s: summarize([r.step_ms[s] for r in replies]) for s in STEPS if s in replies[0].step_ms},
+        images_per_second=1000 * images * len(total) / sum(total),
+        ms_per_image=sum(total) / (images * len(total)),
+        percentile=percentile,
+        early_stopping_ms=early_stopping_ms,
+    )
 
 
 def compare(
-    model_paths: Sequence[str | os.PathLike[str]],
+    models: Sequence[Source],
     data: Data,
     *,
     rounds: int = 64,
     gallery: int = 500,
     warmup: int = 8,
     with_head: bool = True,
-    threads: int | None = None,
+    intra_op_threads: int | None = None,
     labels: Sequence[str] | None = None,
     layout: str = "auto",
-    opener: Opener | None = None,
-) -> dict[str, Any]:
-    """Times several models on the same single-image queries in turn, and reports ratios pair by pair.
+) -> Comparison:
+    """Times several models on the same single-image queries in turn, and gives ratios pair by pair.
 
     Each round sends one query to every model, beginning with another one each time, so that a slow minute of the
     machine falls on all alike.
@@ -204,50 +346,33 @@ def compare(
     Raises:
         UsageError: for fewer than two models, or labels that are not one a model.
     """
-    if len(model_paths) < 2 or (labels is not None and len(labels) != len(model_paths)):
-        raise UsageError(
-            "models",
-            f"{len(model_paths)} models, {len(labels or model_paths)} labels",
-            "two or more, and as many labels",
-            "Name the models to compare.",
-        )
+    named = len(labels or models)
+    if len(models) < 2 or named != len(models):
+        expected = "two or more, and as many labels"
+        raise UsageError("models", f"{len(models)} models, {named} labels", expected, "Name the models to compare.")
     check_at_least("rounds", rounds, 1)
     dataset = open_dataset(data, layout)
     requests = [r.path for r in dataset.query]
     before = conditions()
     with ExitStack() as stack:
-        runners: list[Runner] = [stack.enter_context(open_model(p, threads, opener)) for p in model_paths]
+        runners = [stack.enter_context(open_model(m, intra_op_threads)) for m in models]
         pipelines = []
         for runner in runners:
-            features = embed_records(runner, dataset.gallery[:gallery]).features
-            pipelines.append(Pipeline(runner, features, with_head=with_head and runner.has_head, batch=1))
+            searched = embed_records(runner, dataset.gallery[:gallery])
+            pipelines.append(Pipeline(runner, searched, with_head=with_head and runner.has_head, batch=1))
         latency = _interleave(pipelines, requests, rounds, warmup)
-        models = [
-            describe_model(p, r, labels[i] if labels else None)
-            for i, (p, r) in enumerate(zip(model_paths, runners, strict=True))
-        ]
-    names = [m["label"] for m in models]
-    return {
-        "kind": "comparison",
-        "version": VERSION,
-        "machine": to_json(machine()),
-        "conditions": to_json({"before": before, "after": conditions()}),
-        "models": models,
-        "data": {"name": dataset.name, "images": len(requests), "gallery": len(pipelines[0].gallery)},
-        "threads": threads,
-        "pipeline": [("+NFormer" if p.head else "backbone") for p in pipelines],
-        "warmup": warmup,
-        "runs": [
-            {
-                "label": n,
-                "name": run_name("SingleStream", rounds, min_samples(0.9)),
-                "latency": summarize(row),
-                "latency_ms": row.tolist(),
-            }
-            for n, row in zip(names, latency, strict=True)
-        ],
-        "ratios": [_ratio(names[0], n, row / latency[0]) for n, row in zip(names[1:], latency[1:], strict=True)],
-    }
+        opened = zip(models, runners, labels or repeat(None, len(models)), strict=True)
+        measured = tuple(describe_model(*one) for one in opened)
+    name = run_name("SingleStream", rounds, min_samples(0.9))
+    runs = tuple(
+        ComparedRun(m.label, name, p.name, summarize(row), tuple(row.tolist()))
+        for m, p, row in zip(measured, pipelines, latency, strict=True)
+    )
+    first = measured[0].label
+    ratios = tuple(_ratio(first, m.label, row / latency[0]) for m, row in zip(measured[1:], latency[1:], strict=True))
+    told = MeasuredData(dataset.name, len(requests), len(pipelines[0].gallery))
+    around = BeforeAfter(before, conditions())
+    return Comparison(machine(), around, measured, told, intra_op_threads, warmup, runs, ratios)
 
 
 def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, warmup: int) -> np.ndarray:
@@ -259,17 +384,10 @@ def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, war
     for i in tqdm(range(rounds), desc="comparing", unit="round", **PROGRESS):
         for turn in range(len(pipelines)):
             which = (i + turn) % len(pipelines)
-            latency[which, i] = pipelines[which](_take(requests, warmup + i, 1))[1]["total"]
+            latency[which, i] = pipelines[which](_take(requests, warmup + i, 1)).total_ms
     return latency
 
 
-def _ratio(baseline: str, label: str, ratios: np.ndarray) -> dict[str, Any]:
-    low, median, high = np.quantile(ratios, [0.05, 0.5, 0.95])
-    return {
-        "label": label,
-        "baseline": baseline,
-        "pairs": len(ratios),
-        "median": float(median),
-        "p5": float(low),
-        "p95": float(high),
-    }
+def _ratio(baseline: str, label: str, ratios: np.ndarray) -> LatencyRatio:
+    p5, median, p95 = np.quantile(ratios, [0.05, 0.5, 0.95]).tolist()
+    return LatencyRatio(label, baseline, len(ratios), median, p5, p95)

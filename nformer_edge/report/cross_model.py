@@ -1,39 +1,26 @@
-"""Mixed fleets: queries that one model embedded against a gallery that another embedded, in every pairing.
-
-JSON of a result (fractions 0 to 1, distances cosine)::
-
-    {"kind": "fleet", "version": 1, "machine": {...},
-     "models": [{"label", "path", ...}], the first of which is the reference,
-     "data": {"name", "query", "gallery", "source": "images" | "features"},
-     "wanted_false_match_rate": 0.001, "pairs": {"genuine", "impostor"}, "draws": 10000,
-     "pairings": [{"query": label, "gallery": label, "mAP", "rank1", "queries",
-                   "mAP_kept": {"value", "lower", "upper"}, "rank1_kept": {...},
-                   "threshold", "false_match_rate", "true_match_rate",
-                   "at_reference_threshold": {"false_match_rate", "true_match_rate"}}]}
-
-"Kept" is of the reference with itself, with two-sided 95 % bounds by the paired bootstrap; null where nothing can be
-told. Backbone features are what devices hand to each other, so it is these that are ranked; the head is not run.
-"""
+"""Cross-model evaluation: queries embedded by one model against a gallery embedded by another (a mixed fleet)."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.machine import machine
-from nformer_edge.core.values import to_json
+from nformer_edge.core.machine import MachineFacts, machine
+from nformer_edge.core.values import Result
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.embed import embed_dataset
-from nformer_edge.metrics.bootstrap import DRAWS, TWO_SIDED, paired_ratio
+from nformer_edge.metrics.bootstrap import DRAWS, TWO_SIDED, Ratio, paired_ratio
 from nformer_edge.metrics.ranking import RankingResult, evaluate
 from nformer_edge.metrics.verification import Operating, Rates, fit_threshold
 from nformer_edge.report.models import (
     Data,
-    Opener,
+    MeasuredData,
+    Model,
+    Source,
     describe_data,
     describe_model,
     is_feature_store,
@@ -41,111 +28,184 @@ from nformer_edge.report.models import (
     open_features,
     open_model,
 )
-
-VERSION = 1
+from nformer_edge.report.table import format_table, number, percent
 
 Pair = tuple[Features, Features]
 
+HEADERS = ("query", "gallery", "mAP", "Rank-1", "mAP kept", "Rank-1 kept", "threshold", "TMR", "FMR, shared")
 
-def fleet(
-    models: Sequence[str | os.PathLike[str]],
+
+@dataclass(frozen=True)
+class Pairing:
+    """One query model with one gallery model.
+
+    Args:
+        query: label of the model that embedded the queries.
+        gallery: label of the model that embedded the gallery.
+        mAP: mean average precision, 0 to 1.
+        rank1: share of queries whose first match is correct.
+        queries: that have a match in the gallery.
+        mAP_kept: share of the reference's own mAP, with two-sided 95 % bounds by the paired bootstrap; null bounds are
+            undecided.
+        rank1_kept: likewise, of Rank-1.
+        threshold: cosine distance up to which a pair is accepted as one person, fitted to this pairing.
+        rates: at that threshold.
+        shared_rates: at the threshold that was fitted to the reference's own pairing.
+    """
+
+    query: str
+    gallery: str
+    mAP: float
+    rank1: float
+    queries: int
+    mAP_kept: Ratio
+    rank1_kept: Ratio
+    threshold: float
+    rates: Rates
+    shared_rates: Rates
+
+    def cells(self) -> list[str]:
+        """As text, under `HEADERS`."""
+        scores = [percent(self.mAP, 2), percent(self.rank1, 2), _kept(self.mAP_kept), _kept(self.rank1_kept)]
+        rates = [percent(self.rates.true_match, 2), f"{self.shared_rates.false_match:.3g}"]
+        return [self.query, self.gallery, *scores, f"{self.threshold:.4f}", *rates]
+
+
+def _kept(ratio: Ratio) -> str:
+    """Percent with its bounds; NaN, which no comparison holds for, is undecided."""
+    if not ratio.value >= 0:
+        return "undecided"
+    bounds = f"{percent(ratio.lower, 2)}, {percent(ratio.upper, 2)}" if ratio.lower >= 0 else "undecided"
+    return f"{percent(ratio.value, 2)} [{bounds}]"
+
+
+@dataclass(frozen=True)
+class CrossModel(Result):
+    """The accuracy and the decision threshold of every pairing of query model and gallery model.
+
+    Devices exchange backbone features, so these are ranked; the head is not run.
+
+    Args:
+        machine: where it was measured.
+        models: the first, paired with itself, is the reference.
+        data: what was ranked.
+        wanted_false_match_rate: wanted share of pairs of different people, across cameras, that are accepted.
+        genuine_pairs: pairs of one person across cameras.
+        impostor_pairs: pairs of different people across cameras.
+        pairings: each query model with each gallery model.
+    """
+
+    kind: ClassVar[str] = "cross-model"
+    version: ClassVar[int] = 2
+
+    machine: MachineFacts
+    models: tuple[Model, ...]
+    data: MeasuredData
+    wanted_false_match_rate: float
+    genuine_pairs: int
+    impostor_pairs: int
+    pairings: tuple[Pairing, ...]
+
+    @property
+    def note(self) -> str:
+        """How to read the pairings."""
+        reference = self.models[0].label
+        return (
+            f"Threshold: the cosine distance at which {self.wanted_false_match_rate:g} of "
+            f"{number(self.impostor_pairs, 0)} pairs of different people across cameras are accepted. TMR: the share "
+            f"of {number(self.genuine_pairs, 0)} pairs of one person that it accepts. FMR, shared: the share of pairs "
+            f"of different people accepted at the threshold of {reference} alone. mAP, Rank-1 and TMR in percent. "
+            f"Kept: percent of the figure of {reference} alone, with 95 % intervals (paired bootstrap over queries)."
+        )
+
+    def __str__(self) -> str:
+        return f"{format_table(HEADERS, [p.cells() for p in self.pairings], left=2)}\n{self.note}"
+
+
+def cross_model(
+    models: Sequence[Source],
     data: Data | None = None,
     *,
     false_match_rate: float = 0.001,
     batch: int = 32,
     draws: int = DRAWS,
     seed: int = 0,
-    threads: int | None = None,
+    intra_op_threads: int | None = None,
     layout: str = "auto",
-    opener: Opener | None = None,
-) -> dict[str, Any]:
-    """Accuracy and re-fitted threshold of every pairing of query model and gallery model.
+) -> CrossModel:
+    """Accuracy and fitted threshold of every pairing of query model and gallery model.
 
     Args:
-        models: checkpoints, bundles, engines, or feature stores that `embed` wrote. Each is a query side and a gallery
-            side; the first with itself is what the others are held against.
-        data: a dataset or its folder; may be left out where all `models` are feature stores.
-        false_match_rate: wanted share of different people's pairs across cameras that are taken for one person.
+        models: open models, checkpoints, bundles, engines, or feature stores that `embed` wrote. Each embeds queries
+            and gallery; the first with itself is the reference.
+        data: a dataset or its folder; not needed where all `models` are feature stores.
+        false_match_rate: wanted share of pairs of different people, across cameras, that are accepted.
+        batch: images that the backbone sees at once.
         draws: of the bootstrap.
         seed: of the bootstrap.
-
-    Returns:
-        the JSON that this module's docstring describes.
+        intra_op_threads: of the backends; their own choice if None.
+        layout: of the dataset's folder.
 
     Raises:
-        UsageError: for fewer than two models, a model without `data`, or a rate that the pairs cannot tell.
+        UsageError: for fewer than two models, a model without `data`, or a rate below one pair.
         DataError: if two models did not embed the same images, or to vectors of different length.
     """
     if len(models) < 2:
         raise UsageError("models", len(models), "at least two", "Name one for each kind of device.")
-    stores = all(is_feature_store(p) for p in models)
+    stores = all(map(is_feature_store, models))
     dataset = None if stores or data is None else open_dataset(data, layout)
-    described: list[dict[str, Any]] = []
+    described: list[Model] = []
     embedded: list[Pair] = []
-    for path in models:
-        model, pair = _embedded(path, dataset, batch, threads, opener)
+    for source in models:
+        model, pair = _embedded(source, dataset, batch, intra_op_threads)
         described.append(model)
         embedded.append(pair)
-        _check_same_images(described[0]["label"], embedded[0], model["label"], pair)
-    _tell_apart(described)
-    pairings, first = _pairings([m["label"] for m in described], embedded, false_match_rate, draws, seed)
-    return {
-        "kind": "fleet",
-        "version": VERSION,
-        "machine": to_json(machine()),
-        "models": described,
-        "data": describe_data(models[0] if dataset is None else dataset, *embedded[0]),
-        "wanted_false_match_rate": false_match_rate,
-        "pairs": {"genuine": first.genuine, "impostor": first.impostor},
-        "draws": draws,
-        "pairings": pairings,
-    }
+        _check_same_images(described[0].label, embedded[0], model.label, pair)
+    described = _with_own_labels(described)
+    pairings, first = _pairings([m.label for m in described], embedded, false_match_rate, draws, seed)
+    told = describe_data(described[0].path if dataset is None else dataset, *embedded[0])
+    pairs = first.genuine, first.impostor
+    return CrossModel(machine(), tuple(described), told, false_match_rate, *pairs, tuple(pairings))
 
 
-def _embedded(
-    path: str | os.PathLike[str], dataset: Dataset | None, batch: int, threads: int | None, opener: Opener | None
-) -> tuple[dict[str, Any], Pair]:
+def _embedded(source: Source, dataset: Dataset | None, batch: int, intra_op_threads: int | None) -> tuple[Model, Pair]:
     """A model's description and its features of queries and gallery; the model is closed again."""
-    if is_feature_store(path):
-        return {"label": os.path.basename(str(path)).removesuffix(".npz"), "path": str(path)}, open_features(path)
+    if isinstance(source, (str, os.PathLike)) and is_feature_store(source):
+        path = os.fspath(source)
+        return Model(os.path.basename(path).removesuffix(".npz"), path), open_features(path)
     if dataset is None:
-        raise UsageError(str(path), "a model and no data", "a dataset", "Name it with --data.")
-    with open_model(path, threads, opener) as runner:
+        raise UsageError(str(source), "a model and no data", "a dataset", "Name it with --data.")
+    with open_model(source, intra_op_threads) as runner:
         query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
-        return describe_model(path, runner), (query, gallery)
+        return describe_model(source, runner), (query, gallery)
 
 
 def _check_same_images(name: str, reference: Pair, other_name: str, other: Pair) -> None:
     for split, ours, theirs in zip(("query", "gallery"), reference, other, strict=True):
+        subject = f"{other_name}: {split}"
         files = [[os.path.basename(p) for p in s.paths] for s in (ours, theirs)]
         same = len(ours) == len(theirs) and files[0] == files[1]
         if not (same and (ours.pids == theirs.pids).all() and (ours.camids == theirs.camids).all()):
-            raise DataError(
-                f"{other_name}: {split}",
-                f"other images, labels or another order than {name}",
-                f"the same {len(ours)} images",
-                "Embed the same dataset with both.",
-            )
-        if ours.features.shape[1] != theirs.features.shape[1]:
-            raise DataError(
-                f"{other_name}: {split}",
-                f"{theirs.features.shape[1]} numbers a row",
-                f"{ours.features.shape[1]}, as {name}",
-                "A fleet shares one checkpoint.",
-            )
+            got, expected = f"other images, labels or another order than {name}", f"the same {len(ours)} images"
+            raise DataError(subject, got, expected, "Embed the same dataset with both.")
+        sizes = [s.features.shape[1] for s in (theirs, ours)]
+        if sizes[0] != sizes[1]:
+            got, expected = f"{sizes[0]} numbers a row", f"{sizes[1]}, as {name}"
+            raise DataError(subject, got, expected, "Use models of one checkpoint.")
 
 
-def _tell_apart(models: list[dict[str, Any]]) -> None:
-    """Adds the path to labels that several models have."""
-    labels = [m["label"] for m in models]
-    for model in models:
-        if labels.count(model["label"]) > 1:
-            model["label"] = f"{model['label']} ({model['path']})"
+def _with_own_labels(models: list[Model]) -> list[Model]:
+    """Adds the path, or else the place, to labels that several models have."""
+    labels = [m.label for m in models]
+    return [
+        replace(m, label=f"{m.label} ({m.path or i})") if labels.count(m.label) > 1 else m
+        for i, m in enumerate(models, 1)
+    ]
 
 
 def _pairings(
     labels: list[str], embedded: list[Pair], rate: float, draws: int, seed: int
-) -> tuple[list[dict[str, Any]], Operating]:
+) -> tuple[list[Pairing], Operating]:
     """Each query model with each gallery model, the reference's own first; and the reference's threshold."""
     reference: tuple[RankingResult, Operating] | None = None
     results = []
@@ -154,34 +214,21 @@ def _pairings(
             ranked = evaluate(query, gallery)
             fitted = fit_threshold(query, gallery, rate, also_at=reference[1].threshold if reference else None)
             reference = reference or (ranked, fitted)
+            valid = reference[0].valid  # labels alone decide it: the same in every pairing
+            hits = ranked.hits(1)[valid], reference[0].hits(1)[valid]
             results.append(
-                {
-                    "query": labels[i],
-                    "gallery": labels[j],
-                    "mAP": ranked.mAP,
-                    "rank1": ranked.rank(1),
-                    "queries": int(ranked.valid.sum()),
-                    **_kept(ranked, reference[0], draws, seed),
-                    "threshold": fitted.threshold,
-                    **_rates(fitted.rates),
-                    "at_reference_threshold": _rates(fitted.elsewhere or fitted.rates),
-                }
+                Pairing(
+                    query=labels[i],
+                    gallery=labels[j],
+                    mAP=float(ranked.mAP),
+                    rank1=float(ranked.rank(1)),
+                    queries=int(ranked.valid.sum()),
+                    mAP_kept=paired_ratio(ranked.ap[valid], reference[0].ap[valid], draws, seed, TWO_SIDED),
+                    rank1_kept=paired_ratio(*hits, draws, seed, TWO_SIDED),
+                    threshold=float(fitted.threshold),
+                    rates=fitted.rates,
+                    shared_rates=fitted.elsewhere or fitted.rates,
+                )
             )
     assert reference is not None, "there are at least two models"
     return results, reference[1]
-
-
-def _rates(rates: Rates) -> dict[str, float]:
-    return {"false_match_rate": rates.false_match, "true_match_rate": rates.true_match}
-
-
-def _kept(ranked: RankingResult, reference: RankingResult, draws: int, seed: int) -> dict[str, Any]:
-    valid = reference.valid  # labels alone decide it: the same in every pairing
-    kept = {}
-    for name, (ours, theirs) in {
-        "mAP_kept": (ranked.ap[valid], reference.ap[valid]),
-        "rank1_kept": (ranked.hits(1)[valid], reference.hits(1)[valid]),
-    }.items():
-        ratio = paired_ratio(ours, theirs, draws, seed, TWO_SIDED)
-        kept[name] = {n: v if math.isfinite(v := getattr(ratio, n)) else None for n in ("value", "lower", "upper")}
-    return kept

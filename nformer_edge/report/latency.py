@@ -10,13 +10,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 CONFIDENCE = 0.99
-PERCENTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a run. A percentile that the count does not allow is null; the median is always given.
+
+    Args:
+        count: samples.
+        mean_ms: their mean.
+        min_ms: the smallest.
+        max_ms: the largest.
+        p50_ms: the median, as LoadGen reads a percentile p of n samples: sorted[floor(n p)].
+        p90_ms: from 64 samples on.
+        p95_ms: from 130 samples on.
+        p99_ms: from 662 samples on.
+        p99_9_ms: from 6,636 samples on.
+    """
+
+    count: int
+    mean_ms: float
+    min_ms: float
+    max_ms: float
+    p50_ms: float
+    p90_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    p99_9_ms: float | None
+
+    @property
+    def percentiles(self) -> dict[str, float | None]:
+        """By their names in tables."""
+        return dict(zip(PERCENTILES, (self.p50_ms, self.p90_ms, self.p95_ms, self.p99_ms, self.p99_9_ms), strict=True))
+
+
+#: Percentiles by their names in tables.
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
 def _log_binomial(successes: int, trials: int, chance: float) -> float:
@@ -58,25 +93,13 @@ def early_stopping_estimate(samples: Sequence[float] | np.ndarray, percentile: f
     return float(np.sort(np.asarray(samples))[len(samples) - allowed]) if allowed else None
 
 
-def percentile_name(percentile: float) -> str:
-    """0.9 to ``p90``, 0.999 to ``p99.9``."""
-    return f"p{100 * percentile:.6g}"
-
-
-def summarize(latency_ms: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Percentiles as LoadGen reads them (sorted[floor(n p)]), each only where the count allows it, else null.
-
-    The median is given for any count. All in milliseconds.
-    """
+def summarize(latency_ms: Sequence[float] | np.ndarray) -> Latency:
+    """The statistics of a run's samples, in milliseconds."""
     ordered = np.sort(np.asarray(latency_ms, dtype=np.float64))
     count = len(ordered)
-    figures: dict[str, Any] = {
-        "count": count,
-        "mean_ms": float(ordered.mean()),
-        "min_ms": float(ordered[0]),
-        "max_ms": float(ordered[-1]),
-    }
-    for p in PERCENTILES:
-        enough = p == 0.5 or count >= min_samples(p)
-        figures[f"{percentile_name(p)}_ms"] = float(ordered[int(count * p)]) if enough else None
-    return figures
+
+    def at(percentile: float) -> float | None:
+        return float(ordered[int(count * percentile)]) if count >= min_samples(percentile) else None
+
+    ends = float(ordered[0]), float(ordered[-1]), float(ordered[count // 2])
+    return Latency(count, float(ordered.mean()), *ends, *(at(p) for p in list(PERCENTILES.values())[1:]))

@@ -1,12 +1,14 @@
-"""What the measuring commands share: opening data and models, and describing them in a result's JSON."""
+"""What the measuring functions share: opening data and models, and the values that say what was measured."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Literal, TypeAlias, get_args
 
 from nformer_edge.backends.open import open_model as open_any
 from nformer_edge.backends.runner import Runner
@@ -16,24 +18,64 @@ from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
 
-Data = Dataset | str | os.PathLike[str]
+Data: TypeAlias = "Dataset | str | os.PathLike[str]"
+#: An open model, which stays open, or the path of a checkpoint, bundle or engine.
+Source: TypeAlias = "Runner | str | os.PathLike[str]"
 Opener = Callable[..., Runner]
 
 #: What a manifest lists beside the model itself.
 _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
 
 
+@dataclass(frozen=True)
+class Model:
+    """A measured model. Of a feature store, `label` and `path` alone are given.
+
+    Args:
+        label: what tables and the report call it.
+        path: the file or folder; empty for a model that was already open.
+        name: architecture and image size.
+        backend: what runs it.
+        precision: of ``backbone`` and, where there is one, ``head``, as built.
+        size_mb: megabytes on disk of ``backbone``, ``head`` and their ``total``.
+        landmark_seed: seed from which the head's landmarks are drawn; null without a model.
+    """
+
+    label: str
+    path: str
+    name: str = ""
+    backend: str = ""
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+    size_mb: Mapping[str, float] = field(default_factory=dict)
+    landmark_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """The data that a figure was measured on.
+
+    Args:
+        name: of the dataset or feature store.
+        query: number of query images.
+        gallery: number of gallery images.
+        source: whether images were embedded, or a feature store was read.
+    """
+
+    name: str
+    query: int
+    gallery: int
+    source: Literal["images", "features"] = "images"
+
+
 def open_model(
-    path: str | os.PathLike[str],
-    threads: int | None,
-    opener: Opener | None = None,
-    reference: bool = False,
-    native: bool = True,
-) -> Runner:
-    """Opens a checkpoint, bundle or engine. `opener` stands in for `backends.open.open_model`."""
+    model: Source, threads: int | None, opener: Opener | None = None, reference: bool = False, native: bool = True
+) -> AbstractContextManager[Runner]:
+    """Opens a checkpoint, bundle or engine; a model that is already open is given back and stays open."""
+    if not isinstance(model, (str, os.PathLike)):
+        return nullcontext(model)
     if opener is not None:
-        return opener(path, threads=threads)
-    return open_any(path, intra_op_threads=threads, reference=reference, native=native)
+        return opener(model, threads=threads)
+    return open_any(model, intra_op_threads=threads, reference=reference, native=native)
 
 
 def open_dataset(data: Data, layout: str = "auto") -> Dataset:
@@ -45,9 +87,8 @@ def open_dataset(data: Data, layout: str = "auto") -> Dataset:
     dataset = data if isinstance(data, Dataset) else read_dataset(data, layout)
     for split in ("query", "gallery"):
         if not dataset.split(split):
-            raise DataError(
-                f"{dataset.root}: {split}", "no image", "at least one", "Give a dataset with query and gallery images."
-            )
+            hint = "Give a dataset with query and gallery images."
+            raise DataError(f"{dataset.root}: {split}", "no image", "at least one", hint)
     return dataset
 
 
@@ -56,9 +97,9 @@ def evenly(count: int, of: int) -> list[int]:
     return [i * of // count for i in range(count)] if count < of else list(range(of))
 
 
-def is_feature_store(data: Data) -> bool:
-    """Whether `data` is the path of a feature store rather than of images."""
-    return not isinstance(data, Dataset) and Path(data).suffix == ".npz"
+def is_feature_store(data: object) -> bool:
+    """Whether `data` is the path of a feature store."""
+    return isinstance(data, (str, os.PathLike)) and Path(data).suffix == ".npz"
 
 
 def open_features(path: str | os.PathLike[str]) -> tuple[Features, Features]:
@@ -70,30 +111,22 @@ def open_features(path: str | os.PathLike[str]) -> tuple[Features, Features]:
     sets = load_features(path)
     for split in ("query", "gallery"):
         if split not in sets:
-            raise ArtifactError(
-                str(path),
-                f"splits {', '.join(sets)}",
-                f"a split {split}",
-                "Embed a whole dataset with `nformer-edge embed`.",
-            )
+            hint = "Embed a whole dataset with `nformer-edge embed`."
+            raise ArtifactError(str(path), f"splits {', '.join(sets)}", f"a split {split}", hint)
     return sets["query"], sets["gallery"]
 
 
-def describe_data(data: Data, query: Features, gallery: Features) -> dict[str, Any]:
-    """What was ranked, as a result's ``data`` tells it: name, numbers of images, and whether it is a feature store."""
-    stored = is_feature_store(data)
-    return {
-        "name": os.path.basename(str(data)) if stored else open_dataset(data).name,
-        "query": len(query),
-        "gallery": len(gallery),
-        "source": "features" if stored else "images",
-    }
+def describe_data(data: Data, query: Features, gallery: Features) -> MeasuredData:
+    """What was ranked: a dataset, or a feature store by its file name."""
+    if isinstance(data, Dataset):
+        return MeasuredData(data.name, len(query), len(gallery), "images")
+    return MeasuredData(os.path.basename(data), len(query), len(gallery), "features")
 
 
-def stage_precision(runner: Runner, stage: str) -> Precision:
+def part_precision(runner: Runner, part: str) -> Precision:
     """The precision of ``backbone`` or ``head`` as built; of ``end_to_end``, the coarser of the two."""
     coarseness: tuple[Precision, ...] = get_args(Precision)
-    names = runner.precision.values() if stage == "end_to_end" else (runner.precision[stage],)
+    names = runner.precision.values() if part == "end_to_end" else (runner.precision[part],)
     for name in names:
         if name not in coarseness:
             raise ArtifactError(runner.name, f"precision {name!r}", " | ".join(coarseness), "Build the engine again.")
@@ -101,15 +134,15 @@ def stage_precision(runner: Runner, stage: str) -> Precision:
 
 
 def _checkpoint_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each stage's tensors by a safetensors file's header: 8 bytes of length, then JSON."""
+    """Bytes of each part's tensors by a safetensors file's header: 8 bytes of length, then JSON."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     sizes: dict[str, int] = {}
     for name, entry in header.items():
-        stage = name.partition(".")[0]
-        if stage in ("backbone", "head"):
+        part = name.partition(".")[0]
+        if part in ("backbone", "head"):
             begin, end = entry["data_offsets"]
-            sizes[stage] = sizes.get(stage, 0) + end - begin
+            sizes[part] = sizes.get(part, 0) + end - begin
     return sizes
 
 
@@ -125,20 +158,20 @@ def model_sizes(path: str | os.PathLike[str]) -> dict[str, float]:
     else:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and file.suffix not in _NOT_MODEL:
-                stage = "head" if file.name.startswith("nformer") else "backbone"
-                sizes[stage] = sizes.get(stage, 0) + file.stat().st_size
-    return {stage: size / 1e6 for stage, size in (sizes | {"total": sum(sizes.values())}).items()}
+                part = "head" if file.name.startswith("nformer") else "backbone"
+                sizes[part] = sizes.get(part, 0) + file.stat().st_size
+    return {part: size / 1e6 for part, size in (sizes | {"total": sum(sizes.values())}).items()}
 
 
-def describe_model(path: str | os.PathLike[str], runner: Runner, label: str | None = None) -> dict[str, Any]:
-    """A model as every result's ``model`` tells it: label, path, backend, precision and megabytes of each stage."""
-    stages = ("backbone", "head") if runner.has_head else ("backbone",)
-    return {
-        "label": label or f"{runner.name} {runner.backend} {runner.precision['backbone']}",
-        "path": str(path),
-        "name": runner.name,
-        "backend": runner.backend,
-        "precision": {stage: stage_precision(runner, stage) for stage in stages},
-        "size_mb": model_sizes(path),
-        "landmark_seed": runner.landmark_seed,
-    }
+def describe_model(model: Source, runner: Runner, label: str | None = None) -> Model:
+    """What a result says of the model that `open_model` opened."""
+    path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
+    return Model(
+        label=label or f"{runner.name} {runner.backend} {runner.precision['backbone']}",
+        path=path,
+        name=runner.name,
+        backend=runner.backend,
+        precision={p: part_precision(runner, p) for p in (("backbone", "head") if runner.has_head else ("backbone",))},
+        size_mb=model_sizes(path) if path else {},
+        landmark_seed=runner.landmark_seed,
+    )

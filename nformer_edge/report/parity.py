@@ -44,7 +44,7 @@ from nformer_edge.core.values import to_json
 from nformer_edge.gallery.embed import embed_records, relate_sets
 from nformer_edge.metrics.bootstrap import DRAWS
 from nformer_edge.report.diagnosis import compare_inputs, compare_layers
-from nformer_edge.report.models import Data, Opener, describe_model, evenly, open_dataset, open_model, stage_precision
+from nformer_edge.report.models import Data, Opener, describe_model, evenly, open_dataset, open_model, part_precision
 from nformer_edge.report.part import Pair, judge_stage, usable
 
 VERSION = 2
@@ -101,8 +101,8 @@ def parity(
             seeds = _landmark_seeds(engine, landmark_seeds)
             stages = _stages(reference, engine, ours, theirs, seeds, draws, seed)
             models = {
-                "reference": describe_model(reference_path, reference, reference_label),
-                "engine": describe_model(engine_path, engine, engine_label),
+                "reference": to_json(describe_model(reference_path, reference, reference_label)),
+                "engine": to_json(describe_model(engine_path, engine, engine_label)),
             }
             specs = reference.spec, engine.spec
     status = _worst([s["status"] for s in stages])
@@ -160,10 +160,10 @@ def _stages(
     def related_from(inputs: Pair) -> Callable[[int | None], tuple[Pair, Pair]]:
         return lambda chosen: (relate_sets(reference, *ours, seed=chosen), _related(engine, inputs, chosen))
 
-    stages = [judge_stage("backbone", stage_precision(engine, "backbone"), features, draws=draws, seed=seed)]
+    stages = [judge_stage("backbone", part_precision(engine, "backbone"), features, draws=draws, seed=seed)]
     if engine.has_head:
         for stage, inputs in (("head", ours), ("end_to_end", theirs)):
-            precision = stage_precision(engine, stage)
+            precision = part_precision(engine, stage)
             stages.append(judge_stage(stage, precision, related_from(inputs), seeds, draws, seed))
     return stages
 

@@ -1,71 +1,86 @@
-"""One request through the whole product, image files in and ranked gallery out, each stage timed."""
+"""One request, from image files to a ranked gallery, each step timed. The head and the search are the gallery's own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError
+from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import load_image, normalize, resize
-from nformer_edge.metrics.distance import cosine_distances, smallest, unit_rows
-from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.gallery import protocols, search
 
 T = TypeVar("T")
 
-#: In the order of the road. `copy_in` and `copy_out` only where a runner says that its device has them.
-STAGES = ("decode", "preprocess", "copy_in", "backbone", "head", "copy_out", "search")
+#: In the order in which a request takes them. `copy_in` and `copy_out` only where a runner reports its device's copies.
+STEPS = ("decode", "preprocess", "copy_in", "backbone", "head", "copy_out", "search")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a request gives.
+
+    Args:
+        ranked: int64 [images, top], gallery rows, best first.
+        step_ms: milliseconds of each step.
+        total_ms: from issue to reply.
+    """
+
+    ranked: np.ndarray
+    step_ms: dict[str, float]
+    total_ms: float
 
 
 class Pipeline:
     """decode -> preprocess -> backbone [-> head] -> search.
 
-    With the head, the request's images and the gallery are seen together, as NFormer needs it, in every request.
+    The head sees each image alone with the gallery (`gallery.protocols.relate_each`), and the gallery is searched by
+    `gallery.search.top_matches`: the functions that `nformer-edge search` calls.
 
     Args:
         runner: an open model.
-        gallery: float32 [G, D], features as the backbone gives them.
+        gallery: G images' features as the backbone gives them.
         with_head: run the head.
         top: gallery images that the search returns.
         batch: images that the backbone sees at once.
 
-    A runner whose device copies may have an attribute ``copy_ms``, the last call's ``(in, out)`` in milliseconds;
-    they are taken out of the stage and told apart.
+    A runner may have an attribute ``copy_ms``, the last call's ``(in, out)`` copies in milliseconds: they become steps
+    of their own.
     """
 
-    def __init__(self, runner: Runner, gallery: np.ndarray, *, with_head: bool, top: int = 10, batch: int = 32) -> None:
+    def __init__(self, runner: Runner, gallery: Features, *, with_head: bool, top: int = 10, batch: int = 32) -> None:
         if not len(gallery):
             raise DataError("gallery", "no image", "at least one", "Give gallery images.")
         self.runner, self.gallery, self.top, self.batch = runner, gallery, top, batch
-        self.head = runner.spec.head if with_head else None
-        self.unit_gallery = unit_rows(gallery, "gallery features")
-        self.stage_ms: dict[str, float] = {}
+        self.with_head, self.name = with_head, "+NFormer" if with_head else "backbone"
+        self.step_ms: dict[str, float] = {}
 
-    def __call__(self, paths: Sequence[str]) -> tuple[np.ndarray, dict[str, float]]:
-        """Ranks the gallery for each image.
-
-        Returns:
-            int64 [len(paths), top], gallery rows best first; milliseconds by stage, and ``total`` from issue to reply.
-        """
-        self.stage_ms = {}
+    def __call__(self, paths: Sequence[str]) -> Reply:
+        """Ranks the gallery for each image."""
+        self.step_ms = {}
         start = time.perf_counter_ns()
-        features = np.concatenate([self._embed(paths[i : i + self.batch]) for i in range(0, len(paths), self.batch)])
-        ranked = self._search(self._relate(features), len(paths))
-        total = (time.perf_counter_ns() - start) / 1e6
-        return ranked, {**self.stage_ms, "total": total}
+        batches = [self._embed(paths[i : i + self.batch]) for i in range(0, len(paths), self.batch)]
+        unknown = np.full(len(paths), -1, np.int64)
+        asked = Features(np.concatenate(batches), unknown, unknown, tuple(paths))
+        # the head takes one query at a time
+        sets = [asked.take(np.array([i])) for i in range(len(asked))] if self.with_head else [asked]
+        ranked = np.concatenate([self._search(s) for s in sets])
+        return Reply(ranked, self.step_ms, (time.perf_counter_ns() - start) / 1e6)
 
-    def _timed(self, stage: str, work: Callable[[], T], device: bool = False) -> T:
+    def _timed(self, step: str, work: Callable[[], T], device: bool = False) -> T:
         start = time.perf_counter_ns()
         result = work()
         elapsed = (time.perf_counter_ns() - start) / 1e6
-        copies: Any = getattr(self.runner, "copy_ms", None) if device else None
+        copies = getattr(self.runner, "copy_ms", None) if device else None
         for name, copy in zip(("copy_in", "copy_out"), copies or (), strict=False):
-            self.stage_ms[name] = self.stage_ms.get(name, 0.0) + copy
+            self.step_ms[name] = self.step_ms.get(name, 0.0) + copy
             elapsed -= copy
-        self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + elapsed
+        self.step_ms[step] = self.step_ms.get(step, 0.0) + elapsed
         return result
 
     def _embed(self, paths: Sequence[str]) -> np.ndarray:
@@ -74,22 +89,9 @@ class Pipeline:
         batch = self._timed("preprocess", lambda: normalize(np.stack([resize(i, spec) for i in images]), spec))
         return self._timed("backbone", lambda: self.runner.embed(batch), device=True)
 
-    def _relate(self, features: np.ndarray) -> np.ndarray:
-        """Features of the request, followed by the gallery's where the head has changed them."""
-        head = self.head
-        if head is None:
-            return features
-
-        def work() -> np.ndarray:
-            joint = np.concatenate([features, self.gallery])
-            landmarks = draw_landmarks(len(joint), head.layers, head.landmarks, self.runner.landmark_seed)
-            return self.runner.relate(joint, landmarks)
-
-        return self._timed("head", work, device=True)
-
-    def _search(self, features: np.ndarray, queries: int) -> np.ndarray:
-        def work() -> np.ndarray:
-            gallery = self.unit_gallery if self.head is None else unit_rows(features[queries:])
-            return smallest(cosine_distances(unit_rows(features[:queries]), gallery), self.top)
-
-        return self._timed("search", work)
+    def _search(self, asked: Features) -> np.ndarray:
+        gallery = self.gallery
+        if self.with_head:
+            pairs = protocols.relate_each(self.runner, asked, gallery)
+            asked, gallery = self._timed("head", lambda: next(pairs), device=True)
+        return self._timed("search", lambda: search.top_matches(asked, gallery, self.top)[0])

@@ -22,7 +22,7 @@ Run = Callable[..., object]
 def test_every_model_file_is_evaluated_with_and_without_the_head(run: Run, road: Path, model: str) -> None:
     ran = run("evaluate", road / model, "--data", road / "data", "--json")
     assert ran.code == 0, ran.err
-    results = {r["name"]: r for r in json.loads(ran.out)["results"]}
+    results = {r["name"]: r for r in json.loads(ran.out)["rankings"]}
     alone = {"+NFormer per-query"} if model == "model.safetensors" else set()
     assert set(results) == {"backbone", "+NFormer"} | alone
     assert all(0 < r["mAP"] <= 1 and r["queries"] > 0 for r in results.values())
@@ -58,7 +58,7 @@ def test_embed_writes_a_store_that_evaluate_reads(run: Run, road: Path, tmp_path
     assert {"query", "gallery"} <= set(sets)
     by_store = json.loads(run("evaluate", road / "bundle", "--data", store, "--json").out)
     by_images = json.loads(run("evaluate", road / "bundle", "--data", road / "data", "--json").out)
-    assert [r["mAP"] for r in by_store["results"]] == [r["mAP"] for r in by_images["results"]]
+    assert [r["mAP"] for r in by_store["rankings"]] == [r["mAP"] for r in by_images["rankings"]]
 
 
 def test_search_finds_the_query_itself_first(run: Run, road: Path) -> None:

@@ -1,1 +1,1 @@
-"""Results in JSON as one HTML page: nothing here measures or computes."""
+"""Results as one HTML page: nothing here measures or computes."""

@@ -1,62 +1,60 @@
-"""One self-contained HTML page from results in JSON. It reads and draws; it computes nothing."""
+"""One self-contained HTML page from results. It reads and draws; it computes nothing."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.values import Result
+from nformer_edge.report.accuracy import Evaluation
+from nformer_edge.report.benchmark import Benchmark, Comparison
+from nformer_edge.report.cross_model import CrossModel
 from nformer_edge.report.html import sections
 from nformer_edge.report.html.budget import budget
-from nformer_edge.report.html.cross_model import fleet
 from nformer_edge.report.html.gallery import rank_lists
 from nformer_edge.report.html.parity import cosines, gates, layers
-from nformer_edge.report.html.sections import text
-from nformer_edge.report.html.style import CSS
+from nformer_edge.report.html.sections import Results, text
 
-KINDS = ("evaluation", "parity", "benchmark", "comparison", "training", "fleet", "budget")
+#: What the page draws, by kind.
+KINDS: dict[str, Any] = {cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel)}
+KINDS |= dict.fromkeys(("parity", "training", "budget"))
+
+Readable: TypeAlias = "Result | str | os.PathLike[str]"
 
 
-def read_result(source: dict[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
-    """A result that a measuring command made: itself, or its JSON file.
+def read_result(source: Readable) -> Any:
+    """A result: itself, or from its JSON file.
 
     Raises:
         ArtifactError: if the file is missing, is not JSON, or holds something else.
     """
-    if isinstance(source, dict):
-        result, where = source, "result"
-    else:
-        where = str(source)
-        try:
-            result = json.loads(Path(source).read_text())
-        except FileNotFoundError as e:
-            raise ArtifactError(where, "no such file", "a result in JSON", "Check the path.") from e
-        except (OSError, ValueError) as e:
-            raise ArtifactError(where, f"no readable JSON ({e})", "a result", "Run the command again.") from e
-    kind = result.get("kind") if isinstance(result, dict) else type(result).__name__
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    where = os.fspath(source)
+    try:
+        data = json.loads(Path(source).read_text())
+    except FileNotFoundError as e:
+        raise ArtifactError(where, "no such file", "a result in JSON", "Check the path.") from e
+    except (OSError, ValueError) as e:
+        raise ArtifactError(where, f"no readable JSON ({e})", "a result", "Run the command again.") from e
+    kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
     if kind not in KINDS:
-        raise ArtifactError(
-            where,
-            f"kind {kind!r}",
-            " | ".join(KINDS),
-            "Pass what `evaluate`, `parity`, `benchmark`, `fleet`, `train` or `build-engine` wrote as JSON.",
-        )
-    return result
+        hint = "Pass a JSON file that a command wrote with -o, such as `evaluate` or `benchmark`."
+        raise ArtifactError(where, f"kind {kind!r}", " | ".join(KINDS), hint)
+    return KINDS[kind].from_json(data, where) if KINDS[kind] else data
 
 
-def write_report(
-    results: Sequence[dict[str, Any] | str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    title: str = "nformer-edge report",
-) -> Path:
+def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title: str = "nformer-edge report") -> Path:
     """Writes the page: one file with its styles, charts and thumbnails inside, readable without a network or scripts.
 
     Args:
-        results: dicts or JSON files, in the order in which models shall stand.
+        results: values or JSON files, in the order in which models shall stand.
         out: the HTML file.
         title: of the page.
 
@@ -73,7 +71,7 @@ def write_report(
     return out
 
 
-def render(results: Sequence[dict[str, Any]], title: str) -> str:
+def render(results: Results, title: str) -> str:
     """The page as a string."""
     parts = (
         sections.summary,
@@ -81,7 +79,7 @@ def render(results: Sequence[dict[str, Any]], title: str) -> str:
         cosines,
         layers,
         budget,
-        fleet,
+        sections.cross_model,
         rank_lists,
         sections.cmc,
         sections.latency,
@@ -90,43 +88,30 @@ def render(results: Sequence[dict[str, Any]], title: str) -> str:
         sections.training,
         sections.machine,
     )
-    try:
-        body = "\n".join(filter(None, (part(results) for part in parts)))
-        top = _header(results, title)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ArtifactError(
-            "results",
-            f"a result without what the report draws ({type(e).__name__}: {e})",
-            "results of this version",
-            "Measure again with this version.",
-        ) from e
+    body = "\n".join(filter(None, (part(results) for part in parts)))
+    css = (files(__package__) / "style.css").read_text()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"{top}\n{body}\n<footer>Drawn from JSON by nformer-edge; every figure stands in those files.</footer>\n"
+        f"<title>{text(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<main>\n"
+        f"{_header(results, title)}\n{body}\n"
+        "<footer>Every figure on this page is in the JSON files that it was made from.</footer>\n"
         "</main>\n</body>\n</html>\n"
     )
 
 
-def _header(results: Sequence[dict[str, Any]], title: str) -> str:
+def _header(results: Results, title: str) -> str:
     """Title, data, and a few facts: verdicts and the data's size."""
-    data = next((r["data"] for r in results if "data" in r), None)
-    facts = []
-    for result in results:
-        if result["kind"] == "parity":
-            facts.append((f"{result['engine']['label']}: parity", sections.pill(result["status"])))
-    if data and "query" in data:
-        facts = [
-            ("data", text(data["name"])),
-            ("queries", f"{data['query']:,}"),
-            ("gallery", f"{data['gallery']:,}"),
-            *facts,
-        ]
+    parities = sections.of_kind(results, "parity")
+    facts = [(f"{r['engine']['label']}: parity", sections.pill(r["status"])) for r in parities]
+    data = next((r.data for r in results if hasattr(r, "data")), None)
+    if data:
+        counts = [("queries", f"{data.query:,}"), ("gallery", f"{data.gallery:,}")]
+        facts = [("data", text(data.name)), *counts, *facts]
     cells = "".join(f"<div><dt>{text(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
-    machine = next((r["machine"] for r in results if r.get("machine")), None)
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}" if machine else ""
-    told = f'<p class="soft">Measured on {text(where)}</p>' if where else ""
+    machine = next((r.machine for r in results if hasattr(r, "machine")), None)
+    where = f"Measured on {machine.cpu}, {machine.cores} cores, {machine.system}" if machine else ""
+    told = f'<p class="soft">{text(where)}</p>' if where else ""
     listed = f'<dl class="facts">{cells}</dl>' if cells else ""
     return f"<header><h1>{text(title)}</h1>{told}{listed}</header>"

@@ -1,19 +1,27 @@
-"""The report's sections: JSON in, HTML out. Nothing is computed; every text is escaped.
+"""The report's sections: values in, HTML out. Nothing is computed; every text is escaped.
 
 Each function takes all results, picks its kind and returns "" where there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
+from nformer_edge.core.machine import MachineFacts
+from nformer_edge.report.accuracy import BACKBONE, NFORMER, Evaluation
+from nformer_edge.report.benchmark import Benchmark, Comparison
+from nformer_edge.report.cross_model import HEADERS, CrossModel
 from nformer_edge.report.html.svg import Bar, Line, line_chart, stacked_bars
-from nformer_edge.report.pipeline import STAGES
-from nformer_edge.report.table import PERCENTILES, Row, number, percent, summary_rows
+from nformer_edge.report.latency import PERCENTILES
+from nformer_edge.report.pipeline import STEPS
+from nformer_edge.report.summary import Row, summary_rows
+from nformer_edge.report.table import number, percent
 
-Results = Sequence[dict[str, Any]]
+T = TypeVar("T")
+
+Results = Sequence[Any]
 
 #: What stands where nothing was measured.
 NONE = "\N{EN DASH}"
@@ -65,8 +73,14 @@ def _left(i: int, left: int) -> str:
     return ' class="l"' if i < left else ""
 
 
-def of_kind(results: Results, kind: str) -> list[dict[str, Any]]:
-    return [r for r in results if r["kind"] == kind]
+def picked(results: Iterable[object], cls: type[T]) -> list[T]:
+    """The results of one class."""
+    return [r for r in results if isinstance(r, cls)]
+
+
+def of_kind(results: Results, kind: str) -> list[Any]:
+    """The results of one kind."""
+    return [r for r in results if isinstance(r, dict) and r["kind"] == kind]
 
 
 def _latency(r: Row) -> str:
@@ -74,7 +88,7 @@ def _latency(r: Row) -> str:
     return f"{number(r.latency_ms)}{kind}" if r.latency_ms is not None else NONE
 
 
-def _sure(fraction: float, interval: Sequence[float]) -> str:
+def _bounded(fraction: float, interval: tuple[float, float]) -> str:
     """Percent, its 95 % interval small beside it."""
     lower, upper = map(percent, interval)
     return f"{percent(fraction)} <small>{lower}{NONE}{upper}</small>"
@@ -82,89 +96,54 @@ def _sure(fraction: float, interval: Sequence[float]) -> str:
 
 def summary(results: Results) -> str:
     """Backbone and +NFormer of each model: accuracy, latency, size."""
-    rows = summary_rows(results)
-    cells = [
-        row(
-            [
-                text(r.model),
-                text(r.stage),
-                text(r.precision.upper()),
-                _sure(r.mAP, r.mAP_interval),
-                _sure(r.rank1, r.rank1_interval),
-                percent(r.mINP),
-                _latency(r),
-                number(r.size_mb) or NONE,
-            ],
-            left=3,
-        )
-        for r in rows
-    ]
+    cells = []
+    for r in summary_rows(results):
+        named = [text(r.model.label), text(r.ranking.name), text(r.precision.upper())]
+        bounded = [
+            _bounded(r.ranking.mAP, r.ranking.mAP_interval),
+            _bounded(r.ranking.cmc[0], r.ranking.rank1_interval),
+        ]
+        cells.append(row([*named, *bounded, percent(r.ranking.mINP), _latency(r), number(r.size_mb) or NONE], left=3))
     note = (
-        "mAP, Rank-1 and mINP in percent, with 95 % intervals by the bootstrap over queries. ms per image: image file "
-        "in, ranked gallery out, one query after the other; "
-        "p90 with 99 % confidence, or the median where the run was too short for that."
+        "mAP, Rank-1 and mINP in percent, with 95 % intervals by the bootstrap over queries. ms per image: from image "
+        "file to ranked gallery, one query at a time; p90 with 99 % confidence, or the median if the run is short."
     )
-    headers = ["model", "stage", "precision", "mAP", "Rank-1", "mINP", "ms per image", "MB"]
+    headers = ["model", "part", "precision", "mAP", "Rank-1", "mINP", "ms per image", "MB"]
     return section("Summary", table(headers, cells, left=3), note)
 
 
 def baselines(results: Results) -> str:
     """Other ways to re-rank the same features, where an evaluation has them."""
     cells = []
-    for result in of_kind(results, "evaluation"):
-        label = result["model"]["label"] if result["model"] else result["data"]["name"]
-        if len(result["results"]) > 2 or result["model"] is None:
-            cells.append(group(text(label), 6))
-            for r in result["results"]:
-                cmc = r["cmc"]
-                cells.append(
-                    row(
-                        [
-                            text(r["name"]),
-                            _sure(r["mAP"], r["mAP_interval"]),
-                            _sure(cmc[0], r["rank1_interval"]),
-                            percent(cmc[4]),
-                            percent(r["mINP"]),
-                            number(r["seconds"], 2),
-                        ]
-                    )
-                )
-    note = "The same features under each way of ranking. Seconds are for all queries, on the machine below."
-    return section(
-        "Beside other re-ranking", table(["ranking", "mAP", "Rank-1", "Rank-5", "mINP", "seconds"], cells), note
-    )
+    for result in picked(results, Evaluation):
+        if len(result.rankings) > 2 or result.model is None:
+            cells.append(group(text(result.label), 6))
+            for r in result.rankings:
+                bounded = [_bounded(r.mAP, r.mAP_interval), _bounded(r.cmc[0], r.rank1_interval)]
+                figures = [percent(r.cmc[4]), percent(r.mINP), number(r.seconds, 2)]
+                cells.append(row([text(r.title), *bounded, *figures]))
+    note = "All rankings use the same features. Seconds are for all queries, on the machine below."
+    headers = ["ranking", "mAP", "Rank-1", "Rank-5", "mINP", "seconds"]
+    return section("Re-ranking", table(headers, cells), note)
 
 
 def latency(results: Results) -> str:
-    """Percentiles of every run, and the mean of each stage as bars."""
+    """Percentiles of every run, and the mean of each step as bars."""
     cells, bars = [], []
-    for result in of_kind(results, "benchmark"):
-        label = result["model"]["label"]
-        cells.append(group(text(label), 9))
-        for run in result["runs"]:
-            figures = [number(run["latency"][f"{p}_ms"]) or NONE for p in PERCENTILES]
-            if run["scenario"] == "Offline":
-                figures = [NONE] * len(PERCENTILES)
-            estimate = number(run.get("early_stopping_ms")) or NONE
-            cells.append(
-                row(
-                    [
-                        f"{text(run['pipeline'])}, {text(run['name'])}",
-                        number(run["count"], 0),
-                        estimate,
-                        *figures,
-                        number(run["images_per_second"]),
-                    ]
-                )
-            )
-            if run["scenario"] == "SingleStream":
-                means = [(s, run["stages"][s]["mean_ms"]) for s in STAGES if s in run["stages"]]
-                bars.append(Bar(f"{label}, {run['pipeline']}", means, f"{number(run['latency']['mean_ms'])} ms"))
+    for result in picked(results, Benchmark):
+        cells.append(group(text(result.model.label), 9))
+        for run in result.runs:
+            figures = [number(v) or NONE for v in (run.early_stopping_ms, *run.percentiles.values())]
+            named = [f"{text(run.pipeline)}, {text(run.name)}", number(run.count, 0)]
+            cells.append(row([*named, *figures, number(run.images_per_second)]))
+            if run.scenario == "SingleStream":
+                means = [(s, run.steps[s].mean_ms) for s in STEPS if s in run.steps]
+                bars.append(Bar(f"{result.model.label}, {run.pipeline}", means, f"{number(run.latency.mean_ms)} ms"))
     headers = ["scenario", "count", "early stop", *PERCENTILES, "images/s"]
-    chart = stacked_bars(bars, "Mean latency by stage", STAGES, "ms")
-    body = table(headers, cells) + (f"<h3>Where the time goes (SingleStream, mean)</h3>{chart}" if chart else "")
+    chart = stacked_bars(bars, "Mean latency by step", STEPS, "ms")
+    body = table(headers, cells) + (f"<h3>Mean latency of each step, SingleStream</h3>{chart}" if chart else "")
     note = (
-        "Milliseconds from issue to reply, warm-up left out. Early stop: an upper bound of the scenario's percentile "
+        "Milliseconds from issue to reply, without warm-up. Early stop: an upper bound of the scenario's percentile "
         "(p90 of SingleStream, p99 of MultiStream) with 99 % confidence. A dash: too few samples for that figure."
     )
     return section("Latency", body, note)
@@ -173,34 +152,33 @@ def latency(results: Results) -> str:
 def comparison(results: Results) -> str:
     """Ratios pair by pair of models timed in turn."""
     cells = []
-    for result in of_kind(results, "comparison"):
-        for r in result["ratios"]:
-            cells.append(
-                row(
-                    [
-                        f"{text(r['label'])} / {text(r['baseline'])}",
-                        number(r["median"], 3),
-                        number(r["p5"], 3),
-                        number(r["p95"], 3),
-                        number(r["pairs"], 0),
-                    ]
-                )
-            )
-    note = "Latency over the baseline's for the same query in the same round; under 1 is faster."
-    return section("In turn, pair by pair", table(["ratio", "median", "p5", "p95", "pairs"], cells), note)
+    for result in picked(results, Comparison):
+        for r in result.ratios:
+            figures = [number(v, 3) for v in (r.median, r.p5, r.p95)]
+            cells.append(row([f"{text(r.label)} / {text(r.baseline)}", *figures, number(r.pairs, 0)]))
+    note = "Models timed in turn: latency over the baseline's for the same query. A ratio below 1 is faster."
+    return section("Latency ratios", table(["ratio", "median", "p5", "p95", "pairs"], cells), note)
+
+
+def cross_model(results: Results) -> str:
+    """Accuracy and threshold of each pairing of models."""
+    parts = []
+    for result in picked(results, CrossModel):
+        rows = [row([text(cell) for cell in pairing.cells()], left=2) for pairing in result.pairings]
+        parts.append(section("Cross-model evaluation", table(HEADERS, rows, left=2), result.note))
+    return "\n".join(parts)
 
 
 def cmc(results: Results) -> str:
     """Cumulative match curves, first 20 ranks: a color for each model, dashes for its backbone alone."""
     lines = []
-    for color, result in enumerate(of_kind(results, "evaluation")):
-        label = result["model"]["label"] if result["model"] else result["data"]["name"]
-        for r in result["results"]:
-            if r["name"] in ("backbone", "+NFormer"):
-                points = [(rank, 100 * share) for rank, share in enumerate(r["cmc"][:20], 1)]
-                lines.append(Line(f"{label}, {r['name']}", points, color, dashed=r["name"] == "backbone"))
+    for color, result in enumerate(picked(results, Evaluation)):
+        for r in result.rankings:
+            if r.name in (BACKBONE, NFORMER):
+                points = [(rank, 100 * share) for rank, share in enumerate(r.cmc[:20], 1)]
+                lines.append(Line(f"{result.label}, {r.name}", points, color, dashed=r.name == BACKBONE))
     chart = line_chart(lines, "Cumulative match curves", "rank", "queries with a match, %", y_max=100)
-    note = "How many queries have a right match among the first so many. Of equal curves the last is seen."
+    note = "Share of queries with a correct match at or before each rank. Of equal curves the last one is visible."
     return section("CMC", chart, note)
 
 
@@ -239,38 +217,34 @@ def training(results: Results) -> str:
 
 
 def machine(results: Results) -> str:
-    """Where it was measured, with which versions, on which data."""
-    parts = []
-    seen: list[Any] = []
-    for result in results:
-        m = result.get("machine")
-        if not m or m in seen:
+    """Where it was measured, and with which versions."""
+    parts: list[str] = []
+    seen: list[MachineFacts] = []
+    for m in (getattr(r, "machine", None) for r in results):
+        if m is None or m in seen:
             continue
         seen.append(m)
-        memory = f"{m['memory_mib'] / 1024:.0f} GiB" if m["memory_mib"] else None
         facts = {
-            "Processor": f"{m['cpu']}, {m['cores']} cores, {m['architecture']}",
-            "Instruction sets": ", ".join(m["instruction_sets"]),
-            "Memory": memory,
-            "Board": m["board"],
-            "System": m["system"],
-            "Versions": ", ".join(f"{k} {v}" for k, v in m["versions"].items()),
+            "Processor": f"{m.cpu}, {m.cores} cores, {m.architecture}",
+            "Instruction sets": ", ".join(m.instruction_sets),
+            "Memory": m.memory_mib and f"{m.memory_mib / 1024:.0f} GiB",
+            "Board": m.board,
+            "GPU": m.gpu,
+            "System": m.system,
+            "Versions": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
         }
         parts.append(_facts(facts))
-    for result in of_kind(results, "benchmark")[:1]:
-        now = result["conditions"]["after"]
-        parts.append(
-            _facts(
-                {
-                    "Clock": now["cpu_mhz"] and f"{now['cpu_mhz']:.0f} MHz",
-                    "Governor": now["governor"],
-                    "Power mode": now["power_mode"],
-                    "Temperature": now["temperature_c"] and f"{now['temperature_c']:.0f} °C",
-                    "Load": now["load_average"] and f"{now['load_average']:.2f}",
-                    "Threads": result["threads"],
-                }
-            )
-        )
+    for result in picked(results, Benchmark)[:1]:
+        now = result.conditions.after
+        facts = {
+            "Clock": now.cpu_mhz and f"{now.cpu_mhz:.0f} MHz",
+            "Governor": now.governor,
+            "Power mode": now.power_mode,
+            "Temperature": now.temperature_c and f"{now.temperature_c:.0f} °C",
+            "Load": now.load_average and f"{now.load_average:.2f}",
+            "Threads": result.intra_op_threads,
+        }
+        parts.append(_facts(facts))
     return section("Machine", "".join(parts))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,70 +9,89 @@ import pytest
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import conditions, machine
 from nformer_edge.core.values import dumps, to_json
-from nformer_edge.report.benchmark import benchmark, compare
+from nformer_edge.gallery import search
+from nformer_edge.gallery.embed import embed_records
+from nformer_edge.report.benchmark import Benchmark, Comparison, benchmark, compare
 from nformer_edge.report.pipeline import Pipeline
 
 
-def test_a_run_is_named_short_until_it_has_enough_samples(dataset, opener, grid_runner):
-    short = benchmark("m", dataset, single_stream=40, multi_stream=3, warmup=2, opener=opener(m=grid_runner()))
-    json.dumps(short, allow_nan=False)
-    names = {(r["pipeline"], r["name"]) for r in short["runs"]}
+def found(runner, paths, gallery, head):
+    """What `nformer-edge search` gives: the paths of the five best."""
+    answers = search.search(runner, paths, gallery, top=5, head=head)
+    return [[match["path"] for match in answer["matches"]] for answer in answers]
+
+
+def test_a_run_is_named_short_until_it_has_enough_samples(dataset, grid_runner):
+    short = benchmark(grid_runner(), dataset, single_stream=40, multi_stream=3, warmup=2)
+    assert Benchmark.from_json(json.loads(dumps(short.to_json()))) == short
+    names = {(r.pipeline, r.name) for r in short.runs}
     assert ("backbone", "SingleStream (short: 40 of 64 samples)") in names
     assert ("+NFormer", "MultiStream (short: 3 of 662 samples)") in names
-    assert all(r["early_stopping_ms"] is None and not r["valid"] for r in short["runs"])
-    long = benchmark("m", dataset, single_stream=64, warmup=2, opener=opener(m=grid_runner(head=False)))
-    (run,) = long["runs"]
-    assert run["name"] == "SingleStream"
-    assert run["early_stopping_ms"] == run["latency"]["max_ms"]
-    assert run["latency"]["p95_ms"] is None
+    assert all(r.early_stopping_ms is None and r.count < r.required for r in short.runs)
+    long = benchmark(grid_runner(head=False), dataset, single_stream=64, warmup=2)
+    (run,) = long.runs
+    assert run.name == "SingleStream"
+    assert run.early_stopping_ms == run.latency.max_ms
+    assert run.latency.p95_ms is None
 
 
-def test_stages_are_told_apart_and_do_not_exceed_the_whole(dataset, opener, grid_runner):
-    result = benchmark("m", dataset, single_stream=5, warmup=1, opener=opener(m=grid_runner()))
-    backbone, nformer = result["runs"]
-    assert list(backbone["stages"]) == ["decode", "preprocess", "backbone", "search"]
-    assert list(nformer["stages"]) == ["decode", "preprocess", "backbone", "head", "search"]
-    for run in result["runs"]:
-        assert sum(s["mean_ms"] for s in run["stages"].values()) <= run["latency"]["mean_ms"]
-        assert run["warmup"] == 1
+def test_steps_are_timed_apart_and_do_not_exceed_the_whole(dataset, grid_runner):
+    result = benchmark(grid_runner(), dataset, single_stream=5, warmup=1)
+    backbone, nformer = result.runs
+    assert list(backbone.steps) == ["decode", "preprocess", "backbone", "search"]
+    assert list(nformer.steps) == ["decode", "preprocess", "backbone", "head", "search"]
+    for run in result.runs:
+        assert sum(s.mean_ms for s in run.steps.values()) <= run.latency.mean_ms
+        assert run.warmup == 1
 
 
-def test_offline_counts_images_and_is_short_below_mlperfs_count(dataset, opener, grid_runner):
-    result = benchmark("m", dataset, single_stream=0, offline=60, batch=16, opener=opener(m=grid_runner()))
-    run = result["runs"][0]
-    assert run["name"] == "Offline (short: 60 of 24,576 samples)"
-    assert run["images_per_second"] == pytest.approx(1000 * 60 / run["latency"]["mean_ms"])
+def test_offline_counts_images_and_is_short_below_mlperfs_count(dataset, grid_runner):
+    result = benchmark(grid_runner(), dataset, single_stream=0, offline=60, batch=16)
+    run = result.runs[0]
+    assert run.name == "Offline (short: 60 of 24,576 samples)"
+    assert run.images_per_second == pytest.approx(1000 * 60 / run.latency.mean_ms)
 
 
-def test_a_time_limit_shows_in_the_name(dataset, opener, grid_runner):
-    result = benchmark(
-        "m", dataset, single_stream=64, warmup=0, max_seconds=0, opener=opener(m=grid_runner(head=False))
-    )
-    assert result["runs"][0]["name"] == "SingleStream (short: 1 of 64 samples)"
+def test_a_time_limit_shows_in_the_name(dataset, grid_runner):
+    result = benchmark(grid_runner(head=False), dataset, single_stream=64, warmup=0, max_seconds=0)
+    assert result.runs[0].name == "SingleStream (short: 1 of 64 samples)"
 
 
-def test_a_pipeline_ranks_as_the_search_does(dataset, grid_runner):
+def test_a_request_ranks_as_the_search_command_does(dataset, grid_runner):
     runner = grid_runner()
-    from nformer_edge.gallery.embed import embed_records
-
-    gallery = embed_records(runner, dataset.gallery).features
-    ranked, stages = Pipeline(runner, gallery, with_head=False, top=5)([r.path for r in dataset.query[:3]])
-    query = embed_records(runner, dataset.query[:3]).features
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery)]
-    assert (ranked == np.argsort(-(unit[0] @ unit[1].T), axis=1)[:, :5]).all()
-    assert stages["total"] > 0
+    gallery = embed_records(runner, dataset.gallery)
+    paths = [r.path for r in dataset.query[:3]]
+    for with_head in (False, True):
+        reply = Pipeline(runner, gallery, with_head=with_head, top=5)(paths)
+        assert [[gallery.paths[g] for g in row] for row in reply.ranked] == found(runner, paths, gallery, with_head)
+        assert 0 < sum(reply.step_ms.values()) <= reply.total_ms
 
 
-def test_copies_that_a_device_reports_are_taken_out_of_its_stage(dataset, grid_runner):
+def test_what_is_timed_is_the_search_itself(dataset, grid_runner, monkeypatch):
+    calls = []
+    real = search.top_matches
+
+    def slow(query, gallery, top):
+        calls.append((len(query), len(gallery)))
+        time.sleep(0.02)
+        return real(query, gallery, top)
+
+    monkeypatch.setattr(search, "top_matches", slow)
+    for run in benchmark(grid_runner(), dataset, single_stream=2, warmup=0).runs:
+        assert run.steps["search"].min_ms >= 20
+    assert calls == [(1, 54)] * 4
+
+
+def test_copies_that_a_device_reports_are_taken_out_of_its_step(dataset, grid_runner):
     runner = grid_runner(head=False)
-    gallery = runner.embed(np.random.default_rng(0).normal(size=(5, 3, 32, 16)).astype(np.float32))
+    gallery = embed_records(runner, dataset.gallery[:5])
     runner.copy_ms = (1000.0, 2000.0)
-    _, stages = Pipeline(runner, gallery, with_head=False)([dataset.query[0].path])
-    assert (stages["copy_in"], stages["copy_out"]) == (1000.0, 2000.0)
-    assert stages["backbone"] < 0
+    step_ms = Pipeline(runner, gallery, with_head=False)([dataset.query[0].path]).step_ms
+    assert (step_ms["copy_in"], step_ms["copy_out"]) == (1000.0, 2000.0)
+    assert step_ms["backbone"] < 0
 
 
-def test_models_are_compared_in_turn_pair_by_pair(dataset, opener, grid_runner):
+def test_models_are_compared_in_turn_pair_by_pair(dataset, grid_runner):
     calls = []
 
     class Slow(grid_runner):
@@ -81,21 +101,21 @@ def test_models_are_compared_in_turn_pair_by_pair(dataset, opener, grid_runner):
                 result = super().embed(images)
             return result
 
-    runners = opener(fast=Slow("fast"), slow=Slow("slow"))
-    result = compare(["fast", "slow"], dataset, rounds=6, warmup=0, with_head=False, labels=["a", "b"], opener=runners)
-    json.dumps(result, allow_nan=False)
+    models = [Slow("fast"), Slow("slow")]
+    result = compare(models, dataset, rounds=6, warmup=0, with_head=False, labels=["a", "b"])
+    assert Comparison.from_json(json.loads(dumps(result.to_json()))) == result
     one_by_one = calls[-12:]
     assert one_by_one == ["fast", "slow", "slow", "fast"] * 3
-    (ratio,) = result["ratios"]
-    pairs = np.divide(result["runs"][1]["latency_ms"], result["runs"][0]["latency_ms"])
-    assert ratio["median"] == pytest.approx(np.median(pairs))
-    assert ratio["median"] > 1
-    assert (ratio["label"], ratio["baseline"], ratio["pairs"]) == ("b", "a", 6)
+    (ratio,) = result.ratios
+    pairs = np.divide(result.runs[1].latency_ms, result.runs[0].latency_ms)
+    assert ratio.median == pytest.approx(np.median(pairs))
+    assert ratio.median > 1
+    assert (ratio.label, ratio.baseline, ratio.pairs) == ("b", "a", 6)
 
 
-def test_one_model_alone_cannot_be_compared(dataset, opener, grid_runner):
+def test_one_model_alone_cannot_be_compared(dataset, grid_runner):
     with pytest.raises(UsageError, match="two or more"):
-        compare(["m"], dataset, opener=opener(m=grid_runner()))
+        compare([grid_runner()], dataset)
 
 
 def test_the_machine_is_described_in_plain_json():

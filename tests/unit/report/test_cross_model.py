@@ -9,9 +9,10 @@ import pytest
 from nformer_edge.cli import main
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, save_features
+from nformer_edge.core.values import dumps
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.verification import fit_threshold
-from nformer_edge.report.cross_model import fleet
+from nformer_edge.report.cross_model import CrossModel, cross_model
 from nformer_edge.report.html.page import write_report
 
 
@@ -88,51 +89,59 @@ def stores(query, gallery, tmp_path):
 
 
 def test_every_pairing_is_ranked_and_held_against_the_first(stores, query, gallery):
-    result = fleet(stores, false_match_rate=0.01, draws=300)
-    json.dumps(result, allow_nan=False)
-    named = {(p["query"], p["gallery"]): p for p in result["pairings"]}
+    result = cross_model(stores, false_match_rate=0.01, draws=300)
+    assert CrossModel.from_json(json.loads(dumps(result.to_json()))) == result
+    named = {(p.query, p.gallery): p for p in result.pairings}
     assert list(named) == [("fp32", "fp32"), ("fp32", "int8"), ("int8", "fp32"), ("int8", "int8")]
     own = named["fp32", "fp32"]
-    assert own["mAP_kept"] == {"value": 1, "lower": 1, "upper": 1}
+    assert (own.mAP_kept.value, own.mAP_kept.lower, own.mAP_kept.upper) == (1, 1, 1)
     mixed = named["int8", "fp32"]
     ranked = evaluate(query.with_features(query.features + np.float32(1)), gallery)
-    assert mixed["mAP"] == ranked.mAP
-    assert mixed["mAP_kept"]["value"] == pytest.approx(ranked.mAP / own["mAP"])
-    assert mixed["mAP_kept"]["lower"] < mixed["mAP_kept"]["value"] < mixed["mAP_kept"]["upper"]
+    assert mixed.mAP == ranked.mAP
+    assert mixed.mAP_kept.value == pytest.approx(ranked.mAP / own.mAP)
+    assert mixed.mAP_kept.lower < mixed.mAP_kept.value < mixed.mAP_kept.upper
     shifted = named["int8", "int8"]
-    assert shifted["threshold"] < own["threshold"]
-    assert shifted["false_match_rate"] <= 0.01 < shifted["at_reference_threshold"]["false_match_rate"]
-    assert own["at_reference_threshold"]["false_match_rate"] == own["false_match_rate"]
+    assert shifted.threshold < own.threshold
+    assert shifted.rates.false_match <= 0.01 < shifted.shared_rates.false_match
+    assert own.shared_rates == own.rates
 
 
-def test_models_are_run_and_labels_that_clash_are_told_apart(dataset, opener, grid_runner):
-    runners = {"a": grid_runner(), "b": grid_runner(distort=lambda x: x + np.float32(0.1))}
-    result = fleet(["a", "b"], dataset, false_match_rate=0.05, draws=50, opener=opener(**runners))
-    assert [m["label"] for m in result["models"]] == ["grid numpy fp32 (a)", "grid numpy fp32 (b)"]
-    assert result["data"]["source"] == "images"
+def test_models_are_run_and_labels_that_clash_are_told_apart(dataset, grid_runner):
+    models = [grid_runner(), grid_runner(distort=lambda x: x + np.float32(0.1))]
+    result = cross_model(models, dataset, false_match_rate=0.05, draws=50)
+    assert [m.label for m in result.models] == ["grid numpy fp32 (1)", "grid numpy fp32 (2)"]
+    assert result.data.source == "images"
+
+
+def test_a_ratio_that_nothing_is_known_of_is_undecided(stores):
+    pairing = cross_model(stores, false_match_rate=0.01, draws=50).pairings[0]
+    nan = float("nan")
+    for bounds, told in (((0.5, nan, nan), "50.00 [undecided]"), ((nan, nan, nan), "undecided")):
+        ratio = dataclasses.replace(pairing.mAP_kept, **dict(zip(("value", "lower", "upper"), bounds, strict=True)))
+        assert dataclasses.replace(pairing, mAP_kept=ratio).cells()[4] == told
 
 
 def test_other_images_other_sizes_and_too_few_models_are_refused(stores, query, gallery, tmp_path):
     other = tmp_path / "other.npz"
     save_features(other, {"query": query.take(np.arange(30)), "gallery": gallery})
     with pytest.raises(DataError, match="other: query"):
-        fleet([stores[0], other])
+        cross_model([stores[0], other])
     sets = {"query": query, "gallery": gallery}
     save_features(other, {n: dataclasses.replace(s, features=s.features[:, :8]) for n, s in sets.items()})
     with pytest.raises(DataError, match="8 numbers a row"):
-        fleet([stores[0], other])
+        cross_model([stores[0], other])
     with pytest.raises(UsageError, match="at least two"):
-        fleet(stores[:1])
+        cross_model(stores[:1])
     with pytest.raises(UsageError, match="--data"):
-        fleet([stores[0], "engine"])
+        cross_model([stores[0], "engine"])
 
 
 def test_the_command_prints_a_table_and_the_report_has_the_section(stores, tmp_path, capsys):
-    kept = tmp_path / "fleet.json"
+    kept = tmp_path / "mixed.json"
     assert main(["fleet", *map(str, stores), "--false-match-rate", "0.01", "-o", str(kept)]) == 0
     printed = capsys.readouterr().out
     assert "int8   fp32" in printed
     assert "0.01 of" in printed
     page = write_report([kept], tmp_path / "r.html").read_text()
-    assert "Mixed fleet" in page
+    assert "Cross-model evaluation" in page
     assert page.count("<tr>") == 5

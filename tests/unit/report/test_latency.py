@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from nformer_edge.report.latency import (
+    Latency,
     allowed_overlatency,
     early_stopping_estimate,
     min_samples,
     overlatency_odds,
-    percentile_name,
     summarize,
 )
 
@@ -53,11 +53,8 @@ def test_the_estimate_exceeds_the_true_percentile_in_99_of_100_runs():
 
 def test_percentiles_are_null_where_the_count_does_not_allow_them():
     figures = summarize(np.arange(100.0))
-    assert (figures["p50_ms"], figures["p90_ms"]) == (50.0, 90.0)
-    assert figures["p95_ms"] is None
-    assert figures["p99.9_ms"] is None
-    assert summarize([3.0]) | {"count": 1, "p50_ms": 3.0, "p90_ms": None} == summarize([3.0])
-
-
-def test_percentile_names():
-    assert [percentile_name(p) for p in (0.5, 0.99, 0.999)] == ["p50", "p99", "p99.9"]
+    assert (figures.p50_ms, figures.p90_ms) == (50.0, 90.0)
+    assert figures.p95_ms is None
+    assert figures.p99_9_ms is None
+    assert summarize([3.0]) == Latency(1, 3.0, 3.0, 3.0, 3.0, None, None, None, None)
+    assert figures.percentiles == {"p50": 50.0, "p90": 90.0, "p95": None, "p99": None, "p99.9": None}

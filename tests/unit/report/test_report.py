@@ -1,26 +1,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.report.accuracy import evaluate_model
+from nformer_edge.core.values import dumps
+from nformer_edge.report.accuracy import Evaluation, evaluate
 from nformer_edge.report.benchmark import benchmark, compare
 from nformer_edge.report.html.page import write_report
 from nformer_edge.report.html.svg import Dot, Line, chart, decades, line_chart, linear, ticks
 from nformer_edge.report.parity import parity
-from nformer_edge.report.table import (
-    format_benchmark,
-    format_comparison,
-    format_evaluation,
-    format_gates,
-    format_summary,
-    format_table,
-)
+from nformer_edge.report.summary import format_summary
+from nformer_edge.report.table import format_gates, format_table
 
 VOID = {"meta", "img", "br"}
 
@@ -100,11 +95,11 @@ def measured(dataset, grid_runner):
     head = [{"epoch": 0, "held_out_map": 0.5}, {"epoch": 1, "loss": 2.0, "held_out_map": 0.6}]
     judged = parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8")
     return [
-        evaluate_model("ref", dataset, opener=opener, label="PyTorch", rerank=True, rank_lists=2),
-        evaluate_model("int8", dataset, opener=opener, label="INT8", rank_lists=0),
+        evaluate(runners["ref"], dataset, label="PyTorch", rerank=True, rank_lists=2),
+        evaluate(int8, dataset, label="INT8", rank_lists=0),
         judged | {"layers": [LAYERS]},
-        benchmark("ref", dataset, single_stream=3, offline=8, warmup=0, opener=opener, label="PyTorch"),
-        compare(["ref", "int8"], dataset, rounds=2, warmup=0, opener=opener, labels=["PyTorch", "INT8"]),
+        benchmark(runners["ref"], dataset, single_stream=3, offline=8, warmup=0, label="PyTorch"),
+        compare([runners["ref"], int8], dataset, rounds=2, warmup=0, labels=["PyTorch", "INT8"]),
         {
             "kind": "training",
             "stages": {
@@ -141,15 +136,15 @@ def test_every_section_is_drawn(page):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Summary", "Gates", "Cosine to the reference", "Layer by layer", "Accuracy budget", "Rank lists", "CMC",
-        "Latency", "In turn, pair by pair", "Beside other re-ranking", "Training", "Machine",
+        "Latency", "Latency ratios", "Re-ranking", "Training", "Machine",
     ]  # fmt: skip
 
 
 def test_what_stands_on_the_page_stands_in_the_json(page, results):
     for evaluation in results[:2]:
-        for scored in evaluation["results"]:
-            lower, upper = (f"{100 * bound:.1f}" for bound in scored["mAP_interval"])
-            assert f"<td>{100 * scored['mAP']:.1f} <small>{lower}\N{EN DASH}{upper}</small></td>" in page
+        for scored in evaluation.rankings:
+            lower, upper = (f"{100 * bound:.1f}" for bound in scored.mAP_interval)
+            assert f"<td>{100 * scored.mAP:.1f} <small>{lower}\N{EN DASH}{upper}</small></td>" in page
     for stage in results[2]["stages"]:
         for gate in stage["gates"]:
             assert f"<td>{gate['measured']:.6g}" in page
@@ -216,27 +211,27 @@ def test_cmc_curves_of_all_engines_are_in_one_picture(page):
 
 
 def test_right_and_wrong_matches_are_marked(page, results):
-    flags = [g["correct"] for ranked in results[0]["rank_lists"] for g in ranked["gallery"]]
+    flags = [g.correct for ranked in results[0].rank_lists for g in ranked.gallery]
     assert page.count('<figure class="right"') == sum(flags)
     assert page.count('<figure class="wrong"') == len(flags) - sum(flags)
 
 
 def test_an_image_that_is_gone_leaves_a_placeholder(results, tmp_path):
-    for ranked in results[0]["rank_lists"]:
+    plain = results[0].to_json()
+    for ranked in plain["rank_lists"]:
         ranked["query"]["path"] = str(tmp_path / "gone.jpg")
-    page = write_report(results, tmp_path / "report.html").read_text()
-    assert page.count("image not here") == len(results[0]["rank_lists"])
+    page = write_report([Evaluation.from_json(plain)], tmp_path / "report.html").read_text()
+    assert page.count("image not available") == len(plain["rank_lists"])
 
 
 def test_text_from_results_is_escaped(results, tmp_path):
     evil = "<script>alert('x')</script>\"&"
-    for result in results:
-        for key in ("model", "engine", "reference"):
-            if result["kind"] == "budget":
-                result["model"] = evil
-            elif key in result:
-                result[key]["label"] = evil
-    results[0]["rank_lists"][0]["gallery"][0]["path"] = f"/nowhere/{evil}"
+    results[2]["engine"]["label"] = results[2]["reference"]["label"] = results[6]["model"] = evil
+    for place in (0, 3):
+        results[place] = replace(results[place], model=replace(results[place].model, label=evil))
+    listed = results[0].rank_lists[0]
+    match = replace(listed.gallery[0], path=f"/nowhere/{evil}")
+    results[0] = replace(results[0], rank_lists=(replace(listed, gallery=(match,)),))
     page = write_report(results, tmp_path / "report.html", title=evil).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -257,12 +252,12 @@ def test_a_gate_that_is_no_number_is_shown_as_such(results, tmp_path):
 
 
 def test_results_are_read_from_files(results, tmp_path):
-    (tmp_path / "e.json").write_text(json.dumps(results[0]))
+    (tmp_path / "e.json").write_text(dumps(results[0].to_json()))
     from_file = write_report([tmp_path / "e.json"], tmp_path / "a.html").read_text()
     assert from_file == write_report([results[0]], tmp_path / "b.html").read_text()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "recipe"}', None])
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "recipe"}', '{"kind": "evaluation", "version": 1}', None])
 def test_what_is_no_result_is_refused(tmp_path, content):
     path = tmp_path / "r.json"
     if content is not None:
@@ -275,15 +270,17 @@ def test_what_is_no_result_is_refused(tmp_path, content):
 def test_a_result_of_another_version_is_refused_and_the_old_page_stays(results, tmp_path):
     out = write_report(results, tmp_path / "report.html")
     before = out.read_bytes()
-    del results[0]["results"][0]["mINP"]
-    with pytest.raises(ArtifactError, match="mINP"):
-        write_report(results, out)
+    plain = results[0].to_json()
+    del plain["rankings"][0]["mINP"]
+    (tmp_path / "old.json").write_text(dumps(plain))
+    with pytest.raises(ArtifactError, match=r"old\.json.*mINP"):
+        write_report([tmp_path / "old.json"], out)
     assert out.read_bytes() == before
 
 
-def test_the_summary_table_has_a_row_for_each_model_and_stage(results):
+def test_the_summary_table_has_a_row_for_each_model_and_part(results):
     lines = format_summary(results).splitlines()
-    assert lines[0].split() == ["model", "stage", "mAP", "Rank-1", "ms/image", "(median,", "short)", "MB"]
+    assert lines[0].split() == ["model", "part", "mAP", "Rank-1", "ms/image", "(median,", "short)", "MB"]
     assert [line.split()[:2] for line in lines[2:]] == [
         ["PyTorch", "backbone"], ["PyTorch", "+NFormer"], ["INT8", "backbone"], ["INT8", "+NFormer"],
     ]  # fmt: skip
@@ -295,14 +292,13 @@ def test_the_gates_table_ends_with_the_verdict_and_the_blame(results):
 
 def test_an_evaluation_a_benchmark_and_a_comparison_have_their_text(results):
     evaluation, benchmarked, compared = results[0], results[3], results[4]
-    text = format_evaluation(evaluation)
-    assert f"{100 * evaluation['results'][0]['mAP']:.1f}" in text
+    text = str(evaluation)
+    assert f"{100 * evaluation.rankings[0].mAP:.1f}" in text
     assert "PyTorch on people: 24 queries, 54 in the gallery" in text
-    text = format_benchmark(benchmarked)
+    text = str(benchmarked)
     assert "SingleStream (short: 3 of 64 samples)" in text
-    assert text.count("mean ms a query") == len(benchmarked["runs"])
-    text = format_comparison(compared)
-    assert f"{compared['ratios'][0]['median']:.3f}" in text
+    assert text.count("mean ms a query") == len(benchmarked.runs)
+    assert f"{compared.ratios[0].median:.3f}" in str(compared)
 
 
 def test_table_columns_line_up():
