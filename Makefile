@@ -1,5 +1,6 @@
 # make demo   the main job, from generated images to an INT8 engine and its accuracy proof
 # make test   lint, types, import floors and the whole test suite
+# make docs   the generated reference: docs/api.md and docs/schemas
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
 
@@ -8,10 +9,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
-.PHONY: help install demo test gpu-check lint format clean
+.PHONY: help install demo docs test gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/python docs/generate.py
 
 gpu-check:
 	$(PYTHON) plugins/gpu_check.py

@@ -190,24 +190,18 @@ class Result:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """Of each field that the docstring's ``Args:`` section names, what it says, in one line."""
-    lines = (cls.__doc__ or "").splitlines()
-    try:
-        start = next(i for i, line in enumerate(lines) if line.strip() == "Args:")
-    except StopIteration:
-        return {}
+    """What the ``Args:`` section of the docstring says of each field, in one line; the bases' docstrings count too."""
     found: dict[str, str] = {}
-    name = ""
-    for line in lines[start + 1 :]:
-        entry = re.match(r"^ {8}(\w+): (.*)$", line)
-        if entry:
-            name = entry[1]
-            found[name] = entry[2].strip()
-        elif line.startswith(" " * 12) and name:
-            found[name] += " " + line.strip()
-        elif line.strip():
-            break
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _arguments(base.__doc__ or "")
     return found
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    section = re.search(r"^ *Args:\n((?: {8}.*\n|\n)*)", doc, re.M)
+    entries = re.findall(r"^ {8}(\w+): ((?:.*\n)(?: {12}.*\n)*)", section[1] if section else "", re.M)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def schema(cls: type) -> Table:

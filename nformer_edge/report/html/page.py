@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import Result
+from nformer_edge.quantize.values import BudgetSearch
 from nformer_edge.report.accuracy import Evaluation
 from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.cross_model import CrossModel
@@ -22,8 +23,8 @@ from nformer_edge.report.html.parity import cosines, gates, layers
 from nformer_edge.report.html.sections import Results, text
 
 #: What the page draws, by kind.
-KINDS: dict[str, Any] = {cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel)}
-KINDS |= dict.fromkeys(("parity", "training", "budget"))
+KINDS: dict[str, Any] = {cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel, BudgetSearch)}
+KINDS |= dict.fromkeys(("parity", "training"))
 
 Readable: TypeAlias = "Result | str | os.PathLike[str]"
 

@@ -9,6 +9,8 @@ import pytest
 
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import dumps
+from nformer_edge.quantize.spec import BudgetSpec
+from nformer_edge.quantize.values import BudgetSearch, HeldOutFacts, NodeCost, Point, Score
 from nformer_edge.report.accuracy import Evaluation, evaluate
 from nformer_edge.report.benchmark import benchmark, compare
 from nformer_edge.report.html.page import write_report
@@ -60,27 +62,33 @@ LAYERS = {
 }  # fmt: skip
 
 
-def point(nodes, mAP, latency_ms):
-    return {
-        "float_nodes": nodes, "mAP": mAP, "rank1": 0.9, "map_drop": 0.8 - mAP, "map_drop_upper": 0.81 - mAP,
-        "overlap_at_10": 0.9 + len(nodes) / 50, "latency_ms": latency_ms, "size_mb": 12.0 + len(nodes),
-    }  # fmt: skip
+def score(mAP, overlap=0.9):
+    return Score(mAP, 0.9, map_drop=0.8 - mAP, map_drop_upper=0.81 - mAP, overlap_at_10=overlap)
+
+
+def point(nodes, mAP, latency_ms, size_mb=12.0):
+    scores = {"backbone": score(mAP, 0.9 + len(nodes) / 50)}
+    return Point(nodes, scores, 4.0, latency_ms / 4, latency_ms, size_mb + len(nodes))
 
 
 #: What a search for a budget gives; the worst node first.
-BUDGET = {
-    "kind": "budget", "version": 1, "model": "resnet18_64x32", "backend": "onnxruntime", "max_map_drop": 0.5,
-    "min_overlap": 0.0, "budget": "at most 0.5 points of mAP lost",
-    "held_out": {"identities": 40, "queries": 80, "images": 600},
-    "float": {"mAP": 0.8, "rank1": 0.91, "latency_ms": 4.0, "size_mb": 45.0},
-    "nodes": [
-        {"node": f"/conv{i}", "op": "Conv", "alone": {"map_drop": 0.01 - i / 1000, "overlap_at_10": 0.9},
-         "left_out": {"map_gain": 0.004 - i / 1000, "overlap_at_10": 0.9}}
+BUDGET = BudgetSearch(
+    model="resnet18_64x32",
+    calibration="percentile",
+    scope="backbone",
+    budget=BudgetSpec(max_map_drop=0.5),
+    held_out=HeldOutFacts(40, 80, 600, "0" * 64),
+    fp32=point((), 0.8, 4.0, size_mb=45.0),
+    nodes=tuple(
+        NodeCost(f"/conv{i}", "Conv", (f"/conv{i}",), 0.1, score(0.79 + i / 1000), score(0.784 - i / 1000))
         for i in range(20)
-    ],
-    "frontier": [point([], 0.78, 1.0), point(["/conv0"], 0.796, 1.2), point(["/conv0", "/conv1"], 0.799, 1.4)],
-    "chosen": 1, "seconds": 60.0,
-}  # fmt: skip
+    ),
+    frontier=(point((), 0.78, 1.0), point(("/conv0",), 0.796, 1.2), point(("/conv0", "/conv1"), 0.799, 1.4)),
+    chosen=1,
+    measured=43,
+    reused=0,
+    seconds=60.0,
+)
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +162,7 @@ def test_a_budget_is_drawn_with_its_choice_its_bound_and_the_worst_nodes(page):
     drawn = page[page.index("<h2>Accuracy budget") : page.index("<h2>Rank lists")]
     assert drawn.count('<circle class="dot') == 2 * (1 + 3)  # FP32 and the frontier, against latency and against size
     assert drawn.count(">1 chosen</text>") == 2
-    assert drawn.count("budget: 79.5 mAP") == 2
+    assert drawn.count("budget: 79.5 % mAP") == 2
     for label in ("latency, ms an image", "size, MB", "mAP, %"):
         assert f">{label}</text>" in drawn
     assert re.findall(r'bar-label">(\S+) ', drawn) == [f"/conv{i}" for i in range(15)]
@@ -163,21 +171,21 @@ def test_a_budget_is_drawn_with_its_choice_its_bound_and_the_worst_nodes(page):
 
 
 def test_a_budget_that_nothing_holds_is_drawn_without_a_choice(tmp_path):
-    search = BUDGET | {"chosen": None, "max_map_drop": None}
+    search = replace(BUDGET, chosen=None, budget=BudgetSpec(min_overlap=0.99))
     page = write_report([search], tmp_path / "report.html").read_text()
     assert "chosen" not in page.partition("</style>")[2]
-    assert "budget:" not in page
+    assert "budget: 79.5 % mAP" not in page
     assert Wellformed(page).open == []
 
 
-def test_neighbors_that_were_asked_for_have_a_picture_of_their_own(tmp_path):
-    search = BUDGET | {"min_overlap": 0.92, "budget": "at most 0.5 points of mAP lost and 0.92 of the neighbors kept"}
+def test_an_overlap_that_was_asked_for_has_a_chart_of_its_own(tmp_path):
+    search = replace(BUDGET, budget=BudgetSpec(max_map_drop=0.5, min_overlap=0.92))
     page = write_report([search], tmp_path / "report.html").read_text()
-    assert "0.92 of the neighbors kept; measured" in page
-    assert page.count("budget: 79.5 mAP") == page.count("budget: 92.0 neighbors kept") == 2
+    assert "overlap@10 at least 0.92; measured" in page
+    assert page.count("budget: 79.5 % mAP") == page.count("budget: 92.0 % overlap@10") == 2
     assert page.count('<circle class="dot') == 4 * (1 + 3)
-    assert "<h3>Neighbors kept against latency</h3>" in page
-    assert ">neighbors kept, %</text>" in page
+    assert "<h3>overlap@10 against latency</h3>" in page
+    assert ">overlap@10, %</text>" in page
     assert "<td>92.0</td>" in page
 
 
@@ -226,7 +234,8 @@ def test_an_image_that_is_gone_leaves_a_placeholder(results, tmp_path):
 
 def test_text_from_results_is_escaped(results, tmp_path):
     evil = "<script>alert('x')</script>\"&"
-    results[2]["engine"]["label"] = results[2]["reference"]["label"] = results[6]["model"] = evil
+    results[2]["engine"]["label"] = results[2]["reference"]["label"] = evil
+    results[6] = replace(results[6], model=evil)
     for place in (0, 3):
         results[place] = replace(results[place], model=replace(results[place].model, label=evil))
     listed = results[0].rank_lists[0]

@@ -1,0 +1,131 @@
+"""Writes docs/api.md and docs/schemas/ from the package's own docstrings and types: `make docs`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import nformer_edge
+from nformer_edge.core.values import Result, descriptions, dumps, schema
+
+DOCS = Path(__file__).parent
+START = """\
+# Reference
+
+Written by `make docs` from docstrings and types: do not edit it.
+
+- [The functions and classes](#functions-and-classes) that `import nformer_edge as ne` gives.
+- [Results](#results): what functions return and commands write with `-o`. Each has `to_json()`, `from_json(data)`,
+  `save(path)` and, as `str(result)`, the table that its command prints.
+- [Manifests](#manifests) of the folders that commands write, besides `kind`, `format_version` and `files`.
+- [Parts](#parts) of results and manifests.
+
+Each result and manifest has a JSON schema in [`schemas/`](schemas).
+
+"""
+
+
+def values() -> tuple[list[type], list[type]]:
+    """Every result and every manifest of the package, each sorted by name."""
+    found: set[type] = set()
+    for module in pkgutil.walk_packages(nformer_edge.__path__, "nformer_edge."):
+        if not module.name.rpartition(".")[2].startswith(("_", "lib")):  # native code
+            held = vars(importlib.import_module(module.name)).values()
+            found |= {cls for cls in held if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+    results = [cls for cls in found if issubclass(cls, Result) and cls.kind]
+    manifests = [cls for cls in found if cls.__name__.endswith("Manifest") and not cls.__subclasses__()]
+    return _sorted(results), _sorted(manifests)
+
+
+def _sorted(classes: list[type]) -> list[type]:
+    return sorted(classes, key=lambda cls: cls.__name__)
+
+
+def file_name(cls: type) -> str:
+    """``BundleManifest`` to ``bundle-manifest.json``; a result by its kind."""
+    dashed = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+    return f"{cls.kind if issubclass(cls, Result) else dashed}.json"
+
+
+def parts(classes: list[type]) -> list[type]:
+    """The other dataclasses that fields of `classes` hold, at any depth."""
+    found: set[type] = set()
+    waiting: list[object] = list(classes)
+    while waiting:
+        hint = waiting.pop()
+        waiting += typing.get_args(hint)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in found:
+            found.add(hint)
+            waiting += typing.get_type_hints(hint).values()
+    return _sorted(list(found - set(classes)))
+
+
+def paragraph(doc: str | None) -> str:
+    """The first paragraph of a docstring, as one line."""
+    return " ".join(inspect.cleandoc(doc or "").partition("\n\n")[0].split()).replace("``", "`")
+
+
+def signature(name: str, value: object) -> str:
+    """As it is written in the code."""
+    try:
+        text = str(inspect.signature(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return name
+    return name + re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+
+
+def face() -> Iterator[str]:
+    """Each public name with its signature and what it does; of classes, the methods too."""
+    for name in getattr(nformer_edge, "__all__", ()):
+        value = getattr(nformer_edge, name)
+        yield f"### {name}\n\n```text\n{signature(name, value)}\n```\n\n{paragraph(value.__doc__)}\n"
+        if isinstance(value, type):
+            methods = [(n, m) for n, m in vars(value).items() if not n.startswith("_") and callable(m)]
+            lines = [f"- `{signature(n, m)}`: {paragraph(m.__doc__)}" for n, m in methods]
+            yield "\n".join(lines) + "\n" if lines else ""
+
+
+def fields(cls: type) -> str:
+    """A dataclass as a table of its fields."""
+    told = descriptions(cls)
+    lines = ["| field | type | |", "|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        kind = str(field.type).replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{kind}` | {told.get(field.name, '').replace('``', '`')} |")
+    kind = f" Kind `{cls.kind}`, version {cls.version}." if issubclass(cls, Result) else ""
+    return f"### {cls.__name__}\n\n{paragraph(cls.__doc__)}{kind}\n\n" + "\n".join(lines) + "\n"
+
+
+def generate() -> dict[str, str]:
+    """The text of each file, by its path in docs/."""
+    results, manifests = values()
+    sections = {
+        "Functions and classes": list(face()),
+        "Results": [fields(cls) for cls in results],
+        "Manifests": [fields(cls) for cls in manifests],
+        "Parts": [fields(cls) for cls in parts(results + manifests)],
+    }
+    pages = [f"## {title}\n\n" + "\n".join(filter(None, found)) for title, found in sections.items() if found]
+    files = {f"schemas/{file_name(cls)}": dumps(schema(cls)) + "\n" for cls in results + manifests}
+    return {"api.md": START + "\n".join(pages), **files}
+
+
+def main() -> None:
+    files = generate()
+    for old in (DOCS / "schemas").glob("*.json"):
+        if f"schemas/{old.name}" not in files:
+            old.unlink()
+    for name, text in files.items():
+        path = DOCS / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
