@@ -32,7 +32,8 @@ from nformer_edge.core.spec import CalibrationChoice
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.exporting.export import export_bundle
-from nformer_edge.gallery.embed import embed_dataset, relate_sets
+from nformer_edge.gallery.embed import embed_dataset
+from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics.bootstrap import Interval, mean_interval, paired_difference
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
@@ -113,7 +114,7 @@ def embedded(engine: Path, store: Path, dataset: Dataset, threads: int | None) -
             same = (len(query), len(gallery)) == (len(dataset.query), len(dataset.gallery))
             if same and query.model == runner.sha256:
                 return query, gallery
-        sets = embed_dataset(runner, dataset, ("query", "gallery"), threads=threads)
+        sets = embed_dataset(runner, dataset, ("query", "gallery"), decoders=threads)
     save_features(store, sets)
     return sets["query"], sets["gallery"]
 

@@ -85,7 +85,8 @@ LAYOUT = _option("--layout", default="auto", help="market1501 | dukemtmc | msmt1
 OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="keep the result as JSON, for `report`")
 SEED = _option("--seed", type=int, default=0, help="everything random follows from it (default 0)")
 BATCH = _option("--batch", type=int, default=32, help="images in one forward pass (default 32)")
-THREADS = _option("--threads", type=int, help="CPU threads (default: all)")
+THREADS = _option("--threads", type=int, help="CPU threads of one forward pass (default: all)")
+DECODERS = _option("--decoders", type=int, help="threads that decode images (default: one a core, at most 8)")
 DEVICE = _option("--device", default="cpu", help="cpu, or a CUDA device such as cuda:0 (PyTorch checkpoints only)")
 IMGSZ = _option("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="image height and width (default 256 128)")
 TOP = _option("--top", type=int, default=10, help="gallery images a query (default 10)")
@@ -470,6 +471,7 @@ def _build_plugin(args: Args) -> None:
     LAYOUT,
     _out("FILE.npz"),
     BATCH,
+    DECODERS,
     THREADS,
     SEED,
     _option("--splits", nargs="+", metavar="SPLIT", help="train query gallery junk (default: the first three)"),
@@ -477,21 +479,22 @@ def _build_plugin(args: Args) -> None:
     _option("--augment", nargs="+", metavar="NAME=X", help="flip, pad, erase (default flip=0.5 pad=10 erase=0.5)"),
 )
 def _embed(args: Args) -> None:
-    from nformer_edge.gallery.embed import embed_files, format_embedding
+    from nformer_edge.gallery.embed import embed_files
 
     result = embed_files(
         args.model,
         args.data,
         args.output,
         batch=args.batch,
-        threads=args.threads,
+        decoders=args.decoders,
+        intra_op_threads=args.threads,
         layout=args.layout,
         splits=args.splits,
         views=args.views,
         augment=_assignments(args.augment),
         seed=args.seed,
     )
-    _show(args, result, format_embedding(result))
+    _show(args, result)
 
 
 @_command(
@@ -502,13 +505,14 @@ def _embed(args: Args) -> None:
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     TOP,
     BATCH,
+    DECODERS,
     THREADS,
     OUT_JSON,
     _option("--no-head", action="store_true", help="rank by the backbone alone"),
     _option("--together", action="store_true", help="one pass of the head for all queries: matches depend on them all"),
 )
 def _search(args: Args) -> None:
-    from nformer_edge.gallery.search import format_matches, search_files
+    from nformer_edge.gallery.search import search_files
 
     result = search_files(
         args.model,
@@ -516,11 +520,12 @@ def _search(args: Args) -> None:
         args.gallery,
         top=args.top,
         batch=args.batch,
-        threads=args.threads,
+        decoders=args.decoders,
+        intra_op_threads=args.threads,
         head=not args.no_head,
         together=args.together,
     )
-    _show(args, result, format_matches(result))
+    _show(args, result)
 
 
 @_command(

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from nformer_edge.core.preprocess import load_image, normalize, resize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least
 
-Path = str | os.PathLike[str]
+#: An image: its file, or its pixels in RGB.
+Path = str | os.PathLike[str] | Image.Image
 
 
 def decode(path: Path, spec: PreprocessSpec) -> np.ndarray:
-    """One image file to uint8 [height, width, 3], RGB. Raises DataError as `load_image` does."""
-    return resize(load_image(path), spec)
+    """One image to uint8 [height, width, 3], RGB. Raises DataError as `load_image` does."""
+    return resize(path if isinstance(path, Image.Image) else load_image(path), spec)
 
 
 def iter_batches(

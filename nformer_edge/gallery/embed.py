@@ -1,4 +1,4 @@
-"""Images to features, and features seen together, whatever backend runs."""
+"""Images to features, whatever backend runs."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
 from tqdm import tqdm
 
 from nformer_edge.backends.open import open_model
-from nformer_edge.backends.runner import Runner, require_head
+from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.batch_journal import BatchJournal
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
-from nformer_edge.core.preprocess import SUFFIXES, normalize
+from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.data.batches import iter_pixels
+from nformer_edge.core.values import Result
+from nformer_edge.data.batches import iter_batches, iter_pixels
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import UNKNOWN_CAMERA, Dataset, ImageRecord
-from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.gallery.images import Images, image_files, image_sources, is_image
 
 SPLITS = ("train", "query", "gallery")
 
@@ -37,13 +40,45 @@ _UNKNOWN_PERSON = -1
 Draw = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
 
 
+def embed_images(
+    runner: Runner, images: Images, boxes: ArrayLike | None = None, *, batch: int = 32, decoders: int | None = None
+) -> Features:
+    """The backbone's features of images as callers have them; see `gallery.images.image_sources`.
+
+    Args:
+        runner: an open model.
+        images: files, folders, PIL images or uint8 arrays in RGB; with `boxes`, one frame.
+        boxes: [N, 4], people in the frame: x1, y1, x2, y2 in pixels.
+        batch: images decoded and run at once.
+        decoders: threads that decode files; one a core if None.
+
+    Raises:
+        UsageError: for no image, or one of another kind, type or shape.
+        DataError: for a file that cannot be read, a box that cannot be cut out, or a feature that is not finite.
+    """
+    sources = image_sources(images, boxes)
+    batches = iter_batches(sources, runner.spec.preprocess, batch, decoders)
+    features = np.concatenate([_no_rows(runner), *map(runner.embed, batches)])
+    _check_finite(features[None], [s if isinstance(s, str) else f"images[{i}]" for i, s in enumerate(sources)])
+    paths = tuple("" if isinstance(s, Image.Image) else s for s in sources)
+    return Features(features, paths=paths, model=runner.sha256, spec=_spec(runner), checkpoint=runner.checkpoint)
+
+
+def _no_rows(runner: Runner) -> np.ndarray:
+    return np.empty((0, runner.spec.backbone.features), np.float32)
+
+
+def _spec(runner: Runner) -> str:
+    return json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
+
+
 def embed_records(
     runner: Runner,
     records: Sequence[ImageRecord],
     batch: int = 32,
-    threads: int | None = None,
+    decoders: int | None = None,
     views: int = 1,
-    augment: Mapping[str, Any] | None = None,
+    augment: Mapping[str, float] | None = None,
     seed: int = 0,
     finite: bool = True,
     journal: BatchJournal | None = None,
@@ -54,7 +89,7 @@ def embed_records(
         runner: an open model.
         records: images.
         batch: images decoded and run at once.
-        threads: decoders; one a core if None.
+        decoders: threads that decode files; one a core if None.
         views: views of each image, the plain one first. More than one needs the extra ``train``.
         augment: fields of `data.loaders.AugmentSpec` for views 1 and up, where they are not training's own.
         seed: with an image file's contents and a view's number it decides that view, whatever stands beside it.
@@ -72,7 +107,7 @@ def embed_records(
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
     hashes: list[str] = []
     with tqdm(total=len(paths) * views, desc="embedding", unit="img", **PROGRESS) as bar:
-        for pixels in iter_pixels(paths, runner.spec.preprocess, batch, threads):
+        for pixels in iter_pixels(paths, runner.spec.preprocess, batch, decoders):
             rows = slice(len(hashes), len(hashes) + len(pixels))
             hashes += [sha256_file(path) for path in paths[rows]]
             for view in range(views):
@@ -85,26 +120,23 @@ def embed_records(
         _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
-    spec = json.dumps(to_dict(replace(runner.spec, head=None)), sort_keys=True)
-    return Features(features[0], pids, camids, paths, runner.sha256, tuple(hashes), further, recipe, spec)
+    labels = pids, camids, paths, runner.sha256, tuple(hashes)
+    return Features(features[0], *labels, further, recipe, _spec(runner), checkpoint=runner.checkpoint)
 
 
 def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
     return runner.embed(draw(pixels, hashes, view))
 
 
-def _check_finite(features: np.ndarray, paths: tuple[str, ...]) -> None:
+def _check_finite(features: np.ndarray, names: Sequence[str]) -> None:
     bad = ~np.isfinite(features).all(axis=(0, 2))
     if bad.any():
-        raise DataError(
-            paths[int(bad.argmax())],
-            f"a feature with NaN or infinity ({int(bad.sum())} such images)",
-            "finite numbers",
-            "The model overflows: build it in a higher precision.",
-        )
+        got = f"a feature with NaN or infinity ({int(bad.sum())} such images)"
+        hint = "The model overflows: build it in a higher precision."
+        raise DataError(names[int(bad.argmax())], got, "finite numbers", hint)
 
 
-def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, Any] | None, seed: int) -> tuple[Draw, str]:
+def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, float] | None, seed: int) -> tuple[Draw, str]:
     """What draws a view of a batch, and the JSON that says how; "" where there is the plain one alone."""
     if views == 1:
         return lambda pixels, hashes, view: normalize(pixels, spec), ""
@@ -112,9 +144,8 @@ def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, Any] | None, 
     try:
         from nformer_edge.data import loaders
     except ImportError as e:
-        raise BackendError(
-            "views", f"no {e.name} here", "PyTorch, for augmented views", "pip install 'nformer-edge[train]'"
-        ) from e
+        hint = "pip install 'nformer-edge[train]'"
+        raise BackendError("views", f"no {e.name} here", "PyTorch, for augmented views", hint) from e
     recipe = from_dict(loaders.AugmentSpec, dict(augment or {}), "augment")
 
     def draw(pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
@@ -130,58 +161,46 @@ def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, Any] | None, 
 
 
 def embed_dataset(
-    runner: Runner, dataset: Dataset, splits: Sequence[str] = SPLITS, batch: int = 32, threads: int | None = None
+    runner: Runner, dataset: Dataset, splits: Sequence[str] = SPLITS, batch: int = 32, decoders: int | None = None
 ) -> dict[str, Features]:
     """The features of each of `splits` that has images."""
-    return {s: embed_records(runner, dataset.split(s), batch, threads) for s in splits if dataset.split(s)}
-
-
-def relate_sets(
-    runner: Runner, query: Features, gallery: Features, seed: int | None = None
-) -> tuple[Features, Features]:
-    """Query and gallery through the head together, as the authors evaluate: every image sees every other.
-
-    Args:
-        runner: an open model with a head.
-        query: features as the backbone gave them.
-        gallery: likewise.
-        seed: for the landmarks; the model's own if None.
-
-    Raises:
-        UsageError: if the model has no head.
-        DataError: for a feature that is not finite or is all zeros.
-    """
-    head = require_head(runner.spec)
-    rows = np.concatenate([query.features, gallery.features])
-    if not len(rows):
-        return query, gallery
-    chosen = runner.landmark_seed if seed is None else seed
-    related = runner.relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, chosen))
-    return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
-
-
-def image_records(sources: Sequence[str | os.PathLike[str]]) -> tuple[ImageRecord, ...]:
-    """Image files, and those in folders (at any depth, sorted), as records of nobody known.
-
-    Raises:
-        DataError: if there is none.
-    """
-    paths: list[str] = []
-    for source in map(Path, sources):
-        found = [source] if not source.is_dir() else sorted(p for p in source.rglob("*") if _is_image(p))
-        paths += map(str, found)
-    if not paths:
-        raise DataError(", ".join(map(str, sources)), "zero images", f"{', '.join(SUFFIXES)} files", "Check the path.")
-    return tuple(ImageRecord(path, _UNKNOWN_PERSON, UNKNOWN_CAMERA) for path in paths)
+    return {s: embed_records(runner, dataset.split(s), batch, decoders) for s in splits if dataset.split(s)}
 
 
 def holds_images(folder: str | os.PathLike[str]) -> bool:
     """Whether image files lie directly in `folder`: then it is just that, not a dataset."""
-    return Path(folder).is_dir() and any(_is_image(p) for p in Path(folder).iterdir())
+    return Path(folder).is_dir() and any(is_image(p) for p in Path(folder).iterdir())
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+@dataclass(frozen=True)
+class Embedding(Result):
+    """A feature store that was written.
+
+    Args:
+        model: architecture and image size.
+        backend: what computed.
+        sha256: of the model.
+        output: the store.
+        seconds: from opening the model to the last image.
+        images: of each split, how many.
+        views: of each split, views of an image.
+    """
+
+    kind: ClassVar[str] = "embed"
+
+    model: str
+    backend: str
+    sha256: str
+    output: str
+    seconds: float
+    images: Mapping[str, int]
+    views: Mapping[str, int]
+
+    def __str__(self) -> str:
+        views = self.views
+        counts = [f"{s} {n:,}" + (f" x {views[s]} views" if views[s] > 1 else "") for s, n in self.images.items()]
+        total = sum(n * views[s] for s, n in self.images.items())
+        return f"wrote {self.output}: {', '.join(counts)}; {total / self.seconds:.1f} images/s"
 
 
 def embed_files(
@@ -190,24 +209,22 @@ def embed_files(
     output: str | os.PathLike[str],
     *,
     batch: int = 32,
-    threads: int | None = None,
+    decoders: int | None = None,
+    intra_op_threads: int | None = None,
     layout: str = "auto",
     splits: Sequence[str] | None = None,
     views: int = 1,
-    augment: Mapping[str, Any] | None = None,
+    augment: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Embedding:
     """Embeds a dataset's images, or a folder of images, into the feature store `output`.
 
     An interrupted run leaves its finished batches in ``OUTPUT.journal``: the next one goes on there, and removes it.
+    A folder of images is one split, ``gallery``.
 
     Args:
         splits: which to embed; those of SPLITS that have images if None.
         views: views of each training image (`embed_records`); every other split has the plain one alone.
-
-    Returns:
-        JSON of kind ``embed``: model and its sha256, output, seconds, images and views a split. A folder of images is
-        one split, ``gallery``.
 
     Raises:
         DataError: if a split that was asked for has no image.
@@ -218,34 +235,25 @@ def embed_files(
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")
     start = time.perf_counter()
     journal = BatchJournal(Path(f"{os.fspath(output)}.journal"))
-    with open_model(model, intra_op_threads=threads) as runner:
-        sets = {
-            split: embed_records(
-                runner, chosen, batch, threads, views if split == "train" else 1, augment, seed, journal=journal
-            )
-            for split, chosen in records.items()
-        }
+    with open_model(model, intra_op_threads=intra_op_threads) as runner:
+        sets = {}
+        for split, chosen in records.items():
+            count = views if split == "train" else 1
+            sets[split] = embed_records(runner, chosen, batch, decoders, count, augment, seed, journal=journal)
         save_features(output, sets)
         journal.remove()
-        return {
-            "kind": "embed",
-            "model": runner.name,
-            "backend": runner.backend,
-            "sha256": runner.sha256,
-            "output": str(output),
-            "seconds": time.perf_counter() - start,
-            "images": {split: len(s) for split, s in sets.items()},
-            "views": {split: s.views for split, s in sets.items()},
-        }
+        seconds = time.perf_counter() - start
+        counts = {split: len(s) for split, s in sets.items()}, {split: s.views for split, s in sets.items()}
+        return Embedding(runner.name, runner.backend, runner.sha256, str(output), seconds, *counts)
 
 
 def _split_records(
     data: str | os.PathLike[str], layout: str, splits: Sequence[str] | None
-) -> dict[str, tuple[ImageRecord, ...]]:
+) -> Mapping[str, tuple[ImageRecord, ...]]:
     for name in splits or ():
         check_choice("split", name, KNOWN_SPLITS)
     if layout == "auto" and holds_images(data):
-        found = {"gallery": image_records([data])}
+        found = {"gallery": tuple(ImageRecord(p, _UNKNOWN_PERSON, UNKNOWN_CAMERA) for p in image_files(data))}
     else:
         dataset = read_dataset(data, layout)
         found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
@@ -253,11 +261,3 @@ def _split_records(
         if name not in found:
             raise DataError(f"{data}: {name}", "no image", "at least one", "Leave that split out of --splits.")
     return found if splits is None else {s: found[s] for s in splits}
-
-
-def format_embedding(result: dict[str, Any]) -> str:
-    """What `embed_files` wrote, as text."""
-    views = result["views"]
-    counts = [f"{s} {n:,}" + (f" x {views[s]} views" if views[s] > 1 else "") for s, n in result["images"].items()]
-    total = sum(n * views[s] for s, n in result["images"].items())
-    return f"wrote {result['output']}: {', '.join(counts)}; {total / result['seconds']:.1f} images/s"

@@ -1,6 +1,6 @@
 """The query protocols: what the head sees when a query is ranked.
 
-- ``joint``: all queries and the gallery in one set, as the published code evaluates (`gallery.embed.relate_sets`). A
+- ``joint``: all queries and the gallery in one set, as the published code evaluates (`relate_sets`). A
   query may have other queries among its neighbors, which no camera in service would have.
 - ``per-query``: each query alone with the gallery, as the paper says it evaluates. The query stands last in its set;
   landmarks are drawn from the gallery alone, the same for all queries, and projected as in the gallery's own pass. The
@@ -12,9 +12,9 @@ each list keeps its members but for the query itself, and ``exact`` is False.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from tqdm import tqdm
@@ -29,13 +29,11 @@ from nformer_edge.ops.contract import draw_landmarks
 if TYPE_CHECKING:
     from nformer_edge.model.nformer import NFormer
 
-JOINT = "joint"
-PER_QUERY = "per-query"
+JOINT: Final = "joint"
+PER_QUERY: Final = "per-query"
 
 #: Queries taken at once: together they change some thousand rows, enough to keep the cores in matrix products.
 _BATCH = 32
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,28 @@ class PerQuery:
     exact: bool
 
 
-class HoldsHead(Protocol):
-    """A runner whose head can be taken apart: PyTorch's."""
+def relate_sets(
+    runner: Runner, query: Features, gallery: Features, seed: int | None = None
+) -> tuple[Features, Features]:
+    """Query and gallery through the head together, as the authors evaluate: every image sees every other.
 
-    def with_head(self, use: Callable[[NFormer], T]) -> T: ...
+    Args:
+        runner: an open model with a head.
+        query: features as the backbone gave them.
+        gallery: likewise.
+        seed: for the landmarks; the model's own if None.
+
+    Raises:
+        UsageError: if the model has no head.
+        DataError: for a feature that is not finite or is all zeros.
+    """
+    head = require_head(runner.spec)
+    rows = np.concatenate([query.features, gallery.features])
+    if not len(rows):
+        return query, gallery
+    chosen = runner.landmark_seed if seed is None else seed
+    related = runner.relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, chosen))
+    return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
 
 
 def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> PerQuery:
@@ -74,12 +90,8 @@ def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: i
     require_head(runner.spec)
     with_head = getattr(runner, "with_head", None)
     if with_head is None:
-        raise BackendError(
-            PER_QUERY,
-            f"a head that {runner.backend} runs as one graph",
-            "a checkpoint",
-            "Evaluate the checkpoint that it was made from.",
-        )
+        got, hint = f"a head that {runner.backend} runs as one graph", "Evaluate the checkpoint that it was made from."
+        raise BackendError(PER_QUERY, got, "a checkpoint", hint)
     chosen = runner.landmark_seed if seed is None else seed
     result: PerQuery = with_head(lambda head: per_query(head, query, gallery, chosen))
     return result

@@ -1,29 +1,121 @@
-"""Who is this? Query images to a ranked gallery."""
+"""Who is this? Queries to a ranked gallery."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import Features, load_features
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.values import Result
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.gallery.embed import embed_records, holds_images, image_records, relate_sets
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each
+from nformer_edge.gallery.embed import embed_images, embed_records, holds_images
+from nformer_edge.gallery.images import Images
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_sets
 from nformer_edge.metrics.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
 
 
-def top_matches(query: Features, gallery: Features, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Match:
+    """One gallery image that a query found.
+
+    Args:
+        rank: from 1.
+        index: of the image in the gallery.
+        score: cosine.
+        id: what the image is called.
+        path: its file, or "".
+        camera: -1 is unknown.
+    """
+
+    rank: int
+    index: int
+    score: float
+    id: str
+    path: str
+    camera: int
+
+
+@dataclass(frozen=True)
+class Matches(Result):
+    """What a search found: of Q queries the k best gallery images each, best first; ties, lower index first.
+
+    ``matches[q]`` lists a query's matches; iterating gives them query by query.
+
+    Args:
+        queries: what each query is called: its id, or its path, or "".
+        indices: int64 [Q, k], gallery images.
+        scores: float32 [Q, k], cosines.
+        ids: [Q][k], what those images are called: the id they were added under, the person's number, or the path.
+        paths: [Q][k], their files; "" for an image from memory.
+        cameras: int64 [Q, k], -1 is unknown.
+        searched: gallery images that were searched.
+        protocol: what the head saw: ``per-query``, each query alone with the gallery; ``joint``, all queries and the
+            gallery at once; null for the backbone alone.
+        model: architecture and image size.
+        backend: what computed.
+    """
+
+    kind: ClassVar[str] = "matches"
+
+    queries: tuple[str, ...]
+    indices: np.ndarray
+    scores: np.ndarray
+    ids: tuple[tuple[str, ...], ...]
+    paths: tuple[tuple[str, ...], ...]
+    cameras: np.ndarray
+    searched: int
+    protocol: Literal["per-query", "joint"] | None
+    model: str
+    backend: str
+
+    def __post_init__(self) -> None:
+        shape = len(self.queries), len(self.ids[0]) if self.ids else 0
+        for name, dtype in (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype).reshape(shape))
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, query: int) -> tuple[Match, ...]:
+        columns = (self.indices, self.scores, self.ids, self.paths, self.cameras)
+        rows = zip(*(column[query] for column in columns), strict=True)
+        return tuple(
+            Match(rank, int(index), float(score), name, path, int(camera))
+            for rank, (index, score, name, path, camera) in enumerate(rows, 1)
+        )
+
+    def __iter__(self) -> Iterator[tuple[Match, ...]]:
+        return (self[query] for query in range(len(self)))
+
+    def __str__(self) -> str:
+        blocks = []
+        for number, (query, found) in enumerate(zip(self.queries, self, strict=True)):
+            named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in found]
+            lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id}{path}" for m, path in named]
+            blocks.append("\n".join([query or f"query {number}", *lines]))
+        head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
+        summary = f"{len(self):,} queries, {self.searched:,} gallery images searched {head}, {self.backend}"
+        return "\n\n".join([*blocks, summary])
+
+
+def top_matches(
+    query: Features, gallery: Features, top: int = 10, unit: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The `top` gallery images of each query by cosine, best first; ties, lower index first.
 
     Taken in blocks of queries: no [Q, G] matrix is held.
+
+    Args:
+        unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
 
     Returns:
         indices int64 [Q, min(top, G)] and cosines float32 of the same shape.
@@ -33,7 +125,8 @@ def top_matches(query: Features, gallery: Features, top: int = 10) -> tuple[np.n
     """
     check_at_least("top", top, 1)
     check_same_size(query.features, gallery.features)
-    q, g = unit_rows(query.features, "query features"), unit_rows(gallery.features, "gallery features")
+    q = unit_rows(query.features, "query features")
+    g = unit_rows(gallery.features, "gallery features") if unit is None else unit
     indices = np.empty((len(q), min(top, len(g))), np.int64)
     scores = np.empty(indices.shape, np.float32)
     for rows in row_blocks(len(q)):
@@ -43,117 +136,92 @@ def top_matches(query: Features, gallery: Features, top: int = 10) -> tuple[np.n
     return indices, scores
 
 
-def search(
+def rank_gallery(
     runner: Runner,
-    queries: Sequence[str | os.PathLike[str]],
-    gallery: Features | str | os.PathLike[str],
+    query: Features,
+    gallery: Features,
     *,
     top: int = 10,
     head: bool = True,
     together: bool = False,
-    batch: int = 32,
-    threads: int | None = None,
-) -> list[dict[str, Any]]:
-    """Ranks `gallery` for each query image.
+    unit: np.ndarray | None = None,
+) -> Matches:
+    """Ranks the gallery for each query: the search itself, images apart.
 
     Args:
         runner: an open model.
-        queries: image files, or folders of them.
-        gallery: features of this model, or a feature store, dataset or folder of images.
+        query: features of this model, or of another from the same checkpoint.
+        gallery: likewise.
         top: matches a query.
         head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
-        batch: images decoded and run at once.
-        threads: decoders.
-
-    Returns:
-        For each query ``query`` (path) and ``matches``: rank from 1, path, score (cosine), pid and camid if known.
+        unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
 
     Raises:
-        DataError: if an image cannot be read, or the gallery is empty or of another model.
+        DataError: for an empty gallery, or features of another model.
     """
-    found = gallery if isinstance(gallery, Features) else _open_gallery(runner, gallery, batch, threads)
-    _check_gallery(runner, found)
-    asked = embed_records(runner, image_records(queries), batch, threads)
-    pairs: Iterable[tuple[Features, Features]] = [(asked, found)]
-    if head and runner.has_head:
-        pairs = [relate_sets(runner, asked, found)] if together else relate_each(runner, asked, found)
-    indices, scores = map(np.concatenate, zip(*(top_matches(*pair, top) for pair in pairs), strict=True))
-    return [
-        {
-            "query": path,
-            "matches": [
-                {
-                    "rank": rank + 1,
-                    "path": found.paths[i],
-                    "score": float(score),
-                    "pid": int(found.pids[i]),
-                    "camid": int(found.camids[i]),
-                }
-                for rank, (i, score) in enumerate(zip(row, values, strict=True))
-            ],
-        }
-        for path, row, values in zip(asked.paths, indices, scores, strict=True)
-    ]
-
-
-def _open_gallery(runner: Runner, source: str | os.PathLike[str], batch: int, threads: int | None) -> Features:
-    if Path(source).suffix == ".npz":
-        sets = load_features(source)
-        return sets["gallery"] if "gallery" in sets else next(iter(sets.values()))
-    if holds_images(source):
-        records = image_records([source])
-    else:
-        dataset = read_dataset(source)
-        records = dataset.gallery or dataset.train
-    return embed_records(runner, records, batch, threads)
-
-
-def _check_gallery(runner: Runner, gallery: Features) -> None:
     if not len(gallery):
-        raise DataError("gallery", "zero images", "at least one", "Check the path.")
-    if gallery.model and gallery.model != runner.sha256:
-        raise DataError(
-            "gallery",
-            f"features of another model ({gallery.model[:12]}...)",
-            f"of this one ({runner.sha256[:12]}...)",
-            "Embed the gallery again with this model.",
-        )
+        raise DataError("gallery", "zero images", "at least one", "Add images first.")
+    for name, features in (("query", query), ("gallery", gallery)):
+        check_model(runner, features, name)
+    related = head and runner.has_head
+    pairs: Iterable[tuple[Features, Features]] = [(query, gallery)]
+    if related and len(query):
+        pairs = [relate_sets(runner, query, gallery)] if together else relate_each(runner, query, gallery)
+    found = [top_matches(*pair, top, None if related else unit) for pair in pairs]
+    indices, scores = map(np.concatenate, zip(*found, strict=True))
+    names = gallery.names
+    return Matches(
+        tuple(path or name for path, name in zip(query.paths, query.names, strict=True)),
+        indices,
+        scores,
+        tuple(tuple(names[i] for i in row) for row in indices),
+        tuple(tuple(gallery.paths[i] for i in row) for row in indices),
+        gallery.camids[indices],
+        len(gallery),
+        (JOINT if together else PER_QUERY) if related else None,
+        runner.name,
+        runner.backend,
+    )
+
+
+def check_model(runner: Runner, features: Features, subject: str) -> None:
+    """Raises DataError for features of another model that is not from the same checkpoint."""
+    if features.model and not features.shares_model(runner.sha256, runner.checkpoint):
+        got, hint = f"features of another model ({features.model[:12]}...)", "Embed the images again with this model."
+        raise DataError(subject, got, f"of this one ({runner.sha256[:12]}...)", hint)
+
+
+def open_gallery(
+    runner: Runner, source: str | os.PathLike[str], batch: int = 32, decoders: int | None = None
+) -> Features:
+    """The features of a feature store, of a folder of images, or of a dataset's gallery.
+
+    Raises:
+        DataError: if an image cannot be read, or there is none.
+    """
+    if Path(source).suffix == ".npz":
+        return Features.load(source)
+    if holds_images(source):
+        return embed_images(runner, source, batch=batch, decoders=decoders)
+    dataset = read_dataset(source)
+    return embed_records(runner, dataset.gallery or dataset.train, batch, decoders)
 
 
 def search_files(
     model: str | os.PathLike[str],
-    queries: Sequence[str | os.PathLike[str]],
+    queries: Images,
     gallery: str | os.PathLike[str],
     *,
     top: int = 10,
     batch: int = 32,
-    threads: int | None = None,
+    decoders: int | None = None,
+    intra_op_threads: int | None = None,
     head: bool = True,
     together: bool = False,
-) -> dict[str, Any]:
-    """Opens `model` and searches.
-
-    Returns:
-        JSON of kind ``search``: model, backend, head, protocol (null without the head), queries as `search` gives.
-    """
-    with open_model(model, intra_op_threads=threads) as runner:
-        results = search(runner, queries, gallery, top=top, head=head, together=together, batch=batch, threads=threads)
-        related = head and runner.has_head
-        return {
-            "kind": "search",
-            "model": runner.name,
-            "backend": runner.backend,
-            "head": related,
-            "protocol": (JOINT if together else PER_QUERY) if related else None,
-            "queries": results,
-        }
-
-
-def format_matches(result: dict[str, Any]) -> str:
-    """What `search_files` found, as text: one block a query."""
-    blocks = []
-    for found in result["queries"]:
-        lines = [f"{m['rank']:4d}  {m['score']:.4f}  {m['path']}" for m in found["matches"]]
-        blocks.append("\n".join([found["query"], *lines]))
-    return "\n\n".join(blocks)
+) -> Matches:
+    """Opens `model` and searches; see `rank_gallery` and `open_gallery`."""
+    with open_model(model, intra_op_threads=intra_op_threads) as runner:
+        asked = embed_images(runner, queries, batch=batch, decoders=decoders)
+        found = open_gallery(runner, gallery, batch, decoders)
+        return rank_gallery(runner, asked, found, top=top, head=head, together=together)

@@ -14,8 +14,8 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.values import Result
-from nformer_edge.gallery.embed import embed_dataset, relate_sets
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query
+from nformer_edge.gallery.embed import embed_dataset
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
 from nformer_edge.metrics.ranking import RankingResult

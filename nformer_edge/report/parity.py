@@ -41,7 +41,8 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import machine
 from nformer_edge.core.values import to_json
-from nformer_edge.gallery.embed import embed_records, relate_sets
+from nformer_edge.gallery.embed import embed_records
+from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics.bootstrap import DRAWS
 from nformer_edge.report.diagnosis import compare_inputs, compare_layers
 from nformer_edge.report.models import Data, Opener, describe_model, evenly, open_dataset, open_model, part_precision

@@ -14,9 +14,9 @@ from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records, relate_sets
-from nformer_edge.gallery.protocols import relate_each
-from nformer_edge.gallery.search import format_matches, search_files, top_matches
+from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records
+from nformer_edge.gallery.protocols import relate_each, relate_sets
+from nformer_edge.gallery.search import Matches, search_files, top_matches
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.targets.doctor import doctor, format_doctor
 
@@ -33,9 +33,7 @@ def sets(runner, tiny_market):
 
 
 def of(features, model=""):
-    count = len(features)
-    labels = np.full(count, -1, np.int64)
-    return Features(np.asarray(features, np.float32), labels, labels, tuple(map(str, range(count))), model)
+    return Features(np.asarray(features, np.float32), paths=tuple(map(str, range(len(features)))), model=model)
 
 
 def test_features_come_in_the_order_of_the_records_with_their_labels(runner, tiny_market, sets):
@@ -146,34 +144,36 @@ def test_top_matches_refuse_features_of_another_size():
 def test_a_search_finds_the_query_itself_in_its_own_folder(tiny_bundle, tiny_market):
     image = sorted((tiny_market / "query").iterdir())[0]
     result = search_files(tiny_bundle, [image], tiny_market / "query", top=3, head=False)
-    matches = result["queries"][0]["matches"]
-    assert [m["rank"] for m in matches] == [1, 2, 3]
-    assert matches[0]["path"] == str(image)
-    assert matches[0]["score"] == pytest.approx(1)
-    assert str(image) in format_matches(result)
-    json.dumps(result)
+    (matches,) = result
+    assert [m.rank for m in matches] == [1, 2, 3]
+    assert matches[0].path == str(image)
+    assert matches[0].score == pytest.approx(1)
+    assert str(image) in str(result)
+    assert "6 gallery images searched by the backbone" in str(result)
+    back = Matches.from_json(json.loads(json.dumps(result.to_json())))
+    assert (str(back), back.to_json()) == (str(result), result.to_json())
 
 
 def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tiny_bundle, tiny_market, tmp_path):
     queries = sorted((tiny_market / "query").iterdir())[:2]
     summary = embed_files(tiny_bundle, tiny_market, tmp_path / "store.npz")
-    assert summary["images"] == {"train": 36, "query": 6, "gallery": 12}
+    assert summary.images == {"train": 36, "query": 6, "gallery": 12}
     from_store = search_files(tiny_bundle, queries, tmp_path / "store.npz", top=4)
     from_images = search_files(tiny_bundle, queries, tiny_market, top=4)
-    assert from_store["head"]
-    paths = [[m["path"] for m in q["matches"]] for q in from_store["queries"]]
-    assert paths == [[m["path"] for m in q["matches"]] for q in from_images["queries"]]
+    assert from_store.protocol == "per-query"
+    assert from_store.searched == 12
+    assert from_store.paths == from_images.paths
 
 
 def test_what_is_found_for_a_query_does_not_depend_on_the_others(tiny_bundle, tiny_market):
     one, *others = sorted((tiny_market / "query").iterdir())
     alone = search_files(tiny_bundle, [one], tiny_market, top=4)
     among = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4)
-    assert among["protocol"] == "per-query"
-    assert among["queries"][1] == alone["queries"][0]
+    assert among.protocol == "per-query"
+    assert among[1] == alone[0]
     together = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, together=True)
-    assert together["protocol"] == "joint"
-    assert together["queries"][1]["matches"] != alone["queries"][0]["matches"]
+    assert together.protocol == "joint"
+    assert together[1] != alone[0]
 
 
 def test_each_query_alone_is_a_whole_pass_over_gallery_and_query(runner, sets):
@@ -187,14 +187,14 @@ def test_each_query_alone_is_a_whole_pass_over_gallery_and_query(runner, sets):
 
 
 def test_a_store_of_another_model_is_refused(tiny_bundle, tiny_market, sets, tmp_path):
-    save_features(tmp_path / "other.npz", {"gallery": replace(sets["gallery"], model="0" * 64)})
+    save_features(tmp_path / "other.npz", {"gallery": replace(sets["gallery"], model="0" * 64, checkpoint="")})
     with pytest.raises(DataError, match="features of another model"):
         search_files(tiny_bundle, [tiny_market / "query"], tmp_path / "other.npz")
 
 
 def test_a_folder_of_images_is_embedded_as_a_gallery(tiny_bundle, tiny_market, tmp_path):
     summary = embed_files(tiny_bundle, tiny_market / "query", tmp_path / "f.npz")
-    assert summary["images"] == {"gallery": 6}
+    assert summary.images == {"gallery": 6}
     assert set(load_features(tmp_path / "f.npz")["gallery"].pids) == {-1}
 
 

@@ -14,7 +14,7 @@ from nformer_edge.cli import main
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import load_features
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.gallery.embed import embed_files, embed_records, format_embedding
+from nformer_edge.gallery.embed import embed_files, embed_records
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def runner(tiny_bundle):
 def test_a_store_holds_views_of_the_training_images_and_hashes_of_all(tiny_bundle, tiny_market, tmp_path):
     result = embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", views=3, augment={"pad": 4}, seed=5)
     sets = load_features(tmp_path / "s.npz")
-    assert {split: s.views for split, s in sets.items()} == result["views"] == {"train": 3, "query": 1, "gallery": 1}
+    assert {split: s.views for split, s in sets.items()} == result.views == {"train": 3, "query": 1, "gallery": 1}
     assert sets["query"].hashes[0] == hashlib.sha256(Path(sets["query"].paths[0]).read_bytes()).hexdigest()
-    assert {s.model for s in sets.values()} == {result["sha256"]}
+    assert {s.model for s in sets.values()} == {result.sha256}
     assert json.loads(sets["train"].augmentation)["pad"] == 4
     plain, first, second = (sets["train"].view(v).features for v in range(3))
     assert not np.allclose(plain, first)
     assert not np.allclose(first, second)
-    assert "train 36 x 3 views, query 6, gallery 12" in format_embedding(result)
+    assert "train 36 x 3 views, query 6, gallery 12" in str(result)
 
 
 def test_a_view_depends_on_seed_and_image_and_on_nothing_beside_it(runner, tiny_market):
@@ -54,7 +54,7 @@ def test_views_without_augmentation_are_the_plain_one(runner, tiny_market):
 
 def test_only_the_splits_asked_for_are_embedded(tiny_bundle, tiny_market, tmp_path):
     result = embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", splits=("gallery", "query"))
-    assert list(result["images"]) == ["gallery", "query"]
+    assert list(result.images) == ["gallery", "query"]
     with pytest.raises(DataError, match="junk: got no image"):
         embed_files(tiny_bundle, tiny_market, tmp_path / "s.npz", splits=("junk",))
     with pytest.raises(UsageError, match="Did you mean 'query'"):

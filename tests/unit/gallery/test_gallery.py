@@ -1,0 +1,165 @@
+"""A gallery in memory, through the model that callers open."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.core.features import Features
+from nformer_edge.gallery import gallery as module
+from nformer_edge.gallery import model as face
+from nformer_edge.gallery.gallery import GalleryStats
+from nformer_edge.gallery.search import Matches
+
+CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle):
+    with face.open(tiny_bundle, intra_op_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def gallery(model):
+    made = model.gallery()
+    assert made.add(CROPS[:3], ids=["alice", "bob", "alice"], cameras=[1, 2, 2]) == 3
+    return made
+
+
+def test_images_added_are_found_under_their_ids(model, gallery):
+    assert gallery.add([*CROPS[3:]], ids=[7, 8]) == len(gallery) == 5
+    found = gallery.search(CROPS, top=2, head=False)
+    assert [matches[0].index for matches in found] == [0, 1, 2, 3, 4]
+    assert [matches[0].id for matches in found] == ["alice", "bob", "alice", "7", "8"]
+    assert found[1][0].camera == 2
+    assert found.cameras[3, 0] == -1
+    np.testing.assert_allclose(found.scores[:, 0], 1, atol=1e-5)
+    assert "   1  1.0000  bob" in str(found)
+    assert "5 queries, 5 gallery images searched by the backbone, onnxruntime" in str(found)
+    back = Matches.from_json(found.to_json())
+    assert list(back) == list(found)
+
+
+def test_a_search_gives_what_a_search_over_features_gives(model, gallery):
+    features = model.embed(CROPS[:3])
+    for settings in ({}, {"head": False}, {"together": True}):
+        by_gallery = gallery.search(CROPS[3:], top=3, **settings)
+        by_features = model.search(model.embed(CROPS[3:]), features, top=3, **settings)
+        np.testing.assert_array_equal(by_gallery.indices, by_features.indices)
+        np.testing.assert_allclose(by_gallery.scores, by_features.scores, atol=1e-6)
+        assert by_gallery.protocol == by_features.protocol
+
+
+def test_the_head_sees_each_query_alone(gallery):
+    together, among = gallery.search(CROPS[3:], together=True), gallery.search(CROPS[3:])
+    alone = gallery.search(CROPS[4])
+    assert (among.protocol, together.protocol) == ("per-query", "joint")
+    np.testing.assert_allclose(among.scores[1], alone.scores[0], atol=1e-6)
+
+
+def test_equal_images_are_ordered_as_they_were_added(model):
+    gallery = model.gallery()
+    for name in "cab":
+        gallery.add(CROPS[0], ids=name)
+    assert gallery.search(CROPS[0], head=False).ids == (("c", "a", "b"),)
+
+
+def test_unit_rows_are_computed_once(model, gallery, monkeypatch):
+    rows = []
+    unit_rows = module.unit_rows
+    monkeypatch.setattr(module, "unit_rows", lambda x, *more: (rows.append(len(x)), unit_rows(x, *more))[1])
+    searched = []
+    monkeypatch.setattr(
+        "nformer_edge.gallery.search.unit_rows", lambda x, *more: (searched.append(len(x)), unit_rows(x, *more))[1]
+    )
+    gallery.add(CROPS[3:4])
+    for _ in range(3):
+        gallery.search(CROPS[:1], head=False)
+    gallery.remove("bob")
+    gallery.search(CROPS[:1], head=False)
+    assert rows == [1]
+    assert searched == [1] * 4
+
+
+def test_an_id_is_removed_with_all_its_images(gallery):
+    assert gallery.remove("alice") == 2
+    assert gallery.features.ids == ("bob",)
+    assert gallery.search(CROPS[0], head=False).ids == (("bob",),)
+    with pytest.raises(DataError, match=r"ids: got 'bop'.*Did you mean 'bob'"):
+        gallery.remove(["bob", "bop"])
+    assert len(gallery) == 1
+    assert gallery.remove("bob") == 1
+    with pytest.raises(DataError, match="gallery: got zero images"):
+        gallery.search(CROPS[0])
+
+
+def test_images_without_ids_are_called_by_person_path_or_number(model, tiny_market):
+    gallery = model.gallery()
+    first = sorted((tiny_market / "query").iterdir())[0]
+    gallery.add(first)
+    gallery.add(CROPS[:2])
+    gallery.add(Features(model.embed(CROPS[2]).features, np.array([9])))
+    assert gallery.features.ids == (str(first), "1", "2", "9")
+    gallery.add(CROPS[3:], ids="carol")
+    assert gallery.features.ids[4:] == ("carol", "carol")
+
+
+def test_people_in_a_frame_are_added_and_searched_by_their_boxes(model):
+    frame, boxes = np.concatenate([*CROPS], axis=1), [[32 * i, 0, 32 * i + 32, 64] for i in range(5)]
+    gallery = model.gallery()
+    gallery.add(frame, ids=list("abcde"), boxes=boxes)
+    np.testing.assert_array_equal(model.embed(frame, boxes).features, model.embed(CROPS).features)
+    found = gallery.search(frame, top=1, boxes=boxes[::-1], head=False)
+    assert found.ids == (("e",), ("d",), ("c",), ("b",), ("a",))
+    for settings in ({}, {"head": False}):
+        assert len(gallery.search(frame, boxes=[], **settings)) == 0
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_added(model, gallery):
+    with pytest.raises(DataError, match=r"ids: got 1 for 2 images"):
+        gallery.add(CROPS[:2], ids=["a"])
+    with pytest.raises(DataError, match=r"cameras: got 3 for 2 images"):
+        gallery.add(CROPS[:2], cameras=[1, 2, 3])
+    with pytest.raises(DataError, match="images: got features of another model"):
+        gallery.add(Features(np.ones((1, 32), np.float32), model="0" * 64))
+    with pytest.raises(DataError, match="images: got all zeros in row 0"):
+        gallery.add(Features(np.zeros((1, 32), np.float32)))
+    with pytest.raises(DataError, match=r"shape \(1, 31\)"):
+        gallery.add(Features(np.ones((1, 31), np.float32)))
+    with pytest.raises(UsageError, match=r"in memory only\. Keep features with `gallery.features.save\(file\)`"):
+        model.gallery("folder")
+    assert len(gallery) == 3
+
+
+def test_a_gallery_says_what_it_holds(model, gallery):
+    assert str(gallery) == "3 images of 2 ids, 2 cameras: 32 numbers each, 0.0 MiB, model osnet_x0_25_64x32"
+    assert GalleryStats.from_json(gallery.to_json()) == gallery.stats()
+    assert str(model.gallery()).startswith("0 images of 0 ids: 32 numbers each")
+
+
+def test_a_gallery_s_features_are_kept_in_a_file_and_added_again(model, gallery, tmp_path):
+    gallery.features.save(tmp_path / "g.npz")
+    again = model.gallery()
+    again.add(Features.load(tmp_path / "g.npz"))
+    assert again.stats() == gallery.stats()
+    assert list(again.search(CROPS[:2])) == list(gallery.search(CROPS[:2]))
+    assert list(model.search(CROPS[:2], tmp_path / "g.npz")) == list(gallery.search(CROPS[:2]))
+
+
+def test_features_of_bundle_and_checkpoint_are_taken_by_each_other(model, tiny_checkpoint, tiny_bundle):
+    with face.open(tiny_checkpoint, intra_op_threads=1) as checkpoint:
+        theirs, ours = checkpoint.embed(CROPS), model.embed(CROPS)
+        assert ours.model != theirs.model
+        assert ours.checkpoint == theirs.checkpoint == theirs.model
+        expected = [(0,), (1,), (2,), (3,), (4,)]
+        assert [tuple(r) for r in model.search(CROPS, theirs, top=1, head=False).indices] == expected
+        assert [tuple(r) for r in checkpoint.search(CROPS, ours, top=1, head=False).indices] == expected
+
+
+def test_a_path_may_stand_for_the_model(model, tiny_bundle):
+    features = face.embed(tiny_bundle, CROPS)
+    np.testing.assert_allclose(features.features, face.embed(model, CROPS).features, rtol=1e-4, atol=1e-5)
+    found = face.search(tiny_bundle, CROPS[0], features, top=2)
+    assert found.indices.tolist() == face.search(model, CROPS[0], features, top=2).indices.tolist()
