@@ -16,7 +16,7 @@ from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.values import Result, Table
 from nformer_edge.gallery.embed import embed_images
 from nformer_edge.gallery.images import Images
-from nformer_edge.gallery.search import Matches, check_model, rank_gallery
+from nformer_edge.gallery.search import Matches, check_model, search
 from nformer_edge.metrics.distance import unit_rows
 
 
@@ -170,9 +170,8 @@ class Gallery:
             DataError: for an empty gallery, or features of another model.
             UsageError: for images of another kind, type or shape.
         """
-        asked = images if isinstance(images, Features) else embed_images(self._runner, images, boxes, batch=batch)
-        held = self.features
-        return rank_gallery(self._runner, asked, held, top=top, head=head, together=together, unit=self._units[0])
+        held, how = self.features, {"head": head, "together": together}
+        return search(self._runner, images, held, top, boxes=boxes, batch=batch, unit=self._units[0], **how)
 
     def stats(self) -> GalleryStats:
         """What the gallery holds, in numbers."""

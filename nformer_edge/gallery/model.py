@@ -14,7 +14,8 @@ from nformer_edge.core.features import Features
 from nformer_edge.gallery.embed import embed_images
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.images import Images
-from nformer_edge.gallery.search import Matches, open_gallery
+from nformer_edge.gallery.search import Matches
+from nformer_edge.gallery.search import search as in_gallery
 
 
 class Model:
@@ -88,11 +89,9 @@ class Model:
             queries: images as for `embed`, or features.
             gallery: a gallery, features, or the path of a feature store, dataset or folder of images.
         """
-        if not isinstance(gallery, Gallery):
-            features = gallery if isinstance(gallery, Features) else open_gallery(self.runner, gallery)
-            gallery = self.gallery()
-            gallery.add(features)
-        return gallery.search(queries, top, boxes=boxes, head=head, together=together)
+        if isinstance(gallery, Gallery):
+            return gallery.search(queries, top, boxes=boxes, head=head, together=together)
+        return in_gallery(self.runner, queries, gallery, top, boxes=boxes, head=head, together=together)
 
 
 def open(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
@@ -100,7 +101,7 @@ class Matches(Result):
         blocks = []
         for number, (query, found) in enumerate(zip(self.queries, self, strict=True)):
             named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in found]
-            lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id}{path}" for m, path in named]
+            lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id or f'image {m.index}'}{path}" for m, path in named]
             blocks.append("\n".join([query or f"query {number}", *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
         summary = f"{len(self):,} queries, {self.searched:,} gallery images searched {head}, {self.backend}"
@@ -136,34 +137,46 @@ def top_matches(
     return indices, scores
 
 
-def rank_gallery(
+def search(
     runner: Runner,
-    query: Features,
-    gallery: Features,
-    *,
+    queries: Images | Features,
+    gallery: Features | str | os.PathLike[str],
     top: int = 10,
+    *,
+    boxes: ArrayLike | None = None,
     head: bool = True,
     together: bool = False,
+    batch: int = 32,
+    decoders: int | None = None,
     unit: np.ndarray | None = None,
 ) -> Matches:
-    """Ranks the gallery for each query: the search itself, images apart.
+    """Ranks a gallery for each query.
 
     Args:
         runner: an open model.
-        query: features of this model, or of another from the same checkpoint.
-        gallery: likewise.
+        queries: images, as for `embed_images`; or features of this model, or of another from the same checkpoint.
+        gallery: features likewise, or the path of a feature store, a folder of images or a dataset.
         top: matches a query.
+        boxes: of people in `queries`, one frame.
         head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
+        batch: images decoded and run at once.
+        decoders: threads that decode files; one a core if None.
         unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
 
     Raises:
-        DataError: for an empty gallery, or features of another model.
+        DataError: for an empty gallery, features of another model, or an image that cannot be read.
+        UsageError: for an image of another kind, type or shape.
     """
+    if not isinstance(gallery, Features):
+        gallery = open_gallery(runner, gallery, batch, decoders)
     if not len(gallery):
         raise DataError("gallery", "zero images", "at least one", "Add images first.")
-    for name, features in (("query", query), ("gallery", gallery)):
-        check_model(runner, features, name)
+    check_model(runner, gallery, "gallery")
+    query = queries
+    if not isinstance(query, Features):
+        query = embed_images(runner, query, boxes, batch=batch, decoders=decoders)
+    check_model(runner, query, "queries")
     related = head and runner.has_head
     pairs: Iterable[tuple[Features, Features]] = [(query, gallery)]
     if related and len(query):
@@ -220,8 +233,6 @@ def search_files(
     head: bool = True,
     together: bool = False,
 ) -> Matches:
-    """Opens `model` and searches; see `rank_gallery` and `open_gallery`."""
+    """Opens `model` and searches; see `search`."""
     with open_model(model, intra_op_threads=intra_op_threads) as runner:
-        asked = embed_images(runner, queries, batch=batch, decoders=decoders)
-        found = open_gallery(runner, gallery, batch, decoders)
-        return rank_gallery(runner, asked, found, top=top, head=head, together=together)
+        return search(runner, queries, gallery, top, head=head, together=together, batch=batch, decoders=decoders)

@@ -14,6 +14,7 @@ from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import load_image, normalize, resize
 from nformer_edge.gallery import protocols, search
+from nformer_edge.metrics.distance import unit_rows
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Pipeline:
         if not len(gallery):
             raise DataError("gallery", "no image", "at least one", "Give gallery images.")
         self.runner, self.gallery, self.top, self.batch = runner, gallery, top, batch
+        self.unit = None if with_head else unit_rows(gallery.features)  # kept, as a `Gallery` keeps them
         self.with_head, self.name = with_head, "+NFormer" if with_head else "backbone"
         self.step_ms: dict[str, float] = {}
 
@@ -94,4 +96,4 @@ class Pipeline:
         if self.with_head:
             pairs = protocols.relate_each(self.runner, asked, gallery)
             asked, gallery = self._timed("head", lambda: next(pairs), device=True)
-        return self._timed("search", lambda: search.top_matches(asked, gallery, self.top)[0])
+        return self._timed("search", lambda: search.top_matches(asked, gallery, self.top, self.unit)[0])

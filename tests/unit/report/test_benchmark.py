@@ -17,8 +17,7 @@ from nformer_edge.report.pipeline import Pipeline
 
 def found(runner, paths, gallery, head):
     """What `nformer-edge search` gives: the paths of the five best."""
-    answers = search.search(runner, paths, gallery, top=5, head=head)
-    return [[match["path"] for match in answer["matches"]] for answer in answers]
+    return [list(row) for row in search.search(runner, paths, gallery, top=5, head=head).paths]
 
 
 def test_a_run_is_named_short_until_it_has_enough_samples(dataset, grid_runner):
@@ -71,10 +70,10 @@ def test_what_is_timed_is_the_search_itself(dataset, grid_runner, monkeypatch):
     calls = []
     real = search.top_matches
 
-    def slow(query, gallery, top):
+    def slow(query, gallery, top, unit):
         calls.append((len(query), len(gallery)))
         time.sleep(0.02)
-        return real(query, gallery, top)
+        return real(query, gallery, top, unit)
 
     monkeypatch.setattr(search, "top_matches", slow)
     for run in benchmark(grid_runner(), dataset, single_stream=2, warmup=0).runs:
