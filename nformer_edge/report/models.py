@@ -17,10 +17,11 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.gallery.model import Model as OpenModel
 
 Data: TypeAlias = "Dataset | str | os.PathLike[str]"
 #: An open model, which stays open, or the path of a checkpoint, bundle or engine.
-Source: TypeAlias = "Runner | str | os.PathLike[str]"
+Source: TypeAlias = "OpenModel | Runner | str | os.PathLike[str]"
 Opener = Callable[..., Runner]
 
 #: What a manifest lists beside the model itself.
@@ -72,7 +73,7 @@ def open_model(
 ) -> AbstractContextManager[Runner]:
     """Opens a checkpoint, bundle or engine; a model that is already open is given back and stays open."""
     if not isinstance(model, (str, os.PathLike)):
-        return nullcontext(model)
+        return nullcontext(model.runner if isinstance(model, OpenModel) else model)
     if opener is not None:
         return opener(model, threads=threads)
     return open_any(model, intra_op_threads=threads, reference=reference, native=native)
