@@ -23,7 +23,7 @@ from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_di
 from nformer_edge.report.models import (
     Data,
     MeasuredData,
-    Model,
+    MeasuredModel,
     Source,
     describe_data,
     describe_model,
@@ -84,32 +84,16 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class ListedImage:
-    """An image in a rank list.
-
-    Args:
-        path: of its file.
-        pid: person.
-        camid: camera.
-    """
-
-    path: str
-    pid: int
-    camid: int
-
-
-@dataclass(frozen=True)
-class ListedMatch(ListedImage):
+class Listed:
     """A gallery image in a rank list.
 
     Args:
         path: of its file.
-        pid: person.
-        camid: camera.
-        correct: whether it is the query's person.
+        correct: whether it shows the query's person.
         distance: cosine distance to the query.
     """
 
+    path: str
     correct: bool
     distance: float
 
@@ -120,13 +104,13 @@ class RankList:
 
     Args:
         ranking: name of the ranking.
-        query: the query image.
-        gallery: the matches, best first.
+        query: path of the query image.
+        gallery: the images found, best first.
     """
 
     ranking: str
-    query: ListedImage
-    gallery: tuple[ListedMatch, ...]
+    query: str
+    gallery: tuple[Listed, ...]
 
 
 @dataclass(frozen=True)
@@ -147,7 +131,7 @@ class Evaluation(Result):
     version: ClassVar[int] = 3
 
     machine: MachineFacts
-    model: Model | None
+    model: MeasuredModel | None
     data: MeasuredData
     embed_seconds: float | None
     no_per_query: str | None
@@ -338,13 +322,8 @@ def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray,
     shown = query.take(rows)
     found = ranking.rank(shown, gallery, top=top)
     lists = []
-    for q, (path, pid, camid) in enumerate(zip(shown.paths, shown.pids, shown.camids, strict=True)):
-        matches = tuple(
-            ListedMatch(
-                gallery.paths[g], int(gallery.pids[g]), int(gallery.camids[g]), bool(gallery.pids[g] == pid), float(d)
-            )
-            for g, d in zip(found.indices[q], found.distances[q], strict=True)
-            if g >= 0
-        )
-        lists.append(RankList(name, ListedImage(path, int(pid), int(camid)), matches))
+    for path, pid, images, distances in zip(shown.paths, shown.pids, found.indices, found.distances, strict=True):
+        pairs = [(g, d) for g, d in zip(images, distances, strict=True) if g >= 0]
+        listed = tuple(Listed(gallery.paths[g], bool(gallery.pids[g] == pid), float(d)) for g, d in pairs)
+        lists.append(RankList(name, path, listed))
     return lists

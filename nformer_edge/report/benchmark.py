@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import ClassVar, Literal
 
@@ -19,11 +19,19 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.report.latency import PERCENTILES, Latency, early_stopping_estimate, min_samples, summarize
-from nformer_edge.report.models import Data, MeasuredData, Model, Source, describe_model, open_dataset, open_model
+from nformer_edge.report.models import (
+    Data,
+    MeasuredData,
+    MeasuredModel,
+    Source,
+    describe_model,
+    open_dataset,
+    open_model,
+)
 from nformer_edge.report.pipeline import STEPS, Pipeline, Reply
 from nformer_edge.report.table import format_table, number
 
-#: Scenario: name of the percentile that is reported, images in one query.
+#: Of each scenario with a percentile to report, its name, and the images in one query.
 SCENARIOS = {"SingleStream": ("p90", 1), "MultiStream": ("p99", 8)}
 
 #: Samples of MLPerf's one Offline query (inference rules, "Scenarios").
@@ -55,11 +63,9 @@ class Run:
         required: count from which the run is valid.
         warmup: queries before the clock counts.
         batch: images that the backbone sees at once.
-        gallery: gallery images searched.
         latency: from issue to reply.
         steps: latency of each step: decode, preprocess, copy_in, backbone, head, copy_out, search.
         images_per_second: throughput.
-        ms_per_image: milliseconds.
         percentile: which one `early_stopping_ms` estimates, such as p90; null for Offline.
         early_stopping_ms: value that the percentile does not exceed, with 99 % confidence; null if the run is short.
     """
@@ -71,11 +77,9 @@ class Run:
     required: int
     warmup: int
     batch: int
-    gallery: int
     latency: Latency
     steps: Mapping[str, Latency]
     images_per_second: float
-    ms_per_image: float
     percentile: str | None = None
     early_stopping_ms: float | None = None
 
@@ -104,7 +108,7 @@ class Benchmark(Result):
 
     machine: MachineFacts
     conditions: BeforeAfter
-    model: Model
+    model: MeasuredModel
     data: MeasuredData
     intra_op_threads: int | None
     peak_memory_mib: float | None
@@ -125,7 +129,7 @@ class Benchmark(Result):
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One model of a comparison.
+    """One model of a comparison. A ratio is its latency over the first model's in the same round: below 1 is faster.
 
     Args:
         label: of the model.
@@ -133,6 +137,9 @@ class ComparedRun:
         pipeline: backbone, or +NFormer where the head is run.
         latency: from issue to reply.
         latency_ms: of each round.
+        ratio: median over the rounds.
+        ratio_p5: 5th percentile.
+        ratio_p95: 95th percentile.
     """
 
     label: str
@@ -140,27 +147,9 @@ class ComparedRun:
     pipeline: str
     latency: Latency
     latency_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class LatencyRatio:
-    """A model's latency over the first model's in the same round: below 1 is faster.
-
-    Args:
-        label: of the model.
-        baseline: label of the first model.
-        pairs: rounds.
-        median: of the ratios.
-        p5: their 5th percentile.
-        p95: their 95th percentile.
-    """
-
-    label: str
-    baseline: str
-    pairs: int
-    median: float
-    p5: float
-    p95: float
+    ratio: float
+    ratio_p5: float
+    ratio_p95: float
 
 
 @dataclass(frozen=True)
@@ -175,7 +164,6 @@ class Comparison(Result):
         intra_op_threads: of the backends; null for their own choice.
         warmup: rounds before the clock counts.
         runs: one for each model.
-        ratios: one for each model but the first.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -183,19 +171,17 @@ class Comparison(Result):
 
     machine: MachineFacts
     conditions: BeforeAfter
-    models: tuple[Model, ...]
+    models: tuple[MeasuredModel, ...]
     data: MeasuredData
     intra_op_threads: int | None
     warmup: int
     runs: tuple[ComparedRun, ...]
-    ratios: tuple[LatencyRatio, ...]
 
     def __str__(self) -> str:
         body = []
-        for i, run in enumerate(self.runs):
-            ratio = self.ratios[i - 1] if i else None
-            shown = [number(v, 3) for v in (ratio.median, ratio.p5, ratio.p95)] if ratio else ["1", "", ""]
-            body.append([run.label, run.name, number(run.latency.p50_ms), *shown])
+        for run in self.runs:
+            ratios = [number(v, 3) for v in (run.ratio, run.ratio_p5, run.ratio_p95)]
+            body.append([run.label, run.name, number(run.latency.p50_ms), *ratios])
         return format_table(["model", "run", "p50 ms", "ratio", "p5", "p95"], body, left=2)
 
 
@@ -282,9 +268,10 @@ def _stream(
         replies.append(pipeline(_take(requests, (warmup + i) * images, images)))
         if max_seconds is not None and time.perf_counter() - start > max_seconds:
             break
-    bound = early_stopping_estimate([r.total_ms for r in replies], PERCENTILES[percentile])
     required = min_samples(PERCENTILES[percentile])
-    return _run(pipeline, scenario, replies, len(replies), required, warmup, images, percentile, bound)
+    run = _run(pipeline, scenario, replies, len(replies), required, warmup, images)
+    bound = early_stopping_estimate([r.total_ms for r in replies], PERCENTILES[percentile])
+    return replace(run, percentile=percentile, early_stopping_ms=bound)
 
 
 def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) -> Run:
@@ -297,15 +284,7 @@ def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) 
 
 
 def _run(
-    pipeline: Pipeline,
-    scenario: str,
-    replies: list[Reply],
-    count: int,
-    required: int,
-    warmup: int,
-    images: int,
-    percentile: str | None = None,
-    early_stopping_ms: float | None = None,
+    pipeline: Pipeline, scenario: str, replies: list[Reply], count: int, required: int, warmup: int, images: int
 ) -> Run:
     total = [r.total_ms for r in replies]
     return Run(
@@ -316,13 +295,9 @@ def _run(
         required=required,
         warmup=warmup,
         batch=pipeline.batch,
-        gallery=len(pipeline.gallery),
         latency=summarize(total),
         steps={s: summarize([r.step_ms[s] for r in replies]) for s in STEPS if s in replies[0].step_ms},
         images_per_second=1000 * images * len(total) / sum(total),
-        ms_per_image=sum(total) / (images * len(total)),
-        percentile=percentile,
-        early_stopping_ms=early_stopping_ms,
     )
 
 
@@ -364,15 +339,14 @@ def compare(
         opened = zip(models, runners, labels or repeat(None, len(models)), strict=True)
         measured = tuple(describe_model(*one) for one in opened)
     name = run_name("SingleStream", rounds, min_samples(0.9))
-    runs = tuple(
-        ComparedRun(m.label, name, p.name, summarize(row), tuple(row.tolist()))
-        for m, p, row in zip(measured, pipelines, latency, strict=True)
-    )
-    first = measured[0].label
-    ratios = tuple(_ratio(first, m.label, row / latency[0]) for m, row in zip(measured[1:], latency[1:], strict=True))
+    runs = []
+    for described, pipeline, row in zip(measured, pipelines, latency, strict=True):
+        low, middle, high = np.quantile(row / latency[0], [0.05, 0.5, 0.95]).tolist()
+        figures = summarize(row), tuple(row.tolist()), middle, low, high
+        runs.append(ComparedRun(described.label, name, pipeline.name, *figures))
     told = MeasuredData(dataset.name, len(requests), len(pipelines[0].gallery))
     around = BeforeAfter(before, conditions())
-    return Comparison(machine(), around, measured, told, intra_op_threads, warmup, runs, ratios)
+    return Comparison(machine(), around, measured, told, intra_op_threads, warmup, tuple(runs))
 
 
 def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, warmup: int) -> np.ndarray:
@@ -386,8 +360,3 @@ def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, war
             which = (i + turn) % len(pipelines)
             latency[which, i] = pipelines[which](_take(requests, warmup + i, 1)).total_ms
     return latency
-
-
-def _ratio(baseline: str, label: str, ratios: np.ndarray) -> LatencyRatio:
-    p5, median, p95 = np.quantile(ratios, [0.05, 0.5, 0.95]).tolist()
-    return LatencyRatio(label, baseline, len(ratios), median, p5, p95)

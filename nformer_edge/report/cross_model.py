@@ -19,7 +19,7 @@ from nformer_edge.metrics.verification import Operating, Rates, fit_threshold
 from nformer_edge.report.models import (
     Data,
     MeasuredData,
-    Model,
+    MeasuredModel,
     Source,
     describe_data,
     describe_model,
@@ -99,7 +99,7 @@ class CrossModel(Result):
     version: ClassVar[int] = 2
 
     machine: MachineFacts
-    models: tuple[Model, ...]
+    models: tuple[MeasuredModel, ...]
     data: MeasuredData
     wanted_false_match_rate: float
     genuine_pairs: int
@@ -154,7 +154,7 @@ def cross_model(
         raise UsageError("models", len(models), "at least two", "Name one for each kind of device.")
     stores = all(map(is_feature_store, models))
     dataset = None if stores or data is None else open_dataset(data, layout)
-    described: list[Model] = []
+    described: list[MeasuredModel] = []
     embedded: list[Pair] = []
     for source in models:
         model, pair = _embedded(source, dataset, batch, intra_op_threads)
@@ -168,11 +168,13 @@ def cross_model(
     return CrossModel(machine(), tuple(described), told, false_match_rate, *pairs, tuple(pairings))
 
 
-def _embedded(source: Source, dataset: Dataset | None, batch: int, intra_op_threads: int | None) -> tuple[Model, Pair]:
+def _embedded(
+    source: Source, dataset: Dataset | None, batch: int, intra_op_threads: int | None
+) -> tuple[MeasuredModel, Pair]:
     """A model's description and its features of queries and gallery; the model is closed again."""
     if isinstance(source, (str, os.PathLike)) and is_feature_store(source):
         path = os.fspath(source)
-        return Model(os.path.basename(path).removesuffix(".npz"), path), open_features(path)
+        return MeasuredModel(os.path.basename(path).removesuffix(".npz"), path), open_features(path)
     if dataset is None:
         raise UsageError(str(source), "a model and no data", "a dataset", "Name it with --data.")
     with open_model(source, intra_op_threads) as runner:
@@ -194,7 +196,7 @@ def _check_same_images(name: str, reference: Pair, other_name: str, other: Pair)
             raise DataError(subject, got, expected, "Use models of one checkpoint.")
 
 
-def _with_own_labels(models: list[Model]) -> list[Model]:
+def _with_own_labels(models: list[MeasuredModel]) -> list[MeasuredModel]:
     """Adds the path, or else the place, to labels that several models have."""
     labels = [m.label for m in models]
     return [

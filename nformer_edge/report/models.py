@@ -17,11 +17,11 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.gallery.model import Model as OpenModel
+from nformer_edge.gallery.model import Model
 
 Data: TypeAlias = "Dataset | str | os.PathLike[str]"
 #: An open model, which stays open, or the path of a checkpoint, bundle or engine.
-Source: TypeAlias = "OpenModel | Runner | str | os.PathLike[str]"
+Source: TypeAlias = "Model | Runner | str | os.PathLike[str]"
 Opener = Callable[..., Runner]
 
 #: What a manifest lists beside the model itself.
@@ -29,7 +29,7 @@ _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
 
 
 @dataclass(frozen=True)
-class Model:
+class MeasuredModel:
     """A measured model. Of a feature store, `label` and `path` alone are given.
 
     Args:
@@ -73,7 +73,7 @@ def open_model(
 ) -> AbstractContextManager[Runner]:
     """Opens a checkpoint, bundle or engine; a model that is already open is given back and stays open."""
     if not isinstance(model, (str, os.PathLike)):
-        return nullcontext(model.runner if isinstance(model, OpenModel) else model)
+        return nullcontext(model.runner if isinstance(model, Model) else model)
     if opener is not None:
         return opener(model, threads=threads)
     return open_any(model, intra_op_threads=threads, reference=reference, native=native)
@@ -164,10 +164,10 @@ def model_sizes(path: str | os.PathLike[str]) -> dict[str, float]:
     return {part: size / 1e6 for part, size in (sizes | {"total": sum(sizes.values())}).items()}
 
 
-def describe_model(model: Source, runner: Runner, label: str | None = None) -> Model:
+def describe_model(model: Source, runner: Runner, label: str | None = None) -> MeasuredModel:
     """What a result says of the model that `open_model` opened."""
     path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
-    return Model(
+    return MeasuredModel(
         label=label or f"{runner.name} {runner.backend} {runner.precision['backbone']}",
         path=path,
         name=runner.name,

@@ -67,8 +67,7 @@ class Pipeline:
         self.step_ms = {}
         start = time.perf_counter_ns()
         batches = [self._embed(paths[i : i + self.batch]) for i in range(0, len(paths), self.batch)]
-        unknown = np.full(len(paths), -1, np.int64)
-        asked = Features(np.concatenate(batches), unknown, unknown, tuple(paths))
+        asked = Features(np.concatenate(batches), paths=tuple(paths))
         # the head takes one query at a time
         sets = [asked.take(np.array([i])) for i in range(len(asked))] if self.with_head else [asked]
         ranked = np.concatenate([self._search(s) for s in sets])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nformer_edge.core.values import Result
 from nformer_edge.report.accuracy import BACKBONE, NFORMER, NFORMER_PER_QUERY, Evaluation, Ranking
 from nformer_edge.report.benchmark import Benchmark, Run
-from nformer_edge.report.models import Model
+from nformer_edge.report.models import MeasuredModel
 from nformer_edge.report.table import format_table, number, percent
 
 
@@ -16,7 +16,7 @@ from nformer_edge.report.table import format_table, number, percent
 class Row:
     """One line of the summary: a model's ranking, and its latency where there is one."""
 
-    model: Model
+    model: MeasuredModel
     ranking: Ranking
     run: Run | None
 

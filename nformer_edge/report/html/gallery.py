@@ -46,7 +46,7 @@ def _strip(ranked: RankList) -> str:
         kind, sign = ("right", "✓") if found.correct else ("wrong", "✗")
         figures.append(_figure(found.path, f"rank {place}, {kind}", f"{sign} {place}", kind))
     who = f'<div class="who">{text(ranked.ranking)}</div>'
-    query = _figure(ranked.query.path, "query", "query")
+    query = _figure(ranked.query, "query", "query")
     return f'<div class="list" style="--n:{len(figures) + 1}">{who}{query}{"".join(figures)}</div>'
 
 
@@ -57,7 +57,7 @@ def rank_lists(results: Results, most: int = 6) -> str:
         return ""
     by_query: dict[str, list[RankList]] = {}
     for ranked in result.rank_lists:
-        by_query.setdefault(ranked.query.path, []).append(ranked)
+        by_query.setdefault(ranked.query, []).append(ranked)
     strips = "".join(
         f'<div class="lists" tabindex="0">{"".join(map(_strip, lists))}</div>'
         for lists in list(by_query.values())[:most]

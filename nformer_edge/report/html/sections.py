@@ -55,13 +55,10 @@ def table(headers: Sequence[str], rows: Sequence[str], left: int = 1, wide: bool
     )
 
 
-def row(cells: Sequence[str], left: int = 1, marked: Sequence[int] = ()) -> str:
+def row(cells: Sequence[str], left: int = 1) -> str:
     """A line of finished cells; the first is its header."""
-    parts = [f'<th scope="row" class="l">{cells[0]}</th>']
-    for i, cell in enumerate(cells[1:], 1):
-        classes = " ".join(c for c, on in (("l", i < left), ("best", i in marked)) if on)
-        parts.append(f"<td{f' class={chr(34)}{classes}{chr(34)}' if classes else ''}>{cell}</td>")
-    return f"<tr>{''.join(parts)}</tr>"
+    others = "".join(f"<td{_left(i, left)}>{cell}</td>" for i, cell in enumerate(cells[1:], 1))
+    return f'<tr><th scope="row" class="l">{cells[0]}</th>{others}</tr>'
 
 
 def group(title: str, width: int) -> str:
@@ -153,9 +150,10 @@ def comparison(results: Results) -> str:
     """Ratios pair by pair of models timed in turn."""
     cells = []
     for result in picked(results, Comparison):
-        for r in result.ratios:
-            figures = [number(v, 3) for v in (r.median, r.p5, r.p95)]
-            cells.append(row([f"{text(r.label)} / {text(r.baseline)}", *figures, number(r.pairs, 0)]))
+        for run in result.runs[1:]:
+            figures = [number(v, 3) for v in (run.ratio, run.ratio_p5, run.ratio_p95)]
+            label = f"{text(run.label)} / {text(result.runs[0].label)}"
+            cells.append(row([label, *figures, number(run.latency.count, 0)]))
     note = "Models timed in turn: latency over the baseline's for the same query. A ratio below 1 is faster."
     return section("Latency ratios", table(["ratio", "median", "p5", "p95", "pairs"], cells), note)
 

@@ -41,10 +41,11 @@ def test_several_seeds_give_each_draws_figures(dataset, grid_runner):
 
 def test_rank_lists_say_what_is_right_and_what_is_wrong(dataset, grid_runner):
     result = evaluate(grid_runner(), dataset, rank_lists=3, top=5)
+    people = {r.path: r.pid for r in (*dataset.query, *dataset.gallery)}
     assert [r.ranking for r in result.rank_lists] == ["backbone"] * 3 + ["+NFormer"] * 3
     for ranked in result.rank_lists:
         assert len(ranked.gallery) == 5
-        assert [g.correct for g in ranked.gallery] == [g.pid == ranked.query.pid for g in ranked.gallery]
+        assert [g.correct for g in ranked.gallery] == [people[g.path] == people[ranked.query] for g in ranked.gallery]
         distances = [g.distance for g in ranked.gallery]
         assert distances == sorted(distances)
 

@@ -227,7 +227,7 @@ def test_right_and_wrong_matches_are_marked(page, results):
 def test_an_image_that_is_gone_leaves_a_placeholder(results, tmp_path):
     plain = results[0].to_json()
     for ranked in plain["rank_lists"]:
-        ranked["query"]["path"] = str(tmp_path / "gone.jpg")
+        ranked["query"] = str(tmp_path / "gone.jpg")
     page = write_report([Evaluation.from_json(plain)], tmp_path / "report.html").read_text()
     assert page.count("image not available") == len(plain["rank_lists"])
 
@@ -307,7 +307,7 @@ def test_an_evaluation_a_benchmark_and_a_comparison_have_their_text(results):
     text = str(benchmarked)
     assert "SingleStream (short: 3 of 64 samples)" in text
     assert text.count("mean ms a query") == len(benchmarked.runs)
-    assert f"{compared.ratios[0].median:.3f}" in str(compared)
+    assert f"{compared.runs[1].ratio:.3f}" in str(compared)
 
 
 def test_table_columns_line_up():
