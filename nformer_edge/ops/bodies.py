@@ -7,9 +7,11 @@ never hold an N x N matrix. Contract: `docs/operators.md`.
 Why they look as they do:
 
 - Scan and not Loop: a Loop has to Concat its results, which copies all of them at every step.
-- The keys travel as a state variable although nothing changes them: TensorRT's parser refuses a Scan without state.
-- Attributes reach the body as ``Constant <value_int = @k>``, the one place where a function may refer to them and
-  every runtime folds them.
+- What a Scan body needs travels as state although nothing changes it: TensorRT's parser refuses a Scan without state,
+  OpenVINO a body that captures a value. One is captured all the same, the table of values: as state it is copied at
+  every step and takes 35 MiB more at N = 20,000, D = 256. `k` is no state, since TensorRT then refuses TopK.
+- Constants are `value` tensors: onnx-graphsurgeon, polygraphy and onnxslim read ``value_float`` and ``value_int`` as
+  float64. Only an attribute (``@k``) can be referred to in no other way; it is cast at once, which undoes that.
 - Only operators that onnxruntime's CPU kernels and TensorRT's parser both have, indices int32 where TensorRT wants
   them. No IsInf or IsNaN on score blocks: ``|score| < inf`` is false for both and is one pass.
 - N = 0 is given one block of padding, and the tables one spare row: onnxruntime dies on a Scan of no steps.
@@ -35,9 +37,9 @@ BLOCK = 128
 
 
 _SPLIT = """
-  zero = Constant <value_ints = [0]> ()
-  one = Constant <value_ints = [1]> ()
-  block = Constant <value_ints = [{block}]> ()
+  zero = Constant <value = int64[1] {{0}}> ()
+  one = Constant <value = int64[1] {{1}}> ()
+  block = Constant <value = int64[1] {{{block}}}> ()
   rows = Cast <to = 1> (a)
   heads = Shape <start = 0, end = 1> (a)
   num_rows = Shape <start = 1, end = 2> (a)
@@ -48,12 +50,12 @@ _SPLIT = """
   blocks = Max (blocks_full, one)
   padded = Mul (blocks, block)
   padding = Sub (padded, num_rows)
-  no_padding = Constant <value_ints = [0, 0, 0, 0]> ()
+  no_padding = Constant <value = int64[4] {{0, 0, 0, 0}}> ()
   row_padding = Concat <axis = 0> (no_padding, padding, zero)
   rows_padded = Pad (rows, row_padding)
   rows_shape = Concat <axis = 0> (heads, blocks, block, length)
   row_blocks = Reshape (rows_padded, rows_shape)
-  axis_of_rows = Constant <value_ints = [1]> ()
+  axis_of_rows = Constant <value = int64[1] {{1}}> ()
 """
 
 _ROW_TOP_K = """
@@ -63,21 +65,28 @@ _ROW_TOP_K = """
   {split}
   b32 = Cast <to = 1> (b)
   keys = Transpose <perm = [0, 2, 1]> (b32)
-  k_scalar = Constant <value_int : int = @k> ()
+  k_given = Constant <value_int : int = @k> ()
+  k_scalar = Cast <to = 7> (k_given)
   k_asked = Reshape (k_scalar, one)
   num_columns = Shape <start = 1, end = 2> (b)
   k_found = Min (k_asked, num_columns)
-  infinity = Constant <value_float = inf> ()
-  lowest = Constant <value_float = -inf> ()
-  nobody = Constant <value_int = -1> ()
   keys_after, found = Scan <num_scan_inputs = 1, scan_input_axes = [1], scan_output_axes = [1],
     body = rank_rows (float[H, R, M] keys_now, float[H, B, R] row_block)
       => (float[H, R, M] keys_next, int32[H, B, F] chosen) {{
+        infinity = Constant <value = float {{inf}}> ()
+        lowest = Constant <value = float {{-inf}}> ()
+        nobody = Constant <value = int64 {{-1}}> ()
+        k_as_given = Constant <value_int : int = @k> ()
+        k_as_int64 = Cast <to = 7> (k_as_given)
+        shape_of_k = Constant <value = int64[1] {{1}}> ()
+        k_wanted = Reshape (k_as_int64, shape_of_k)
+        columns = Shape <start = 2, end = 3> (keys_now)
+        k_now = Min (k_wanted, columns)
         score = MatMul (row_block, keys_now)
         size = Abs (score)
         is_finite = Less (size, infinity)
         candidate = Where (is_finite, score, lowest)
-        best, column = TopK <axis = -1, largest = 1, sorted = 1> (candidate, k_found)
+        best, column = TopK <axis = -1, largest = 1, sorted = 1> (candidate, k_now)
         is_chosen = Greater (best, lowest)
         column_or_nobody = Where (is_chosen, column, nobody)
         chosen = Cast <to = 6> (column_or_nobody)
@@ -88,7 +97,7 @@ _ROW_TOP_K = """
   real_rows = Slice (joined, zero, num_rows, axis_of_rows)
   missing = Sub (k_asked, k_found)
   tail_padding = Concat <axis = 0> (no_padding, zero, missing)
-  nobody32 = Cast <to = 6> (nobody)
+  nobody32 = Constant <value = int32 {{-1}}> ()
   neighbors = Pad (real_rows, tail_padding, nobody32)
 }}
 """
@@ -104,7 +113,8 @@ _ATTENTION = """
   num_neighbors = Shape <start = 2, end = 3> (neighbors)
   value_size = Shape <start = 2, end = 3> (v)
 
-  scale_given = Constant <value_float : float = @scale> ()
+  scale_attribute = Constant <value_float : float = @scale> ()
+  scale_given = Cast <to = 1> (scale_attribute)
   scale_absent = IsNaN (scale_given)
   value_size32 = Cast <to = 1> (value_size)
   root = Sqrt (value_size32)
@@ -120,7 +130,7 @@ _ATTENTION = """
   one_index = Constant <value = int32 {{1}}> ()
   padded32 = Cast <to = 6> (padded)
   num_rows32 = Cast <to = 6> (num_rows)
-  scalar_shape = Constant <value_ints : ints = []> ()
+  scalar_shape = Constant <value = int64[0] {{}}> ()
   padded_scalar = Reshape (padded32, scalar_shape)
   counted = Range (zero_index, padded_scalar, one_index)
   last_row = Sub (num_rows32, one_index)
@@ -133,7 +143,7 @@ _ATTENTION = """
   heads_scalar = Reshape (heads32, scalar_shape)
   head = Range (zero_index, heads_scalar, one_index)
   head_start = Mul (head, num_rows32)
-  per_head = Constant <value_ints = [-1, 1, 1]> ()
+  per_head = Constant <value = int64[3] {{-1, 1, 1}}> ()
   head_offset = Reshape (head_start, per_head)
   list_offset = Slice (head_offset, zero, lists, zero)
 
@@ -155,22 +165,28 @@ _ATTENTION = """
   choices_shape = Concat <axis = 0> (all_lists, num_neighbors)
   choices = Reshape (lists_spared, choices_shape)
 
-  half = Constant <value_float = 0.5> ()
-  infinity = Constant <value_float = inf> ()
-  nothing = Constant <value_float = 0.0> ()
-  least_total = Constant <value_float = 1.0> ()
-  lowest = Constant <value_float = -3.4028234e38> ()
-  last = Constant <value_ints = [-1]> ()
-  third = Constant <value_ints = [2]> ()
-  along_rows = Constant <value_ints = [0, 2]> ()
-  along_rows_and_lists = Constant <value_ints = [0, 2, 3]> ()
-  keys_after, found = Scan <num_scan_inputs = 3, scan_input_axes = [1, 1, 0], scan_output_axes = [1],
-    body = attend_rows (float[T, R] keys_now, float[H, B, R] row_block, int32[L, B, K] list_block, int32[B] index)
-      => (float[T, R] keys_next, float[H, B, D] attended) {{
-        is_real = GreaterOrEqual (list_block, zero_index)
-        neighbor = Max (list_block, zero_index)
-        at_list = Add (neighbor, list_offset)
-        their_choices = Gather (choices, at_list)
+  keys_after, choices_after, list_offset_after, head_offset_after, factor_after, found = Scan <
+    num_scan_inputs = 3, scan_input_axes = [1, 1, 0], scan_output_axes = [1],
+    body = attend_rows (float[T, R] keys_now, int32[U, K] choices_now,
+      int32[L, 1, 1] list_offset_now, int32[H, 1, 1] head_offset_now, float[1] factor_now,
+      float[H, B, R] row_block, int32[L, B, K] list_block, int32[B] index)
+      => (float[T, R] keys_next, int32[U, K] choices_next,
+      int32[L, 1, 1] list_offset_next, int32[H, 1, 1] head_offset_next, float[1] factor_next,
+      float[H, B, D] attended) {{
+        first_row = Constant <value = int32 {{0}}> ()
+        half = Constant <value = float {{0.5}}> ()
+        infinity = Constant <value = float {{inf}}> ()
+        nothing = Constant <value = float {{0}}> ()
+        least_total = Constant <value = float {{1}}> ()
+        lowest = Constant <value = float {{-3.4028234e38}}> ()
+        last = Constant <value = int64[1] {{-1}}> ()
+        third = Constant <value = int64[1] {{2}}> ()
+        along_rows = Constant <value = int64[2] {{0, 2}}> ()
+        along_rows_and_lists = Constant <value = int64[3] {{0, 2, 3}}> ()
+        is_real = GreaterOrEqual (list_block, first_row)
+        neighbor = Max (list_block, first_row)
+        at_list = Add (neighbor, list_offset_now)
+        their_choices = Gather (choices_now, at_list)
         me = Unsqueeze (index, along_rows_and_lists)
         is_me = Equal (their_choices, me)
         is_me32 = Cast <to = 1> (is_me)
@@ -180,7 +196,7 @@ _ATTENTION = """
 
         myself = Unsqueeze (index, along_rows)
         safe_neighbor = Where (counts, neighbor, myself)
-        at = Add (safe_neighbor, head_offset)
+        at = Add (safe_neighbor, head_offset_now)
         key = Gather (keys_now, at)
         row = Unsqueeze (row_block, third)
         product = Mul (key, row)
@@ -188,7 +204,7 @@ _ATTENTION = """
         size = Abs (score)
         is_finite = Less (size, infinity)
         weighs = And (counts, is_finite)
-        scaled = Mul (score, factor)
+        scaled = Mul (score, factor_now)
         masked = Where (weighs, scaled, lowest)
         peak = ReduceMax (masked, last)
         below_peak = Sub (masked, peak)
@@ -202,7 +218,11 @@ _ATTENTION = """
         weighted = MatMul (weight_row, value)
         attended = Squeeze (weighted, third)
         keys_next = Identity (keys_now)
-      }}> (keys, row_blocks, list_blocks, index_blocks)
+        choices_next = Identity (choices_now)
+        list_offset_next = Identity (list_offset_now)
+        head_offset_next = Identity (head_offset_now)
+        factor_next = Identity (factor_now)
+      }}> (keys, choices, list_offset, head_offset, factor, row_blocks, list_blocks, index_blocks)
   joined_shape = Concat <axis = 0> (heads, padded, value_size)
   joined = Reshape (found, joined_shape)
   real_rows = Slice (joined, zero, num_rows, axis_of_rows)

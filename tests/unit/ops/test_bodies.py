@@ -222,3 +222,29 @@ def test_bodies_import_the_opset_of_their_model(opset):
 def test_an_unknown_opset_is_refused_by_name(opset):
     with pytest.raises(UsageError, match=rf"opset: got {opset}, expected 18 \| 19 \| 20"):
         operators.functions(opset)
+
+
+def nodes_of(graph):
+    for node in graph:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g.node)
+
+
+@pytest.mark.parametrize("function", operators.functions(), ids=lambda f: f.name)
+def test_constants_are_value_tensors_but_for_attributes_which_are_cast_at_once(function):
+    nodes = list(nodes_of(function.node))
+    for node in (n for n in nodes if n.op_type == "Constant"):
+        (attribute,) = node.attribute
+        readers = {n.op_type for n in nodes if node.output[0] in n.input}
+        assert attribute.name == "value" or (attribute.ref_attr_name and readers == {"Cast"})
+
+
+@pytest.mark.parametrize("function", operators.functions(), ids=lambda f: f.name)
+def test_a_scan_body_captures_no_value_but_the_table_of_values(function):
+    (scan,) = (node for node in function.node if node.op_type == "Scan")
+    body = next(a.g for a in scan.attribute if a.name == "body")
+    made = {value.name for value in body.input} | {name for node in body.node for name in node.output}
+    captured = {name for node in body.node for name in node.input} - made
+    assert captured == ({"values"} if function.name == RECIPROCAL_NEIGHBOR_ATTENTION else set())
