@@ -1,5 +1,6 @@
 # make demo   the main job, from generated images to an INT8 engine and its accuracy proof
 # make test   lint, types, import floors and the whole test suite
+# make test-optional   what needs qemu, CMake, Chromium or a like tool; skips name what is missing
 # make docs   the generated reference: docs/api.md and docs/schemas
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
@@ -9,10 +10,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
-.PHONY: help install demo docs test gpu-check lint format clean
+.PHONY: help install demo docs test test-optional gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ test: install
 
 docs: install
 	$(BIN)/python docs/generate.py
+
+test-optional: install
+	$(BIN)/python -m pytest -m optional
 
 gpu-check:
 	$(PYTHON) plugins/gpu_check.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,3 +20,10 @@ def golden():
             return {name: z[name] for name in z.files}
 
     return load
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The run's last lines count the skipped tests by what they lack."""
+    skipped = Counter(str(r.longrepr[2]).removeprefix("Skipped: ") for r in terminalreporter.stats.get("skipped", []))
+    for reason, count in sorted(skipped.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason}")

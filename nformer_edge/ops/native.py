@@ -30,7 +30,7 @@ except ImportError:  # a tree that was copied, not installed: the plain twin sti
 else:
     _native = _compiled
 
-#: Forces an instruction set for every call that does not name one.
+#: Names the instruction set for every call that does not, here and in onnxruntime: one of `instruction_sets`.
 ISA_VARIABLE = "NFORMER_EDGE_ISA"
 
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -112,6 +113,13 @@ void top_k_without_bad_rows(const Table& table, const TopKTensors& x, int thread
   }
 }
 
+// The fastest instruction set, or that which the environment names, as in Python; a name unknown here changes nothing.
+const Table& chosen_table() {
+  const char* name = std::getenv("NFORMER_EDGE_ISA");
+  const Table* named = name ? find_table(name) : nullptr;
+  return named ? *named : *find_table("");
+}
+
 void run_row_top_k(const Kernel& kernel, const Context& context) {
   const Tensor a = context.input(0), b = context.input(1);
   expect(a.shape[0] == b.shape[0] && a.shape[2] == b.shape[2], "b must be [H, M, R] as a [H, N, R]", b);
@@ -122,7 +130,7 @@ void run_row_top_k(const Kernel& kernel, const Context& context) {
   if (!heads || !n || !found) return void(std::fill_n(out, heads * n * k, -1));
   std::vector<int32_t> shorter(found < k ? heads * n * found : 0);
   int32_t* lists = found < k ? shorter.data() : out;
-  const Table& table = *find_table("");
+  const Table& table = chosen_table();
   const bool tree = r <= kMaxTreeRank, same = a.data == b.data && n == m;
   const TopKTensors x{a.floats(), b.floats(), heads, n, m, r, static_cast<int>(found), lists};
   const bool finite = first_bad_row(x.a, heads * n, r, kernel.threads) < 0 &&
@@ -144,7 +152,7 @@ void run_attention(const Kernel& kernel, const Context& context) {
                                                 : static_cast<double>(kernel.scale);
   const AttentionTensors x{a.floats(), b.floats(), v.floats(), lists.ints(), heads, lists.shape[0], n, a.shape[2], d, k,
                            scale};
-  attend(*find_table(""), x, y, kernel.threads);
+  attend(chosen_table(), x, y, kernel.threads);
 }
 
 using Run = void (*)(const Kernel&, const Context&);

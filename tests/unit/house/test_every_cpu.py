@@ -1,0 +1,27 @@
+"""What could depend on the instruction set or on the number of threads, under each level that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nformer_edge.ops import native
+
+ROOT = Path(__file__).parents[3]
+#: Ours beside PyTorch's name for the same level; every other level gets the other number of threads.
+LEVELS = {"baseline": "default", "neon": "default", "avx2": "avx2", "avx512": "avx512"}
+SENSITIVE = ("ops/test_onnx_ops.py", "model/test_nformer.py", "model/test_discriminant.py", "training/test_head.py")
+
+
+@pytest.mark.parametrize("level", native.instruction_sets() if native.available() else ())
+def test_the_sensitive_tests_pass_at_each_level(level: str) -> None:
+    threads = str(1 + list(LEVELS).index(level) % 2)
+    env = os.environ | {native.ISA_VARIABLE: level, "ATEN_CPU_CAPABILITY": LEVELS[level], "OMP_NUM_THREADS": threads}
+    files = [str(ROOT / "tests" / "unit" / name) for name in SENSITIVE]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{level}, {threads} threads\n{done.stdout[-4000:]}"
