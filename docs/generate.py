@@ -8,11 +8,10 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 import nformer_edge
-from nformer_edge.core.values import Result, descriptions, dumps, schema
+from nformer_edge.core.values import Result, arguments, descriptions, dumps, schema
 
 DOCS = Path(__file__).parent
 START = """\
@@ -66,29 +65,48 @@ def parts(classes: list[type]) -> list[type]:
     return _sorted(list(found - set(classes)))
 
 
+def plain(text: str) -> str:
+    """Docstring text as Markdown, in one line."""
+    return " ".join(text.split()).replace("``", "`")
+
+
 def paragraph(doc: str | None) -> str:
-    """The first paragraph of a docstring, as one line."""
-    return " ".join(inspect.cleandoc(doc or "").partition("\n\n")[0].split()).replace("``", "`")
+    """The first paragraph of a docstring."""
+    return plain(inspect.cleandoc(doc or "").partition("\n\n")[0])
 
 
 def signature(name: str, value: object) -> str:
-    """As it is written in the code."""
-    try:
-        text = str(inspect.signature(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return name
-    return name + re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+    """As it is written in the code, an argument a line where it is long."""
+    found = inspect.signature(value)  # type: ignore[arg-type]
+    shown = [re.sub(r""": (['"])(.*?)\1( =|$)""", r": \2\3", str(p)) for p in found.parameters.values()]
+    shown = [a.replace("<factory>", "...") for a in shown if a != "self"]
+    for i, p in enumerate(found.parameters.values()):
+        if p.kind is p.KEYWORD_ONLY:
+            shown.insert(i - (len(found.parameters) - len(shown)), "*")
+            break
+    returned = "" if found.return_annotation in (found.empty, "None", None) else f" -> {found.return_annotation}"
+    line = f"{name}({', '.join(shown)}){returned}"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {a},\n" for a in shown) + f"){returned}"
 
 
-def face() -> Iterator[str]:
-    """Each public name with its signature and what it does; of classes, the methods too."""
-    for name in getattr(nformer_edge, "__all__", ()):
-        value = getattr(nformer_edge, name)
-        yield f"### {name}\n\n```text\n{signature(name, value)}\n```\n\n{paragraph(value.__doc__)}\n"
-        if isinstance(value, type):
-            methods = [(n, m) for n, m in vars(value).items() if not n.startswith("_") and callable(m)]
-            lines = [f"- `{signature(n, m)}`: {paragraph(m.__doc__)}" for n, m in methods]
-            yield "\n".join(lines) + "\n" if lines else ""
+def entry(name: str, value: object) -> str:
+    """A function or class: its signature, what it does, its arguments (of a result, its fields) and its methods."""
+    doc = inspect.cleandoc(value.__doc__ or "")
+    told = "\n".join(f"- `{key}`: {plain(text)}" for key, text in arguments(doc).items())
+    parts = [f"### {name}", f"```text\n{signature(name, value)}\n```", paragraph(doc), told]
+    if value in FACE_RESULTS:
+        parts = [fields(value).strip()]
+    for method in vars(value) if isinstance(value, type) else ():
+        held = getattr(value, method)
+        if not method.startswith("_") and callable(held):
+            parts += [f"```text\n{name}.{signature(method, held)}\n```", paragraph(held.__doc__)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+#: Names of the face, and what `open` gives.
+FACE = {name: getattr(nformer_edge, name) for name in nformer_edge.__all__}
+FACE |= {cls.__name__: cls for cls in [typing.get_type_hints(nformer_edge.open)["return"]]}
+FACE_RESULTS = [value for value in FACE.values() if isinstance(value, type) and issubclass(value, Result)]
 
 
 def fields(cls: type) -> str:
@@ -97,7 +115,7 @@ def fields(cls: type) -> str:
     lines = ["| field | type | |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
         kind = str(field.type).replace("|", "\\|")
-        lines.append(f"| `{field.name}` | `{kind}` | {told.get(field.name, '').replace('``', '`')} |")
+        lines.append(f"| `{field.name}` | `{kind}` | {plain(told.get(field.name, ''))} |")
     kind = f" Kind `{cls.kind}`, version {cls.version}." if issubclass(cls, Result) else ""
     return f"### {cls.__name__}\n\n{paragraph(cls.__doc__)}{kind}\n\n" + "\n".join(lines) + "\n"
 
@@ -106,8 +124,8 @@ def generate() -> dict[str, str]:
     """The text of each file, by its path in docs/."""
     results, manifests = values()
     sections = {
-        "Functions and classes": list(face()),
-        "Results": [fields(cls) for cls in results],
+        "Functions and classes": [entry(name, FACE[name]) for name in sorted(FACE)],
+        "Results": [fields(cls) for cls in results if cls not in FACE_RESULTS],
         "Manifests": [fields(cls) for cls in manifests],
         "Parts": [fields(cls) for cls in parts(results + manifests)],
     }

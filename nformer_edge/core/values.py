@@ -8,6 +8,7 @@ again where a plain ``float`` is expected: JSON has no NaN.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -194,13 +195,14 @@ def descriptions(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            found |= _arguments(base.__doc__ or "")
+            found |= arguments(inspect.cleandoc(base.__doc__ or ""))
     return found
 
 
-def _arguments(doc: str) -> dict[str, str]:
-    section = re.search(r"^ *Args:\n((?: {8}.*\n|\n)*)", doc, re.M)
-    entries = re.findall(r"^ {8}(\w+): ((?:.*\n)(?: {12}.*\n)*)", section[1] if section else "", re.M)
+def arguments(doc: str) -> dict[str, str]:
+    """What the ``Args:`` section of a docstring, as `inspect.cleandoc` leaves it, says of each name, in one line."""
+    section = re.search(r"^Args:\n((?: {4}.*\n|\n)*)", doc + "\n", re.M)
+    entries = re.findall(r"^ {4}(\w+): ((?:.*\n)(?: {8}.*\n)*)", section[1] if section else "", re.M)
     return {name: " ".join(text.split()) for name, text in entries}
 
 
