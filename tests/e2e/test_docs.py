@@ -7,8 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.blocks import SHELL, Block, blocks, commands, parse
+from PIL import Image
 
 from nformer_edge import cli
 
@@ -61,7 +63,15 @@ def test_every_command_of_the_docs_is_one_that_its_parser_takes(block: Block) ->
 def test_every_block_runs_at_toy_size_unless_it_says_why_not(block: Block, folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
     if block.language not in SHELL:
-        exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+        images = [np.asarray(Image.open(path)) for path in sorted(Path("crops").iterdir())[:12]]
+        given = {"crops": images[:8], "names": list("aabbccdd"), "queries": images[8:]}  # what the text calls by name
+        given |= {
+            "frame": np.concatenate(images[:3], axis=1),
+            "boxes": [[0, 0, 30, 60], [32, 2, 64, 64]],
+            "tracks": ["7", "9"],
+        }
+        exec(compile(block.text, str(block), "exec"), {"__name__": "__main__", **given})
+        assert capsys.readouterr().out
         return
     for words in commands(block.text):
         assert words[0] == "nformer-edge", f"not run here, so it needs `<!-- not run: REASON -->`: {' '.join(words)}"
