@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -197,24 +199,21 @@ def evaluate(
         UsageError: if there is no model for a dataset of images.
         DataError: if the data cannot be read, or lacks queries or a gallery.
     """
-    if model is None:
-        if not is_feature_store(data):
+    with nullcontext() if model is None else open_model(model, intra_op_threads) as runner:
+        seconds = None
+        if isinstance(data, (str, os.PathLike)) and is_feature_store(data):
+            query, gallery = open_features(data)
+        elif runner is None:
             raise UsageError("model", "none", "a model, or a feature store", "Name a model.")
-        query, gallery = open_features(data)  # type: ignore[arg-type]
-        rankings, lists = _score(None, query, gallery, rerank, (), rank_lists, top)
-        return Evaluation(machine(), None, describe_data(data, query, gallery), None, None, rankings, lists)
-    with open_model(model, intra_op_threads) as runner:
-        start = time.perf_counter()
-        if is_feature_store(data):
-            (query, gallery), seconds = open_features(data), None  # type: ignore[arg-type]
         else:
+            start = time.perf_counter()
             data = open_dataset(data, layout)
             query, gallery = embed_dataset(runner, data, ("query", "gallery"), batch).values()
             seconds = time.perf_counter() - start
-        measured, told = describe_model(model, runner, label), describe_data(data, query, gallery)
-        chosen = tuple(seeds) if seeds is not None else (runner.landmark_seed,)
-        rankings, lists = _score(runner, query, gallery, rerank, chosen, rank_lists, top, per_query)
-        return Evaluation(machine(), measured, told, seconds, _no_per_query(runner, per_query), rankings, lists)
+        rankings, lists = _score(runner, query, gallery, rerank, seeds, rank_lists, top, per_query)
+        measured = None if runner is None or model is None else describe_model(model, runner, label)
+        told, why = describe_data(data, query, gallery), _no_per_query(runner, per_query)
+        return Evaluation(machine(), measured, told, seconds, why, rankings, lists)
 
 
 def _score(
@@ -222,28 +221,28 @@ def _score(
     query: Features,
     gallery: Features,
     rerank: bool,
-    seeds: tuple[int, ...],
+    seeds: Sequence[int] | None,
     rank_lists: int,
     top: int,
-    per_query: bool = False,
+    per_query: bool,
 ) -> tuple[tuple[Ranking, ...], tuple[RankList, ...]]:
     backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
     rankings = [found]
     shown = _spread(np.flatnonzero(backbone.valid), rank_lists)
     lists = _rank_lists(BACKBONE, query, gallery, shown, top)
-    if runner is not None and runner.has_head and seeds:
-        model = runner
+    if runner is not None and runner.has_head:
+        model, chosen = runner, tuple(seeds or (runner.landmark_seed,))
         related: list[tuple[Features, Features]] = []
 
         def joint(seed: int) -> RankingResult:
             related.append(relate_sets(model, query, gallery, seed=seed))
             return ranking.evaluate(*related[-1])
 
-        _, found = _ranked(NFORMER, joint, seeds)
+        _, found = _ranked(NFORMER, joint, chosen)
         rankings.append(replace(found, protocol=JOINT))
         lists += _rank_lists(NFORMER, *related[0], shown, top)
         if _no_per_query(runner, per_query) is None:
-            rankings.append(_per_query(runner, query, gallery, seeds))
+            rankings.append(_per_query(runner, query, gallery, chosen))
     if rerank:
         rankings += _baselines(query, gallery)
     return tuple(rankings), tuple(lists)
@@ -275,9 +274,9 @@ def _ranked(
     )
 
 
-def _no_per_query(runner: Runner, wanted: bool) -> str | None:
+def _no_per_query(runner: Runner | None, wanted: bool) -> str | None:
     """Why an evaluation of this model has no per-query protocol; None where it has."""
-    if not runner.has_head:
+    if runner is None or not runner.has_head:
         return "the model has no head"
     if not hasattr(runner, "with_head"):
         return f"{runner.backend} runs the head as one graph: evaluate the checkpoint that it was made from"

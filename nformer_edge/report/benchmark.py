@@ -39,19 +39,6 @@ OFFLINE_SAMPLES = 24_576
 
 
 @dataclass(frozen=True)
-class BeforeAfter:
-    """What changes from minute to minute, such as clock and temperature.
-
-    Args:
-        before: the measurement.
-        after: the measurement.
-    """
-
-    before: Conditions
-    after: Conditions
-
-
-@dataclass(frozen=True)
 class Run:
     """One scenario of a benchmark.
 
@@ -95,7 +82,7 @@ class Benchmark(Result):
 
     Args:
         machine: where it was measured.
-        conditions: of the machine, before and after.
+        conditions: of the machine, before and after the measurement.
         model: what was measured.
         data: number of different query images, and of gallery images searched.
         intra_op_threads: of the backend; null for its own choice.
@@ -107,7 +94,7 @@ class Benchmark(Result):
     version: ClassVar[int] = 2
 
     machine: MachineFacts
-    conditions: BeforeAfter
+    conditions: tuple[Conditions, Conditions]
     model: MeasuredModel
     data: MeasuredData
     intra_op_threads: int | None
@@ -158,7 +145,7 @@ class Comparison(Result):
 
     Args:
         machine: where it was measured.
-        conditions: of the machine, before and after.
+        conditions: of the machine, before and after the measurement.
         models: the first is the baseline.
         data: number of different query images, and of gallery images searched.
         intra_op_threads: of the backends; null for their own choice.
@@ -170,7 +157,7 @@ class Comparison(Result):
     version: ClassVar[int] = 2
 
     machine: MachineFacts
-    conditions: BeforeAfter
+    conditions: tuple[Conditions, Conditions]
     models: tuple[MeasuredModel, ...]
     data: MeasuredData
     intra_op_threads: int | None
@@ -234,7 +221,7 @@ def benchmark(
                 runs.append(_offline(pipeline, requests, offline, warmup))
         measured = describe_model(model, runner, label)
     told = MeasuredData(dataset.name, len(requests), len(searched))
-    around = BeforeAfter(before, conditions())
+    around = before, conditions()
     return Benchmark(machine(), around, measured, told, intra_op_threads, _peak_memory_mib(), tuple(runs))
 
 
@@ -345,7 +332,7 @@ def compare(
         figures = summarize(row), tuple(row.tolist()), middle, low, high
         runs.append(ComparedRun(described.label, name, pipeline.name, *figures))
     told = MeasuredData(dataset.name, len(requests), len(pipelines[0].gallery))
-    around = BeforeAfter(before, conditions())
+    around = before, conditions()
     return Comparison(machine(), around, measured, told, intra_op_threads, warmup, tuple(runs))
 
 

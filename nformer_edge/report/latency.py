@@ -8,6 +8,7 @@ estimate is the t-th largest sample for the largest such t; with t = 1 not yet a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,13 +79,7 @@ def allowed_overlatency(samples: int, percentile: float, confidence: float = CON
 @cache
 def min_samples(percentile: float, confidence: float = CONFIDENCE) -> int:
     """Fewest samples that give an early-stopping estimate: 64 for p90, 130 for p95, 662 for p99, 6,636 for p99.9."""
-    low, high = 1, 2
-    while not overlatency_odds(1, high, percentile) < 1 - confidence:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if overlatency_odds(1, middle, percentile) < 1 - confidence else (middle, high)
-    return high
+    return next(n for n in itertools.count(1) if overlatency_odds(1, n, percentile) < 1 - confidence)
 
 
 def early_stopping_estimate(samples: Sequence[float] | np.ndarray, percentile: float) -> float | None:

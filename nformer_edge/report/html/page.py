@@ -18,7 +18,6 @@ from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.cross_model import CrossModel
 from nformer_edge.report.html import sections
 from nformer_edge.report.html.budget import budget
-from nformer_edge.report.html.gallery import rank_lists
 from nformer_edge.report.html.parity import cosines, gates, layers
 from nformer_edge.report.html.sections import Results, text
 
@@ -81,7 +80,7 @@ def render(results: Results, title: str) -> str:
         layers,
         budget,
         sections.cross_model,
-        rank_lists,
+        sections.rank_lists,
         sections.cmc,
         sections.latency,
         sections.comparison,
