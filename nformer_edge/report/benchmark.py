@@ -192,7 +192,7 @@ def benchmark(
     Args:
         model: an open model, or the path of a checkpoint, bundle or engine.
         data: a dataset or its folder; its query images are the requests, in turn.
-        single_stream: queries of one image, one after the other; 0 leaves the scenario out. 64 make a valid run.
+        single_stream: queries of one image, one after the other; 0 for none. 64 make a valid run.
         multi_stream: queries of eight images; 662 make a valid run.
         offline: images of the one big query.
         batch: images that the backbone sees at once in Offline.
@@ -220,9 +220,9 @@ def benchmark(
                 pipeline = Pipeline(runner, searched, with_head=with_head, batch=batch)
                 runs.append(_offline(pipeline, requests, offline, warmup))
         measured = describe_model(model, runner, label)
-    told = MeasuredData(dataset.name, len(requests), len(searched))
+    measured_on = MeasuredData(dataset.name, len(requests), len(searched))
     around = before, conditions()
-    return Benchmark(machine(), around, measured, told, intra_op_threads, _peak_memory_mib(), tuple(runs))
+    return Benchmark(machine(), around, measured, measured_on, intra_op_threads, _peak_memory_mib(), tuple(runs))
 
 
 def _peak_memory_mib() -> float | None:
@@ -303,7 +303,7 @@ def compare(
     """Times several models on the same single-image queries in turn, and gives ratios pair by pair.
 
     Each round sends one query to every model, beginning with another one each time, so that a slow minute of the
-    machine falls on all alike.
+    machine affects all equally.
 
     Raises:
         UsageError: for fewer than two models, or labels that are not one a model.
@@ -331,9 +331,9 @@ def compare(
         low, middle, high = np.quantile(row / latency[0], [0.05, 0.5, 0.95]).tolist()
         figures = summarize(row), tuple(row.tolist()), middle, low, high
         runs.append(ComparedRun(described.label, name, pipeline.name, *figures))
-    told = MeasuredData(dataset.name, len(requests), len(pipelines[0].gallery))
+    measured_on = MeasuredData(dataset.name, len(requests), len(pipelines[0].gallery))
     around = before, conditions()
-    return Comparison(machine(), around, measured, told, intra_op_threads, warmup, tuple(runs))
+    return Comparison(machine(), around, measured, measured_on, intra_op_threads, warmup, tuple(runs))
 
 
 def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, warmup: int) -> np.ndarray:

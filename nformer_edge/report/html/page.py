@@ -54,7 +54,7 @@ def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title
     """Writes the page: one file with its styles, charts and thumbnails inside, readable without a network or scripts.
 
     Args:
-        results: values or JSON files, in the order in which models shall stand.
+        results: values or JSON files, in the order in which the page shows them.
         out: the HTML file.
         title: of the page.
 

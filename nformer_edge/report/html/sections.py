@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 Results = Sequence[Any]
 
-#: What stands where nothing was measured.
+#: In place of a figure that was not measured.
 NONE = "\N{EN DASH}"
 
 
@@ -254,18 +254,9 @@ def training(results: Results) -> str:
                 lines[key].append(Line(label, points, color))
         if record["epochs"]:
             last, best = record["epochs"][-1], record.get("best") or {}
-            cells.append(
-                row(
-                    [
-                        text(label),
-                        number(last["epoch"], 0),
-                        number(last.get("loss"), 3) or NONE,
-                        percent(best.get("held_out_map")) or NONE,
-                        number(best.get("epoch"), 0) or NONE,
-                        number(record.get("seconds"), 0) or NONE,
-                    ]
-                )
-            )
+            scores = [number(last.get("loss"), 3), percent(best.get("held_out_map")), number(best.get("epoch"), 0)]
+            figures = [number(last["epoch"], 0), *scores, number(record.get("seconds"), 0)]
+            cells.append(row([text(label), *(figure or NONE for figure in figures)]))
     body = table(["stage", "epochs", "last loss", "best held-out mAP", "after epoch", "seconds"], cells)
     for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):
         chart = line_chart(lines[key], f"{title} by epoch", "epoch", title.lower())
@@ -277,11 +268,11 @@ def training(results: Results) -> str:
 def machine(results: Results) -> str:
     """Where it was measured, and with which versions."""
     parts: list[str] = []
-    seen: list[MachineFacts] = []
-    for m in (getattr(r, "machine", None) for r in results):
-        if m is None or m in seen:
+    machines: list[MachineFacts] = []
+    for m in (r.machine for r in results if hasattr(r, "machine")):
+        if m in machines:
             continue
-        seen.append(m)
+        machines.append(m)
         facts = {
             "Processor": f"{m.cpu}, {m.cores} cores, {m.architecture}",
             "Instruction sets": ", ".join(m.instruction_sets),

@@ -9,6 +9,7 @@ from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
 from nformer_edge.core.values import dumps
 from nformer_edge.data.records import Dataset
+from nformer_edge.gallery.model import Model
 from nformer_edge.report.accuracy import Evaluation, evaluate
 from nformer_edge.report.models import MeasuredData, model_sizes, part_precision
 from nformer_edge.report.summary import summary_rows
@@ -141,3 +142,15 @@ def test_an_evaluation_of_another_version_is_refused_with_the_way_out(dataset, g
     del plain["rankings"][0]["mINP"]
     with pytest.raises(ArtifactError, match="mINP"):
         Evaluation.from_json(plain)
+
+
+def test_an_open_model_is_evaluated_and_stays_open(dataset, grid_runner):
+    class Closing(grid_runner):
+        closed = False
+
+        def __exit__(self, *_):
+            self.closed = True
+
+    runner = Closing()
+    assert evaluate(Model(runner), dataset).rankings[0].mAP == evaluate(runner, dataset).rankings[0].mAP
+    assert not runner.closed
