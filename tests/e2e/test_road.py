@@ -14,6 +14,7 @@ import pytest
 
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.features import load_features
+from nformer_edge.gallery.search import Matches
 
 Run = Callable[..., object]
 
@@ -66,11 +67,10 @@ def test_search_finds_the_query_itself_first(run: Run, road: Path) -> None:
     ran = run("search", road / "fp32", "--query", query, "--gallery", road / "data" / "query", "--top", 3, "--no-head",
               "--json")  # fmt: skip
     assert ran.code == 0, ran.err
-    (found,) = json.loads(ran.out)["queries"]
-    first = found["matches"][0]
-    assert Path(first["path"]).name == query.name
-    assert first["score"] == pytest.approx(1, abs=1e-5)
-    assert len(found["matches"]) == 3
+    (found,) = Matches.from_json(json.loads(ran.out))
+    assert Path(found[0].path).name == query.name
+    assert found[0].score == pytest.approx(1, abs=1e-5)
+    assert len(found) == 3
 
 
 def test_benchmark_and_report_draw_one_page_from_json(run: Run, road: Path, tmp_path: Path) -> None:

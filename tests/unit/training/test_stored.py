@@ -64,6 +64,15 @@ def test_a_store_becomes_a_head_and_with_its_backbone_a_whole_model(folder: Path
     assert run("evaluate", tmp_path / "whole.safetensors", "--data", folder / "data") == 0
 
 
+def test_the_checkpoint_that_a_bundle_came_from_goes_with_the_bundle_s_features(folder: Path, tmp_path: Path) -> None:
+    made = load_features(folder / "store.npz")["train"]
+    by_bundle = replace(made, model="f" * 64, checkpoint=made.model)
+    by_bundle.save(tmp_path / "store.npz", "train")
+    words = ("--features", tmp_path / "store.npz", "--backbone", folder / "backbone.safetensors")
+    assert run("train", *words, "-o", tmp_path / "whole.safetensors", *FLAGS) == 0
+    assert load_checkpoint(tmp_path / "whole.safetensors").backbone is not None
+
+
 def test_another_backbone_than_that_of_the_features_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
