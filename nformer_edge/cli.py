@@ -512,9 +512,9 @@ def _embed(args: Args) -> None:
     _option("--together", action="store_true", help="one pass of the head for all queries: matches depend on them all"),
 )
 def _search(args: Args) -> None:
-    from nformer_edge.gallery.search import search_files
+    from nformer_edge.gallery.model import search
 
-    result = search_files(
+    result = search(
         args.model,
         args.query,
         args.gallery,

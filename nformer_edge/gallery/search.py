@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
@@ -219,20 +218,3 @@ def open_gallery(
         return embed_images(runner, source, batch=batch, decoders=decoders)
     dataset = read_dataset(source)
     return embed_records(runner, dataset.gallery or dataset.train, batch, decoders)
-
-
-def search_files(
-    model: str | os.PathLike[str],
-    queries: Images,
-    gallery: str | os.PathLike[str],
-    *,
-    top: int = 10,
-    batch: int = 32,
-    decoders: int | None = None,
-    intra_op_threads: int | None = None,
-    head: bool = True,
-    together: bool = False,
-) -> Matches:
-    """Opens `model` and searches; see `search`."""
-    with open_model(model, intra_op_threads=intra_op_threads) as runner:
-        return search(runner, queries, gallery, top, head=head, together=together, batch=batch, decoders=decoders)

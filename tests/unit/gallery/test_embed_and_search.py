@@ -15,8 +15,9 @@ from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records
+from nformer_edge.gallery.model import search
 from nformer_edge.gallery.protocols import relate_each, relate_sets
-from nformer_edge.gallery.search import Matches, search_files, top_matches
+from nformer_edge.gallery.search import Matches, top_matches
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.targets.doctor import doctor, format_doctor
 
@@ -143,7 +144,7 @@ def test_top_matches_refuse_features_of_another_size():
 
 def test_a_search_finds_the_query_itself_in_its_own_folder(tiny_bundle, tiny_market):
     image = sorted((tiny_market / "query").iterdir())[0]
-    result = search_files(tiny_bundle, [image], tiny_market / "query", top=3, head=False)
+    result = search(tiny_bundle, [image], tiny_market / "query", top=3, head=False)
     (matches,) = result
     assert [m.rank for m in matches] == [1, 2, 3]
     assert matches[0].path == str(image)
@@ -158,8 +159,8 @@ def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tin
     queries = sorted((tiny_market / "query").iterdir())[:2]
     summary = embed_files(tiny_bundle, tiny_market, tmp_path / "store.npz")
     assert summary.images == {"train": 36, "query": 6, "gallery": 12}
-    from_store = search_files(tiny_bundle, queries, tmp_path / "store.npz", top=4)
-    from_images = search_files(tiny_bundle, queries, tiny_market, top=4)
+    from_store = search(tiny_bundle, queries, tmp_path / "store.npz", top=4)
+    from_images = search(tiny_bundle, queries, tiny_market, top=4)
     assert from_store.protocol == "per-query"
     assert from_store.searched == 12
     assert from_store.paths == from_images.paths
@@ -167,11 +168,11 @@ def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tin
 
 def test_what_is_found_for_a_query_does_not_depend_on_the_others(tiny_bundle, tiny_market):
     one, *others = sorted((tiny_market / "query").iterdir())
-    alone = search_files(tiny_bundle, [one], tiny_market, top=4)
-    among = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4)
+    alone = search(tiny_bundle, [one], tiny_market, top=4)
+    among = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4)
     assert among.protocol == "per-query"
     assert among[1] == alone[0]
-    together = search_files(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, together=True)
+    together = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, together=True)
     assert together.protocol == "joint"
     assert together[1] != alone[0]
 
@@ -189,7 +190,7 @@ def test_each_query_alone_is_a_whole_pass_over_gallery_and_query(runner, sets):
 def test_a_store_of_another_model_is_refused(tiny_bundle, tiny_market, sets, tmp_path):
     save_features(tmp_path / "other.npz", {"gallery": replace(sets["gallery"], model="0" * 64, checkpoint="")})
     with pytest.raises(DataError, match="features of another model"):
-        search_files(tiny_bundle, [tiny_market / "query"], tmp_path / "other.npz")
+        search(tiny_bundle, [tiny_market / "query"], tmp_path / "other.npz")
 
 
 def test_a_folder_of_images_is_embedded_as_a_gallery(tiny_bundle, tiny_market, tmp_path):
@@ -201,9 +202,9 @@ def test_a_folder_of_images_is_embedded_as_a_gallery(tiny_bundle, tiny_market, t
 def test_a_search_without_images_is_refused(tiny_bundle, tmp_path, tiny_market):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="zero images"):
-        search_files(tiny_bundle, [tmp_path / "empty"], tiny_market)
+        search(tiny_bundle, [tmp_path / "empty"], tiny_market)
     with pytest.raises(DataError, match="no such file"):
-        search_files(tiny_bundle, [tmp_path / "none.jpg"], tiny_market)
+        search(tiny_bundle, [tmp_path / "none.jpg"], tiny_market)
 
 
 def test_the_doctor_names_the_next_step_for_whatever_is_missing():

@@ -7,9 +7,8 @@ import pytest
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.gallery import gallery as module
 from nformer_edge.gallery import model as face
-from nformer_edge.gallery.gallery import GalleryStats
+from nformer_edge.gallery.model import GalleryStats, search
 from nformer_edge.gallery.search import Matches
 
 CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
@@ -46,7 +45,7 @@ def test_a_search_gives_what_a_search_over_features_gives(model, gallery):
     features = model.embed(CROPS[:3])
     for settings in ({}, {"head": False}, {"together": True}):
         by_gallery = gallery.search(CROPS[3:], top=3, **settings)
-        by_features = model.search(model.embed(CROPS[3:]), features, top=3, **settings)
+        by_features = search(model, model.embed(CROPS[3:]), features, top=3, **settings)
         np.testing.assert_array_equal(by_gallery.indices, by_features.indices)
         np.testing.assert_allclose(by_gallery.scores, by_features.scores, atol=1e-6)
         assert by_gallery.protocol == by_features.protocol
@@ -68,8 +67,8 @@ def test_equal_images_are_ordered_as_they_were_added(model):
 
 def test_unit_rows_are_computed_once(model, gallery, monkeypatch):
     rows = []
-    unit_rows = module.unit_rows
-    monkeypatch.setattr(module, "unit_rows", lambda x, *more: (rows.append(len(x)), unit_rows(x, *more))[1])
+    unit_rows = face.unit_rows
+    monkeypatch.setattr(face, "unit_rows", lambda x, *more: (rows.append(len(x)), unit_rows(x, *more))[1])
     searched = []
     monkeypatch.setattr(
         "nformer_edge.gallery.search.unit_rows", lambda x, *more: (searched.append(len(x)), unit_rows(x, *more))[1]
@@ -145,7 +144,7 @@ def test_a_gallery_s_features_are_kept_in_a_file_and_added_again(model, gallery,
     again.add(Features.load(tmp_path / "g.npz"))
     assert again.stats() == gallery.stats()
     assert list(again.search(CROPS[:2])) == list(gallery.search(CROPS[:2]))
-    assert list(model.search(CROPS[:2], tmp_path / "g.npz")) == list(gallery.search(CROPS[:2]))
+    assert list(search(model, CROPS[:2], tmp_path / "g.npz")) == list(gallery.search(CROPS[:2]))
 
 
 def test_features_of_bundle_and_checkpoint_are_taken_by_each_other(model, tiny_checkpoint, tiny_bundle):
@@ -154,12 +153,12 @@ def test_features_of_bundle_and_checkpoint_are_taken_by_each_other(model, tiny_c
         assert ours.model != theirs.model
         assert ours.checkpoint == theirs.checkpoint == theirs.model
         expected = [(0,), (1,), (2,), (3,), (4,)]
-        assert [tuple(r) for r in model.search(CROPS, theirs, top=1, head=False).indices] == expected
-        assert [tuple(r) for r in checkpoint.search(CROPS, ours, top=1, head=False).indices] == expected
+        assert [tuple(r) for r in search(model, CROPS, theirs, top=1, head=False).indices] == expected
+        assert [tuple(r) for r in search(checkpoint, CROPS, ours, top=1, head=False).indices] == expected
 
 
 def test_a_path_may_stand_for_the_model(model, tiny_bundle):
     features = face.embed(tiny_bundle, CROPS)
     np.testing.assert_allclose(features.features, face.embed(model, CROPS).features, rtol=1e-4, atol=1e-5)
-    found = face.search(tiny_bundle, CROPS[0], features, top=2)
-    assert found.indices.tolist() == face.search(model, CROPS[0], features, top=2).indices.tolist()
+    found = search(tiny_bundle, CROPS[0], features, top=2)
+    assert found.indices.tolist() == search(model, CROPS[0], features, top=2).indices.tolist()
