@@ -49,7 +49,14 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """How an image file becomes one row of the backbone's input; recorded in every manifest."""
+    """How an image file becomes one row of the backbone's input; recorded in every manifest.
+
+    Args:
+        height, width: pixels after resizing.
+        mean, std: of each channel, for values 0 to 1.
+        channels: their order.
+        interpolation: of the resizing.
+    """
 
     height: int = 256
     width: int = 128
@@ -69,15 +76,16 @@ class PreprocessSpec:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """One image to one feature.
+    """One image to one feature. Weights trained with one neck or stem are wrong under another.
 
-    `neck` is ``bnneck`` (projection to `features`, then batch norm), ``bn`` (batch norm alone, on as many features as
-    the trunk has channels: Luo et al. 2019) or ``fc`` (OSNet's own fully connected layer with batch norm and ReLU: Zhou
-    et al. 2019, as torchreid trains it).
-
-    `stem` is how a ResNet begins: ``standard``, ``no_relu`` (reid-strong-baseline and the published NFormer leave out
-    the first ReLU) or ``ceil_pool`` (FastReID's pooling is padded at the end alone, which shifts it by a pixel).
-    Weights trained with one are wrong under another.
+    Args:
+        arch: of the trunk.
+        features: numbers in one feature.
+        neck: ``bnneck`` (projection to `features`, then batch norm), ``bn`` (batch norm alone, on as many features as
+            the trunk has channels: Luo et al. 2019) or ``fc`` (OSNet's own fully connected layer with batch norm and
+            ReLU: Zhou et al. 2019, as torchreid trains it).
+        stem: how a ResNet begins: ``standard``, ``no_relu`` (reid-strong-baseline and the published NFormer have no
+            first ReLU) or ``ceil_pool`` (FastReID's pooling is padded at the end alone, which shifts it by a pixel).
     """
 
     arch: str = "resnet50"
@@ -98,11 +106,17 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The NFormer head (Wang et al., CVPR 2022): letters as in the operator contract.
+    """The NFormer head (Wang et al., CVPR 2022).
 
-    `rule` says which vectors choose neighbors: ``features`` (the published code) or ``affinity`` (the paper).
-    `input_scale` says to which L2 norm each feature is brought before the first layer: ``unit`` (1),
-    ``sqrt_dim`` (square root of `features`) or ``none`` (left as it is).
+    Args:
+        features: numbers in one feature, D.
+        layers: one after the other.
+        heads: of each layer, H.
+        k: neighbors of each image, K.
+        landmarks: of each layer.
+        rule: which vectors choose neighbors: ``features`` (the published code) or ``affinity`` (the paper).
+        input_scale: the L2 norm that each feature gets before the first layer: ``unit`` (1), ``sqrt_dim`` (square root
+            of `features`) or ``none`` (unchanged).
     """
 
     features: int = 256
@@ -129,7 +143,13 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole model. `head` is None for a backbone alone."""
+    """A whole model.
+
+    Args:
+        backbone: one image to one feature.
+        head: features of many images, related to each other; None for a backbone alone.
+        preprocess: an image file to the backbone's input.
+    """
 
     backbone: BackboneSpec = field(default_factory=BackboneSpec)
     head: HeadSpec | None = None

@@ -202,8 +202,8 @@ def descriptions(cls: type) -> dict[str, str]:
 def arguments(doc: str) -> dict[str, str]:
     """What the ``Args:`` section of a docstring, as `inspect.cleandoc` leaves it, says of each name, in one line."""
     section = re.search(r"^Args:\n((?: {4}.*\n|\n)*)", doc + "\n", re.M)
-    entries = re.findall(r"^ {4}(\w+): ((?:.*\n)(?: {8}.*\n)*)", section[1] if section else "", re.M)
-    return {name: " ".join(text.split()) for name, text in entries}
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*): ((?:.*\n)(?: {8}.*\n)*)", section[1] if section else "", re.M)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def schema(cls: type) -> Table:
