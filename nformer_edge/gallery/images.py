@@ -69,7 +69,10 @@ def _sources(image: object, name: str) -> Sequence[Source]:
     if isinstance(image, (str, os.PathLike)):
         return image_files(image)
     if isinstance(image, Image.Image):
-        return [image if image.mode == "RGB" else image.convert("RGB")]
+        try:
+            return [image.convert("RGB")]  # decoded here: several decoders may get the same image
+        except (OSError, ValueError, SyntaxError) as e:
+            raise DataError(name, f"a damaged image ({e})", _EXPECTED, "Leave it out.") from e
     if not isinstance(image, np.ndarray):
         raise UsageError(name, type(image).__name__, _EXPECTED, "Convert it, such as by np.asarray.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -101,6 +101,12 @@ def test_what_is_no_image_is_refused_with_a_hint(image, message):
         image_sources([FRAME, image])
 
 
+def test_a_damaged_pil_image_is_refused_by_its_number(file):
+    file.write_bytes(file.read_bytes()[:999])
+    with Image.open(file) as image, pytest.raises(DataError, match=r"images\[1\]: got a damaged image"):
+        image_sources([FRAME, image])
+
+
 @pytest.mark.parametrize("none", [[], (), FRAME[None][:0]])
 def test_no_image_is_refused(none):
     with pytest.raises(UsageError, match="images: got an empty list"):
