@@ -232,15 +232,16 @@ def _score(
     lists = _rank_lists(BACKBONE, query, gallery, shown, top)
     if runner is not None and runner.has_head:
         model, chosen = runner, tuple(seeds or (runner.landmark_seed,))
-        related: list[tuple[Features, Features]] = []
+        first: list[tuple[Features, Features]] = []
 
         def joint(seed: int) -> RankingResult:
-            related.append(relate_sets(model, query, gallery, seed=seed))
-            return ranking.evaluate(*related[-1])
+            related = relate_sets(model, query, gallery, seed=seed)
+            first[:] = first or [related]
+            return ranking.evaluate(*related)
 
         _, found = _ranked(NFORMER, joint, chosen)
         rankings.append(replace(found, protocol=JOINT))
-        lists += _rank_lists(NFORMER, *related[0], shown, top)
+        lists += _rank_lists(NFORMER, *first[0], shown, top)
         if _no_per_query(runner, per_query) is None:
             rankings.append(_per_query(runner, query, gallery, chosen))
     if rerank:
