@@ -21,7 +21,7 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.batch_journal import BatchJournal
 from nformer_edge.core.errors import BackendError, DataError, UsageError
-from nformer_edge.core.features import Features, save_features
+from nformer_edge.core.features import UNKNOWN, Features, save_features
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
@@ -29,12 +29,10 @@ from nformer_edge.core.values import Result
 from nformer_edge.data.batches import iter_batches, iter_pixels
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
-from nformer_edge.data.records import UNKNOWN_CAMERA, Dataset, ImageRecord
+from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.gallery.images import Images, image_files, image_sources, is_image
 
 SPLITS = ("train", "query", "gallery")
-
-_UNKNOWN_PERSON = -1
 
 #: Pixels uint8 [B, H, W, 3], the files' hashes and the view's number to the backbone's input [B, 3, H, W].
 Draw = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
@@ -43,19 +41,7 @@ Draw = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
 def embed_images(
     runner: Runner, images: Images, boxes: ArrayLike | None = None, *, batch: int = 32, decoders: int | None = None
 ) -> Features:
-    """The backbone's features of images as callers have them; see `gallery.images.image_sources`.
-
-    Args:
-        runner: an open model.
-        images: files, folders, PIL images or uint8 arrays in RGB; with `boxes`, one frame.
-        boxes: [N, 4], people in the frame: x1, y1, x2, y2 in pixels.
-        batch: images decoded and run at once.
-        decoders: threads that decode files; one a core if None.
-
-    Raises:
-        UsageError: for no image, or one of another kind, type or shape.
-        DataError: for a file that cannot be read, a box that cannot be cut out, or a feature that is not finite.
-    """
+    """The backbone's features of images as callers have them. Arguments and errors: `gallery.model.Model.embed`."""
     sources = image_sources(images, boxes)
     batches = iter_batches(sources, runner.spec.preprocess, batch, decoders)
     features = np.concatenate([_no_rows(runner), *map(runner.embed, batches)])
@@ -253,7 +239,7 @@ def _split_records(
     for name in splits or ():
         check_choice("split", name, KNOWN_SPLITS)
     if layout == "auto" and holds_images(data):
-        found = {"gallery": tuple(ImageRecord(p, _UNKNOWN_PERSON, UNKNOWN_CAMERA) for p in image_files(data))}
+        found = {"gallery": tuple(ImageRecord(p, UNKNOWN, UNKNOWN) for p in image_files(data))}
     else:
         dataset = read_dataset(data, layout)
         found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
