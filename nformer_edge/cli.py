@@ -371,7 +371,7 @@ def _modelopt(args: Args) -> None:
     _option("--keep-graphs", action="store_true", help="leave the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
     SEED,
-    DEVICE,
+    _option("--device", help="the GPU to build on, such as cuda:1 (TensorRT; default: the first)"),
 )
 def _build_engine(args: Args) -> None:
     from nformer_edge.backends.build import BudgetSpec, EngineSpec, build_engine, describe_engine
@@ -457,10 +457,10 @@ def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
     _option("--arch", default="auto", help="auto: this machine's GPU | all | such as 87,89 (default auto)"),
 )
 def _build_plugin(args: Args) -> None:
-    from nformer_edge.backends.tensorrt.plugin.build import build_plugin, format_plugin
+    from nformer_edge.backends.tensorrt.plugin.build import build_plugin
 
     built = build_plugin(args.output, tensorrt_root=args.tensorrt_root, nvcc=args.nvcc, architectures=args.arch)
-    _show(args, built, format_plugin(built, args.output))
+    _show(args, built)
 
 
 @_command(
@@ -645,10 +645,9 @@ def _report(args: Args) -> None:
     _option("--target", metavar="NAME", help="what here does not match this target, such as jetson-orin-jp62"),
 )
 def _doctor(args: Args) -> None:
-    from nformer_edge.targets.doctor import doctor, format_doctor
+    from nformer_edge.targets.doctor import doctor
 
-    found = doctor(args.target)
-    _show(args, found, format_doctor(found))
+    _show(args, doctor(args.target))
 
 
 @_command(

@@ -37,9 +37,9 @@ def carries_kernels() -> bool:
     """Whether TensorRT and a compiler here can put the kernels into a plan, without a library."""
     sys.path.append(str(ROOT))  # from a checkout that is not installed
     from nformer_edge.backends.tensorrt.build import installed_version
-    from nformer_edge.backends.tensorrt.plugin.ahead import lacking_ahead_of_time
+    from nformer_edge.backends.tensorrt.plugin.ahead import missing_ahead_of_time
 
-    return not lacking_ahead_of_time(installed_version())
+    return not missing_ahead_of_time(installed_version())
 
 
 def command(*words: str) -> dict[str, Any]:

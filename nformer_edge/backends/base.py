@@ -21,9 +21,14 @@ PACKAGES = ["nformer_edge.backends.tensorrt", "nformer_edge.backends.tensorrt_rt
 
 
 class Backend(Protocol):
-    """What a backend's module `build` has: two words, build and run, and what this machine is missing for them."""
+    """What a backend's module `build` has: two words, build and run, and what this machine is missing for them.
+
+    `NAME` is also the package that it needs, `EXTRA` the extra of ours that installs it, `USE` what it is for.
+    """
 
     NAME: str
+    EXTRA: str
+    USE: str
     PRECISIONS: tuple[Precision, ...]
 
     @staticmethod

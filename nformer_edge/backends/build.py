@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+from nformer_edge.backends.engine import BuiltFor, PartAudit
 from nformer_edge.backends.onnxruntime import build as onnxruntime
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.backends.tensorrt_rtx import build as tensorrt_rtx
 from nformer_edge.core.artifact import atomic_folder, atomic_write_json, read_manifest, read_verified, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import Backend, Precision, to_dict
+from nformer_edge.core.values import from_json, to_table
 from nformer_edge.data.records import Dataset
 from nformer_edge.quantize.calibrate import choose_calibration
 from nformer_edge.quantize.decide import BUDGET, decide
@@ -39,7 +41,7 @@ def choose_backend(backend: Backend = "auto", precision: Precision = "fp32") -> 
         BackendError: if the one asked for cannot build here, or none can build this precision.
     """
     if backend != "auto":
-        missing = BACKENDS[backend].lacking()
+        missing = BACKENDS[backend].missing()
         if missing:
             raise BackendError(
                 backend,
@@ -50,7 +52,7 @@ def choose_backend(backend: Backend = "auto", precision: Precision = "fp32") -> 
         return backend, "as asked"
     passed_over: list[str] = []
     for name, module in BACKENDS.items():
-        missing = (*module.lacking(), *(m for m in module.lacking_to_run() if m not in module.lacking()))
+        missing = (*module.missing(), *(m for m in module.missing_to_run() if m not in module.missing()))
         if not missing and precision in module.PRECISIONS:
             why = f"the best that this machine has ({'; '.join(passed_over)})" if passed_over else "the best there is"
             return name, why
@@ -119,7 +121,10 @@ def build_engine(
         built = BACKENDS[name].build(opened, folder, spec, calibration)
         if searched is not None:
             atomic_write_json(folder / BUDGET, searched)
-        write_manifest(folder, KIND, _fields(opened, spec, name, why) | built)
+        known = built if isinstance(built, dict) else {k: v for k, v in to_table(built).items() if v is not None}
+        if calibration is not None and spec.precision == "int8":
+            known["calibration"] = calibration.measure(opened)[1]
+        write_manifest(folder, KIND, _fields(opened, spec, name, why) | known)
     return path
 
 
@@ -160,7 +165,7 @@ def describe_engine(path: str | os.PathLike[str]) -> dict[str, Any]:
     elif manifest.get("float_nodes"):
         lines.append(f"  {len(manifest['float_nodes'])} nodes left in float, as asked")
     if "built_for" in manifest:
-        lines.append("  built for " + ", ".join(f"{k} {_plain(v)}" for k, v in manifest["built_for"].items()))
+        lines.append(f"  built for {from_json(BuiltFor, manifest['built_for'])}")
     return {
         "kind": "engine",
         "engine": str(path),
@@ -188,20 +193,12 @@ def _method_lines(chosen: dict[str, Any] | None) -> list[str]:
     return [f"chosen by mAP (neighbors kept) of {people} people held out: {', '.join(told)}"]
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _audit_lines(audit: dict[str, Any]) -> list[str]:
     """onnxruntime's audit counts the products of a graph, TensorRT's those of a plan."""
     lines = []
     for name, found in audit.items():
-        if "products" not in found:
+        if "multiplications" in found:
+            lines += from_json(PartAudit, found).lines(name)
+        else:
             lines.append(f"{name}: {found['int8']} of {found['total']} in INT8")
-            continue
-        counts = [f"{c['built']} of {c['asked']} in {kind.upper()}" for kind, c in found["products"].items()]
-        untold = sum(c["untold"] for c in found["products"].values())
-        lines.append(f"{name}: products as built: {', '.join(counts)}" + (f"; {untold} not told" if untold else ""))
-        if found["other"]:
-            lines.append(f"{name}: in another type: " + ", ".join(f"{n} {t}" for n, t in found["other"].items()))
     return lines

@@ -157,7 +157,7 @@ class EngineSpec:
     batch: tuple[int, ...] = (1, 8, 32)
     gallery_size: tuple[int, ...] = (20, 2000, 50000)
     workspace: float | None = None
-    device: str = "cpu"
+    device: str | None = None
     seed: int = 0
     reduce_range: bool | None = None
     timing_cache: str = ""

@@ -3,152 +3,123 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
-import shutil
-import subprocess
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from nformer_edge import __version__
-from nformer_edge.backends.tensorrt.build import tensorrt_package
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
-from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
-from nformer_edge.backends.tensorrt_rtx.build import tensorrt_rtx_package
+from nformer_edge.backends import base
+from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.library import find_plugin, read_plugin
 from nformer_edge.core.errors import Error
-from nformer_edge.core.machine import conditions, instruction_sets, machine, nvidia_driver, package_version, version_key
-from nformer_edge.targets.preflight import Mismatch, format_preflight, preflight
-from nformer_edge.targets.recipe import Target, read_target
+from nformer_edge.core.machine import MachineFacts, conditions, machine, package_version, version_key
+from nformer_edge.core.values import Result
+from nformer_edge.targets.preflight import Preflight, preflight
+from nformer_edge.targets.recipe import read_target
+
+#: Those of `core.machine.KNOWN` that multiply 8-bit integers.
+_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
-def doctor(target: str | None = None) -> dict[str, Any]:
-    """Looks, and changes nothing. Each of ``checks`` has name, ok, found, and next (the next step, or "").
+@dataclass(frozen=True)
+class Check:
+    """One thing that this machine has or has not.
+
+    Args:
+        name: the thing.
+        found: what there is, or "".
+        hint: the next step where there is none, or "".
+    """
+
+    name: str
+    found: str
+    hint: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is there."""
+        return bool(self.found)
+
+
+@dataclass(frozen=True)
+class Doctor(Result):
+    """What this machine can do.
+
+    Args:
+        machine: what it is.
+        int8: what INT8 can gain on its CPU.
+        checks: what it has, and next steps.
+        target: the comparison with a target, or null.
+    """
+
+    kind = "doctor"
+    version = 2
+
+    machine: MachineFacts
+    int8: str
+    checks: tuple[Check, ...]
+    target: Preflight | None = None
+
+    def __str__(self) -> str:
+        facts, versions = self.machine, self.machine.versions
+        lines = [
+            f"nformer-edge {versions['nformer-edge']}, Python {versions['python']}, {facts.system}",
+            f"CPU: {facts.cores} cores, {facts.architecture}, {' '.join(facts.instruction_sets) or 'unknown'}",
+            f"     {self.int8}",
+            "",
+        ]
+        width = max(len(c.name) for c in self.checks)
+        lines += [f"{'yes' if c.ok else ' no'}  {c.name:<{width}}  {c.found or c.hint}" for c in self.checks]
+        return "\n".join(lines if self.target is None else [*lines, "", str(self.target)])
+
+
+def doctor(target: str | None = None) -> Doctor:
+    """Looks, and changes nothing.
 
     Args:
         target: name or file of a recipe to compare this machine with.
 
-    Returns:
-        JSON of kind ``doctor``: version, python, system, cpu, checks; with `target`, also ``target``: name, summary,
-        note and ``mismatches``, each with what, got, expected, hint, blocks.
-
     Raises:
         UsageError: if there is no such target.
     """
-    compared = {} if target is None else {"target": _compared(read_target(target))}
-    checks = [
-        _check(
+    here = machine()
+    compared = None if target is None else preflight(read_target(target), here, conditions())
+    native = importlib.util.find_spec("nformer_edge.ops._native") is not None
+    gpu = f"{here.gpu}, {here.compute_capability}" if here.gpu else here.driver
+    jetpack = f"Jetson Linux {here.l4t}" if here.l4t else ""
+    found = [
+        Check(
             "PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
         ),
-        _check(
-            "ONNX", package_version("onnx"), "to export and to build INT8 engines: pip install 'nformer-edge[quant]'"
-        ),
-        _check(
-            "onnxruntime", package_version("onnxruntime"), "to run bundles and engines: pip install 'nformer-edge[cpu]'"
-        ),
-        _native_kernels(),
-        _gpus(),
-        _jetpack(),
-        _check("TensorRT", tensorrt_package(), "for a Jetson or a server GPU: pip install 'nformer-edge[tensorrt]'"),
-        _check("TensorRT-RTX", tensorrt_rtx_package(), "for a GeForce RTX: pip install 'nformer-edge[tensorrt-rtx]'"),
-        _plugin_library(),
+        Check("ONNX", package_version("onnx"), "to export and to build INT8: pip install 'nformer-edge[quant]'"),
+        Check("native CPU kernels", "built" if native else "", "install with a C++ compiler: pip install ."),
+        Check("NVIDIA GPU", gpu, "needed by TensorRT alone: install the NVIDIA driver"),
+        Check("JetPack", jetpack, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager"),
     ]
-    return {
-        "kind": "doctor",
-        "version": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": {
-            "architecture": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "instruction_sets": list(instruction_sets()),
-            "int8": int8_note(),
-        },
-        "checks": checks,
-        **compared,
-    }
+    for backend in map(base.get, base.names()):
+        step = f"{backend.USE}: pip install 'nformer-edge[{backend.EXTRA}]'"
+        found.append(Check(backend.NAME, package_version(backend.NAME), step))
+    checks = (*found, _plugin_library(package_version(TENSORRT)))
+    return Doctor(here, int8_note(here), tuple(c if not c.ok else Check(c.name, c.found, "") for c in checks), compared)
 
 
-def _compared(target: Target) -> dict[str, Any]:
-    found = preflight(target, machine(), conditions())
-    return {
-        "name": target.name,
-        "summary": target.summary,
-        "note": target.note,
-        "mismatches": [asdict(m) for m in found],
-    }
-
-
-def int8_note() -> str:
+def int8_note(here: MachineFacts) -> str:
     """What INT8 can gain on this CPU."""
-    found = set(instruction_sets())
-    if found & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}:
-        return "has instructions for INT8 products: INT8 engines should be faster than FP32"
-    return "no instructions for INT8 products (VNNI, dot product): INT8 engines are smaller, but may not be faster"
+    if _INT8 & set(here.instruction_sets):
+        return "has instructions that multiply 8-bit integers: INT8 engines should be faster than FP32"
+    return "no instructions that multiply 8-bit integers: INT8 engines are smaller, but may not be faster"
 
 
-def _check(name: str, found: str, step: str) -> dict[str, Any]:
-    return {"name": name, "ok": bool(found), "found": found, "next": "" if found else step}
-
-
-def _native_kernels() -> dict[str, Any]:
-    there = importlib.util.find_spec("nformer_edge.ops._native") is not None
-    return _check("native CPU kernels", "built" if there else "", "install with a C++ compiler: pip install .")
-
-
-def _gpus() -> dict[str, Any]:
-    """By nvidia-smi where there is one, else by the driver's own files (Jetson)."""
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        command = [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            done = None
-        if done is not None and done.returncode == 0 and done.stdout.strip():
-            return _check("NVIDIA GPU", "; ".join(done.stdout.strip().splitlines()), "")
-    driver = nvidia_driver()
-    return _check("NVIDIA GPU", driver, "none needed for onnxruntime; for TensorRT, install the NVIDIA driver")
-
-
-def _jetpack() -> dict[str, Any]:
-    try:
-        found = Path("/etc/nv_tegra_release").read_text().splitlines()[0].lstrip("# ")
-    except (OSError, IndexError):
-        found = ""
-    return _check("JetPack", found, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager")
-
-
-def _plugin_library() -> dict[str, Any]:
-    name, library, here = "TensorRT plugin library", find_plugin(), version_key(tensorrt_package())
-    if library is None and not lacking_ahead_of_time(here):
-        return _check(name, f"none, and none needed: TensorRT {tensorrt_package()} puts the kernels into the plan", "")
+def _plugin_library(tensorrt: str) -> Check:
+    name, library, here = "TensorRT plugin library", find_plugin(), version_key(tensorrt)
+    if library is None and not missing_ahead_of_time(here):
+        return Check(name, f"none, and none needed: TensorRT {tensorrt} puts the kernels into the plan", "")
     if library is None:
         step = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-        return _check(name, "", f"not needed by onnxruntime; for TensorRT: {step}")
+        return Check(name, "", f"needed by TensorRT alone: {step}")
     try:
-        facts = plugin_facts(library)
+        manifest = read_plugin(library)
     except Error as e:
-        return _check(name, "", f"{e} Build it again: nformer-edge build-plugin")
-    codes = ", ".join(f"sm_{a}" for a in facts.get("architectures", ()))
-    return _check(name, f"{library} (TensorRT {facts['tensorrt']}, {codes})" if facts else str(library), "")
-
-
-def format_doctor(found: dict[str, Any]) -> str:
-    """The report as text: one line a check, then the next steps."""
-    cpu = found["cpu"]
-    extensions = " ".join(cpu["instruction_sets"]) or "unknown extensions"
-    lines = [
-        f"nformer-edge {found['version']}, Python {found['python']}, {found['system']}",
-        f"CPU: {cpu['cores']} cores, {cpu['architecture']}, {extensions}",
-        f"     {cpu['int8']}",
-        "",
-    ]
-    width = max(len(c["name"]) for c in found["checks"])
-    for check in found["checks"]:
-        lines.append(f"{'yes' if check['ok'] else ' no'}  {check['name']:<{width}}  {check['found'] or check['next']}")
-    if "target" in found:
-        target = found["target"]
-        mismatches = [Mismatch(**m) for m in target["mismatches"]]
-        lines += ["", format_preflight(target["name"], target["summary"], target["note"], mismatches)]
-    return "\n".join(lines)
+        return Check(name, "", f"{e} Build it again: nformer-edge build-plugin")
+    if manifest is None:
+        return Check(name, str(library), "")
+    codes = ", ".join(f"sm_{a}" for a in manifest.architectures)
+    return Check(name, f"{library} (TensorRT {manifest.tensorrt}, {codes})", "")

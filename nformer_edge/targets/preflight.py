@@ -1,21 +1,29 @@
-"""What on this machine does not match a target, and how each is mended, before minutes go into a build."""
+"""What on this machine does not match a target, each with its hint, before minutes go into a build."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
-from nformer_edge.backends.tensorrt.plugin.library import find_plugin, plugin_facts
+from nformer_edge.backends import base
+from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.library import find_plugin, read_plugin
 from nformer_edge.core.errors import BackendError, Error
 from nformer_edge.core.machine import Conditions, MachineFacts, version_key
-from nformer_edge.targets.recipe import VERSIONS, Target
-
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "onnxruntime": "cpu"}
+from nformer_edge.targets.recipe import CUDA, L4T, Target
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One thing. `blocks`: an engine built here would not be the target's; otherwise it is only slower, say."""
+    """One thing that does not match.
+
+    Args:
+        what: the thing.
+        got: what is here.
+        expected: what the recipe asks for.
+        hint: what to do.
+        blocks: an engine built here would not be the target's; otherwise it is only slower, say.
+    """
 
     what: str
     got: str
@@ -27,8 +35,30 @@ class Mismatch:
         return f"{self.what}: got {self.got or 'none'}, expected {self.expected}. {self.hint}"
 
 
-def preflight(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> list[Mismatch]:
-    """Compares, and changes nothing; empty if all matches.
+@dataclass(frozen=True)
+class Preflight:
+    """A machine compared with a target.
+
+    Args:
+        name: the target's.
+        summary: the device.
+        note: what else its user must know.
+        mismatches: none if all matches.
+    """
+
+    name: str
+    summary: str
+    note: str
+    mismatches: tuple[Mismatch, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.summary}", *([f"  note: {self.note}"] if self.note else [])]
+        lines += [f"  {'NO  ' if m.blocks else 'note'}  {m}" for m in self.mismatches]
+        return "\n".join([*lines, *([] if self.mismatches else ["  all matches"])])
+
+
+def preflight(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> Preflight:
+    """Compares, and changes nothing.
 
     Args:
         target: what is to be built for.
@@ -37,144 +67,94 @@ def preflight(target: Target, machine: MachineFacts, now: Conditions, *, with_he
         with_head: whether the model has an NFormer head, which in TensorRT needs the plugin library or a CUDA compiler.
     """
     found = _versions(target, machine) + _hardware(target, machine, now)
-    if target.engine.backend == "tensorrt" and with_head:
+    if target.engine.backend == TENSORRT and with_head:
         found += _plugin(machine)
-    return found
+    return Preflight(target.name, target.summary, target.note, tuple(found))
 
 
-def require_match(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> list[Mismatch]:
-    """What does not match without being in the way.
+def require_match(target: Target, machine: MachineFacts, now: Conditions, *, with_head: bool = True) -> Preflight:
+    """The comparison, where nothing blocks.
 
     Raises:
-        BackendError: if something is in the way, naming all of it.
+        BackendError: if something blocks, naming all of it.
     """
     found = preflight(target, machine, now, with_head=with_head)
-    blocking = [m for m in found if m.blocks]
+    blocking = [f"({i}) {m}" for i, m in enumerate((m for m in found.mismatches if m.blocks), 1)]
     if blocking:
-        note = f" Note: {target.note}" if target.note else ""
-        raise BackendError(
-            f"target {target.name}: {len(blocking)} thing{'s' * (len(blocking) > 1)} on this machine "
-            f"do{'es' * (len(blocking) == 1)} not match: " + " ".join(f"({i}) {m}" for i, m in enumerate(blocking, 1)),
-            hint=f"`nformer-edge doctor --target {target.name}` tells this again.{note}",
-        )
+        count = "1 thing on this machine does" if len(blocking) == 1 else f"{len(blocking)} things on this machine do"
+        hint = f"See `nformer-edge doctor --target {target.name}`." + (f" Note: {target.note}" if target.note else "")
+        raise BackendError(f"target {target.name}: {count} not match: {' '.join(blocking)}", hint=hint)
     return found
-
-
-def format_preflight(name: str, summary: str, note: str, found: list[Mismatch]) -> str:
-    """As text: one line a mismatch."""
-    lines = [f"{name}: {summary}", *([f"  note: {note}"] if note else [])]
-    lines += [f"  {'NO  ' if m.blocks else 'note'}  {m}" for m in found]
-    return "\n".join([*lines, *([] if found else ["  all matches"])])
 
 
 def _versions(target: Target, machine: MachineFacts) -> list[Mismatch]:
-    found = []
-    for name in VERSIONS:
-        wanted, here = getattr(target.machine, name), _version(machine, name)
-        if wanted and not version_key(wanted[0]) <= version_key(here) < version_key(wanted[1]):
-            found.append(
-                Mismatch(name, here, f"from {wanted[0]}, below {wanted[1]}", _mend(name, target), blocks=name != "cuda")
-            )
+    found, known = [], {**machine.versions, L4T: machine.l4t, CUDA: machine.cuda}
+    for name, (first, end) in target.machine.versions.items():
+        here = known.get(name, "")
+        if not version_key(first) <= version_key(here) < version_key(end):
+            expected = f"from {first}, below {end}"
+            found.append(Mismatch(name, here, expected, _version_hint(name, target), blocks=name != CUDA))
     return found
 
 
-def _version(machine: MachineFacts, name: str) -> str:
-    own = {"l4t": machine.l4t, "cuda": machine.cuda}
-    return own[name] if name in own else machine.versions.get(name.replace("_", "-"), "")
-
-
-def _mend(name: str, target: Target) -> str:
-    if name == "l4t":
-        return "Flash the board with NVIDIA's SDK Manager, or choose the target of the JetPack that it has."
-    if name == "cuda":
+def _version_hint(name: str, target: Target) -> str:
+    if name == L4T:
+        return "Flash the board with NVIDIA's SDK Manager, or choose the target of its JetPack."
+    if name == CUDA:
         return "Only build-plugin needs it: install that CUDA toolkit."
-    if name == "tensorrt" and target.machine.l4t:
+    if L4T in target.machine.versions:
         return "JetPack brings it: apt install nvidia-jetpack, and make the environment with --system-site-packages."
-    return f"pip install 'nformer-edge[{_PACKAGES[name]}]'"
+    return f"pip install 'nformer-edge[{base.get(name).EXTRA}]'"
 
 
 def _hardware(target: Target, machine: MachineFacts, now: Conditions) -> list[Mismatch]:
     wanted, found = target.machine, []
     if wanted.architecture and machine.architecture != wanted.architecture:
-        found.append(
-            Mismatch(
-                "architecture",
-                machine.architecture,
-                wanted.architecture,
-                "Build on the device itself, or choose another target.",
-            )
-        )
+        hint = "Build on the device itself, or choose another target."
+        found.append(Mismatch("architecture", machine.architecture, wanted.architecture, hint))
     if wanted.compute_capability and machine.compute_capability not in wanted.compute_capability:
         here = f"{machine.compute_capability} ({machine.gpu})" if machine.compute_capability else ""
-        found.append(
-            Mismatch(
-                "compute capability",
-                here,
-                " or ".join(wanted.compute_capability),
-                "A plan runs on the kind of GPU that it was built on: build it there.",
-            )
-        )
-    if target.engine.backend == "tensorrt" and not machine.driver:
+        hint = "A plan runs on the kind of GPU that it was built on: build it there."
+        found.append(Mismatch("compute capability", here, " or ".join(wanted.compute_capability), hint))
+    if target.engine.backend == TENSORRT and not machine.driver:
         found.append(Mismatch("NVIDIA driver", "", "one", "Install the driver; TensorRT builds on the GPU itself."))
     if wanted.power_mode and now.power_mode not in wanted.power_mode:
-        found.append(
-            Mismatch(
-                "power mode",
-                now.power_mode,
-                " or ".join(wanted.power_mode),
-                "`sudo nvpmodel -m N` with its number in /etc/nvpmodel.conf, then `sudo jetson_clocks`: "
-                "the builder chooses kernels by their time.",
-                blocks=False,
-            )
+        hint = "`sudo nvpmodel -m N`, N as in /etc/nvpmodel.conf, then `sudo jetson_clocks`: the builder times kernels."
+        found.append(Mismatch("power mode", now.power_mode, " or ".join(wanted.power_mode), hint, blocks=False))
+    needed_gib, memory_gib = (
+        2 * (target.engine.workspace or 0),
+        (machine.gpu_memory_mib or machine.memory_mib or 0) / 1024,
+    )
+    if 0 < memory_gib < needed_gib:
+        expected, hint = (
+            f"{needed_gib:g} GiB, twice the workspace",
+            "Close other programs, or give a smaller --workspace.",
         )
-    workspace = target.engine.workspace
-    memory_gib = (machine.gpu_memory_mib or machine.memory_mib or 0) / 1024
-    if workspace and memory_gib and memory_gib < 2 * workspace:
-        found.append(
-            Mismatch(
-                "memory",
-                f"{memory_gib:.1f} GiB",
-                f"{2 * workspace:g} GiB, twice the workspace",
-                "Close other programs, or give a smaller --workspace.",
-                blocks=False,
-            )
-        )
+        found.append(Mismatch("memory", f"{memory_gib:.1f} GiB", expected, hint, blocks=False))
     return found
 
 
 def _plugin(machine: MachineFacts) -> list[Mismatch]:
-    here = version_key(machine.versions.get("tensorrt", ""))
-    library, lacking = find_plugin(here[0] if here else None), lacking_ahead_of_time(here)
-    if library is None and not lacking:
+    what, here = "plugin library", version_key(machine.versions.get(TENSORRT, ""))
+    library, lacks = find_plugin(here[0] if here else None), missing_ahead_of_time(here)
+    if library is None and not lacks:
         return []  # the plan carries the kernels
     if library is None:
         hint = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-        return [Mismatch("plugin library", f"no libnformer_plugins.so, and {lacking}", "one of the two", hint)]
+        return [Mismatch(what, f"no libnformer_plugins.so, and {lacks}", "one of the two", hint)]
     try:
-        facts = plugin_facts(library)
+        manifest = read_plugin(library)
     except Error as e:
-        return [Mismatch("plugin library", str(library), "one whose manifest holds", str(e))]
+        return [Mismatch(what, str(library), "one whose manifest holds", str(e))]
+    if manifest is None:
+        return []
     found = []
-    built = version_key(str(facts.get("tensorrt", "")))[:1]
-    if built and here and built != here[:1]:
-        found.append(
-            Mismatch(
-                "plugin library",
-                f"{library} for TensorRT {built[0]}",
-                f"one for TensorRT {here[0]}",
-                "nformer-edge build-plugin",
-            )
-        )
-    architectures = {str(a) for a in facts.get("architectures", ())}
-    wanted = {c.replace(".", "") for c in (machine.compute_capability,) if c}
-    if architectures and wanted - architectures:
-        found.append(
-            Mismatch(
-                "plugin library",
-                f"kernels for sm_{', sm_'.join(sorted(architectures))}",
-                f"sm_{next(iter(wanted))} among them",
-                "nformer-edge build-plugin on this machine",
-                blocks=False,
-            )
-        )
+    built = version_key(manifest.tensorrt)[:1]
+    if here and built != here[:1]:
+        got = f"{library} for TensorRT {built[0]}"
+        found.append(Mismatch(what, got, f"one for TensorRT {here[0]}", "nformer-edge build-plugin"))
+    ours, wanted = manifest.architectures, machine.compute_capability.replace(".", "")
+    if ours and wanted and wanted not in ours:
+        got, hint = f"kernels for sm_{', sm_'.join(ours)}", "nformer-edge build-plugin on this machine"
+        found.append(Mismatch(what, got, f"sm_{wanted} among them", hint, blocks=False))
     return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
+from nformer_edge.backends import base
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import version_key
-from nformer_edge.core.spec import Backend, Precision, check_choice, from_dict
+from nformer_edge.core.spec import check_choice
+from nformer_edge.core.values import from_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,8 +25,8 @@ _HERE = Path(__file__).resolve()
 #: In an installed package, and in a checkout.
 _PLACES = (_HERE.parents[1] / "export" / "recipes", _HERE.parents[2] / "export" / "recipes")
 
-#: Packages and systems of which a recipe may ask a range of versions.
-VERSIONS = ("l4t", "cuda", "tensorrt", "tensorrt_rtx", "onnxruntime")
+#: Jetson Linux, the system under JetPack, and the CUDA toolkit, which compiles the plugin library.
+L4T, CUDA = "l4t", "cuda"
 
 
 @dataclass(frozen=True)
@@ -32,67 +35,44 @@ class MachineSpec:
 
     Args:
         architecture: as ``uname -m`` says.
-        l4t: Jetson Linux, the system under JetPack: from this version on, and below that one. So are the next four.
-        cuda: of the toolkit, which compiles the plugin library.
-        tensorrt: of the package.
-        tensorrt_rtx: of the package.
-        onnxruntime: of the package.
+        versions: of `L4T`, of `CUDA` and of the packages of backends: from the first version on, and below the second.
         compute_capability: of the GPU.
         power_mode: of a Jetson, best first.
     """
 
     architecture: str = ""
-    l4t: tuple[str, ...] = ()
-    cuda: tuple[str, ...] = ()
-    tensorrt: tuple[str, ...] = ()
-    tensorrt_rtx: tuple[str, ...] = ()
-    onnxruntime: tuple[str, ...] = ()
+    versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compute_capability: tuple[str, ...] = ()
     power_mode: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in VERSIONS:
-            found = getattr(self, name)
-            if found and (len(found) != 2 or not version_key(found[0]) < version_key(found[1])):
+        for name, found in self.versions.items():
+            check_choice("versions", name, (L4T, CUDA, *base.names()))
+            if len(found) != 2 or not version_key(found[0]) < version_key(found[1]):
                 raise UsageError(name, list(found), 'a range such as ["10.3", "10.4"]', "Correct the recipe.")
 
 
 @dataclass(frozen=True)
-class BuildSpec:
-    """What is built: fields of `quantize.spec.EngineSpec`, and no others.
+class Target:
+    """One recipe.
 
     Args:
-        backend: who runs it.
-        precision: of the backbone.
-        batch: images the backbone sees at once: fewest, tuned for, most.
-        gallery_size: images the head sees together: fewest, tuned for, most; empty where any number runs.
-        workspace: GiB that the builder may use; its own choice if None.
+        name: of the recipe's file.
+        summary: the device.
+        engine: what is built: fields of `EngineSpec`, the backend and the precision among them.
+        machine: what the device must have.
+        note: what else its user must know.
     """
-
-    backend: Backend
-    precision: Precision
-    batch: tuple[int, ...] = (1, 32, 32)
-    gallery_size: tuple[int, ...] = ()
-    workspace: float | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("backend", self.backend, ("onnxruntime", "tensorrt", "tensorrt-rtx"))
-        check_choice("precision", self.precision, ("fp32", "fp16", "int8"))
-        for name in ("batch", "gallery_size"):
-            sizes = getattr(self, name)
-            if sizes and not (len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]):
-                raise UsageError(name, list(sizes), "fewest, tuned for, most", "Correct the recipe.")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One recipe."""
 
     name: str
     summary: str
-    engine: BuildSpec
+    engine: EngineSpec
     machine: MachineSpec = field(default_factory=MachineSpec)
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if None in (self.engine.backend, self.engine.precision):
+            raise UsageError("engine", "no backend or no precision", "both", "Correct the recipe.")
 
 
 def recipes_folder() -> Path:
@@ -125,7 +105,7 @@ def read_target(name: str) -> Target:
         hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these, or name a recipe file."
         raise UsageError("target", repr(name), " | ".join(known), hint)
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(str(path), f"no readable TOML ({e})", "a recipe", "Correct the file.") from e
-    return from_dict(Target, {"name": path.stem, **data}, path.name)
+    return from_json(Target, {"name": path.stem, **data}, path.name)

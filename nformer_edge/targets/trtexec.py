@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nformer_edge.backends.tensorrt.plans import PLANS, prepare_stage, profiles
+from nformer_edge.backends.tensorrt.plans import PLANS, prepare_part, profiles
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY
 from nformer_edge.core.artifact import atomic_folder, write_manifest
 from nformer_edge.core.spec import to_dict
@@ -85,10 +85,10 @@ def prepare_for_trtexec(
         if calibration is not None and calibration.images:
             search = search_overflow(opened, calibration.images)
         commands, beyond = [], {}
-        for stage, profile in profiles(opened, spec).items():
-            graph = prepare_stage(stage, opened, folder, spec, ranges, search, typed=False, operators="library")
-            beyond[stage] = graph.beyond
-            commands.append(trtexec_command(graph, PLANS[stage], profile, spec.workspace, plugin=stage == "head"))
+        for part, profile in profiles(opened, spec).items():
+            graph = prepare_part(part, opened, folder, spec, ranges, search, typed=False, operators="library")
+            beyond[part] = graph.beyond
+            commands.append(trtexec_command(graph, PLANS[part], profile, spec.workspace, plugin=part == "head"))
         opened.copy(GOLDEN, folder)
         (folder / SCRIPT).write_text(_HEADER + "".join(f"\n{command}\n" for command in commands))
         (folder / SCRIPT).chmod(0o755)
@@ -101,7 +101,7 @@ def prepare_for_trtexec(
 def trtexec_command(
     graph: PreparedGraph,
     plan: str,
-    profile: Mapping[str, Sequence[Sequence[int]]],
+    profile: Mapping[str, tuple[tuple[int, ...], ...]],
     workspace: float | None,
     *,
     plugin: bool,

@@ -21,16 +21,17 @@ from nformer_edge.quantize.decide import weights_have_7_bits
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
 NAME = "onnxruntime"
+EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
 PRECISIONS = ("fp32", "int8")
 
 
-def lacking() -> tuple[str, ...]:
-    """See `BackendModule.lacking`."""
+def missing() -> tuple[str, ...]:
+    """See `Backend.missing`."""
     return () if importlib.util.find_spec("onnxruntime") else ("no package onnxruntime",)
 
 
-def lacking_to_run() -> tuple[str, ...]:
-    """See `BackendModule.lacking_to_run`."""
+def missing_to_run() -> tuple[str, ...]:
+    """See `Backend.missing_to_run`."""
     return ()
 
 
@@ -47,7 +48,7 @@ def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calib
             "fp32 or int8",
             "Its CPU kernels would compute in float32 behind casts, and slower: use --int8, or a GPU backend.",
         )
-    if spec.device != "cpu":
+    if spec.device not in (None, "cpu"):
         raise BackendError("device", spec.device, "cpu for onnxruntime", "Leave --device out, or use TensorRT.")
     if bundle.has_head:
         bundle.copy(HEAD, folder)

@@ -1,97 +1,143 @@
-"""What precision a plan really has, layer by layer, against what its graph asks for."""
+"""What precision a plan really has, layer by layer, against what its graph asks for.
+
+Layers are read from the inspector's JSON or a builder's listing. A multiplication is a convolution or a matrix
+multiplication.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from nformer_edge.backends.tensorrt.layers import Layer
+from nformer_edge.backends.engine import Counts, PartAudit
 from nformer_edge.core.errors import BackendError
 
-#: Narrowest first.
-TYPES = ("int8", "fp16", "bf16", "fp32")
+#: Words for types in both forms and all versions, narrowest type first; the first that is found counts. Others (Bool,
+#: Int32) have no precision.
+_WORDS = {"int8": r"\bint8\b", "fp16": r"\b(half|fp16)\b", "bf16": r"\b(bfloat16|bf16)\b", "fp32": r"\b(float|fp32)\b"}
+TYPES = tuple(_WORDS)
 
-#: Kinds of layers that move, cast or add, in TensorRT's words: a product that is named by one of them and by another
-#: layer too is computed in the other.
-_POINTWISE = (
-    "kgen",
-    "cast",
-    "reformat",
-    "pointwise",
-    "elementwise",
-    "noop",
-    "shape_call",
-    "copy",
-    "scale",
-    "add",
-    "mul",
+#: Kinds of layers that move, cast or add, in TensorRT's words: a multiplication that is named by one of them and by
+#: another layer too is computed in the other.
+_POINTWISE = frozenset(
+    ("kgen", "cast", "reformat", "pointwise", "elementwise", "noop", "shape_call", "copy", "scale", "add", "mul")
 )
 
 #: Kinds that tell nothing of what is inside.
 _OPAQUE = ("myelin", "dla")
 
+_ROW = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\S*?), Inputs: \[(?P<inputs>.*)\], Constants: \[.*\], "
+    r"Outputs: \[(?P<outputs>.*)\], TacticName: .*?, Metadata: ?(?P<metadata>.*)$"
+)
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 
-def product_types_built(layers: Sequence[Layer], products: Iterable[str]) -> dict[str, str]:
-    """The type in which each of `products` (names of ONNX nodes) is computed; those that cannot be told are absent."""
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a plan: the types that it reads and writes, and the ONNX nodes that it computes."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+def type_of(text: str) -> str:
+    """``int8``, ``fp16``, ``bf16`` or ``fp32`` by a type's or a format's words; "" for a type without precision."""
+    return next((name for name, word in _WORDS.items() if re.search(word, text, re.IGNORECASE)), "")
+
+
+def layers_from_listing(text: str) -> list[Layer]:
+    """From the list that a verbose builder prints at its end, one line a layer."""
+    rows = [row for row in map(_ROW.match, text.splitlines()) if row is not None]
+    return [
+        _layer(row["name"], row["kind"], _listed_types(row["inputs"]), _listed_types(row["outputs"]), row["metadata"])
+        for row in rows
+    ]
+
+
+def layers_from_json(text: str) -> list[Layer]:
+    """From `EngineInspector.get_engine_information` in JSON, as TensorRT 8.5 to 11 write it."""
+    layers = []
+    for layer in json.loads(text).get("Layers", ()):
+        if isinstance(layer, str):  # a plan without details has names alone
+            layers.append(_layer(layer))
+            continue
+        inputs, outputs = ([_type_words(tensor) for tensor in layer.get(key) or ()] for key in ("Inputs", "Outputs"))
+        kind = str(layer.get("ParameterType") or layer.get("LayerType") or "")
+        layers.append(_layer(str(layer.get("Name")), kind, inputs, outputs, str(layer.get("Metadata") or "")))
+    return layers
+
+
+def _type_words(tensor: Mapping[str, object]) -> str:
+    return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or tensor.get("Format") or "")
+
+
+def _listed_types(text: str) -> list[str]:
+    return re.findall(r"Datatype: (\w+)", text)
+
+
+def _layer(
+    name: str, kind: str = "", inputs: Sequence[str] = (), outputs: Sequence[str] = (), metadata: str = ""
+) -> Layer:
+    # A node of an inlined function is listed as "score | /head/RowTopK (RowTopK)".
+    listed = [part for found in _NODE.findall(metadata) for part in found.split(" | ")]
+    nodes = [part.partition(" (")[0] for part in listed] or name.split(" + ")
+    read, written = (tuple(filter(None, map(type_of, words))) for words in (inputs, outputs))
+    return Layer(name, kind, read, written, tuple(nodes))
+
+
+def types_built(layers: Sequence[Layer], nodes: Iterable[str]) -> dict[str, str]:
+    """The type in which each of `nodes` is computed; those that cannot be told are absent."""
     found = {}
-    for product in products:
-        naming = [layer for layer in layers if product in layer["nodes"] and layer["kind"].lower() not in _OPAQUE]
-        computing = [layer for layer in naming if layer["kind"].lower() not in _POINTWISE] or naming
-        types = {t for layer in computing for t in layer["inputs"]}
+    for node in nodes:
+        naming = [layer for layer in layers if node in layer.nodes and layer.kind.lower() not in _OPAQUE]
+        computing = [layer for layer in naming if layer.kind.lower() not in _POINTWISE] or naming
+        types = {t for layer in computing for t in layer.inputs}
         if types:
-            found[product] = min(types, key=TYPES.index)
+            found[node] = min(types, key=TYPES.index)
     return found
 
 
-def audit_plan(stage: str, layers: Sequence[Layer], asked: Mapping[str, str], *, strict: bool = True) -> dict[str, Any]:
+def audit_plan(part: str, layers: Sequence[Layer], asked: Mapping[str, str], *, strict: bool = True) -> PartAudit:
     """Counts, and refuses a plan that is not what was asked for.
 
     Args:
-        stage: for messages.
-        layers: by `backends.tensorrt.layers`.
-        asked: type of each product and custom node, as the graph has it (`quantize.fp16.product_types`).
-        strict: every FP16 product must be FP16. Not so for TensorRT 8, which may choose FP32 where that is faster.
-
-    Returns:
-        ``layers``: number of layers by the type of what they read; ``products``: of the ONNX graph's products, how many
-        were asked for in each type, how many were built so, how many cannot be told; ``other``: names of those that
-        came out in another type, such as ``{"/conv": "fp16"}``.
+        part: for messages.
+        layers: of the plan.
+        asked: type of each multiplication and custom node, as the graph has it.
+        strict: every FP16 multiplication must be FP16. Not so for TensorRT 8, which may choose FP32 where that is
+            faster.
 
     Raises:
-        BackendError: if less than half of the INT8 products came out in INT8; or, where `strict`, a product asked for
+        BackendError: if less than half of the INT8 multiplications came out in INT8; or, where `strict`, one asked for
             in FP16 or FP32 came out in another type.
     """
-    built = product_types_built(layers, asked)
+    built = types_built(layers, asked)
     other = {name: kind for name, kind in built.items() if kind != asked[name]}
     wanted, fitting = Counter(asked.values()), Counter(asked[n] for n in built if n not in other)
-    told = Counter(asked[name] for name in built)
-    read = Counter(layer["inputs"][0] if layer["inputs"] else "none" for layer in layers)
-    result = {
-        "layers": {kind: read[kind] for kind in (*TYPES, "none") if read[kind]},
-        "products": {
-            kind: {"asked": wanted[kind], "built": fitting[kind], "untold": wanted[kind] - told[kind]}
-            for kind in TYPES
-            if wanted[kind]
-        },
-        "other": other,
-    }
+    known = Counter(asked[name] for name in built)
+    read = Counter(layer.inputs[0] if layer.inputs else "none" for layer in layers)
     for kind in TYPES:
         strictly = strict and kind != "int8"
-        missing = told[kind] - fitting[kind]
-        if missing and (strictly or 2 * missing > told[kind]):
-            names = [f"{n} in {t}" for n, t in other.items() if asked[n] == kind]
-            raise BackendError(
-                f"{stage}: precision",
-                f"{missing} of {told[kind]} products not in {kind} ({', '.join(names[:5])})",
-                f"{'all' if strictly else 'at least half'} in {kind}, as asked",
-                "The builder chose otherwise: build another precision, or with another version of TensorRT.",
-            )
-    if wanted["int8"] and not told["int8"]:
-        raise BackendError(
-            f"{stage}: precision",
-            "no layer that is known to be in INT8",
-            f"{wanted['int8']} products",
-            "Nothing tells that INT8 was built: keep the build log, and build FP16.",
-        )
-    return result
+        wrong = known[kind] - fitting[kind]
+        if wrong and (strictly or 2 * wrong > known[kind]):
+            names = ", ".join([f"{n} in {t}" for n, t in other.items() if asked[n] == kind][:5])
+            got = f"{wrong} of {known[kind]} multiplications not in {kind} ({names})"
+            expected = f"{'all' if strictly else 'at least half'} in {kind}, as asked"
+            hint = "The builder chose otherwise: build another precision, or with another version of TensorRT."
+            raise BackendError(f"{part}: precision", got, expected, hint)
+    if wanted["int8"] and not known["int8"]:
+        hint = "Nothing tells that INT8 was built: keep the build log, and build FP16."
+        expected = f"{wanted['int8']} multiplications"
+        raise BackendError(f"{part}: precision", "no layer that is known to be in INT8", expected, hint)
+    return PartAudit(
+        {kind: Counts(wanted[kind], fitting[kind], wanted[kind] - known[kind]) for kind in TYPES if wanted[kind]},
+        other,
+        {kind: read[kind] for kind in (*TYPES, "none") if read[kind]},
+    )

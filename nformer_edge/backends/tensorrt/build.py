@@ -3,56 +3,56 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from nformer_edge.backends.tensorrt.job import run_job
+from nformer_edge.backends.engine import Built
+from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, lacking_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY, Operators, find_plugin
+from nformer_edge.backends.tensorrt.run import gpu_ordinal, run
 from nformer_edge.core.artifact import sha256_file
-from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import nvidia_driver, package_version
+from nformer_edge.core.errors import BackendError
+from nformer_edge.core.machine import nvidia_driver, package_version, version_key
+from nformer_edge.core.spec import Precision
 from nformer_edge.quantize.calibrate import Calibration
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
+__all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "installed_version", "missing", "missing_to_run", "run"]
+
 NAME = "tensorrt"
-PRECISIONS = ("fp32", "fp16", "int8")
+EXTRA, USE = NAME, "for a Jetson or a server GPU"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 #: Versions without DLA, from this one on and below that one: NVIDIA's notes on 10.8 to 11.4.0.
 _NO_DLA = ((10, 8), (11, 4, 1))
 
 
-def tensorrt_package() -> str:
-    """The version of the package tensorrt, or "" where it is not installed."""
-    return package_version("tensorrt")
+def missing() -> tuple[str, ...]:
+    """See `Backend.missing`."""
+    return (() if package_version(NAME) else (f"no package {NAME}",)) + missing_to_run()
 
 
-def lacking() -> tuple[str, ...]:
-    """See `BackendModule.lacking`."""
-    missing = [] if tensorrt_package() else ["no package tensorrt"]
-    return (*missing, *lacking_to_run())
-
-
-def lacking_to_run() -> tuple[str, ...]:
-    """See `BackendModule.lacking_to_run`."""
+def missing_to_run() -> tuple[str, ...]:
+    """See `Backend.missing_to_run`."""
     return () if nvidia_driver() else ("no NVIDIA driver",)
 
 
 def installed_version() -> tuple[int, ...]:
     """Of the package, as far as it tells; the module is asked where the metadata is missing."""
-    text = tensorrt_package()
+    text = package_version(NAME)
     if not re.match(r"\d+\.", text):
         import tensorrt
 
         text = str(tensorrt.__version__)
-    return tuple(int(n) for n in re.findall(r"\d+", text.partition(".post")[0]))
+    return version_key(text)
 
 
 def build(
-    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, run: Run = run_job
-) -> dict[str, Any]:
-    """See `BackendModule.build`.
+    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, builder: Run = run_job
+) -> Built:
+    """See `Backend.build`.
 
     Raises:
         BackendError: for a head whose operators nobody here computes, or a DLA that this build could not use.
@@ -61,42 +61,34 @@ def build(
     here = installed_version()
     if spec.dla is not None:
         refuse_dla(bundle, spec, here)
-    operators, plugin = _operators(here) if bundle.has_head else (None, {})
-    job = {
-        "package": "tensorrt",
-        "workspace": spec.workspace_bytes,
-        "timing_cache": spec.timing_cache,
-        "hardware_compat": spec.hardware_compat,
-        "version_compat": spec.version_compat,
-        "dla": spec.dla,
-        "device": gpu_ordinal(spec.device),
-        "verbose": spec.verbose,
-        **plugin,
-    }
-    fields = build_plans(
-        bundle, folder, spec, calibration, typed=here >= (10,), operators=operators or "library", job=job, run=run
+    job = PlanJob(
+        package=NAME,
+        workspace=spec.workspace_bytes,
+        timing_cache=spec.timing_cache or "",
+        hardware_compat=spec.hardware_compat,
+        version_compat=spec.version_compat,
+        dla=spec.dla,
+        device=gpu_ordinal(spec.device),
+        verbose=spec.verbose,
     )
-    return fields | {"operators": operators, "plugin_sha256": plugin.get("plugin_sha256")}
+    operators: Operators = "library"
+    if bundle.has_head:
+        operators, job = _with_operators(job, here)
+    typed = here >= (10,)
+    return build_plans(bundle, folder, spec, calibration, typed=typed, operators=operators, job=job, builder=builder)
 
 
-def _operators(here: tuple[int, ...]) -> tuple[Operators, dict[str, Any]]:
-    """Who computes the head's operators: the library where there is one, else kernels that the plan carries.
-
-    Returns:
-        What to call it, and the fields of `PlanJob` that say so.
-    """
+def _with_operators(job: PlanJob, here: tuple[int, ...]) -> tuple[Operators, PlanJob]:
+    """What computes the head's operators: the library where there is one, else kernels that the plan carries."""
     library = find_plugin(here[0])
     if library is not None:
-        return "library", {"plugin": str(library), "plugin_sha256": sha256_file(library)}
-    lacking = lacking_ahead_of_time(here)
-    if not lacking:
-        return "ahead-of-time", {"ahead_of_time": True}
-    raise BackendError(
-        "plugin",
-        f"no {LIBRARY} for TensorRT {here[0]}; {lacking}",
-        "one of the two: the head's operators are no part of TensorRT",
-        f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}",
-    )
+        return "library", replace(job, plugin=str(library), plugin_sha256=sha256_file(library))
+    lacks = missing_ahead_of_time(here)
+    if not lacks:
+        return "ahead-of-time", replace(job, ahead_of_time=True)
+    got = f"no {LIBRARY} for TensorRT {here[0]}; {lacks}"
+    hint = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
+    raise BackendError("plugin", got, "one of the two: the head's operators are no part of TensorRT", hint)
 
 
 def refuse_dla(bundle: OpenBundle, spec: EngineSpec, here: tuple[int, ...]) -> None:
@@ -104,29 +96,12 @@ def refuse_dla(bundle: OpenBundle, spec: EngineSpec, here: tuple[int, ...]) -> N
     reason = ""
     if bundle.has_head:
         reason = (
-            "the head's operators are a plugin and plugins run on the GPU alone, so every batch would wait for the GPU "
-            "and for a copy between the two"
+            "the head's operators are plugins and plugins run on the GPU alone, so every batch would be copied twice"
         )
     elif spec.precision == "fp32":
         reason = "a DLA computes in FP16 and INT8 alone"
     elif _NO_DLA[0] <= here < _NO_DLA[1]:
         reason = f"TensorRT {'.'.join(map(str, here[:3]))} has no DLA: 10.7 was the last before 11.4.1"
     if reason:
-        raise BackendError(
-            "dla",
-            f"core {spec.dla}: {reason}",
-            "the GPU",
-            "Leave --dla out, or export the backbone alone and build it with --fp16 or --int8.",
-        )
-
-
-def gpu_ordinal(device: str) -> int:
-    """0 for ``cuda`` and for ``cpu``, what a command says unless told otherwise.
-
-    Raises:
-        UsageError: for a device that is no GPU.
-    """
-    name, _, number = device.partition(":")
-    if name not in ("cpu", "cuda") or not (number.isdecimal() or not number):
-        raise UsageError("device", device, "a GPU, such as cuda:0", "Choose one, or leave it out.")
-    return int(number or 0)
+        hint = "Leave --dla out, or export the backbone alone and build it with --fp16 or --int8."
+        raise BackendError("dla", f"core {spec.dla}: {reason}", "the GPU", hint)

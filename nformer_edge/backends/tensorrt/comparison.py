@@ -1,16 +1,17 @@
 """Layer by layer, TensorRT against onnxruntime: a script of Polygraphy's commands, written where graphs are kept.
 
-A plan tells its outputs alone, so Polygraphy builds each stage's graph once more with every tensor an output, which
+A plan tells its outputs alone, so Polygraphy builds each part's graph once more with every tensor an output, which
 takes fusions apart; what it finds are wrong layers, not wrong fusions. `report.layers` compares graphs on the CPU.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nformer_edge.backends.engine import Shape
 from nformer_edge.exporting.bundle import GOLDEN, HEAD, read_graph
 from nformer_edge.metrics.gates import TOLERANCES
 from nformer_edge.quantize.spec import OpenBundle
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 
 SCRIPT, INPUTS = "compare.sh", "compare_inputs.py"
 
-Profile = Mapping[str, Sequence[Sequence[int]]]
+Profile = Mapping[str, tuple[Shape, ...]]
 
 _HEADER = f"""#!/bin/sh
 # Every tensor of every layer, TensorRT against onnxruntime, by Polygraphy: pip install 'nformer-edge[quant]' polygraphy
-# STAGE is backbone or head; both unless one is named. The head needs the plugin library: PLUGIN=FILE {SCRIPT} head
+# PART is backbone or head; both unless one is named. The head needs the plugin library: PLUGIN=FILE {SCRIPT} head
 set -eu
 cd "$(dirname "$0")"
 PLUGIN="${{PLUGIN:-./libnformer_plugins.so}}"
-STAGE="${{1:-all}}"
+PART="${{1:-all}}"
 """
 
 _INPUTS = f'''"""What `polygraphy run` feeds: the engine's self-test, as many rows as its profile asks."""
@@ -40,10 +41,10 @@ import numpy as np
 GOLDEN = pathlib.Path(__file__).with_name("{GOLDEN}")
 
 
-def _rows(name, least, size):
+def _rows(name, count, size):
     with np.load(GOLDEN) as z:
-        rows = z[name] if name in z.files else np.random.default_rng(0).standard_normal((least, *size), np.float32)
-    return rows[np.arange(max(len(rows), least)) % len(rows)]
+        rows = z[name] if name in z.files else np.random.default_rng(0).standard_normal((count, *size), np.float32)
+    return rows[np.arange(max(len(rows), count)) % len(rows)]
 
 '''
 
@@ -54,7 +55,7 @@ def write_comparison(
     graphs: Mapping[str, PreparedGraph],
     profiles: Mapping[str, Profile],
     *,
-    package: str,
+    rtx: bool,
     typed: bool,
 ) -> None:
     """Writes `SCRIPT`, `INPUTS` and, for a head with plugin nodes, its graph for onnxruntime into `folder`.
@@ -62,29 +63,29 @@ def write_comparison(
     Args:
         folder: where the prepared graphs lie.
         bundle: which they are of.
-        graphs: by stage.
-        profiles: by stage.
-        package: ``tensorrt`` or ``tensorrt_rtx``.
+        graphs: by part.
+        profiles: by part.
+        rtx: whether it is TensorRT-RTX that is compared.
         typed: whether precision stands in the graphs' types.
     """
     inputs, lines = _INPUTS, _HEADER
-    if package == "tensorrt_rtx":
+    if rtx:
         lines += "export POLYGRAPHY_USE_TENSORRT_RTX=1\n"
-    for stage, graph in graphs.items():
-        inputs += _loader(stage, profiles[stage])
-        ours = _for_onnxruntime(bundle, graph.path) if stage == "head" else graph.path
-        calls = " &&\n    ".join(polygraphy_commands(stage, graph, ours, profiles[stage], typed=typed))
-        lines += f'\nif [ "$STAGE" = all ] || [ "$STAGE" = {stage} ]; then\n    {calls}\nfi\n'
+    for part, graph in graphs.items():
+        inputs += _loader(part, profiles[part])
+        ours = _for_onnxruntime(bundle, graph.path) if part == "head" else graph.path
+        calls = " &&\n    ".join(polygraphy_commands(part, graph, ours, profiles[part], typed=typed))
+        lines += f'\nif [ "$PART" = all ] || [ "$PART" = {part} ]; then\n    {calls}\nfi\n'
     (folder / INPUTS).write_text(inputs)
     (folder / SCRIPT).write_text(lines)
     (folder / SCRIPT).chmod(0o755)
 
 
 def polygraphy_commands(
-    stage: str, graph: PreparedGraph, ours: Path, profile: Profile, *, typed: bool
+    part: str, graph: PreparedGraph, ours: Path, profile: Profile, *, typed: bool
 ) -> tuple[str, str]:
     """Two lines of shell: onnxruntime's tensors of the graph `ours` to a file, and TensorRT's compared with them."""
-    loader, results = f"{INPUTS}:{stage}", f"onnxruntime-{stage}.json"
+    loader, results = f"{INPUTS}:{part}", f"onnxruntime-{part}.json"
     run = ["polygraphy", "run", ours.name, "--onnxrt", "--onnx-outputs", "mark", "all"]
     run += ["--data-loader-script", loader, "--save-outputs", results]
     allowed = TOLERANCES["fp32" if set(graph.asked.values()) == {"fp32"} else "fp16"]
@@ -135,14 +136,14 @@ def _for_onnxruntime(bundle: OpenBundle, graph: Path) -> Path:
     return path
 
 
-def _loader(stage: str, profile: Profile) -> str:
-    """The function of `INPUTS` that feeds this stage."""
-    least = {name: shapes[0] for name, shapes in profile.items()}
-    if stage == "backbone":
-        rows, *size = least["images"]
+def _loader(part: str, profile: Profile) -> str:
+    """The function of `INPUTS` that feeds this part."""
+    smallest = {name: shapes[0] for name, shapes in profile.items()}
+    if part == "backbone":
+        rows, *size = smallest["images"]
         return f'\ndef backbone():\n    yield {{"images": _rows("images", {rows}, {tuple(size)})}}\n'
-    rows, *size = least["features"]
-    layers, count = least["landmarks"]
+    rows, *size = smallest["features"]
+    layers, count = smallest["landmarks"]
     return (
         f'\n\ndef head():\n    features = _rows("head_input", {rows}, {tuple(size)})\n'
         f"    landmarks = np.arange({layers * count}, dtype=np.int32).reshape({layers}, {count}) % len(features)\n"

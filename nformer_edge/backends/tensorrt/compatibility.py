@@ -3,105 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
 
+from nformer_edge.backends.engine import BuiltFor, EngineManifest
+from nformer_edge.backends.spec import BuildSpec
+from nformer_edge.backends.tensorrt.cuda import Gpu
 from nformer_edge.core.artifact import MANIFEST
-from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.errors import ArtifactError, BackendError, Error
 from nformer_edge.core.machine import version_key
-from nformer_edge.core.spec import to_dict
-from nformer_edge.quantize.spec import EngineSpec
+from nformer_edge.core.values import from_json
 
-Manifest = Mapping[str, Any]
-
-#: What a rebuild must repeat of `EngineSpec` besides backend and precision, where it is not the default.
-_FLAGS = {
-    "batch": "--batch",
-    "gallery_size": "--gallery-size",
-    "workspace": "--workspace",
-    "calib_num": "--calib-num",
-    "calib_method": "--calib-method",
-    "hardware_compat": "--hardware-compat",
-    "version_compat": "--version-compat",
-    "dla": "--dla",
-    "capabilities": "--capabilities",
-}
+#: What a rebuild must repeat of `BuildSpec` besides backend and precision, where it is not the default.
+_REPEATED = (
+    *("batch", "gallery_size", "workspace", "calib_num", "calib_method"),
+    *("hardware_compat", "version_compat", "dla", "capabilities"),
+)
 
 
-class Gpu(Protocol):
-    """What is compared of a GPU; `backends.tensorrt.cuda.Device` has it."""
-
-    name: str
-    compute_capability: str
-    multiprocessors: int
-
-
-def rebuild_command(where: str, manifest: Manifest) -> str:
+def rebuild_command(where: str, manifest: EngineManifest | None) -> str:
     """The command that builds this engine again, here: BUNDLE is the bundle that it came from."""
-    spec, default = manifest.get("spec") or {}, to_dict(EngineSpec())
-    words = [f"nformer-edge build-engine BUNDLE --backend {manifest.get('backend')}"]
-    words += [f"--{spec['precision']}"] if spec.get("precision") in ("fp16", "int8") else []
-    for name, flag in _FLAGS.items():
-        value = spec.get(name)
-        if value in (None, False, "", [], default.get(name)):
-            continue
-        words.append(flag if value is True else f"{flag} {_flag_value(name, value)}")
-    words += ["--calib-data DIR"] if spec.get("precision") == "int8" else []
+    words = ["nformer-edge build-engine BUNDLE"]
+    if manifest is not None:
+        spec, default = manifest.spec, BuildSpec()
+        words += [f"--backend {manifest.backend}"] + ([] if spec.precision == "fp32" else [f"--{spec.precision}"])
+        for name in _REPEATED:
+            value = getattr(spec, name)
+            if value != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_flag_value(name, value)])
+        words += ["--calib-data DIR"] if spec.precision == "int8" else []
     return " ".join([*words, f"-o {where}"])
 
 
-def _flag_value(name: str, value: Any) -> str:
-    if isinstance(value, (list, tuple)):
+def _flag_value(name: str, value: object) -> str:
+    if isinstance(value, tuple):
         return (" " if name == "capabilities" else ":").join(map(str, value))
     return str(value)
 
 
 @contextmanager
-def telling_rebuild(where: str, manifest: Manifest) -> Iterator[None]:
-    """Adds the command that builds this engine again to whatever is refused of its files."""
+def telling_rebuild(where: str, manifest: EngineManifest | None = None) -> Iterator[None]:
+    """Adds the command that builds this engine again to whatever is refused of its files.
+
+    Without `manifest` it is read, if it can be: good for the words of a refusal, and for nothing else.
+    """
     try:
         yield
     except ArtifactError as e:
-        hint = f"{e.hint.rstrip('.')}. {_again(where, manifest)}"
+        hint = f"{e.hint.rstrip('.')}. {_again(where, manifest or _unverified_manifest(where))}"
         raise ArtifactError(e.subject, e.got, e.expected, hint) from e
 
 
-def unverified_manifest(where: str) -> Manifest:
-    """What the manifest says, if it can be read at all: good for the words of a refusal, and for nothing else."""
+def _unverified_manifest(where: str) -> EngineManifest | None:
     try:
         found = json.loads((Path(where) / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("spec", {}), dict) else {}
+        fields = {key: value for key, value in found.items() if key not in ("kind", "format_version", "files")}
+        return from_json(EngineManifest, fields)
+    except (OSError, ValueError, AttributeError, Error):
+        return None
 
 
-def check_version(where: str, manifest: Manifest, package: str, version: str) -> None:
+def check_version(where: str, manifest: EngineManifest, package: str, version: str) -> None:
     """Refuses an engine of another TensorRT.
 
     Args:
         where: the engine's folder.
         manifest: its manifest.
-        package: ``tensorrt`` or ``tensorrt_rtx``.
-        version: of that package here.
+        package: the Python module that runs it.
+        version: of that module here.
 
     Raises:
         BackendError: naming both versions and the command that rebuilds the engine.
     """
-    built = str((manifest.get("versions") or {}).get(package) or "")
-    if built and (_same_version(built, version) or (_carries_its_runtime(manifest) and _later_minor(built, version))):
+    built = manifest.versions.get(package, "")
+    if built and (_same_version(built, version) or (manifest.spec.version_compat and _later_minor(built, version))):
         return
-    raise BackendError(
-        f"{where}: {package}",
-        f"an engine built with {built or 'a version that its manifest does not tell'}",
-        f"{version}, which is installed here",
-        _again(where, manifest),
-    )
+    got = f"an engine built with {built or 'a version that its manifest does not have'}"
+    raise BackendError(f"{where}: {package}", got, f"{version}, which is installed here", _again(where, manifest))
 
 
 def _same_version(built: str, here: str) -> bool:
-    """Equal as far as both are told: the packages of some releases leave the build number out."""
+    """Equal as far as both are known: the packages of some releases leave the build number out."""
     ours, theirs = version_key(built), version_key(here)
     shared = min(len(ours), len(theirs))
     return shared >= 2 and ours[:shared] == theirs[:shared]
@@ -113,71 +96,46 @@ def _later_minor(built: str, here: str) -> bool:
     return ours[:1] == theirs[:1] and ours <= theirs
 
 
-def _carries_its_runtime(manifest: Manifest) -> bool:
-    return bool((manifest.get("spec") or {}).get("version_compat"))
-
-
-def check_gpu(where: str, manifest: Manifest, gpu: Gpu) -> None:
+def check_gpu(where: str, manifest: EngineManifest, gpu: Gpu) -> None:
     """Refuses an engine that was built for another GPU.
 
-    A plan's kernels were chosen by timing them on one model of GPU. ``hardware_compat`` in the manifest's ``built_for``
-    widens that: ``same_compute_capability`` to every GPU of that capability, ``ampere_plus`` to 8.0 and later.
+    A plan's kernels were chosen by timing them on one model of GPU. ``hardware_compat`` widens that:
+    ``same_compute_capability`` to every GPU of that capability, ``ampere_plus`` to 8.0 and later.
 
     Raises:
         BackendError: naming both GPUs and the command that rebuilds the engine.
     """
-    built = manifest.get("built_for") or {}
-    if "compute_capabilities" in built:  # TensorRT-RTX, which compiles for all of one capability
-        some = [str(c) for c in built["compute_capabilities"]]
-        wrong = [] if gpu.compute_capability in some else [f"compute capability {', '.join(some)}"]
-    elif built.get("hardware_compat") == "ampere_plus":
-        capability = tuple(int(n) for n in gpu.compute_capability.split("."))
-        wrong = [] if capability >= (8, 0) else ["compute capability 8.0 and later"]
-    elif "compute_capability" not in built:
-        wrong = ["a GPU that its manifest does not tell"]
-    else:
-        wrong = _differences(built, gpu)
+    wrong = _differences(manifest.built_for, gpu)
     if wrong:
-        raise BackendError(
-            f"{where}: GPU",
-            f"an engine for {', '.join(wrong)}",
-            f"one for {gpu.name}, compute capability {gpu.compute_capability}",
-            _again(where, manifest),
-        )
+        got = f"an engine for {', '.join(wrong)}"
+        expected = f"one for {gpu.name}, compute capability {gpu.compute_capability}"
+        raise BackendError(f"{where}: GPU", got, expected, _again(where, manifest))
 
 
-def _differences(built: Mapping[str, Any], gpu: Gpu) -> list[str]:
-    facts = {
-        "compute_capability": ("compute capability", gpu.compute_capability),
-        "gpu": ("GPU", gpu.name),
-        "multiprocessors": ("multiprocessors", gpu.multiprocessors),
-    }
-    compared = ["compute_capability"] if built.get("hardware_compat") == "same_compute_capability" else list(facts)
-    return [
-        f"{facts[key][0]} {built[key]} (here {facts[key][1]})"
-        for key in compared
-        if key in built and str(built[key]) != str(facts[key][1])
+def _differences(built: BuiltFor, gpu: Gpu) -> list[str]:
+    if built.compute_capabilities:  # TensorRT-RTX, which compiles for all of one capability
+        some = ", ".join(built.compute_capabilities)
+        return [] if gpu.compute_capability in built.compute_capabilities else [f"compute capability {some}"]
+    if built.hardware_compat == "ampere_plus":
+        return [] if version_key(gpu.compute_capability) >= (8, 0) else ["compute capability 8.0 and later"]
+    if built.compute_capability is None:
+        return ["a GPU that its manifest does not name"]
+    compared: list[tuple[str, object, object]] = [
+        ("compute capability", built.compute_capability, gpu.compute_capability)
     ]
+    if built.hardware_compat != "same_compute_capability":
+        compared.append(("GPU", built.gpu, gpu.name))
+        compared.append(("multiprocessors", built.multiprocessors, gpu.multiprocessors))
+    return [f"{name} {ours} (here {here})" for name, ours, here in compared if ours not in (None, here)]
 
 
-def no_plugin(where: str, manifest: Manifest, sha256: str, found: str) -> BackendError:
-    """The refusal of a head whose plugin library is not here.
-
-    Args:
-        where: the engine's folder.
-        manifest: its manifest.
-        sha256: of the library that the engine was built with.
-        found: the library that is here instead, or "".
-    """
+def no_plugin(where: str, manifest: EngineManifest, found: str) -> BackendError:
+    """The refusal of a head whose plugin library is not here; `found` is the library that is here instead, or ""."""
     got = f"another library, {found}" if found else "no libnformer_plugins.so"
-    return BackendError(
-        f"{where}: plugin",
-        got,
-        f"the library that the engine was built with, sha256 {sha256[:12]}...",
-        "Name it in NFORMER_EDGE_PLUGINS; or run `nformer-edge build-plugin`, then build the engine again: "
-        + rebuild_command(where, manifest),
-    )
+    expected = f"the library that the engine was built with, sha256 {str(manifest.plugin_sha256)[:12]}..."
+    hint = "Name it in NFORMER_EDGE_PLUGINS; or run `nformer-edge build-plugin`, then build the engine again: "
+    return BackendError(f"{where}: plugin", got, expected, hint + rebuild_command(where, manifest))
 
 
-def _again(where: str, manifest: Manifest) -> str:
+def _again(where: str, manifest: EngineManifest | None) -> str:
     return f"Build it here: {rebuild_command(where, manifest)}"

@@ -16,17 +16,17 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every lane of a plan shares."""
+class PlanInfo:
+    """What every execution context of a plan shares."""
 
-    stage: str  # for messages
+    part: str  # for messages
     output: str
     types: Mapping[str, np.dtype]  # of every tensor
     lines: deque[str]  # TensorRT's last warnings and errors
 
 
 @dataclass(frozen=True)
-class Room:
+class Buffer:
     """One tensor's memory: so many bytes, page-locked on the host and on the GPU."""
 
     size: int
@@ -34,22 +34,22 @@ class Room:
     memory: Any
 
 
-class Lane:
+class ExecutionContext:
     """See the module.
 
     Args:
         context: of TensorRT, with its first profile.
         device: the GPU, current in the calling thread now and at every later call.
-        work: what the plan is.
+        plan: what it runs.
         graphs: whether a shape that comes again is kept as a CUDA graph.
     """
 
-    def __init__(self, context: Any, device: Device, work: Work, *, graphs: bool) -> None:
-        self._context, self._device, self._work, self._graphs = context, device, work, graphs
+    def __init__(self, context: Any, device: Device, plan: PlanInfo, *, graphs: bool) -> None:
+        self._context, self._device, self._plan, self._graphs = context, device, plan, graphs
         self._stream = device.stream()
         self._marks = [device.event() for _ in range(4)]
-        self._rooms: dict[str, Room] = {}
-        self._host: dict[str, np.ndarray] = {}  # views of the rooms' pinned side, at the shapes of now
+        self._buffers: dict[str, Buffer] = {}
+        self._host: dict[str, np.ndarray] = {}  # views of the buffers' pinned side, in the current shapes
         self._shapes: dict[str, Shape] = {}
         self._graph: Graph | None = None
         self._runs = 0  # at these shapes
@@ -65,16 +65,16 @@ class Lane:
         shapes = {name: array.shape for name, array in inputs.items()}
         if shapes != self._shapes:
             self._reshape(shapes)
-        stream, output = self._stream, self._work.output
+        stream, output = self._stream, self._plan.output
         for name, array in inputs.items():
             self._host[name][...] = array
         self._marks[0].record(stream)
         for name in inputs:
-            self._device.copy_in(self._rooms[name].memory, self._host[name], stream)
+            self._device.copy_in(self._buffers[name].memory, self._host[name], stream)
         self._marks[1].record(stream)
         self._compute()
         self._marks[2].record(stream)
-        self._device.copy_out(self._host[output], self._rooms[output].memory, stream)
+        self._device.copy_out(self._host[output], self._buffers[output].memory, stream)
         self._marks[3].record(stream)
         stream.synchronize()
         parts = zip(("copy_in", "compute", "copy_out"), self._marks, self._marks[1:], strict=False)
@@ -86,9 +86,9 @@ class Lane:
         self._drop_graph()
         self._context = None
         self._host.clear()
-        for room in self._rooms.values():
-            room.memory.free()
-        self._rooms.clear()
+        for buffer in self._buffers.values():
+            buffer.memory.free()
+        self._buffers.clear()
         self._marks.clear()
         self._stream = None
 
@@ -115,7 +115,7 @@ class Lane:
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 self._fail(f"set_input_shape({name}, {list(shape)}) returned False")
-        output = self._work.output
+        output = self._plan.output
         result = tuple(int(n) for n in self._context.get_tensor_shape(output))
         if min(result) < 0:
             self._fail(f"shape {list(result)} for {output}")
@@ -125,17 +125,17 @@ class Lane:
 
     def _reserve(self, name: str, shape: Shape) -> None:
         """Memory for one tensor on both sides. It only grows: pinning takes longer than a small network runs."""
-        kind = self._work.types[name]
+        kind = self._plan.types[name]
         size = max(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, 1)
-        room = self._rooms.get(name)
-        if room is None or room.size < size:
-            if room is not None:
-                del self._rooms[name], self._host[name]
-                room.memory.free()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            if buffer is not None:
+                del self._buffers[name], self._host[name]
+                buffer.memory.free()
             pinned = self._device.pinned((size,), np.dtype(np.uint8))
-            room = self._rooms[name] = Room(size, pinned, self._device.allocate(size))
-        self._host[name] = room.pinned[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
-        if not self._context.set_tensor_address(name, int(room.memory)):
+            buffer = self._buffers[name] = Buffer(size, pinned, self._device.allocate(size))
+        self._host[name] = buffer.pinned[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
+        if not self._context.set_tensor_address(name, int(buffer.memory)):
             self._fail(f"set_tensor_address({name}) returned False")
 
     def _drop_graph(self) -> None:
@@ -144,15 +144,11 @@ class Lane:
             self._graph = None
 
     def _fail(self, got: str) -> NoReturn:
-        doing, words = f"running the {self._work.stage}", tensorrt_words(self._work.lines)
-        if ran_out_of_memory(self._work.lines):
+        doing, words = f"running the {self._plan.part}", tensorrt_words(self._plan.lines)
+        if ran_out_of_memory(self._plan.lines):
             raise self._device.out_of_memory(doing)
-        raise BackendError(
-            doing,
-            got + words,
-            "success from TensorRT",
-            "Build the engine again on this machine; `nformer-edge doctor` tells what is here.",
-        )
+        hint = "Build the engine again on this machine; see `nformer-edge doctor`."
+        raise BackendError(doing, got + words, "success from TensorRT", hint)
 
 
 def ran_out_of_memory(lines: deque[str]) -> bool:

@@ -1,7 +1,6 @@
-"""One GPU through pycuda: only what a runner needs of it, and each failure by its name.
+"""One GPU: through pycuda what a runner needs, and of the driver's own library what pycuda or a builder lacks.
 
-Nothing of CUDA is imported before a `Device` is opened. pycuda knows no CUDA graphs: those few calls go to the driver's
-own library.
+Nothing of CUDA is imported before a `Device` is opened. A builder has TensorRT, but need not have pycuda.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ _MIB = 1 << 20
 # The primary context of each GPU, kept for the life of the process, as the CUDA runtime inside TensorRT keeps it.
 _contexts: dict[int, Any] = {}
 _lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Name, compute capability such as ``8.7``, and number of multiprocessors of a GPU."""
+
+    name: str
+    compute_capability: str
+    multiprocessors: int
 
 
 class Device:
@@ -41,28 +50,19 @@ class Device:
             count = self._driver.Device.count()
         except self._driver.Error as e:
             raise _no_gpu(str(e)) from e
+        if not count:
+            raise _no_gpu("zero GPUs")
         if not 0 <= ordinal < count:
-            raise (
-                BackendError(
-                    "device",
-                    f"cuda:{ordinal}",
-                    f"one of the {count} GPUs here: cuda:0 to cuda:{count - 1}",
-                    "Choose one of these.",
-                )
-                if count
-                else _no_gpu("zero GPUs")
-            )
+            here = f"one of the {count} GPUs here: cuda:0 to cuda:{count - 1}"
+            raise BackendError("device", f"cuda:{ordinal}", here, "Choose one of these.")
         device = self._driver.Device(ordinal)
-        self.name = str(device.name())
         major, minor = device.compute_capability()
-        self.compute_capability = f"{major}.{minor}"
-        self.multiprocessors = int(device.get_attribute(self._driver.device_attribute.MULTIPROCESSOR_COUNT))
+        processors = int(device.get_attribute(self._driver.device_attribute.MULTIPROCESSOR_COUNT))
+        self.gpu = Gpu(str(device.name()), f"{major}.{minor}", processors)
         with self.named("opening the GPU"), _lock:
             if ordinal not in _contexts:
                 _contexts[ordinal] = context = device.retain_primary_context()
-                atexit.register(
-                    context.detach
-                )  # left to its destructor, pycuda detaches in the wrong way and complains
+                atexit.register(context.detach)  # pycuda's destructor detaches in the wrong way and complains
         self._context = _contexts[ordinal]
 
     @contextmanager
@@ -83,12 +83,8 @@ class Device:
         except self._driver.MemoryError as e:
             raise self.out_of_memory(doing) from e
         except self._driver.Error as e:
-            raise BackendError(
-                doing,
-                str(e),
-                "success from the CUDA driver",
-                "Run again; if it stays, reboot, and see `nformer-edge doctor`.",
-            ) from e
+            hint = "Run again; if it stays, reboot, and see `nformer-edge doctor`."
+            raise BackendError(doing, str(e), "success from the CUDA driver", hint) from e
 
     def out_of_memory(self, doing: str) -> BackendError:
         """The refusal, with what is free of how much."""
@@ -97,12 +93,8 @@ class Device:
             got = f"out of GPU memory: {free // _MIB} MiB free of {total // _MIB} MiB"
         except self._driver.Error:
             got = "out of GPU memory"
-        return BackendError(
-            doing,
-            got,
-            "room for the engine and its tensors",
-            "Close other programs on the GPU, send fewer images at once, or build with a smaller profile.",
-        )
+        hint = "Close other programs on the GPU, send fewer images at once, or build with a smaller profile."
+        return BackendError(doing, got, "memory for the engine and its tensors", hint)
 
     def stream(self) -> Any:
         """A stream of its own: ``handle`` for TensorRT, ``synchronize()``."""
@@ -137,23 +129,15 @@ def _import_driver() -> Any:
         import pycuda.driver
     except ImportError as e:
         if (e.name or "").startswith("pycuda") or "libcuda" not in str(e):
-            raise BackendError(
-                "pycuda",
-                "not installed",
-                "pycuda 2024.1 or newer, to run TensorRT engines",
-                "pip install pycuda; it is compiled then, and needs nvcc on the PATH.",
-            ) from e
+            hint = "pip install pycuda; it is compiled then, and needs nvcc on the PATH."
+            raise BackendError("pycuda", "not installed", "pycuda 2024.1 or newer, to run engines", hint) from e
         raise _no_gpu(str(e)) from e
     return pycuda.driver
 
 
 def _no_gpu(why: str) -> BackendError:
-    return BackendError(
-        "NVIDIA driver",
-        why,
-        "a GPU and its driver",
-        "Install the driver, or run the bundle or an onnxruntime engine on this machine.",
-    )
+    hint = "Install the driver, or run the bundle or an engine for the CPU."
+    return BackendError("NVIDIA driver", why, "a GPU and its driver", hint)
 
 
 # ---- CUDA graphs ----
@@ -215,6 +199,58 @@ class Graph:
             raise CaptureError(name, (word.value or str(code).encode()).decode(), "CUDA_SUCCESS")
 
 
+# ---- the driver's own library ----
+
+#: CUdevice_attribute.
+_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16
+
+
 def driver_library() -> Any:
-    """The driver's own library, which pycuda has open already."""
-    return ctypes.CDLL("libcuda.so.1")
+    """libcuda, opened.
+
+    Raises:
+        BackendError: if there is none.
+    """
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as e:
+        hint = "Install the driver, or build where one is: TensorRT times its kernels on the GPU."
+        raise BackendError("NVIDIA driver", f"none ({e})", "libcuda.so.1", hint) from e
+
+
+def driver_cuda() -> tuple[int, int]:
+    """The newest CUDA that the driver knows, such as (12, 8): PTX of a later one is refused.
+
+    Raises:
+        BackendError: if there is no driver.
+    """
+    cuda, number = driver_library(), ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        raise BackendError("NVIDIA driver", "no answer to cuDriverGetVersion", "its version", "`nvidia-smi` must work.")
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def gpu_facts(ordinal: int = 0) -> Gpu:
+    """One GPU, asked of the driver.
+
+    Raises:
+        BackendError: if the driver has no such GPU.
+    """
+    cuda = driver_library()
+    device, name, number = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
+
+    def call(function: str, *arguments: Any) -> None:
+        code = getattr(cuda, function)(*arguments)
+        if code != 0:
+            got = f"CUDA error {code} from {function}"
+            raise BackendError(f"GPU {ordinal}", got, "a GPU", "`nvidia-smi` must show it.")
+
+    def attribute(which: int) -> int:
+        call("cuDeviceGetAttribute", ctypes.byref(number), which, device)
+        return number.value
+
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDeviceGetName", name, len(name), device)
+    capability = f"{attribute(_MAJOR)}.{attribute(_MINOR)}"
+    return Gpu(name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS))

@@ -9,15 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, version_converter
 
+from nformer_edge.backends.tensorrt import surgery
 from nformer_edge.backends.tensorrt.plugin.library import Operators
-from nformer_edge.backends.tensorrt.surgery import (
-    fold,
-    name_plugins,
-    operate,
-    split_gemms,
-    split_l2_norms,
-    split_layer_norms,
-)
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, read_graph
@@ -41,11 +34,11 @@ _OPSET_OF_8 = 17
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """One stage, ready to be parsed.
+    """One part, ready to be parsed.
 
     Args:
         path: the ONNX file.
-        asked: ``int8``, ``fp16`` or ``fp32`` of each product and custom node.
+        asked: ``int8``, ``fp16`` or ``fp32`` of each multiplication and custom node.
         flags: for TensorRT 8, which precisions must be allowed.
         float32: for TensorRT 8, nodes that must not lose FP32.
         beyond: nodes that are FP32 because FP16 would not hold their numbers and not by policy, with the reason.
@@ -106,12 +99,9 @@ def prepare_backbone(
 
 def _as_it_stands(model: ModelProto, bundle: OpenBundle, folder: Path, typed: bool) -> PreparedGraph:
     if not typed:
-        raise BackendError(
-            "bundle",
-            f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8",
-            "an FP32 one, which its flags quantize or halve",
-            "Build the bundle that this was made from.",
-        )
+        got = f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8"
+        hint = "Build the bundle that this was made from."
+        raise BackendError("bundle", got, "an FP32 one, which its flags quantize or halve", hint)
     path = folder / f"prepared-{BACKBONE}"
     onnx.save(model, path)
     return PreparedGraph(path, product_types(model))
@@ -140,11 +130,13 @@ def prepare_head(
     model = _read(bundle, HEAD)
     if operators != "inlined":
         del model.functions[:]
-    named = {"library": [name_plugins("")], "ahead-of-time": [name_plugins(DOMAIN)], "inlined": []}[operators]
-    model = operate(model, fold, *named)
-    stage: Precision = "fp32" if precision == "fp32" else "fp16"
-    half = head_float16(model) if stage == "fp16" else set()
-    return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", stage, typed)
+    named = {"library": [surgery.name_plugins("")], "ahead-of-time": [surgery.name_plugins(DOMAIN)], "inlined": []}[
+        operators
+    ]
+    model = surgery.operate(model, surgery.fold, *named)
+    reduced: Precision = "fp32" if precision == "fp32" else "fp16"
+    half = head_float16(model) if reduced == "fp16" else set()
+    return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", reduced, typed)
 
 
 def _read(bundle: OpenBundle, name: str) -> ModelProto:
@@ -163,7 +155,9 @@ def _written(
         return PreparedGraph(path, asked, beyond=beyond)
     model = version_converter.convert_version(model, _OPSET_OF_8)
     kept = {n.name for n in model.graph.node} - half
-    model = operate(model, split_layer_norms, split_l2_norms, split_gemms(kept))  # FP32 is held layer by layer, by name
+    model = surgery.operate(
+        model, surgery.split_layer_norms, surgery.split_l2_norms, surgery.split_gemms(kept)
+    )  # FP32 is held layer by layer, by name
     onnx.save(model, path)
     flags = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}[precision]
     float32 = sorted(n.name for n in model.graph.node if n.name not in half) if flags else ()

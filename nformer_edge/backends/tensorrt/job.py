@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from nformer_edge.backends.engine import BuiltFor, KernelInPlan, Shape
+from nformer_edge.backends.tensorrt.audit import Layer
 from nformer_edge.core.errors import BackendError
+from nformer_edge.core.values import dumps, from_json, to_json
 
 #: How many of the log's last lines an error shows.
 TAIL = 8
@@ -24,12 +26,12 @@ class PlanJob:
     """Everything that a builder must know; it sees no other file of ours.
 
     Args:
-        package: ``tensorrt`` or ``tensorrt_rtx``.
-        stage: ``backbone`` or ``head``, for messages.
+        package: the Python module of TensorRT or TensorRT-RTX.
+        part: ``backbone`` or ``head``, for messages.
         graph: the prepared ONNX file.
         plan: where the plan goes.
         log: file to which every line of the builder is appended.
-        profile: of each input with a free size, its least, best and largest shape.
+        profile: of each input with a free size, its min, opt and max shape.
         workspace: bytes that the builder may use; None leaves that to TensorRT.
         timing_cache: file with measured kernels, read if it is there and written afterwards; "" for none.
         hardware_compat: ``none``, ``same_compute_capability`` or ``ampere_plus``.
@@ -42,26 +44,26 @@ class PlanJob:
         flags: for TensorRT 8, builder flags such as ``FP16``.
         float32: for TensorRT 8, layers that must not lose FP32.
         device: ordinal of the GPU.
-        verbose: keep the builder's chatter in the log too.
+        verbose: keep the builder's verbose lines in the log too.
     """
 
     package: str
-    stage: str
-    graph: str
-    plan: str
-    log: str
-    profile: dict[str, list[list[int]]]
+    part: str = ""
+    graph: str = ""
+    plan: str = ""
+    log: str = ""
+    profile: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
     workspace: int | None = None
     timing_cache: str = ""
     hardware_compat: str = "none"
     version_compat: bool = False
     dla: int | None = None
-    capabilities: Sequence[str] = ()
+    capabilities: tuple[str, ...] = ()
     plugin: str = ""
     plugin_sha256: str = ""
     ahead_of_time: bool = False
-    flags: Sequence[str] = ()
-    float32: Sequence[str] = ()
+    flags: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
     device: int = 0
     verbose: bool = False
 
@@ -72,15 +74,33 @@ class BuiltPlan:
 
     Args:
         version: of the package.
-        layers: each with ``name``, ``kind``, ``inputs`` and ``outputs`` (types), ``nodes`` (of the ONNX graph).
-        built_for: facts of the GPU, or the compute capabilities.
-        kernels: those of ours in the plan: operator, entry, sha256 of the PTX, cuda, ptx (its target).
+        layers: of the plan.
+        built_for: the GPU, or the compute capabilities.
+        kernels: those of ours in the plan.
     """
 
     version: str
-    layers: list[dict[str, Any]]
-    built_for: dict[str, Any] = field(default_factory=dict)
-    kernels: list[dict[str, Any]] = field(default_factory=list)
+    layers: tuple[Layer, ...]
+    built_for: BuiltFor
+    kernels: tuple[KernelInPlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error of the builder's process, field by field as in `core.errors.Error`."""
+
+    subject: str
+    got: str | None
+    expected: str | None
+    hint: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the builder's process hands back: one of the two."""
+
+    plan: BuiltPlan | None = None
+    refusal: Refusal | None = None
 
 
 def run_job(job: PlanJob) -> BuiltPlan:
@@ -91,25 +111,20 @@ def run_job(job: PlanJob) -> BuiltPlan:
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
-        request.write_text(json.dumps(asdict(job)))
-        command = [sys.executable, "-m", "nformer_edge.backends.tensorrt.worker", str(request), str(answer)]
+        request.write_text(dumps(to_json(job)))
+        command = [sys.executable, "-m", "nformer_edge.backends.tensorrt.network", str(request), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.stdout or done.stderr:
             with open(job.log, "a") as log:
                 log.write(done.stdout + done.stderr)
-        found = json.loads(answer.read_text()) if answer.is_file() else {}
-    if "error" in found:
-        error = found["error"]
-        raise BackendError(error["subject"], error["got"], error["expected"], error["hint"])
-    if done.returncode or "layers" not in found:
+        found = from_json(Answer, json.loads(answer.read_text())) if answer.is_file() else Answer()
+    if found.refusal is not None:
+        raise BackendError(found.refusal.subject, found.refusal.got, found.refusal.expected, found.refusal.hint)
+    if done.returncode or found.plan is None:
         got = f"{_death(done.returncode)}. Its last words: {tail(job.log)}"
-        raise BackendError(
-            f"{job.package}: building the {job.stage}",
-            got,
-            "a plan",
-            "The builder itself died: try another version of it, and report the build log.",
-        )
-    return BuiltPlan(**found)
+        hint = "The builder itself died: try another version of it, and report the build log."
+        raise BackendError(f"{job.package}: building the {job.part}", got, "a plan", hint)
+    return found.plan
 
 
 def _death(code: int) -> str:

@@ -1,22 +1,30 @@
-"""ONNX file to plan, for TensorRT 8.5 to 11 and TensorRT-RTX: one road, with every value that comes back checked.
+"""ONNX file to plan, for TensorRT 8.5 to 11 and TensorRT-RTX, with every value that comes back checked.
 
 TensorRT 10, 11 and TensorRT-RTX read the precision from the graph's types (a strongly typed network; 11 knows no
-other). TensorRT 8 is told by flags: see `weakly_typed`.
+other). TensorRT 8 is told by flags: see `weakly_typed`. `backends.tensorrt.job` runs this module as a process of its
+own, which loads only the builder.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nformer_edge.backends.engine import BuiltFor, KernelInPlan
 from nformer_edge.backends.tensorrt import weakly_typed
-from nformer_edge.backends.tensorrt.gpu import gpu_facts
-from nformer_edge.backends.tensorrt.job import PlanJob
-from nformer_edge.backends.tensorrt.layers import layers_from_json, layers_from_listing
+from nformer_edge.backends.tensorrt.audit import layers_from_json, layers_from_listing
+from nformer_edge.backends.tensorrt.cuda import gpu_facts
+from nformer_edge.backends.tensorrt.job import Answer, BuiltPlan, PlanJob, Refusal
 from nformer_edge.backends.tensorrt.plugin import ahead
 from nformer_edge.backends.tensorrt.plugin.library import load_plugin
 from nformer_edge.core.artifact import atomic_write
-from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.core.errors import BackendError, Error, UsageError
+from nformer_edge.core.values import dumps, from_json, to_json
 
 
 def version(trt: Any) -> tuple[int, ...]:
@@ -24,16 +32,19 @@ def version(trt: Any) -> tuple[int, ...]:
 
     The bindings that are installed are asked, not the metadata: JetPack's has none.
     """
-    if trt.__name__.startswith("tensorrt_rtx"):
-        return (11, 0)
-    return tuple(int(part) for part in str(trt.__version__).split(".")[:2])
+    return (11, 0) if is_rtx(trt) else tuple(int(part) for part in str(trt.__version__).split(".")[:2])
 
 
-def build_plan(trt: Any, job: PlanJob) -> dict[str, Any]:
-    """Builds one plan and writes it. Returns the fields of `job.BuiltPlan`.
+def is_rtx(trt: Any) -> bool:
+    """Whether the module is TensorRT-RTX's."""
+    return hasattr(trt, "ComputeCapability")
+
+
+def build_plan(trt: Any, job: PlanJob) -> BuiltPlan:
+    """Builds one plan and writes it.
 
     Args:
-        trt: the module tensorrt or tensorrt_rtx.
+        trt: the module of TensorRT or TensorRT-RTX.
         job: what to build.
 
     Raises:
@@ -45,19 +56,20 @@ def build_plan(trt: Any, job: PlanJob) -> dict[str, Any]:
     plan = build.plan()
     with atomic_write(job.plan) as file:
         file.write(plan)
-    is_rtx = trt.__name__.startswith("tensorrt_rtx")
-    layers = layers_from_listing(logger.listing) if is_rtx else layers_from_json(build.inspect(plan))
+    layers = layers_from_listing(logger.listing) if is_rtx(trt) else layers_from_json(build.inspect(plan))
     if not layers:
-        raise BackendError(
-            f"{job.package}: {job.stage}",
-            "no list of layers",
-            "one, to audit the precision by",
-            "Report this with the build log.",
-        )
-    built_for: dict[str, Any] = {"compute_capabilities": list(job.capabilities)} if job.capabilities else gpu_facts(0)
-    if job.hardware_compat != "none":
-        built_for["hardware_compat"] = job.hardware_compat
-    return {"version": str(trt.__version__), "layers": layers, "built_for": built_for, "kernels": build.kernels()}
+        hint = "Report this with the build log."
+        raise BackendError(f"{job.package}: {job.part}", "no list of layers", "one, to audit the precision by", hint)
+    return BuiltPlan(str(trt.__version__), tuple(layers), built_for(job), build.kernels())
+
+
+def built_for(job: PlanJob) -> BuiltFor:
+    """The GPU here, or the compute capabilities that were asked for."""
+    if job.capabilities:
+        return BuiltFor(compute_capabilities=job.capabilities)
+    gpu = gpu_facts(0)
+    found = BuiltFor(gpu.name, gpu.compute_capability, gpu.multiprocessors)
+    return found if job.hardware_compat == "none" else replace(found, hardware_compat=job.hardware_compat)
 
 
 def make_logger(trt: Any, path: str, verbose: bool) -> Any:
@@ -66,13 +78,9 @@ def make_logger(trt: Any, path: str, verbose: bool) -> Any:
     ``errors`` keeps the warnings and errors since they were last cleared, ``listing`` TensorRT-RTX's list of layers,
     which it prints as one verbose message and tells in no other way where there is no GPU.
     """
-    words = {
-        int(trt.ILogger.INTERNAL_ERROR): "error",
-        int(trt.ILogger.ERROR): "error",
-        int(trt.ILogger.WARNING): "warning",
-        int(trt.ILogger.INFO): "info",
-        int(trt.ILogger.VERBOSE): "verbose",
-    }
+    levels = trt.ILogger
+    kinds = (levels.INTERNAL_ERROR, levels.ERROR, levels.WARNING, levels.INFO, levels.VERBOSE)
+    words = dict(zip(map(int, kinds), ("error", "error", "warning", "info", "verbose"), strict=True))
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -119,9 +127,9 @@ class _Build:
         self._keep_timings(config)
         return bytes(plan)
 
-    def kernels(self) -> list[dict[str, Any]]:
-        """Facts of the kernels of ours that the plan carries."""
-        return self._ahead.facts() if self._ahead is not None else []
+    def kernels(self) -> tuple[KernelInPlan, ...]:
+        """The kernels of ours that the plan carries."""
+        return self._ahead.facts() if self._ahead is not None else ()
 
     def inspect(self, plan: bytes) -> str:
         """The layers as TensorRT's inspector tells them of the finished plan."""
@@ -133,8 +141,8 @@ class _Build:
         inspector = self._checked("making an inspector", engine.create_engine_inspector())
         # Without shapes, TensorRT tells "N/A due to dynamic shapes" in place of types.
         context = self._checked("making a context to inspect by", self._context(engine))
-        for name, (_, best, _) in self._job.profile.items():
-            self._checked(f"inspecting at {name} {best}", context.set_input_shape(name, tuple(best)))
+        for name, (_, opt, _) in self._job.profile.items():
+            self._checked(f"inspecting at {name} {list(opt)}", context.set_input_shape(name, opt))
         inspector.execution_context = context
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -150,12 +158,9 @@ class _Build:
         if found is not None and found is not False:
             return found
         said = " | ".join(self._logger.errors[-6:]) or "nothing"
-        raise BackendError(
-            f"{self._job.package} {self._trt.__version__}: {doing}, for the {self._job.stage}",
-            f"a refusal. It said: {said[:2000]}",
-            "success",
-            "See the lines above; --verbose keeps all that the builder says.",
-        )
+        doing = f"{self._job.package} {self._trt.__version__}: {doing}, for the {self._job.part}"
+        hint = "See the lines above; --verbose keeps all that the builder says."
+        raise BackendError(doing, f"a refusal. It said: {said[:2000]}", "success", hint)
 
     def _network_flags(self) -> int:
         trt = self._trt
@@ -174,7 +179,7 @@ class _Build:
     def _configure(self, config: Any) -> None:
         trt, job = self._trt, self._job
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; with it, FP32 products read 10 bits of 23
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; with it, FP32 multiplications read 10 bits of 23
         if job.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
         if job.version_compat:
@@ -207,22 +212,14 @@ class _Build:
             if hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
                 config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
                 return
-            raise UsageError(
-                "hardware_compat",
-                f"{wanted} with TensorRT {trt.__version__}",
-                "a later TensorRT 10",
-                "Use ampere_plus, or leave it out.",
-            )
+            got = f"{wanted} with TensorRT {trt.__version__}"
+            raise UsageError("hardware_compat", got, "a later TensorRT 10", "Use ampere_plus, or leave it out.")
 
     def _require_86(self, option: str) -> None:
         """Raises UsageError in TensorRT 8.5, whose plans run on their own GPU and version alone."""
         if not hasattr(self._trt, "HardwareCompatibilityLevel"):
-            raise UsageError(
-                option,
-                f"TensorRT {self._trt.__version__}",
-                "8.6 or later",
-                "Leave it out, and build where the plan will run.",
-            )
+            hint = "Leave it out, and build where the plan will run."
+            raise UsageError(option, f"TensorRT {self._trt.__version__}", "8.6 or later", hint)
 
     def _add_profile(self, builder: Any, network: Any, config: Any) -> None:
         profile = self._checked("making a profile", builder.create_optimization_profile())
@@ -231,7 +228,7 @@ class _Build:
             if name not in names:
                 self._logger.errors.append(f"inputs are {', '.join(names)}")
                 self._checked(f"finding the input {name}", None)
-            profile.set_shape(name, *(tuple(shape) for shape in shapes))
+            profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) < 0:
             self._checked(f"adding the profile {self._job.profile}", False)
 
@@ -241,3 +238,35 @@ class _Build:
         cache = self._checked("reading the timings", config.get_timing_cache())
         with atomic_write(self._job.timing_cache) as file:
             file.write(bytes(self._checked("keeping the timings", cache.serialize())))
+
+
+def work(job: PlanJob) -> BuiltPlan:
+    """Builds the plan, in the builder's own process.
+
+    Raises:
+        Error: as `build_plan` does, or if the package cannot be imported.
+    """
+    if job.device:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
+    try:
+        trt = importlib.import_module(job.package)
+    except (ImportError, OSError) as e:
+        hint = "Install it again, with the CUDA libraries that it names."
+        raise BackendError(job.package, f"a package that cannot be imported ({e})", "one that can", hint) from e
+    return build_plan(trt, job)
+
+
+def main(request: str, answer: str) -> int:
+    """Reads a `PlanJob`, writes an `Answer`."""
+    job = from_json(PlanJob, json.loads(Path(request).read_text()))
+    try:
+        found = Answer(plan=work(job))
+    except Error as e:
+        got, expected = (None if part is None else str(part) for part in (e.got, e.expected))
+        found = Answer(refusal=Refusal(e.subject, got, expected, e.hint or ""))
+    Path(answer).write_text(dumps(to_json(found)))
+    return 0 if found.refusal is None else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -10,40 +10,44 @@ import importlib
 import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from nformer_edge.backends.engine import Engine, open_engine
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
-from nformer_edge.backends.tensorrt.compatibility import (
-    check_gpu,
-    check_version,
-    no_plugin,
-    telling_rebuild,
-    unverified_manifest,
-)
+from nformer_edge.backends.tensorrt.compatibility import check_gpu, check_version, no_plugin, telling_rebuild
 from nformer_edge.backends.tensorrt.cuda import Device
-from nformer_edge.backends.tensorrt.engine import BACKBONE_STAGE, HEAD_STAGE, Stage, StageSpec, make_logger
+from nformer_edge.backends.tensorrt.plan import BACKBONE, HEAD, Plan, PlanSpec, make_logger
 from nformer_edge.backends.tensorrt.plugin.library import find_plugin, load_plugin
-from nformer_edge.core.artifact import MANIFEST, read_manifest, read_verified, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.exporting.bundle import model_spec, read_golden
 
-#: The Python package of each backend.
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
-#: Threads that compute at once unless told otherwise: one copies while another computes.
+#: Threads that compute at once unless asked otherwise: one copies while another computes.
 CONTEXTS = 2
+
+
+def run(
+    engine: Engine,
+    *,
+    device: str | None = None,
+    intra_op_threads: int | None = None,
+    contexts: int | None = None,
+    native: bool = True,
+) -> TensorRTRunner:
+    """See `backends.base.Backend.run`; `native` does not matter to a plan."""
+    if intra_op_threads is not None:
+        hint = "Set contexts: threads of the caller that compute at once."
+        raise UsageError("intra_op_threads", intra_op_threads, "none for a plan", hint)
+    return TensorRTRunner(engine, device=device, contexts=contexts)
 
 
 class TensorRTRunner:
     """See `backends.runner.Runner`. The GPU is touched when the context is entered, and not before.
 
     Args:
-        path: folder of an engine built for TensorRT or TensorRT-RTX.
+        source: an engine for TensorRT or TensorRT-RTX, or its folder.
         device: ``cuda:0`` or another; the first GPU if None.
         contexts: threads that compute at once, `CONTEXTS` if None; each takes the memory of one execution context.
         graphs: keep shapes that come again as CUDA graphs.
@@ -53,47 +57,37 @@ class TensorRTRunner:
         UsageError: for a device that is no GPU.
     """
 
+    native = False
+
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        source: Engine | str | os.PathLike[str],
         *,
         device: str | None = None,
         contexts: int | None = None,
         graphs: bool = True,
     ) -> None:
-        contexts = CONTEXTS if contexts is None else contexts
-        check_at_least("contexts", contexts, 1)
-        self._path = os.fspath(path)
-        self._ordinal = _ordinal(device)
-        self._contexts, self._graphs = contexts, graphs
-        with telling_rebuild(self._path, unverified_manifest(self._path)):
-            self._manifest = read_manifest(path, "engine")
-        self.backend = str(self._manifest.get("backend"))
-        if self.backend not in PACKAGES:
-            raise ArtifactError(
-                self._path,
-                f"an engine for {self.backend}",
-                " or ".join(PACKAGES),
-                "Open it with nformer_edge.backends.open.open_model.",
-            )
-        self.spec = model_spec(self._path, self._manifest)
+        self._contexts, self._graphs = CONTEXTS if contexts is None else contexts, graphs
+        check_at_least("contexts", self._contexts, 1)
+        self._ordinal = gpu_ordinal(device)
+        with telling_rebuild(str(source.folder) if isinstance(source, Engine) else os.fspath(source)):
+            self._opened = opened = open_engine(source)
+        self._path, self._manifest = str(opened.folder), opened.manifest
+        self.spec, self.has_head = opened.spec, opened.has_head
+        self._specs = (BACKBONE, HEAD) if self.has_head else (BACKBONE,)
+        plans, expected = {f for f in opened.files.files if f.endswith(".engine")}, {s.file for s in self._specs}
+        if plans != expected:
+            got = f"the plans {', '.join(sorted(plans)) or 'none'}"
+            raise ArtifactError(self._path, got, f"{', '.join(sorted(expected))}, by its spec", "Build it again.")
+        self.backend = self._manifest.backend
+        self._package = self.backend.replace("-", "_")
         self.name = model_name(self.spec)
-        self.sha256 = sha256_file(os.path.join(self._path, MANIFEST))
-        self.checkpoint = str(self._manifest.get("checkpoint_sha256", ""))
-        self.has_head = HEAD_STAGE.file in self._manifest["files"]
-        if self.has_head != (self.spec.head is not None):
-            raise ArtifactError(
-                self._path,
-                f"{HEAD_STAGE.file} {'without' if self.has_head else 'missing for'} a head in its spec",
-                "both or neither",
-                "Build the engine again.",
-            )
-        self.precision: Mapping[str, str] = self._manifest["precision"]
-        self.landmark_seed = int(self._manifest["landmark_seed"])
-        self.native = False
+        self.sha256, self.checkpoint = opened.sha256, self._manifest.checkpoint_sha256
+        self.precision: Mapping[str, str] = self._manifest.precision
+        self.landmark_seed = self._manifest.landmark_seed
         self._device: Device | None = None
         self._runtime: Any = None
-        self._stages: dict[str, Stage] = {}
+        self._plans: dict[str, Plan] = {}
         self._opening = threading.Lock()
         self._last = threading.local()
 
@@ -121,15 +115,16 @@ class TensorRTRunner:
 
     def golden(self) -> dict[str, np.ndarray]:
         """See `Runner.golden`."""
-        return read_golden(self._path, self._manifest)
+        return self._opened.golden
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`. Batches above the profile are split; smaller ones are filled up with their last image."""
         images = check_images(images, self.spec)
-        stage = self._stage(BACKBONE_STAGE)
-        limits = stage.limits["images"]
-        least, most = limits.least[0], limits.most[0]
-        parts = [stage.run({"images": _filled(images[i : i + most], least)}) for i in range(0, len(images), most)]
+        plan = self._plan(BACKBONE)
+        limits = plan.limits["images"]
+        smallest, largest = limits.min[0], limits.max[0]
+        batches = [images[i : i + largest] for i in range(0, len(images), largest)]
+        parts = [plan.run({"images": _filled(batch, smallest)}) for batch in batches]
         if not parts:
             return np.empty((0, self.spec.backbone.features), np.float32)
         self._add_up([device_ms for _, device_ms in parts])
@@ -144,7 +139,7 @@ class TensorRTRunner:
         features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
         if len(features) == 0:
             return features
-        related, device_ms = self._stage(HEAD_STAGE).run({"features": features, "landmarks": landmarks})
+        related, device_ms = self._plan(HEAD).run({"features": features, "landmarks": landmarks})
         self._add_up([device_ms])
         return related
 
@@ -152,22 +147,21 @@ class TensorRTRunner:
         self._last.device_ms = {key: sum(part[key] for part in parts) for key in parts[0]}
 
     def _load_plugin(self, trt: Any) -> None:
-        sha256 = str(self._manifest.get("plugin_sha256") or "")
+        sha256 = self._manifest.plugin_sha256
         if not sha256:
             return
         major = int(str(trt.__version__).partition(".")[0])
-        library = find_plugin(major, sha256, beside=Path(self._path))
+        library = find_plugin(major, sha256, beside=self._opened.folder)
         if library is None:
-            raise no_plugin(self._path, self._manifest, sha256, str(find_plugin(major) or ""))
+            raise no_plugin(self._path, self._manifest, str(find_plugin(major) or ""))
         load_plugin(trt, library, sha256)
 
     def _open(self) -> None:
         """Everything that can be refused without reading a plan is refused first."""
-        package = PACKAGES[self.backend]
-        trt = _import_tensorrt(package, self.backend)
-        check_version(self._path, self._manifest, package, str(trt.__version__))
+        trt = _import_tensorrt(self._package, self.backend)
+        check_version(self._path, self._manifest, self._package, str(trt.__version__))
         device = Device(self._ordinal)
-        check_gpu(self._path, self._manifest, device)
+        check_gpu(self._path, self._manifest, device.gpu)
         self._load_plugin(trt)
         self._device = device
         try:
@@ -180,33 +174,35 @@ class TensorRTRunner:
     def _deserialize(self, trt: Any, device: Device) -> None:
         logger = make_logger(trt)
         self._runtime = trt.Runtime(logger)
-        if (self._manifest.get("spec") or {}).get("version_compat"):
+        if self._manifest.spec.version_compat:
             self._runtime.engine_host_code_allowed = True  # such a plan carries its runtime; its hash has been checked
-        for stage in (BACKBONE_STAGE, HEAD_STAGE) if self.has_head else (BACKBONE_STAGE,):
-            plan = read_verified(self._path, self._manifest, stage.file)
-            self._stages[stage.name] = Stage(
-                trt, self._runtime, logger, device, stage, plan, contexts=self._contexts, graphs=self._graphs
-            )
+        for spec in self._specs:
+            data = self._opened.files.files[spec.file]
+            plan = Plan(trt, self._runtime, logger, device, spec, data, contexts=self._contexts, graphs=self._graphs)
+            self._plans[spec.part] = plan
 
-    def _stage(self, spec: StageSpec) -> Stage:
+    def _plan(self, spec: PlanSpec) -> Plan:
         self.__enter__()
-        return self._stages[spec.name]
+        return self._plans[spec.part]
 
     def _close(self) -> None:
         if self._device is not None:
             with self._device.current():
-                for stage in self._stages.values():
-                    stage.close()
-                self._stages.clear()
+                for plan in self._plans.values():
+                    plan.close()
+                self._plans.clear()
                 self._runtime = None
         self._device = None
 
 
-def _ordinal(device: str | None) -> int:
-    if device is None:
-        return 0
-    name, _, number = device.partition(":")
-    if name != "cuda" or not (number.isdecimal() or device == "cuda"):
+def gpu_ordinal(device: str | None) -> int:
+    """0, the first GPU, where none is named.
+
+    Raises:
+        UsageError: for a device that is no GPU.
+    """
+    name, _, number = (device or "cuda").partition(":")
+    if name != "cuda" or not (number.isdecimal() or device in (None, "cuda")):
         raise UsageError("device", device, "a GPU, such as cuda:0", "Choose one, or leave it out.")
     return int(number or 0)
 
@@ -215,16 +211,12 @@ def _import_tensorrt(package: str, backend: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        found = "not installed" if e.name == package else str(e)
-        raise BackendError(
-            package,
-            found,
-            f"{package}, to run this engine",
-            f"pip install 'nformer-edge[{backend}]'; on a Jetson, JetPack brings it: use the system's Python.",
-        ) from e
+        got = "not installed" if e.name == package else str(e)
+        hint = f"pip install 'nformer-edge[{backend}]'; on a Jetson, JetPack brings it: use the system's Python."
+        raise BackendError(package, got, f"{package}, to run this engine", hint) from e
 
 
-def _filled(images: np.ndarray, least: int) -> np.ndarray:
-    """At least so many images: the last one again and again. An image's result does not depend on the others."""
-    missing = least - len(images)
-    return images if missing <= 0 else np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+def _filled(images: np.ndarray, count: int) -> np.ndarray:
+    """At least `count`: the last one again and again. An image's result does not depend on the others."""
+    more = count - len(images)
+    return images if more <= 0 else np.concatenate([images, np.repeat(images[-1:], more, axis=0)])

@@ -8,57 +8,53 @@ builder prints, with the same names and types as the inspector's.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from nformer_edge.backends.tensorrt.job import run_job
+from nformer_edge.backends.engine import Built
+from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
+from nformer_edge.backends.tensorrt.run import run
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import nvidia_driver, package_version
+from nformer_edge.core.spec import Precision
 from nformer_edge.quantize.calibrate import Calibration
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
+__all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "missing", "missing_to_run", "run"]
+
 NAME = "tensorrt-rtx"
-PRECISIONS = ("fp32", "fp16", "int8")
+EXTRA, USE = NAME, "for a GeForce RTX"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 #: What `ComputeCapability` of 1.7 names, without the alias for the GPU that is there.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
-#: What is built for unless told otherwise. Not Turing (7.5): for it the compiler of 1.7 refuses an FP32 GEMM, and the
+#: What is built for by default. Not Turing (7.5): for it the compiler of 1.7 refuses an FP32 GEMM, and the
 #: neck and the head's affinities are FP32 by policy.
 USUAL = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
-def tensorrt_rtx_package() -> str:
-    """The version of the package tensorrt_rtx, or "" where it is not installed."""
-    return package_version("tensorrt_rtx")
+def missing() -> tuple[str, ...]:
+    """See `Backend.missing`."""
+    return () if package_version(NAME) else (f"no package {NAME}",)
 
 
-def lacking() -> tuple[str, ...]:
-    """See `BackendModule.lacking`."""
-    return () if tensorrt_rtx_package() else ("no package tensorrt_rtx",)
-
-
-def lacking_to_run() -> tuple[str, ...]:
-    """See `BackendModule.lacking_to_run`."""
+def missing_to_run() -> tuple[str, ...]:
+    """See `Backend.missing_to_run`."""
     return () if nvidia_driver() else ("no NVIDIA driver",)
 
 
 def build(
-    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, run: Run = run_job
-) -> dict[str, Any]:
-    """See `BackendModule.build`.
+    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, builder: Run = run_job
+) -> Built:
+    """See `Backend.build`.
 
     Raises:
         BackendError: for an option that TensorRT-RTX does not have.
     """
     unknown = [c for c in spec.capabilities if c not in CAPABILITIES]
     if unknown:
-        raise BackendError(
-            "capabilities",
-            ", ".join(unknown),
-            f"among {', '.join(CAPABILITIES)} for TensorRT-RTX",
-            "Use TensorRT for other GPUs: --backend tensorrt on the machine itself.",
-        )
+        hint = "Use TensorRT for other GPUs: --backend tensorrt on the machine itself."
+        raise BackendError("capabilities", ", ".join(unknown), f"among {', '.join(CAPABILITIES)}", hint)
     refused = {
         "dla": spec.dla is not None,
         "hardware_compat": spec.hardware_compat != "none",
@@ -66,17 +62,13 @@ def build(
     }
     for name, is_asked in refused.items():
         if is_asked:
-            raise BackendError(
-                name,
-                f"{name} with TensorRT-RTX",
-                "compute capabilities, and this version of it",
-                "Leave it out; --capabilities names the GPUs.",
-            )
-    job = {
-        "package": "tensorrt_rtx",
-        "workspace": spec.workspace_bytes,
-        "timing_cache": spec.timing_cache,
-        "capabilities": list(spec.capabilities or USUAL),
-        "verbose": spec.verbose,
-    }
-    return build_plans(bundle, folder, spec, calibration, typed=True, operators="inlined", job=job, run=run)
+            hint = "Leave it out; --capabilities names the GPUs."
+            raise BackendError(name, f"{name} with TensorRT-RTX", "compute capabilities, and this version of it", hint)
+    job = PlanJob(
+        package=NAME.replace("-", "_"),
+        workspace=spec.workspace_bytes,
+        timing_cache=spec.timing_cache or "",
+        capabilities=spec.capabilities or USUAL,
+        verbose=spec.verbose,
+    )
+    return build_plans(bundle, folder, spec, calibration, typed=True, operators="inlined", job=job, builder=builder)

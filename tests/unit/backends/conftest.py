@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
 from helpers import fake_gpu
 
 from nformer_edge.core.artifact import read_manifest, sha256_file, write_manifest
+from nformer_edge.exporting.bundle import ModelManifest
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with pycuda, TensorRT 10.3 and one GPU; `install` puts another TensorRT in its place."""
-    from nformer_edge.backends.tensorrt import context as tensorrt_lane
+    from nformer_edge.backends.tensorrt import context as tensorrt_context
     from nformer_edge.backends.tensorrt import cuda
     from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 
@@ -24,7 +26,7 @@ def gpu(monkeypatch):
 
     for name, module in fake_gpu.fake_pycuda(machine).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(tensorrt_lane, "driver_library", lambda: fake_gpu.FakeDriverLibrary(machine))
+    monkeypatch.setattr(tensorrt_context, "driver_library", lambda: fake_gpu.FakeDriverLibrary(machine))
     monkeypatch.setattr(cuda, "_contexts", {})
     monkeypatch.setattr(plugin_library, "_loaded", {})
     monkeypatch.delenv(plugin_library.ENVIRONMENT, raising=False)
@@ -75,9 +77,11 @@ def make_engine(tiny_bundle, tmp_path, plugin_library):
         for name, data in written.items():
             (folder / name).write_bytes(data)
         (folder / "golden.npz").write_bytes((tiny_bundle / "golden.npz").read_bytes())
-        inherited = ("model", "preprocess", "landmark_rule", "landmark_seed", "opset")
+        inherited = [field.name for field in dataclasses.fields(ModelManifest)]
         known = {
             "backend": "tensorrt",
+            "why": "as asked",
+            "bundle_sha256": "0" * 64,
             "versions": {"tensorrt": "10.3.0"},
             "built_for": {"gpu": "Fake Orin", "compute_capability": "8.7", "multiprocessors": 16},
             "precision": {"backbone": "fp32", "head": "fp32"},

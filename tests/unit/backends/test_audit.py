@@ -6,9 +6,16 @@ import json
 
 import pytest
 
-from nformer_edge.backends.tensorrt.audit import audit_plan, product_types_built
+from nformer_edge.backends.engine import Counts
+from nformer_edge.backends.tensorrt.audit import (
+    Layer,
+    audit_plan,
+    layers_from_json,
+    layers_from_listing,
+    type_of,
+    types_built,
+)
 from nformer_edge.backends.tensorrt.job import PlanJob, run_job, tail
-from nformer_edge.backends.tensorrt.layers import layers_from_json, layers_from_listing, type_of
 from nformer_edge.core.errors import BackendError
 
 LISTING = """Layers:
@@ -21,14 +28,14 @@ Name: __mye1057_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outp
 
 def test_a_builders_listing_is_read_layer_by_layer():
     cast, conv, score, shapes = layers_from_listing(LISTING)
-    assert (cast["kind"], cast["inputs"], cast["outputs"]) == ("kgen", ["fp32"], ["int8"])
-    assert (conv["kind"], conv["inputs"], conv["nodes"]) == ("correlation", ["int8"], ["/conv1/Conv"])
-    assert score["nodes"] == ["node_of_score", "/head/RowTopK"]
-    assert (shapes["inputs"], shapes["nodes"]) == ([], ["__mye1057_0_myl0_0"])
+    assert (cast.kind, cast.inputs, cast.outputs) == ("kgen", ("fp32",), ("int8",))
+    assert (conv.kind, conv.inputs, conv.nodes) == ("correlation", ("int8",), ("/conv1/Conv",))
+    assert score.nodes == ("node_of_score", "/head/RowTopK")
+    assert (shapes.inputs, shapes.nodes) == ((), ("__mye1057_0_myl0_0",))
 
 
-def test_a_product_has_the_type_of_the_layer_that_computes_it_not_of_the_cast_before_it():
-    built = product_types_built(layers_from_listing(LISTING), ["/conv1/Conv", "/head/RowTopK", "/absent"])
+def test_a_multiplication_has_the_type_of_the_layer_that_computes_it_not_of_the_cast_before_it():
+    built = types_built(layers_from_listing(LISTING), ["/conv1/Conv", "/head/RowTopK", "/absent"])
     assert built == {"/conv1/Conv": "int8", "/head/RowTopK": "fp32"}
 
 
@@ -54,30 +61,29 @@ def test_the_inspectors_json_is_read_with_and_without_details():
         ],
     }  # fmt: skip
     first, second = layers_from_json(json.dumps(plan))
-    assert (first["kind"], first["inputs"], first["nodes"]) == ("CaskConvolution", ["fp32"], ["conv1", "relu1"])
-    assert (second["name"], second["inputs"]) == ("just a name", [])
+    assert (first.kind, first.inputs, first.nodes) == ("CaskConvolution", ("fp32",), ("conv1", "relu1"))
+    assert (second.name, second.inputs) == ("just a name", ())
 
 
 def layer(node, kind, name="CaskConvolution"):
-    return {"name": node, "kind": name, "inputs": [kind], "outputs": [kind], "nodes": [node]}
+    return Layer(node, name, (kind,), (kind,), (node,))
 
 
-def test_the_audit_counts_what_was_asked_built_and_not_told():
+def test_the_audit_counts_what_was_asked_built_and_not_known():
     layers = [layer("a", "int8"), layer("b", "int8"), layer("c", "fp16"), layer("neck", "fp32")]
     found = audit_plan("backbone", layers, {"a": "int8", "b": "int8", "c": "int8", "neck": "fp32", "lost": "fp32"})
-    assert found["layers"] == {"int8": 2, "fp16": 1, "fp32": 1}
-    assert found["products"]["int8"] == {"asked": 3, "built": 2, "untold": 0}
-    assert found["products"]["fp32"] == {"asked": 2, "built": 1, "untold": 1}
-    assert found["other"] == {"c": "fp16"}
+    assert found.layers == {"int8": 2, "fp16": 1, "fp32": 1}
+    assert found.multiplications == {"int8": Counts(3, 2, 0), "fp32": Counts(2, 1, 1)}
+    assert found.other == {"c": "fp16"}
 
 
 @pytest.mark.parametrize(
     ("asked", "built", "strict", "message"),
     [
-        ("int8", ["int8", "fp32", "fp32"], True, "got 2 of 3 products not in int8"),
-        ("fp16", ["fp16", "fp16", "fp32"], True, "got 1 of 3 products not in fp16"),
-        ("fp32", ["fp16", "fp32", "fp32"], True, "got 1 of 3 products not in fp32"),
-        ("fp16", ["fp16", "fp32", "fp32"], False, "got 2 of 3 products not in fp16"),
+        ("int8", ["int8", "fp32", "fp32"], True, "got 2 of 3 multiplications not in int8"),
+        ("fp16", ["fp16", "fp16", "fp32"], True, "got 1 of 3 multiplications not in fp16"),
+        ("fp32", ["fp16", "fp32", "fp32"], True, "got 1 of 3 multiplications not in fp32"),
+        ("fp16", ["fp16", "fp32", "fp32"], False, "got 2 of 3 multiplications not in fp16"),
     ],
 )
 def test_a_plan_in_another_type_than_asked_is_refused(asked, built, strict, message):
@@ -88,7 +94,7 @@ def test_a_plan_in_another_type_than_asked_is_refused(asked, built, strict, mess
 
 def test_tensorrt_8_may_choose_float32_for_a_few():
     layers = [layer("0", "fp16"), layer("1", "fp16"), layer("2", "fp32")]
-    assert audit_plan("b", layers, {f"{i}": "fp16" for i in range(3)}, strict=False)["other"] == {"2": "fp32"}
+    assert audit_plan("b", layers, {f"{i}": "fp16" for i in range(3)}, strict=False).other == {"2": "fp32"}
 
 
 def test_an_int8_plan_of_which_nothing_can_be_told_is_refused():
@@ -104,7 +110,7 @@ def job(tmp_path, package):
     graph = tmp_path / "g.onnx"
     graph.write_bytes(b"no graph")
     return PlanJob(
-        package, "backbone", str(graph), str(tmp_path / "plan"), str(tmp_path / "log"), {}, capabilities=["8.9"]
+        package, "backbone", str(graph), str(tmp_path / "plan"), str(tmp_path / "log"), {}, capabilities=("8.9",)
     )
 
 

@@ -121,8 +121,8 @@ def test_auto_takes_what_is_there_and_says_why():
 
 
 def test_auto_prefers_a_backend_that_lacks_nothing(monkeypatch):
-    monkeypatch.setattr(tensorrt, "lacking", lambda: ())
-    monkeypatch.setattr(tensorrt, "lacking_to_run", lambda: ())
+    monkeypatch.setattr(tensorrt, "missing", lambda: ())
+    monkeypatch.setattr(tensorrt, "missing_to_run", lambda: ())
     assert choose_backend("auto", "fp16") == ("tensorrt", "the best there is")
 
 
@@ -135,7 +135,7 @@ def test_a_backend_that_cannot_build_here_says_what_is_missing(name, tiny_bundle
 
 def test_onnxruntime_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert onnxruntime.lacking() == ("no package onnxruntime",)
+    assert onnxruntime.missing() == ("no package onnxruntime",)
 
 
 def test_an_engine_without_a_name_stands_beside_its_bundle(tiny_bundle, tmp_path):

@@ -35,8 +35,7 @@ def prepared(bundle_path, folder, *, typed=True, operators="library"):
         "head": prepare_head(bundle, folder, "fp16", typed=typed, operators=operators),
     }
     sizes = profiles(bundle, EngineSpec(batch=(1, 2, 4), gallery_size=(20, 96, 200)))
-    package = "tensorrt_rtx" if operators == "inlined" else "tensorrt"
-    write_comparison(folder, bundle, graphs, sizes, package=package, typed=typed)
+    write_comparison(folder, bundle, graphs, sizes, rtx=operators == "inlined", typed=typed)
     return folder
 
 

@@ -18,7 +18,7 @@ from nformer_edge.backends.tensorrt.plugin.build import (
     find_tools,
     headers_version,
 )
-from nformer_edge.backends.tensorrt.plugin.library import find_plugin, load_plugin, plugin_facts
+from nformer_edge.backends.tensorrt.plugin.library import find_plugin, load_plugin, read_plugin
 from nformer_edge.core.artifact import read_manifest, sha256_file, write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 
@@ -139,12 +139,12 @@ def test_the_library_is_really_built_and_found(tmp_path, monkeypatch):
     if find_nvcc() is None or find_headers(root) is None:
         pytest.skip("no nvcc or no TensorRT headers: install the CUDA toolkit and libnvinfer-dev, or set TENSORRT_ROOT")
     built = build_plugin(tensorrt_root=root, architectures="87")
-    library = Path(built["library"])
-    assert library.parent == plugin_library.default_folder(int(built["tensorrt"].partition(".")[0]))
+    library = built.library
+    assert library.parent == plugin_library.default_folder(int(built.facts.tensorrt.partition(".")[0]))
     assert find_plugin() == library
-    assert built["sha256"] == sha256_file(library)
-    assert (built["architectures"], built["ptx"]) == (["87"], "87")
-    assert plugin_facts(library)["tensorrt"] == built["tensorrt"]
+    assert built.sha256 == sha256_file(library)
+    assert (built.facts.architectures, built.facts.ptx) == (("87",), "87")
+    assert read_plugin(library) == built.facts
     assert "Used " in (library.parent / "build.log").read_text()  # what ptxas tells of registers
     assert read_manifest(library.parent, "plugin")["architectures"] == ["87"]
 
@@ -171,29 +171,29 @@ def test_a_library_is_found_by_its_hash(tmp_path, monkeypatch):
 def test_facts_come_from_a_manifest_that_holds(tmp_path):
     library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
-    assert plugin_facts(library) == {}
+    assert read_plugin(library) is None
     write_manifest(tmp_path, "plugin", {"tensorrt": "10.3.0"})
-    assert plugin_facts(library)["sha256"] == sha256_file(library)
+    assert read_plugin(library).tensorrt == "10.3.0"
     library.write_bytes(b"b library")
     with pytest.raises(ArtifactError, match="got sha256"):
-        plugin_facts(library)
+        read_plugin(library)
 
 
 def test_the_doctor_tells_the_library_and_survives_a_changed_one(tmp_path, monkeypatch):
     from nformer_edge.targets.doctor import doctor
 
     def check():
-        return next(c for c in doctor()["checks"] if c["name"] == "TensorRT plugin library")
+        return next(c for c in doctor().checks if c.name == "TensorRT plugin library")
 
-    assert "build-plugin" in check()["next"]
+    assert "build-plugin" in check().hint
     library = tmp_path / plugin_library.LIBRARY
     library.write_bytes(b"a library")
     write_manifest(tmp_path, "plugin", {"tensorrt": "10.3.0", "architectures": ["87", "89"]})
     monkeypatch.setenv(plugin_library.ENVIRONMENT, str(library))
-    assert check()["found"] == f"{library} (TensorRT 10.3.0, sm_87, sm_89)"
+    assert check().found == f"{library} (TensorRT 10.3.0, sm_87, sm_89)"
     library.write_bytes(b"b library")
-    assert not check()["ok"]
-    assert "Build it again" in check()["next"]
+    assert not check().ok
+    assert "Build it again" in check().hint
 
 
 def test_a_library_of_other_bytes_is_never_opened(tmp_path):
@@ -211,11 +211,11 @@ def test_a_library_of_other_bytes_is_never_opened(tmp_path):
 def test_the_command_prints_what_was_built(tmp_path, monkeypatch, capsys):
     from nformer_edge.cli import main
 
-    built = {"kind": "plugin", "library": "x.so", "sha256": "ab" * 32, "tensorrt": "10.13.3.9", "cuda": "13.0.88",
-             "architectures": ["87"], "ptx": "87", "log": "x.log"}  # fmt: skip
+    facts = plugin_library.PluginManifest("10.13.3.9", "13.0.88", ("87",), "87")
+    built = plugin_build.Plugin(Path("x.so"), "ab" * 32, facts, Path("x.log"), found=False)
     monkeypatch.setattr(plugin_build, "build_plugin", lambda *_, **__: built)
     assert main(["build-plugin", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == built
+    assert plugin_build.Plugin.from_json(json.loads(capsys.readouterr().out)) == built
     assert main(["build-plugin", "-o", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "machine code for sm_87; PTX of compute_87" in text

@@ -10,44 +10,21 @@ import itertools
 
 import pytest
 from helpers import fake_tensorrt
+from helpers.tensorrt_bench import GPU, Bench
 
+from nformer_edge.backends.engine import BuiltFor, Counts
 from nformer_edge.backends.tensorrt import build as tensorrt
-from nformer_edge.backends.tensorrt import network
-from nformer_edge.backends.tensorrt.gpu import gpu_facts
-from nformer_edge.backends.tensorrt.job import BuiltPlan
+from nformer_edge.backends.tensorrt import cuda
+from nformer_edge.backends.tensorrt.cuda import Gpu, gpu_facts
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.quantize.calibrate import choose_calibration
 from nformer_edge.quantize.fp16 import product_types
-from nformer_edge.quantize.overflow_search import fp16_lines
 from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.quantize.values import HalfFacts
 
 VERSIONS = ("8.6", "10.3", "10.13", "10.16", "11.4")
-GPU = {"gpu": "Fake Orin", "compute_capability": "8.7", "multiprocessors": 16}
-
-
-class Bench:
-    """One TensorRT on one GPU, a bundle, and what is built of it."""
-
-    def __init__(self, bundle, folder, monkeypatch, version):
-        self.machine = fake_tensorrt.Machine()
-        self.trt = fake_tensorrt.fake_tensorrt(version, self.machine)
-        self.bundle, self.folder = bundle, folder
-        numbers = tuple(int(n) for n in self.trt.__version__.split(".")[:3])
-        monkeypatch.setattr(tensorrt, "installed_version", lambda: numbers)
-        monkeypatch.setattr(network, "gpu_facts", lambda ordinal: dict(GPU))
-        monkeypatch.setattr(plugin_library, "_loaded", {})
-        self.library = folder / plugin_library.LIBRARY
-        self.library.write_bytes(b"a library")
-        monkeypatch.setenv(plugin_library.ENVIRONMENT, str(self.library))
-        self.out = folder / "engine"
-        self.out.mkdir()
-
-    def build(self, precision="fp32", calibration=None, **settings):
-        wanted = EngineSpec(backend="tensorrt", precision=precision, **settings)
-        run = lambda job: BuiltPlan(**network.build_plan(self.trt, job))  # noqa: E731
-        return tensorrt.build(open_bundle(self.bundle), self.out, wanted, calibration, run)
 
 
 @pytest.fixture
@@ -68,13 +45,13 @@ def calibration(tiny_bundle, tiny_market, tmp_path_factory):
 )
 def test_every_version_builds_every_precision_by_names_that_it_has(bench, calibration, version, precision):
     b = bench(version)
-    fields = b.build(precision, calibration if precision == "int8" else None)
-    assert fields["precision"] == {"backbone": precision, "head": "fp16" if precision == "int8" else precision}
-    assert fields["versions"] == {"tensorrt": b.trt.__version__}
-    assert fields["built_for"] == GPU
-    assert fields["plugin_sha256"] == sha256_file(b.library)
-    convolutions = fields["audit"]["backbone"]["products"]["int8" if precision == "int8" else precision]
-    assert convolutions["asked"] == convolutions["built"]
+    built = b.build(precision, calibration if precision == "int8" else None)
+    assert built.precision == {"backbone": precision, "head": "fp16" if precision == "int8" else precision}
+    assert built.versions == {"tensorrt": b.trt.__version__}
+    assert built.built_for == BuiltFor(GPU.name, GPU.compute_capability, GPU.multiprocessors)
+    assert built.plugin_sha256 == sha256_file(b.library)
+    convolutions = built.audit["backbone"].multiplications[precision]
+    assert convolutions.asked == convolutions.built
     assert (b.out / "backbone.engine").is_file()
     assert (b.out / "nformer.engine").is_file()
     assert "info: Engine generation completed" in (b.out / "build.log").read_text()
@@ -85,7 +62,7 @@ def test_from_tensorrt_10_on_types_stand_in_the_graph_and_no_flag_is_set(bench, 
     b = bench(version)
     b.build("fp16")
     strongly = 1 << int(b.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    assert [(built["network_flags"], built["flags"]) for built in b.machine.built] == [(strongly, [])] * 2
+    assert [(asked["network_flags"], asked["flags"]) for asked in b.machine.built] == [(strongly, [])] * 2
 
 
 def test_tensorrt_8_gets_a_float32_graph_flags_and_layers_that_keep_float32(bench, calibration):
@@ -118,7 +95,7 @@ def test_tensorrt_8_holds_every_layer_of_the_head_that_is_no_projection(bench):
 def test_float32_is_float32_and_not_tf32(bench, version):
     b = bench(version)
     b.build("fp32")
-    assert [built["cleared"] for built in b.machine.built] == [["TF32"]] * 2
+    assert [asked["cleared"] for asked in b.machine.built] == [["TF32"]] * 2
 
 
 def test_the_operators_bodies_are_taken_out_where_a_plugin_takes_their_place(bench):
@@ -133,11 +110,11 @@ def test_the_operators_bodies_are_taken_out_where_a_plugin_takes_their_place(ben
 
 def test_profiles_and_workspace_are_as_asked(bench):
     b = bench()
-    fields = b.build("fp16", batch=(1, 4, 8), gallery_size=(20, 100, 300), workspace=1.5)
+    built = b.build("fp16", batch=(1, 4, 8), gallery_size=(20, 100, 300), workspace=1.5)
     backbone, head = b.machine.built
     assert backbone["profile"] == {"images": ((1, 3, 64, 32), (4, 3, 64, 32), (8, 3, 64, 32))}
     assert head["profile"]["features"] == ((20, 32), (100, 32), (300, 32))
-    assert fields["profiles"]["head"]["landmarks"] == [[2, 3]] * 3
+    assert built.profiles["head"]["landmarks"] == ((2, 3),) * 3
     assert backbone["workspace"] == head["workspace"] == 3 << 29
 
 
@@ -149,8 +126,8 @@ def test_a_timing_cache_is_read_and_written(bench, tmp_path):
 
 def test_compatibility_is_asked_for_and_told(bench):
     b = bench("10.13")
-    fields = b.build("fp16", hardware_compat="same_compute_capability", version_compat=True)
-    assert fields["built_for"]["hardware_compat"] == "same_compute_capability"
+    built = b.build("fp16", hardware_compat="same_compute_capability", version_compat=True)
+    assert built.built_for.hardware_compat == "same_compute_capability"
     assert [x["compat"].name for x in b.machine.built] == ["SAME_COMPUTE_CAPABILITY"] * 2
     assert b.machine.built[0]["flags"] == ["VERSION_COMPATIBLE"]
     with pytest.raises(UsageError, match=r"same_compute_capability with TensorRT 10\.3"):
@@ -200,14 +177,16 @@ def test_an_int8_build_that_came_out_fp32_is_an_error(bench, calibration):
 
     model = onnx.load(b.bundle / "backbone.onnx")
     b.machine.wrong_type = {n.name: "fp32" for n in model.graph.node if n.op_type == "Conv"}
-    with pytest.raises(BackendError, match=r"backbone: precision: got 139 of 139 products not in int8 \(.* in fp32"):
+    with pytest.raises(
+        BackendError, match=r"backbone: precision: got 139 of 139 multiplications not in int8 \(.* in fp32"
+    ):
         b.build("int8", calibration)
 
 
 def test_one_fp16_product_in_fp32_is_an_error_in_a_strongly_typed_network(bench):
     b = bench()
     b.machine.wrong_type = {"/trunk/conv1/conv/Conv": "fp32"}
-    with pytest.raises(BackendError, match="got 1 of 187 products not in fp16"):
+    with pytest.raises(BackendError, match="got 1 of 187 multiplications not in fp16"):
         b.build("fp16")
 
 
@@ -247,24 +226,23 @@ def test_a_dla_that_can_is_asked_for_with_the_gpu_behind_it(tmp_path, monkeypatc
     alone = ModelSpec(whole.spec.backbone, None, whole.spec.preprocess)
     save_checkpoint(tmp_path / "alone.safetensors", alone, whole.backbone)
     b = Bench(export_bundle(tmp_path / "alone.safetensors", tmp_path / "alone"), tmp_path, monkeypatch, "10.3")
-    fields = b.build("fp16", dla=1)
+    built = b.build("fp16", dla=1)
     assert (b.machine.built[0]["dla"], b.machine.built[0]["flags"]) == (1, ["GPU_FALLBACK"])
-    assert (fields["precision"], fields["plugin_sha256"]) == ({"backbone": "fp16"}, None)
+    assert (built.precision, built.plugin_sha256) == ({"backbone": "fp16"}, None)
 
 
-@pytest.mark.parametrize(("device", "ordinal"), [("cpu", 0), ("cuda", 0), ("cuda:2", 2)])
+@pytest.mark.parametrize(("device", "ordinal"), [(None, 0), ("cuda", 0), ("cuda:2", 2)])
 def test_a_device_is_a_gpu(device, ordinal):
     assert tensorrt.gpu_ordinal(device) == ordinal
 
 
-def test_another_device_is_refused():
-    with pytest.raises(UsageError, match="device: got tpu"):
-        tensorrt.gpu_ordinal("tpu")
+@pytest.mark.parametrize("device", ["tpu", "cpu", "cuda:", "cuda:x"])
+def test_another_device_is_refused(device):
+    with pytest.raises(UsageError, match=f"device: got {device}"):
+        tensorrt.gpu_ordinal(device)
 
 
 def test_a_gpu_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.backends.tensorrt import gpu
-
     class Driver:
         code = 0
 
@@ -283,8 +261,8 @@ def test_a_gpu_is_asked_of_the_driver(monkeypatch):
             number._obj.value = {75: 11, 76: 0, 16: 20}[which]
             return 0
 
-    monkeypatch.setattr(gpu, "driver_library", Driver)
-    assert gpu_facts() == {"gpu": "NVIDIA Thor", "compute_capability": "11.0", "multiprocessors": 20}
+    monkeypatch.setattr(cuda, "driver_library", Driver)
+    assert gpu_facts() == Gpu("NVIDIA Thor", "11.0", 20)
     Driver.code = 100
     with pytest.raises(BackendError, match="CUDA error 100 from cuInit"):
         gpu_facts()
@@ -298,24 +276,23 @@ def images(tiny_bundle, tiny_market):
 
 def test_without_images_the_policy_stands_alone_and_the_build_says_so(bench):
     b = bench()
-    fields = b.build("fp16")
-    assert fields["fp16"] == {"searched": None, "kept": {"backbone": {}, "head": {}}}
-    assert "overflow was not searched" in " ".join(fp16_lines(fields["fp16"]))
+    built = b.build("fp16")
+    assert built.fp16 == HalfFacts(None, {"backbone": {}, "head": {}})
+    assert "overflow was not searched" in " ".join(built.fp16.lines())
     assert "fp16: head: overflow was not searched" in (b.out / "build.log").read_text()
 
 
 def test_a_float32_build_says_nothing_of_fp16(bench):
-    assert "fp16" not in bench().build("fp32")
+    assert bench().build("fp32").fp16 is None
 
 
 def test_with_images_overflow_is_searched_and_nothing_is_found_where_fp16_holds(bench, images):
     b = bench()
-    fields = b.build("fp16", images)
-    assert fields["fp16"]["searched"]["images"] == 6
-    assert len(fields["fp16"]["searched"]["sha256"]) == 64
-    assert fields["fp16"]["kept"] == {"backbone": {}, "head": {}}
-    assert fp16_lines(fields["fp16"]) == ["FP16: overflow searched on 6 images"]
-    assert "calibration" not in fields
+    built = b.build("fp16", images)
+    assert built.fp16.searched.images == 6
+    assert len(built.fp16.searched.sha256) == 64
+    assert built.fp16.kept == {"backbone": {}, "head": {}}
+    assert built.fp16.lines() == ["FP16: overflow searched on 6 images"]
 
 
 @pytest.mark.parametrize("version", ["8.6", "10.3", "11.4"])
@@ -323,16 +300,16 @@ def test_what_leaves_fp16_stays_in_float32_and_manifest_and_log_say_which_and_wh
     overflowing_bundle, tmp_path, monkeypatch, images, version
 ):
     b = Bench(overflowing_bundle, tmp_path, monkeypatch, version)
-    fields = b.build("fp16", images)
-    kept = fields["fp16"]["kept"]["backbone"]
+    built = b.build("fp16", images)
+    kept = built.fp16.kept["backbone"]
     assert 3 <= len(kept) < 10
     assert kept["/trunk/maxpool/MaxPool"].startswith("numbers up to ")
     assert kept["/trunk/conv1/conv/Conv"]
-    assert fields["audit"]["backbone"]["products"]["fp32"]["asked"] > 1
-    assert fields["audit"]["backbone"]["other"] == {}
+    assert built.audit["backbone"].multiplications["fp32"].asked > 1
+    assert built.audit["backbone"].other == {}
     log = (b.out / "build.log").read_text()
     assert "fp16: backbone: /trunk/maxpool/MaxPool stays FP32: numbers up to" in log
-    assert any("/trunk/maxpool/MaxPool stays FP32" in line for line in fp16_lines(fields["fp16"]))
+    assert any("/trunk/maxpool/MaxPool stays FP32" in line for line in built.fp16.lines())
     if version == "8.6":
         assert kept.keys() <= b.machine.built[0]["held"]
     else:
@@ -340,15 +317,15 @@ def test_what_leaves_fp16_stays_in_float32_and_manifest_and_log_say_which_and_wh
         assert {types[name] for name in kept if name in types} == {"fp32"}
 
 
-def test_an_int8_build_keeps_them_too_and_their_products_stay_int8(
+def test_an_int8_build_keeps_them_too_and_their_multiplications_stay_int8(
     overflowing_bundle, tmp_path, monkeypatch, tiny_market
 ):
     b = Bench(overflowing_bundle, tmp_path, monkeypatch, "10.13")
     wanted = EngineSpec(precision="int8", calib_num=4, calib_method="minmax")
-    fields = b.build("int8", choose_calibration(tiny_market, wanted))
-    assert fields["audit"]["backbone"]["products"]["int8"] == {"asked": 139, "built": 139, "untold": 0}
+    built = b.build("int8", choose_calibration(tiny_market, wanted))
+    assert built.audit["backbone"].multiplications["int8"] == Counts(139, 139)
     model = b.machine.built[0]["model"]
     first = next(n for n in model.graph.node if n.name == "/trunk/conv1/conv/Conv")
     made_by = {name: n for n in model.graph.node for name in n.output}
-    assert first.name in fields["fp16"]["kept"]["backbone"]
+    assert first.name in built.fp16.kept["backbone"]
     assert [made_by[name].op_type for name in first.input[:2]] == ["DequantizeLinear"] * 2  # and no cast between

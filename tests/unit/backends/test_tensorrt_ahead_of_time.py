@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import fake_plugin
+from helpers.tensorrt_bench import GPU, Bench
 
+from nformer_edge.backends.tensorrt import cuda
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.backends.tensorrt.plugin import ptx
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import MachineFacts
 from nformer_edge.targets import doctor, preflight
-
-HERE = Path(__file__).parent
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-test_tensorrt = load(HERE / "test_tensorrt.py")
 
 PTX = """.version 8.8
 .target sm_87
@@ -68,13 +55,13 @@ def bench(tiny_bundle, tmp_path, monkeypatch, compiler):
     """A TensorRT with Python plugins, a compiler and a driver, but no library."""
 
     def made(version, driver=(13, 0), compilers=(compiler,)):
-        b = test_tensorrt.Bench(tiny_bundle, tmp_path, monkeypatch, version)
+        b = Bench(tiny_bundle, tmp_path, monkeypatch, version)
         b.library.unlink()
         monkeypatch.delenv(plugin_library.ENVIRONMENT)
         monkeypatch.setattr(plugin_library, "plugin_places", lambda major=None: iter(()))
         monkeypatch.setattr(plugin_ahead, "find_compilers", lambda: list(compilers))
         monkeypatch.setattr(plugin_ahead, "driver_cuda", lambda: driver)
-        monkeypatch.setattr(plugin_ahead, "gpu_facts", lambda ordinal: dict(test_tensorrt.GPU))
+        monkeypatch.setattr(plugin_ahead, "gpu_facts", lambda ordinal: GPU)
         b.module = fake_plugin.fake_plugin()
         monkeypatch.setitem(sys.modules, "tensorrt.plugin", b.module)
         b.trt.int32, b.trt.float32 = fake_plugin.DataType.INT32, fake_plugin.DataType.FLOAT
@@ -97,10 +84,10 @@ def bench(tiny_bundle, tmp_path, monkeypatch, compiler):
 @pytest.mark.parametrize("version", ["10.13", "10.16", "11.4"])
 def test_without_a_library_the_plan_carries_the_kernels_and_the_manifest_says_so(bench, compiler, version):
     b = bench(version)
-    fields = b.build("fp16")
-    assert (fields["operators"], fields["plugin_sha256"]) == ("ahead-of-time", None)
-    (kernel,) = fields["kernels"]
-    assert (kernel["operator"], kernel["cuda"], kernel["ptx"]) == ("RowTopK", "12.9", "sm_87")
+    made = b.build("fp16")
+    assert (made.operators, made.plugin_sha256) == ("ahead-of-time", None)
+    (kernel,) = made.kernels
+    assert (kernel.operator, kernel.cuda, kernel.ptx) == ("RowTopK", "12.9", "sm_87")
     defined = ["-DNFORMER_TYPE=float", "-DNFORMER_ROW_TOP_K", "-DNFORMER_FACTORS=5", "-DNFORMER_COUNT=20"]
     assert compiler.asked == [(87, defined)]  # the GPU's own capability
     flags = b.trt.NetworkDefinitionCreationFlag
@@ -126,9 +113,8 @@ def test_a_library_is_taken_where_there_is_one(bench, tmp_path, monkeypatch):
     b.library.write_bytes(b"a library")
     monkeypatch.setattr(plugin_library, "plugin_places", lambda major=None: iter((b.library,)))
     b.machine.creators = set()
-    fields = b.build("fp16")
-    assert fields["operators"] == "library"
-    assert "kernels" not in fields
+    made = b.build("fp16")
+    assert (made.operators, made.kernels) == ("library", ())
 
 
 @pytest.mark.parametrize("version", ["8.6", "10.3"])
@@ -157,12 +143,12 @@ def test_what_a_callback_refuses_is_told_with_the_build(bench, compiler, monkeyp
 def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(monkeypatch):
     monkeypatch.setattr(preflight, "find_plugin", lambda major=None: None)
     monkeypatch.setattr(doctor, "find_plugin", lambda: None)
-    monkeypatch.setattr(doctor, "tensorrt_package", lambda: "10.13.3.9")
     monkeypatch.setattr(plugin_ahead, "find_compilers", lambda: [Compiler()])
 
     def told():
-        check = next(c for c in doctor.doctor()["checks"] if c["name"] == "TensorRT plugin library")
-        return check["ok"], preflight._plugin(MachineFacts(versions={"tensorrt": "10.13.3.9"}))
+        return doctor._plugin_library("10.13.3.9").ok, preflight._plugin(
+            MachineFacts(versions={"tensorrt": "10.13.3.9"})
+        )
 
     assert told() == (True, [])
     monkeypatch.setattr(plugin_ahead, "find_compilers", list)
@@ -173,13 +159,11 @@ def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(m
 
 
 def test_the_drivers_cuda_is_asked_of_the_driver(monkeypatch):
-    from nformer_edge.backends.tensorrt import gpu
-
     class Driver:
         def cuDriverGetVersion(self, number):
             number._obj.value = 12040
             return 0
 
-    monkeypatch.setattr(gpu, "driver_library", Driver)
-    assert gpu.driver_cuda() == (12, 4)
-    assert ptx.newest_for([Compiler()], gpu.driver_cuda()) is None
+    monkeypatch.setattr(cuda, "driver_library", Driver)
+    assert cuda.driver_cuda() == (12, 4)
+    assert ptx.newest_for([Compiler()], cuda.driver_cuda()) is None

@@ -39,7 +39,7 @@ ONLY_8 = {"weakly_typed.py"}
 LATER = {"ahead.py": (10, 9)}
 
 FILES = [
-    *(TENSORRT / f"{name}.py" for name in ("network", "weakly_typed", "context", "engine", "run")),
+    *(TENSORRT / f"{name}.py" for name in ("network", "weakly_typed", "context", "plan", "run")),
     *(TENSORRT / "plugin" / f"{name}.py" for name in ("library", "ahead")),
 ]
 
@@ -150,7 +150,7 @@ def test_what_is_only_for_tensorrt_8_is_called_below_10_alone():
 
 def test_kernels_go_into_plans_from_the_version_on_that_can():
     assert LATER["ahead.py"] == ahead.SINCE
-    assert ahead.lacking_ahead_of_time((10, 8))
+    assert ahead.missing_ahead_of_time((10, 8))
     flag = "PREFER_AOT_PYTHON_PLUGINS"
     for version in VERSIONS:
         listed = bindings(version)

@@ -57,12 +57,12 @@ def images(demo, tmp_path_factory):
 
 
 def build(bundle, folder, wanted, calibration=None):
-    """Fields of the manifest, and of each stage the layers."""
+    """What was built, and of each part the layers."""
     layers = {}
 
     def run(job):
         built = run_job(job)
-        layers[job.stage] = built.layers
+        layers[job.part] = built.layers
         return built
 
     return tensorrt_rtx.build(open_bundle(bundle), folder, wanted, calibration, run), layers
@@ -73,44 +73,43 @@ def fp16(demo, tmp_path_factory):
     return build(demo, tmp_path_factory.mktemp("fp16"), spec("fp16"))
 
 
-def counts(fields, stage):
-    return {kind: (c["asked"], c["built"]) for kind, c in fields["audit"][stage]["products"].items()}
+def counts(built, part):
+    return {kind: (c.asked, c.built) for kind, c in built.audit[part].multiplications.items()}
 
 
 def test_the_demos_backbone_in_fp16_has_every_convolution_in_fp16(fp16):
-    fields, layers = fp16
-    assert fields["precision"] == {"backbone": "fp16", "head": "fp16"}
-    assert counts(fields, "backbone") == {"fp16": (20, 20), "fp32": (1, 1)}
-    assert fields["audit"]["backbone"]["other"] == {}
+    made, layers = fp16
+    assert made.precision == {"backbone": "fp16", "head": "fp16"}
+    assert counts(made, "backbone") == {"fp16": (20, 20), "fp32": (1, 1)}
+    assert made.audit["backbone"].other == {}
     for layer in layers["backbone"]:
-        if {"fp32"} & {*layer["inputs"], *layer["outputs"]}:  # the images' cast, the last pooling, the neck
-            assert any("images_as_fp16" in node or "/pool" in node or "/neck" in node for node in layer["nodes"])
+        if {"fp32"} & {*layer.inputs, *layer.outputs}:  # the images' cast, the last pooling, the neck
+            assert any("images_as_fp16" in node or "/pool" in node or "/neck" in node for node in layer.nodes)
 
 
 def test_the_demos_head_in_fp16_has_its_projections_in_fp16_and_its_affinities_in_fp32(fp16):
-    fields, layers = fp16
-    (projections, built), others = counts(fields, "head")["fp16"], counts(fields, "head")["fp32"]
+    made, layers = fp16
+    (projections, built), others = counts(made, "head")["fp16"], counts(made, "head")["fp32"]
     assert projections == built == sum(n.endswith("/Gemm") for n in named(layers["head"]))
     assert others[0] == others[1] > 0
-    assert fields["audit"]["head"]["other"] == {}
-    scores = [layer for layer in layers["head"] if "node_of_score" in layer["nodes"] and layer["kind"] == "gemm"]
+    assert made.audit["head"].other == {}
+    scores = [layer for layer in layers["head"] if "node_of_score" in layer.nodes and layer.kind == "gemm"]
     assert scores
-    assert all(set(layer["inputs"]) == {"fp32"} for layer in scores)
+    assert all(set(layer.inputs) == {"fp32"} for layer in scores)
 
 
 def named(layers):
-    return {node for layer in layers for node in layer["nodes"]}
+    return {node for layer in layers for node in layer.nodes}
 
 
 def test_the_demos_backbone_in_int8_has_every_convolution_in_int8_and_its_neck_in_fp32(demo, images, tmp_path):
     wanted = spec("int8")
-    fields, layers = build(demo, tmp_path, wanted, choose_calibration(images, wanted))
-    assert fields["precision"] == {"backbone": "int8", "head": "fp16"}
-    assert counts(fields, "backbone") == {"int8": (20, 20), "fp32": (1, 1)}
-    convolutions = [layer for layer in layers["backbone"] if layer["kind"] == "correlation"]
+    made, layers = build(demo, tmp_path, wanted, choose_calibration(images, wanted))
+    assert made.precision == {"backbone": "int8", "head": "fp16"}
+    assert counts(made, "backbone") == {"int8": (20, 20), "fp32": (1, 1)}
+    convolutions = [layer for layer in layers["backbone"] if layer.kind == "correlation"]
     assert len(convolutions) == 20
-    assert all(set(layer["inputs"]) == {"int8"} for layer in convolutions)
-    assert fields["calibration"]["num"] == 4
+    assert all(set(layer.inputs) == {"int8"} for layer in convolutions)
     with np.load(tmp_path / "golden.npz") as found, np.load(demo / "golden.npz") as exported:
         assert cosines(found["features"], exported["features"]).min() >= 0.9
         assert not np.array_equal(found["features"], exported["features"])
@@ -124,10 +123,10 @@ def test_an_engine_is_plain_plans_with_a_manifest_that_tells_what_they_are(tiny_
     graphs = {"prepared-backbone.onnx", "prepared-nformer.onnx", "compare.sh", "compare_inputs.py"}
     assert {"backbone.engine", "nformer.engine", "build.log", "golden.npz", *graphs} == set(manifest["files"])
     assert manifest["versions"]["tensorrt_rtx"].startswith("1.")
-    assert manifest["built_for"] == {"compute_capabilities": ["8.9", "12.0"]}
+    assert manifest["built_for"]["compute_capabilities"] == ["8.9", "12.0"]
     assert manifest["profiles"]["head"]["features"] == [[100, 32], [200, 32], [500, 32]]
     summary = describe_engine(engine)["summary"]
-    assert "head: products as built: 8 of 8 in FP16" in summary
+    assert "head: convolutions and matrix multiplications as built: 8 of 8 in FP16" in summary
     assert "FP16: overflow was not searched, the policy stands alone; --calib-data DIR" in summary
     assert "info: " in (engine / "build.log").read_text()
     with np.load(engine / "golden.npz") as z:  # 96 rows of the self-test are below the head's profile
@@ -141,9 +140,9 @@ def test_what_leaves_fp16_is_built_in_float32_and_the_summary_says_so(overflowin
     kept = manifest["fp16"]["kept"]["backbone"]
     assert manifest["fp16"]["searched"]["images"] == 4
     assert kept["/trunk/maxpool/MaxPool"].startswith("numbers up to")
-    products = manifest["audit"]["backbone"]["products"]
-    assert products["fp32"] == {"asked": 4, "built": 4, "untold": 0}  # the layer, its two readers and the neck
-    assert products["fp16"]["asked"] == products["fp16"]["built"] == 184
+    found = manifest["audit"]["backbone"]["multiplications"]
+    assert found["fp32"] == {"asked": 4, "built": 4, "unknown": 0}  # the layer, its two readers and the neck
+    assert found["fp16"]["asked"] == found["fp16"]["built"] == 184
     assert manifest["audit"]["backbone"]["other"] == {}
     summary = describe_engine(engine)["summary"]
     assert "FP16: overflow searched on 4 images" in summary

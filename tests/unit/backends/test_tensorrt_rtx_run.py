@@ -13,10 +13,11 @@ import pytest
 PROGRAM = """
 import tensorrt_rtx as trt
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.backends.tensorrt.engine import BACKBONE_STAGE, Stage, make_logger
+from nformer_edge.backends.tensorrt.cuda import Gpu
+from nformer_edge.backends.tensorrt.plan import BACKBONE, Plan, make_logger
 
 class Device:
-    name = "a machine without a GPU"
+    gpu = Gpu("a machine without a GPU", "8.9", 0)
 
 logger = make_logger(trt)
 builder = trt.Builder(logger)
@@ -31,7 +32,7 @@ plan = bytes(builder.build_serialized_network(network, config))
 runtime = trt.Runtime(logger)
 for name, data in (("other", b"no plan" * 100), ("truncated", plan[:-100]), ("whole", plan)):
     try:
-        Stage(trt, runtime, logger, Device(), BACKBONE_STAGE, data)
+        Plan(trt, runtime, logger, Device(), BACKBONE, data)
         print(name, "opened")
     except ArtifactError as e:
         print(name, e)

@@ -19,7 +19,6 @@ from nformer_edge.gallery.model import search
 from nformer_edge.gallery.protocols import relate_each, relate_sets
 from nformer_edge.gallery.search import Matches, top_matches
 from nformer_edge.ops.contract import draw_landmarks
-from nformer_edge.targets.doctor import doctor, format_doctor
 
 
 @pytest.fixture(scope="module")
@@ -205,15 +204,3 @@ def test_a_search_without_images_is_refused(tiny_bundle, tmp_path, tiny_market):
         search(tiny_bundle, [tmp_path / "empty"], tiny_market)
     with pytest.raises(DataError, match="no such file"):
         search(tiny_bundle, [tmp_path / "none.jpg"], tiny_market)
-
-
-def test_the_doctor_names_the_next_step_for_whatever_is_missing():
-    found = doctor()
-    json.dumps(found)
-    assert {"PyTorch", "onnxruntime", "NVIDIA GPU", "JetPack", "TensorRT", "native CPU kernels"} <= {
-        c["name"] for c in found["checks"]
-    }
-    assert all(c["next"] for c in found["checks"] if not c["ok"])
-    assert all(c["found"] for c in found["checks"] if c["ok"])
-    text = format_doctor(found)
-    assert all(c["name"] in text for c in found["checks"])

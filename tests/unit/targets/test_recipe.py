@@ -12,7 +12,8 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import Conditions, MachineFacts, conditions, package_version, version_key
 from nformer_edge.core.machine import machine as look_around
 from nformer_edge.targets import recipe
-from nformer_edge.targets.preflight import format_preflight, preflight, require_match
+from nformer_edge.targets.doctor import Doctor, doctor
+from nformer_edge.targets.preflight import Preflight, preflight, require_match
 from nformer_edge.targets.recipe import read_target, target_names
 
 ORIN = MachineFacts(
@@ -34,7 +35,7 @@ def library(tmp_path, monkeypatch):
 
 
 def what(target_name, machine, now=MAXN, **settings):
-    return {m.what: m for m in preflight(read_target(target_name), machine, now, **settings)}
+    return {m.what: m for m in preflight(read_target(target_name), machine, now, **settings).mismatches}
 
 
 def test_every_target_of_the_house_has_a_recipe_that_reads():
@@ -69,7 +70,12 @@ def test_a_misspelt_target_is_refused_with_the_nearest_name():
     [
         ("summary = 'x'\n[engine]\nbackend = 'tensorrt'\nprecision = 'int9'", "engine.precision: got 'int9'"),
         ("summary = 'x'\n[engine]\nbackend = 'tensorrt'\nprecision = 'int8'\nbatch = [8, 4, 1]", "batch: got"),
-        ("summary = 'x'\n[engine]\nbackend = 'tensorrt'\nprecision = 'int8'\n[machine]\ncuda = ['12']", "cuda: got"),
+        (
+            "summary = 'x'\n[engine]\nbackend = 'tensorrt'\nprecision = 'int8'\n[machine]\nversions.cuda = ['12']",
+            "cuda: got",
+        ),
+        ("summary = 'x'\n[engine]\nbackend = 'tensorrt'\nprecision = 'int8'\n[machine]\nversions.cudo = []", "'cudo'"),
+        ("summary = 'x'\n[engine]\nbackend = 'tensorrt'", "engine: got no backend or no precision"),
         ("sumary = 'x'", "Did you mean 'summary'"),
         ("= x", "no readable TOML"),
     ],
@@ -87,8 +93,8 @@ def test_a_recipe_of_ones_own_is_read(tmp_path):
 
 def test_a_machine_that_matches_has_nothing_to_mend(library):
     assert what("jetson-orin-jp62", ORIN) == {}
-    assert require_match(read_target("jetson-orin-jp62"), ORIN, MAXN) == []
-    assert "all matches" in format_preflight("mine", "a device", "", [])
+    assert require_match(read_target("jetson-orin-jp62"), ORIN, MAXN).mismatches == ()
+    assert "all matches" in str(Preflight("mine", "a device", "", ()))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_what_is_in_the_way_is_named_with_its_mend(library, field, value, name, 
 )
 def test_what_only_costs_time_does_not_block(library, field, value, name):
     machine, now = (dataclasses.replace(v, **{field: value}) if hasattr(v, field) else v for v in (ORIN, MAXN))
-    (mismatch,) = require_match(read_target("jetson-orin-jp62"), machine, now)
+    (mismatch,) = require_match(read_target("jetson-orin-jp62"), machine, now).mismatches
     assert (mismatch.what, mismatch.blocks) == (name, False)
 
 
@@ -180,15 +186,23 @@ def test_a_version_is_told_without_importing_and_without_metadata(tmp_path, monk
 
 
 def test_the_doctor_compares_with_a_target():
-    from nformer_edge.targets.doctor import doctor, format_doctor
-
     found = doctor("jetson-orin-jp62")
-    assert found["target"]["name"] == "jetson-orin-jp62"
-    assert any(m["what"] == "l4t" and m["blocks"] for m in found["target"]["mismatches"])
-    assert "NO    l4t: got none, expected from 36.4" in format_doctor(found)
-    assert "target" not in doctor()
+    assert found.target.name == "jetson-orin-jp62"
+    assert any(m.what == "l4t" and m.blocks for m in found.target.mismatches)
+    assert "NO    l4t: got none, expected from 36.4" in str(found)
+    assert Doctor.from_json(found.to_json()) == found
+    assert doctor().target is None
 
 
 def test_versions_compare_by_number():
     assert version_key("10.13.3.9.post1") == (10, 13, 3, 9)
     assert version_key("10.3") < version_key("10.13") < version_key("11")
+
+
+def test_the_doctor_names_the_next_step_for_whatever_is_missing():
+    found = doctor()
+    assert {"PyTorch", "onnxruntime", "NVIDIA GPU", "JetPack", "tensorrt", "native CPU kernels"} <= {
+        c.name for c in found.checks
+    }
+    assert all(bool(c.hint) != c.ok for c in found.checks)
+    assert all(c.name in str(found) for c in found.checks)

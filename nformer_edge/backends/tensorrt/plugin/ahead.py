@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from nformer_edge.backends.tensorrt.gpu import driver_cuda, gpu_facts
+from nformer_edge.backends.engine import KernelInPlan
+from nformer_edge.backends.tensorrt.cuda import driver_cuda, gpu_facts
 from nformer_edge.backends.tensorrt.plugin.kernels import (
-    MOST_NEIGHBORS,
+    MAX_NEIGHBORS,
     Kernel,
     compile_attention,
     compile_row_top_k,
@@ -34,11 +35,13 @@ _COMPILER = (
     "CUDA Version or less (13: nvidia-cuda-nvrtc, nvidia-cuda-runtime, without -cu12)."
 )
 
+_Types = Mapping[str, object]
+
 #: TensorRT reserves the empty namespace, which the library's plugins have.
 NAMESPACE = DOMAIN
 
 
-def lacking_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
+def missing_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     """Why kernels cannot go into a plan here, in words that follow "got"; "" where they can."""
     if not tensorrt:
         return "no TensorRT that puts kernels into plans"
@@ -48,7 +51,7 @@ def lacking_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
 
 
 def hint_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
-    """The command that makes `lacking_ahead_of_time` empty."""
+    """The command that makes `missing_ahead_of_time` empty."""
     return _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
 
 
@@ -71,13 +74,9 @@ def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> Ahe
     driver, found = driver_cuda(), find_compilers()
     compiler = newest_for(found, driver)
     if compiler is None:
-        raise BackendError(
-            "CUDA compiler",
-            ", ".join(map(str, found)) or "none",
-            f"NVRTC or nvcc of CUDA {_text(driver)}, the driver's, or down to {_text(OLDEST_NVRTC)}",
-            _COMPILER,
-        )
-    capability = "8.0" if hardware_compat == "ampere_plus" else str(gpu_facts(0)["compute_capability"])
+        got, versions = ", ".join(map(str, found)) or "none", f"{_text(driver)}, the driver's, or down to"
+        raise BackendError("CUDA compiler", got, f"NVRTC or nvcc of CUDA {versions} {_text(OLDEST_NVRTC)}", _COMPILER)
+    capability = "8.0" if hardware_compat == "ampere_plus" else gpu_facts(0).compute_capability
     return AheadOfTime(trt, compiler, int(capability.replace(".", "")), errors)
 
 
@@ -103,30 +102,20 @@ class AheadOfTime:
         try:
             self._plugin = importlib.import_module(f"{trt.__name__}.plugin")
         except ImportError as e:
-            raise BackendError(
-                f"{trt.__name__}.plugin",
-                f"none ({e})",
-                "TensorRT's Python plugins",
-                "nformer-edge build-plugin builds a library instead.",
-            ) from e
+            hint = "nformer-edge build-plugin builds a library instead."
+            raise BackendError(f"{trt.__name__}.plugin", f"none ({e})", "TensorRT's Python plugins", hint) from e
         try:
             self._register_row_top_k()
             self._register_attention()
         except ValueError as e:
-            raise BackendError(
-                NAMESPACE,
-                f"a refusal of TensorRT {trt.__version__}: {e}",
-                "two new operators",
-                "Start a new process: they are registered once in each.",
-            ) from e
+            hint = "Start a new process: they are registered once in each."
+            got = f"a refusal of TensorRT {trt.__version__}: {e}"
+            raise BackendError(NAMESPACE, got, "two new operators", hint) from e
 
-    def facts(self) -> list[dict[str, Any]]:
-        """Of each kernel that was handed over for the plan, as a manifest's ``kernels`` has them."""
+    def facts(self) -> tuple[KernelInPlan, ...]:
+        """Of each kernel that was handed over for the plan."""
         cuda = _text(self._compiler.version)
-        return [
-            {"operator": kernel.operator, "entry": kernel.entry, "sha256": sha256, "cuda": cuda, "ptx": kernel.target}
-            for sha256, kernel in self.kernels.items()
-        ]
+        return tuple(KernelInPlan(k.operator, k.entry, sha256, cuda, k.target) for sha256, k in self.kernels.items())
 
     def _register_row_top_k(self) -> None:
         trtp, tensor = self._plugin, self._plugin.TensorDesc
@@ -157,7 +146,7 @@ class AheadOfTime:
 
         def kernel(a: Any, b: Any, v: Any, neighbors: Any, scale: Any, outputs: Any, tactic: int) -> Any:
             (heads, rows, factors), (lists, _, count) = a.shape_expr, neighbors.shape_expr
-            longest = _known(count) or MOST_NEIGHBORS
+            longest = _known(count) or MAX_NEIGHBORS
             compiled = compile_attention(self._compiler, self._architecture, self._kind(a), longest)
             numbers = [heads, rows, factors, v.shape_expr[2], lists, count, *float_halves(scale[0])]
             return self._launch(compiled, heads, rows, numbers)
@@ -165,9 +154,7 @@ class AheadOfTime:
         inputs = {"a": tensor, "b": tensor, "v": tensor, "neighbors": tensor, "scale": _array_of(np.float32)}
         self._register(RECIPROCAL_NEIGHBOR_ATTENTION, shape, types, kernel, inputs)
 
-    def _register(
-        self, name: str, shape: Callable, types: Callable, kernel: Callable, parameters: dict[str, Any]
-    ) -> None:
+    def _register(self, name: str, shape: Callable, types: Callable, kernel: Callable, parameters: _Types) -> None:
         """TensorRT reads a function's parameters and annotations, which here follow the version that is installed."""
         trtp = self._plugin
         types_of_kernel: Any = tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[name-defined]
@@ -208,7 +195,7 @@ def _text(version: tuple[int, ...]) -> str:
 
 
 def _known(size: Any) -> int:
-    """A size that the graph tells, or 0."""
+    """A size that the graph knows, or 0."""
     return int(size.constant_value()) if size.is_constant else 0
 
 

@@ -11,22 +11,22 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, KIND, LIBRARY, default_folder
+from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, KIND, LIBRARY, PluginManifest, default_folder
 from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import machine, version_key
+from nformer_edge.core.machine import machine, usable_cores, version_key
 from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.core.values import Result, to_table
 
 _HERE = Path(__file__).resolve()
 
 #: The CMake project: in an installed package, and in a checkout.
 _SOURCES = (_HERE.parents[3] / "plugins", _HERE.parents[4] / "plugins")
 
-_LEAST_CMAKE = "3.20"
+_OLDEST_CMAKE = "3.20"
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,47 @@ class Tools:
     tensorrt: str  # the headers' version
 
 
+@dataclass(frozen=True)
+class Plugin(Result):
+    """A plugin library that was built.
+
+    Args:
+        library: the file.
+        sha256: of it.
+        facts: what its manifest says.
+        log: of the build.
+        found: whether it lies where engines look for it; else an environment variable has to name it.
+    """
+
+    kind = "plugin"
+    version = 2
+
+    library: Path
+    sha256: str
+    facts: PluginManifest
+    log: Path
+    found: bool = True
+
+    def __str__(self) -> str:
+        built = self.facts
+        codes = ", ".join(f"sm_{a}" for a in built.architectures)
+        lines = [
+            f"wrote {self.library}",
+            f"  sha256 {self.sha256}",
+            f"  for TensorRT {built.tensorrt.partition('.')[0]} (headers {built.tensorrt}), CUDA {built.cuda}",
+            f"  machine code for {codes}; PTX of compute_{built.ptx} for later ones",
+        ]
+        lines += [] if self.found else [f"  engines find it once {ENVIRONMENT}={self.library} is set"]
+        return "\n".join(lines)
+
+
 def build_plugin(
     out: str | os.PathLike[str] | None = None,
     *,
     tensorrt_root: str | os.PathLike[str] | None = None,
     nvcc: str | os.PathLike[str] | None = None,
     architectures: str = "auto",
-) -> dict[str, Any]:
+) -> Plugin:
     """Builds `libnformer_plugins.so` into a folder with its manifest and the build's log.
 
     Args:
@@ -54,9 +88,6 @@ def build_plugin(
         nvcc: the CUDA compiler; $CUDACXX, $PATH, $CUDA_HOME or /usr/local/cuda if None.
         architectures: ``auto`` is this machine's GPU, or all that nvcc has where there is none; ``all``; or compute
             capabilities times ten, such as ``87,89``.
-
-    Returns:
-        JSON of kind ``plugin``: library, sha256, tensorrt, cuda, architectures, ptx, log.
 
     Raises:
         BackendError: for what is missing, all of it at once; or with the compiler's last words.
@@ -67,33 +98,14 @@ def build_plugin(
     folder = Path(out) if out is not None else default_folder(version_key(tools.tensorrt)[0])
     with tempfile.TemporaryDirectory(prefix="nformer-plugins-") as scratch, atomic_folder(folder, KIND) as new:
         log = Path(scratch) / "build.log"
-        configured = _cmake(tools, Path(scratch) / "build", log, wanted, tensorrt_root)
+        architectures_built, ptx = _cmake(tools, Path(scratch) / "build", log, wanted, tensorrt_root)
         shutil.copyfile(Path(scratch) / "build" / LIBRARY, new / LIBRARY)
         shutil.copyfile(log, new / log.name)
         _opens(new / LIBRARY)
-        facts = {"tensorrt": tools.tensorrt, "cuda": _nvcc_version(tools.nvcc), **configured}
-        write_manifest(new, KIND, facts)
-    return {
-        "kind": "plugin",
-        "library": str(folder / LIBRARY),
-        "sha256": sha256_file(folder / LIBRARY),
-        **facts,
-        "log": str(folder / "build.log"),
-    }
-
-
-def format_plugin(built: dict[str, Any], out: str | None = None) -> str:
-    """What `build_plugin` returned, as text."""
-    codes = ", ".join(f"sm_{a}" for a in built["architectures"])
-    lines = [
-        f"wrote {built['library']}",
-        f"  sha256 {built['sha256']}",
-        f"  for TensorRT {built['tensorrt'].partition('.')[0]} (headers {built['tensorrt']}), CUDA {built['cuda']}",
-        f"  machine code for {codes}; PTX of compute_{built['ptx']} for later ones",
-    ]
-    if out is not None:
-        lines.append(f"  engines find it once {ENVIRONMENT}={built['library']} is set")
-    return "\n".join(lines)
+        facts = PluginManifest(tools.tensorrt, _nvcc_version(tools.nvcc), architectures_built, ptx)
+        write_manifest(new, KIND, to_table(facts))
+    found = out is None
+    return Plugin(folder / LIBRARY, sha256_file(folder / LIBRARY), facts, folder / "build.log", found)
 
 
 def find_tools(
@@ -107,7 +119,7 @@ def find_tools(
     compiler, cmake, headers = find_nvcc(nvcc), _find_cmake(), find_headers(tensorrt_root)
     missing = []
     if cmake is None:
-        missing.append(f"CMake {_LEAST_CMAKE} or newer (pip install cmake)")
+        missing.append(f"CMake {_OLDEST_CMAKE} or newer (pip install cmake)")
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         missing.append("C++17 compiler (apt install g++)")
     if compiler is None:
@@ -116,16 +128,11 @@ def find_tools(
         where = f" under {tensorrt_root}" if tensorrt_root else ""
         missing.append(
             f"TensorRT's headers{where}, NvInferVersion.h (JetPack: apt install nvidia-jetpack; a PC: apt install "
-            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; Python wheels have none, and from "
-            "10.9 on build-engine can do without this library: nformer-edge doctor)"
+            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; without them: nformer-edge doctor)"
         )
     if cmake is None or compiler is None or headers is None or missing:
-        raise BackendError(
-            "build-plugin",
-            "no " + "; no ".join(missing),
-            "all of it on this machine",
-            "Install what is missing and run it again.",
-        )
+        hint = "Install what is missing and run it again."
+        raise BackendError("build-plugin", "no " + "; no ".join(missing), "all of it on this machine", hint)
     return Tools(cmake, compiler, headers, headers_version(headers))
 
 
@@ -164,12 +171,8 @@ def headers_version(folder: Path) -> str:
         value = defined.get(f"NV_TENSORRT_{part}", "")
         numbers.append(defined.get(value, value))
     if not all(n.isdecimal() for n in numbers):
-        raise BackendError(
-            str(folder / "NvInferVersion.h"),
-            "no version in it",
-            "TensorRT's own header",
-            "Name another folder in --tensorrt-root.",
-        )
+        hint = "Name another folder in --tensorrt-root."
+        raise BackendError(str(folder / "NvInferVersion.h"), "no version in it", "TensorRT's own header", hint)
     return ".".join(numbers)
 
 
@@ -188,7 +191,7 @@ def _architectures(said: str) -> list[str]:
         return []
     wanted = [a.strip() for a in said.split(",")]
     if not all(re.fullmatch(r"\d{2,3}", a) for a in wanted):
-        raise UsageError("arch", repr(said), "auto, all, or such as 87,89", "Mend --arch.")
+        raise UsageError("arch", repr(said), "auto, all, or such as 87,89", "Correct --arch.")
     return wanted
 
 
@@ -197,28 +200,24 @@ def _find_cmake() -> Path | None:
     for found in (shutil.which("cmake", path=str(Path(sys.executable).parent)), shutil.which("cmake")):
         said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout if found else ""
         version = re.search(r"cmake version ([\d.]+)", said)
-        if found and version and version_key(version[1]) >= version_key(_LEAST_CMAKE):
+        if found and version and version_key(version[1]) >= version_key(_OLDEST_CMAKE):
             return Path(found)
     return None
 
 
 def _cmake(
     tools: Tools, build: Path, log: Path, wanted: list[str], root: str | os.PathLike[str] | None
-) -> dict[str, Any]:
-    """Configures and builds. Returns ``architectures`` and ``ptx`` as CMake settled them."""
+) -> tuple[tuple[str, ...], str]:
+    """Configures and builds. Returns the architectures and that of the PTX, as CMake settled them."""
     command = [str(tools.cmake), "-S", str(sources_folder()), "-B", str(build)]
     command += [f"-DTENSORRT_INCLUDE={tools.headers}", f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"]
     command += [f"-DTENSORRT_ROOT={Path(root).resolve()}"] if root else []
     command += [f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(wanted)}"] if wanted else []
     _run(command, log, "configuring")
-    _run([str(tools.cmake), "--build", str(build), "--parallel", str(_jobs())], log, "compiling")
+    _run([str(tools.cmake), "--build", str(build), "--parallel", str(usable_cores())], log, "compiling")
     settled = re.search(r"Architectures: ([\w,]+), PTX compute_(\d+)", log.read_text(errors="replace"))
     assert settled is not None, "plugins/CMakeLists.txt prints it"
-    return {"architectures": [a.removeprefix("sm_") for a in settled[1].split(",")], "ptx": settled[2]}
-
-
-def _jobs() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return tuple(a.removeprefix("sm_") for a in settled[1].split(",")), settled[2]
 
 
 def _run(command: list[str], log: Path, doing: str) -> None:
@@ -237,9 +236,8 @@ def _run(command: list[str], log: Path, doing: str) -> None:
                 bar.update(int(percent[1]) - bar.n)
     if work.returncode != 0:
         words = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line] or ["no word of why"]
-        raise BackendError(
-            f"build-plugin: {doing}", " ".join(words[0].split()), "success", f"The whole log: {_kept(log)}"
-        )
+        got = " ".join(words[0].split())
+        raise BackendError(f"build-plugin: {doing}", got, "success", f"The whole log: {_kept(log)}")
 
 
 def _kept(log: Path) -> str:
@@ -251,16 +249,12 @@ def _kept(log: Path) -> str:
 
 
 def _opens(library: Path) -> None:
-    """Opens it in a process of its own: whatever it lacks shows now and not on the first engine."""
+    """Opens it in a process of its own: whatever is missing shows now and not on the first engine."""
     program = f"import ctypes, os; ctypes.CDLL({str(library)!r}, mode=os.RTLD_NOW).nformer_register_plugins"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BackendError(
-            "build-plugin",
-            done.stderr.strip().splitlines()[-1],
-            "a library that opens",
-            "Use the compiler and the TensorRT of this machine.",
-        )
+        hint = "Use the compiler and the TensorRT of this machine."
+        raise BackendError("build-plugin", done.stderr.strip().splitlines()[-1], "a library that opens", hint)
 
 
 def _nvcc_version(nvcc: Path) -> str:

@@ -7,11 +7,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
+from nformer_edge.core.artifact import MANIFEST, open_artifact, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.values import from_json
 from nformer_edge.ops.contract import RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
 
 LIBRARY = "libnformer_plugins.so"
@@ -68,16 +70,33 @@ def find_plugin(major: int | None = None, sha256: str = "", beside: Path | None 
     return None
 
 
-def plugin_facts(library: Path) -> dict[str, Any]:
-    """What the manifest beside a library says of it: sha256, TensorRT version, architectures; {} where there is none.
+@dataclass(frozen=True)
+class PluginManifest:
+    """What the manifest beside a library says.
+
+    Args:
+        tensorrt: version of the headers that it was built with.
+        cuda: version of the compiler.
+        architectures: compute capabilities times ten with machine code in it.
+        ptx: the one whose PTX later GPUs compile.
+    """
+
+    tensorrt: str
+    cuda: str = ""
+    architectures: tuple[str, ...] = ()
+    ptx: str = ""
+
+
+def read_plugin(library: Path) -> PluginManifest | None:
+    """What the manifest beside a library says of it; None where there is none.
 
     Raises:
         ArtifactError: if there is a manifest and the library is not the file that it lists.
     """
     if not (library.parent / MANIFEST).is_file():
-        return {}
-    manifest = read_manifest(library.parent, KIND)
-    return {**manifest, "sha256": manifest["files"][library.name]["sha256"]}
+        return None
+    fields = open_artifact(library.parent, KIND).fields
+    return from_json(PluginManifest, fields, str(library.parent), error=ArtifactError)
 
 
 def load_plugin(trt: Any, library: Path, sha256: str) -> None:
@@ -94,23 +113,15 @@ def load_plugin(trt: Any, library: Path, sha256: str) -> None:
     """
     actual = sha256_file(library)
     if actual != sha256:
-        raise ArtifactError(
-            str(library),
-            f"sha256 {actual[:12]}...",
-            f"{sha256[:12]}...",
-            "Build the engine again with this library, or bring back the other one.",
-        )
+        hint = "Build the engine again with this library, or bring back the other one."
+        raise ArtifactError(str(library), f"sha256 {actual[:12]}...", f"{sha256[:12]}...", hint)
     with _lock:
         if sha256 in _loaded:
             return
         registry = trt.get_plugin_registry()
         if _registered(registry):
-            raise BackendError(
-                str(library),
-                f"plugins named {' and '.join(CREATORS)} that this process loaded before",
-                "only those of this library",
-                "Start a new process: one library a process.",
-            )
+            got = f"plugins named {' and '.join(CREATORS)} that this process loaded before"
+            raise BackendError(str(library), got, "only those of this library", "Start a new process for it.")
         try:
             handle = _load(registry, library)
         except OSError as e:
@@ -133,9 +144,5 @@ def _registered(registry: Any) -> bool:
 
 
 def _refused(trt: Any, library: Path, why: str) -> BackendError:
-    return BackendError(
-        str(library),
-        why,
-        f"a plugin library that TensorRT {trt.__version__} takes",
-        "Build it for this version: nformer-edge build-plugin",
-    )
+    expected = f"a plugin library that TensorRT {trt.__version__} takes"
+    return BackendError(str(library), why, expected, "Build it for this version: nformer-edge build-plugin")

@@ -184,9 +184,5 @@ def _nvrtc_architectures(nvrtc: Any) -> tuple[int, ...]:
 
 
 def _refused(source: Path, compiler: str, said: str) -> BackendError:
-    return BackendError(
-        source.name,
-        f"a refusal of {compiler}: {said.strip()[-2000:]}",
-        "PTX",
-        "Report this with the words above, or use another version of the compiler.",
-    )
+    hint = "Report this with the words above, or use another version of the compiler."
+    return BackendError(source.name, f"a refusal of {compiler}: {said.strip()[-2000:]}", "PTX", hint)
