@@ -158,7 +158,7 @@ def _summary(args: Args) -> None:
 def _train(args: Args) -> None:
     from nformer_edge.training.config import configure
     from nformer_edge.training.stored import train_from_features
-    from nformer_edge.training.train import format_history, train
+    from nformer_edge.training.train import train
 
     config = configure(
         args.config or args.preset,
@@ -185,7 +185,7 @@ def _train(args: Args) -> None:
     else:
         history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, **how)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
-        _show(args, history, format_history(history))
+        _show(args, history)
 
 
 @_command(

@@ -57,9 +57,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
     return {"kind": "demo", "results": plain, **told}
 
 
-def _make_models(
-    out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock
-) -> tuple[dict[str, Path], dict[str, Any]]:
+def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock) -> tuple[dict[str, Path], Result]:
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
     from nformer_edge.backends.build import EngineSpec, build_engine
     from nformer_edge.exporting.export import export_bundle

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import ModelSpec, from_dict, to_dict
+from nformer_edge.core.values import JSON
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.tensorfile import TensorFile
@@ -34,7 +35,7 @@ class Checkpoint:
     spec: ModelSpec
     backbone: Backbone | None
     head: NFormer | None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, JSON] = field(default_factory=dict)
     sha256: str = ""
 
 
@@ -43,7 +44,7 @@ def save_checkpoint(
     spec: ModelSpec,
     backbone: Backbone | None = None,
     head: NFormer | None = None,
-    extra: dict[str, Any] | None = None,
+    extra: Mapping[str, JSON] | None = None,
 ) -> str:
     """Writes a checkpoint atomically: a killed run leaves the old file or the new one.
 

@@ -19,10 +19,11 @@ from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import BackboneConfig
-from nformer_edge.training.course import Course
+from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import Criterion
 from nformer_edge.training.norms import share_batch_norm
 from nformer_edge.training.optimize import Optimizer
+from nformer_edge.training.state import TrainingState
 
 Watch = Callable[[Backbone], float]
 
@@ -37,14 +38,14 @@ def train_backbone(
     watch: Watch | None = None,
     compute: Compute | None = None,
     **kept: Any,
-) -> list[dict[str, Any]]:
+) -> list[Epoch]:
     """Trains `backbone` in place and leaves it in evaluation mode.
 
     Args:
         images: what to learn from.
         watch: called after each epoch with the backbone in evaluation mode; returns the held-out mAP.
         compute: who computes; one process in float32 on `device` if None.
-        kept: ``state``, ``on_row`` and ``on_best`` of `Course`: to go on after an interruption, and to look on.
+        kept: ``state``, ``on_row`` and ``on_best`` of `TrainingState`: to go on after an interruption, and to look on.
 
     Returns:
         One row an epoch: epoch, loss, accuracy, lr, seconds and, with `watch`, held_out_map (0..1).
@@ -62,35 +63,35 @@ def train_backbone(
     criterion.to(compute.device, compute.dtype)
     backbone.to(compute.device, compute.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = share_batch_norm(backbone, compute.device) if compute.world > 1 else backbone
-    course = Course(trained, criterion, Optimizer(trained, criterion, config, compute), watch=watch, **kept)
-    course.restore()
-    with course.bar("backbone", config.epochs) as bar:
-        while course.epoch < config.epochs:
-            _epoch(course, loader)
-            row = course.close_epoch()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
+    state = TrainingState(trained, criterion, Optimizer(trained, criterion, config, compute), watch=watch, **kept)
+    state.restore()
+    with state.bar("backbone", config.epochs) as bar:
+        while state.epoch < config.epochs:
+            _epoch(state, loader)
+            row = state.close_epoch()
+            bar.set_postfix(loss=f"{row.loss:.3f}", accuracy=f"{row.accuracy:.3f}")
             bar.update()
-    course.finish()
+    state.finish()
     if trained is not backbone:
         backbone.load_state_dict(trained.state_dict())
     backbone.to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return course.rows
+    return state.rows
 
 
-def _epoch(course: Course, loader: TrainLoader) -> None:
+def _epoch(state: TrainingState, loader: TrainLoader) -> None:
     """What is left of the epoch."""
-    compute, optimizer = course.compute, course.optimizer
-    course.model.train()
-    loader.set_epoch(course.epoch, course.step)
+    compute, optimizer = state.compute, state.optimizer
+    state.model.train()
+    loader.set_epoch(state.epoch, state.step)
     total = len(loader)
     for images, labels in loader:
-        part = optimizer.part(course.step, total)
-        optimizer.schedule(course.epoch + (course.step - part[0]) / total)
+        part = optimizer.part(state.step, total)
+        optimizer.schedule(state.epoch + (state.step - part[0]) / total)
         batch = images.to(compute.device, compute.dtype, memory_format=torch.channels_last)
         before, after = compute.forward(partial(Backbone.both, images=batch), sync=part[0] == part[1] - 1)
         before, after = compute.gather(before.to(compute.dtype)), compute.gather(after.to(compute.dtype))
-        loss, accuracy = course.criterion(before, after, compute.gather(labels.to(compute.device)))
-        course.took(optimizer.step(loss, part), float(accuracy), part)
+        loss, accuracy = state.criterion(before, after, compute.gather(labels.to(compute.device)))
+        state.took(optimizer.step(loss, part), float(accuracy), part)
 
 
 @torch.inference_mode()

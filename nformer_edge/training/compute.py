@@ -8,7 +8,7 @@ looked for in the whole batch, and R ranks do what one rank does with the same b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nformer_edge.core.errors import BackendError, UsageError
+from nformer_edge.core.values import JSON, Table, to_table
 from nformer_edge.training.config import Precision
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,11 +82,11 @@ class Compute:
             )
         return count // self.world
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Table:
         """What of the step itself must be kept to go on: the loss scaler, as JSON."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, JSON]) -> None:
         """Takes back what `state` gave."""
 
 
@@ -160,10 +161,10 @@ class FabricCompute(Compute):
     def wait(self) -> None:
         self.fabric.barrier()
 
-    def state(self) -> dict[str, Any]:
-        return dict(self.scaler.state_dict()) if self.scaler is not None else {}
+    def state(self) -> Table:
+        return to_table(self.scaler.state_dict()) if self.scaler is not None else {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, JSON]) -> None:
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 

@@ -222,7 +222,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     """
     try:
         with open(path, "rb") as file:
-            data: dict[str, Any] = tomllib.load(file)
+            data = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(str(path), str(e), "a TOML file", "Check the file.") from e
     if isinstance(model := data.get("model"), dict):

@@ -19,9 +19,10 @@ from nformer_edge.model.start import start_as_reciprocal_mean
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import HeadConfig
-from nformer_edge.training.course import Course
+from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import Criterion
 from nformer_edge.training.optimize import Optimizer
+from nformer_edge.training.state import TrainingState
 
 Watch = Callable[[NFormer], float]
 
@@ -36,15 +37,15 @@ def train_head(
     watch: Watch | None = None,
     compute: Compute | None = None,
     **kept: Any,
-) -> tuple[NFormer, list[dict[str, Any]]]:
+) -> tuple[NFormer, list[Epoch]]:
     """Trains a head on the features of the training images.
 
     Args:
         views: the same images in the same order, each time augmented otherwise; one will do.
         watch: called before the first and after each epoch; returns the held-out mAP. The best epoch's head is kept.
         compute: who computes; one process in float32 on `device` if None.
-        kept: ``state``, ``on_row`` and ``on_best`` of `Course`: to go on after an interruption, and to look on. With
-            ``on_last``, a function that is called with the last epoch's tensors.
+        kept: ``state``, ``on_row`` and ``on_best`` of `TrainingState`, and ``on_last``, which is called with the last
+            epoch's tensors.
 
     Returns:
         The head in evaluation mode, and one row an epoch: epoch (0 is the start), loss, accuracy, lr, seconds and,
@@ -66,24 +67,24 @@ def train_head(
     head.to(compute.device, compute.dtype)
     on_last = kept.pop("on_last", None)
     rng = np.random.default_rng([seed, 2])  # everything random in this stage comes from here: its state is saved
-    course = Course(head, criterion, Optimizer(head, criterion, config, compute), watch=watch, rng=rng, **kept)
-    if not course.restore():
+    state = TrainingState(head, criterion, Optimizer(head, criterion, config, compute), watch=watch, rng=rng, **kept)
+    if not state.restore():
         _settle(head, stack, config, rng, compute)
         if watch is not None:
-            course.note({"epoch": 0})
+            state.note(Epoch(0))
     held = _Held(head if config.hold_choice else None)
-    with course.bar("head", config.epochs) as bar:
-        while course.epoch < config.epochs:
-            _epoch(course, stack, labels, head, config, held)
-            row = course.close_epoch()
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
+    with state.bar("head", config.epochs) as bar:
+        while state.epoch < config.epochs:
+            _epoch(state, stack, labels, head, config, held)
+            row = state.close_epoch()
+            bar.set_postfix(loss=f"{row.loss:.3f}")
             bar.update()
-    course.finish()
+    state.finish()
     if on_last is not None:
         on_last(head.state_dict())
-    if course.best is not None:
-        head.load_state_dict(course.best)
-    return head.to("cpu", torch.float32).eval(), course.rows
+    if state.best is not None:
+        head.load_state_dict(state.best)
+    return head.to("cpu", torch.float32).eval(), state.rows
 
 
 def spread(features: np.ndarray, pids: np.ndarray, factor: float) -> np.ndarray:
@@ -181,28 +182,28 @@ class _Held:
             tensor[..., : kept.shape[-1]] = kept
 
 
-def _epoch(course: Course, stack: Tensor, labels: Tensor, head: NFormer, config: HeadConfig, held: _Held) -> None:
+def _epoch(state: TrainingState, stack: Tensor, labels: Tensor, head: NFormer, config: HeadConfig, held: _Held) -> None:
     """What is left of the epoch. Ranks share out a batch's sets; batch norm and losses see all of them."""
-    compute, optimizer = course.compute, course.optimizer
-    assert course.rng is not None
+    compute, optimizer = state.compute, state.optimizer
+    assert state.rng is not None
     head.train()
     share = config.batch // compute.world
-    while course.step < config.sets:
-        part = optimizer.part(course.step, config.sets)
-        optimizer.schedule(course.epoch + (course.step - part[0]) / config.sets)
+    while state.step < config.sets:
+        part = optimizer.part(state.step, config.sets)
+        optimizer.schedule(state.epoch + (state.step - part[0]) / config.sets)
         sets = []
         for place in range(config.batch):  # every rank draws every set, so that all go on from the same state
-            features, rows = _draw(stack, config.set_size, course.rng)
-            landmarks = _landmarks(head.spec, len(features), course.rng, compute.device)
+            features, rows = _draw(stack, config.set_size, state.rng)
+            landmarks = _landmarks(head.spec, len(features), state.rng, compute.device)
             if place // share == compute.rank:
                 sets.append((features.to(compute.device, compute.dtype), landmarks, labels[rows].to(compute.device)))
         encoded = compute.forward(partial(_encode, sets=sets), sync=part[0] == part[1] - 1)
         before = compute.gather(encoded.to(compute.dtype))
         chosen = compute.gather(torch.cat([target for _, _, target in sets]))
-        loss, accuracy = course.criterion(before, head.bottleneck(before), chosen)
+        loss, accuracy = state.criterion(before, head.bottleneck(before), chosen)
         value = optimizer.step(loss, part)
         held.put_back()
-        course.took(value, float(accuracy), part)
+        state.took(value, float(accuracy), part)
 
 
 @torch.inference_mode()

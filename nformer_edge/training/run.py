@@ -1,22 +1,89 @@
-"""A training's files: where each lies, whose training it is, and what of it is already done."""
+"""A training's files: where each lies, whose training it is, what of it is already done, and its rows as they come."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.artifact import atomic_write, sha256_file
+from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.training.compute import Compute
-from nformer_edge.training.logs import Logs
+from nformer_edge.training.history import Epoch, History, Identity
 from nformer_edge.training.state import StateFile
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+COLUMNS = ("stage", *(field.name for field in fields(Epoch)))
+
+
+class Logs:
+    """Writes the rows of both stages.
+
+    Args:
+        csv_file: replaced after each epoch, whole or not at all.
+        tensorboard: folder for TensorBoard's event files, one below it for each stage; None for none.
+
+    Raises:
+        BackendError: if TensorBoard is asked for and missing.
+    """
+
+    def __init__(self, csv_file: str | os.PathLike[str], tensorboard: str | os.PathLike[str] | None = None) -> None:
+        self.csv_file, self.tensorboard = csv_file, tensorboard
+        self.rows: dict[str, Sequence[Epoch]] = {}
+        self._writers: dict[str, SummaryWriter] = {}
+        self._writer_type: Any = None if tensorboard is None else _summary_writer()
+
+    def note(self, stage: str, rows: Sequence[Epoch]) -> None:
+        """All rows of a stage so far; the last one is new."""
+        self.rows[stage] = rows
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for name, known in self.rows.items():
+            writer.writerows({"stage": name, **asdict(row)} for row in known)
+        with atomic_write(self.csv_file) as file:
+            file.write(text.getvalue().encode())
+        if self._writer_type is not None and rows:
+            self._draw(stage, rows[-1])
+
+    def _draw(self, stage: str, row: Epoch) -> None:
+        if stage not in self._writers:
+            # what an interrupted run drew from this epoch on is drawn again
+            folder = os.path.join(os.fspath(self.tensorboard or ""), stage)
+            self._writers[stage] = self._writer_type(folder, purge_step=row.epoch)
+        for name in COLUMNS[2:]:
+            if getattr(row, name) is not None:
+                self._writers[stage].add_scalar(name, getattr(row, name), row.epoch)
+        self._writers[stage].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _summary_writer() -> type[SummaryWriter]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise BackendError(
+            "tensorboard",
+            "not installed",
+            "it for --tensorboard",
+            "pip install 'nformer-edge[logs]', or read the CSV file, which is always written.",
+        ) from e
+    return SummaryWriter
 
 
 class Run:
@@ -24,7 +91,7 @@ class Run:
 
     Args:
         out: the checkpoint; every other file lies beside it and begins with its stem.
-        identity: JSON that says what is trained, on what and how: only the same training is resumed.
+        identity: only the same training is resumed.
         compute: only its leading rank writes.
         minutes: between two writes of a stage's state, at least.
         resume: go on from what an interrupted run of the same training left; without it, begin anew.
@@ -34,7 +101,7 @@ class Run:
     def __init__(
         self,
         out: str | os.PathLike[str],
-        identity: dict[str, Any],
+        identity: Identity,
         compute: Compute,
         minutes: float,
         *,
@@ -49,20 +116,20 @@ class Run:
         """``model.safetensors`` and ``backbone.safetensors`` give ``model.backbone.safetensors``."""
         return self.out.with_name(f"{self.out.stem}.{name}")
 
-    def state(self, stage: str, identity: dict[str, Any]) -> StateFile:
+    def state(self, stage: str, identity: Identity) -> StateFile:
         """The state of one stage, of which `identity` says what decides its numbers."""
         path = self.beside(f"{stage}.state.safetensors")
         return StateFile(path, identity, self.minutes, self.resume, writes=self.compute.leads)
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> History | None:
         """The history of this training if it came to its end and `resume` asks for no more than that."""
         if not (self.resume and self.history.is_file() and self.out.is_file()):
             return None
         try:
-            history = json.loads(self.history.read_text())
-        except ValueError:
+            history = History.from_json(json.loads(self.history.read_text()))
+        except (ValueError, ArtifactError):
             return None
-        same = history.get("identity") == self.identity and history.get("sha256") == sha256_file(self.out)
+        same = history.identity == self.identity and history.sha256 == sha256_file(self.out)
         return history if same else None
 
     def clean(self, *names: str) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.features import Features, load_features, save_features
-from nformer_edge.core.spec import ModelSpec, to_dict
+from nformer_edge.core.spec import ModelSpec
+from nformer_edge.core.values import Table, from_json, to_json
 from nformer_edge.data.holdout import Holdout
 from nformer_edge.data.loaders import TrainImages
 from nformer_edge.metrics.ranking import evaluate
@@ -26,14 +26,13 @@ from nformer_edge.model.nformer import NFormer
 from nformer_edge.training.backbone import extract, extract_view, train_backbone
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.head import relate, train_head
+from nformer_edge.training.history import Best, Stage, config_identity
 from nformer_edge.training.run import Run
 
 #: Files of a run beside its checkpoint ``<stem>.safetensors``, each ``<stem>.<name>``.
 BACKBONE, BEST_BACKBONE = "backbone.safetensors", "backbone.best.safetensors"
 BEST_HEAD, LAST_HEAD = "head.best.safetensors", "head.last.safetensors"
 VIEWS = "views.npz"
-
-Record = dict[str, Any]
 
 
 def first_stage(
@@ -42,8 +41,8 @@ def first_stage(
     config: TrainConfig,
     holdout: Holdout | None,
     initial: str | os.PathLike[str] | None,
-    extra: dict[str, Any],
-) -> tuple[Backbone, Record, str]:
+    extra: Table,
+) -> tuple[Backbone, Stage, str]:
     """Stage one, unless an earlier run of this training has already done it.
 
     Returns:
@@ -52,11 +51,12 @@ def first_stage(
     start = time.perf_counter()
     spec = replace(config.model, head=None)
     path = run.out if config.model.head is None else run.beside(BACKBONE)
-    state = run.state("backbone", {**run.identity, "config": _stage_identity(config, "head")})
+    state = run.state("backbone", replace(run.identity, config=config_identity(config, "head")))
     done = state.finished()
     if done is not None and path.is_file() and sha256_file(path) == done["sha256"]:
-        run.logs.rows["backbone"] = done["record"]["epochs"]
-        return _loaded(load_checkpoint(path).backbone), done["record"], done["sha256"]
+        record = from_json(Stage, done["record"])
+        run.logs.rows["backbone"] = record.epochs
+        return _loaded(load_checkpoint(path).backbone), record, sha256_file(path)
     backbone, device = start_backbone(config, initial), str(run.compute.device)
     if holdout is None:
         run.clean(BEST_BACKBONE)  # an earlier run's
@@ -81,11 +81,11 @@ def first_stage(
         on_row=partial(run.logs.note, "backbone"),
         on_best=keep_best,
     )
-    record = {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}
+    record = Stage(tuple(rows), Best.of(rows), time.perf_counter() - start)
     if run.compute.leads:
         digest = save_checkpoint(path, spec, backbone, None, extra)
         if config.model.head is not None:
-            state.finish({"sha256": digest, "record": record})
+            state.finish({"sha256": digest, "record": to_json(record)})
     run.compute.wait()
     return backbone, record, sha256_file(path)
 
@@ -97,8 +97,8 @@ def second_stage(
     config: TrainConfig,
     source: str,
     backbone: Backbone | None,
-    extra: dict[str, Any],
-) -> tuple[Record, str]:
+    extra: Table,
+) -> tuple[Stage, str]:
     """Stage two, and the run's checkpoint.
 
     Args:
@@ -115,7 +115,7 @@ def second_stage(
     assert spec.head is not None
     if held is None:
         run.clean(BEST_HEAD)  # an earlier run's
-    state = run.state("head", {**run.identity, "config": _stage_identity(config, "backbone"), "features": source})
+    state = run.state("head", replace(run.identity, config=config_identity(config, "backbone"), features=source))
 
     def watch(head: NFormer) -> float:
         assert held is not None
@@ -143,13 +143,7 @@ def second_stage(
     if run.compute.leads:
         save_checkpoint(run.out, spec, backbone, head, extra)
     run.compute.wait()
-    return {"epochs": rows, "best": _best(rows), "seconds": time.perf_counter() - start}, sha256_file(run.out)
-
-
-def _best(rows: Sequence[Record]) -> Record | None:
-    """Epoch and held-out mAP of the best epoch, the earliest of equals; None where nothing was watched."""
-    watched = [{k: row[k] for k in ("epoch", "held_out_map")} for row in rows if "held_out_map" in row]
-    return max(watched, key=lambda row: row["held_out_map"], default=None)
+    return Stage(tuple(rows), Best.of(rows), time.perf_counter() - start), sha256_file(run.out)
 
 
 def extract_views(
@@ -198,18 +192,6 @@ def start_backbone(config: TrainConfig, initial: str | os.PathLike[str] | None) 
         got = "no backbone" if checkpoint.backbone is None else checkpoint.spec.backbone
         raise ArtifactError(str(initial), got, config.model.backbone, "Train the model that it holds.")
     return checkpoint.backbone
-
-
-def config_identity(config: TrainConfig) -> dict[str, Any]:
-    """What of the configuration decides the numbers."""
-    return {k: v for k, v in to_dict(config).items() if k not in ("save_minutes", "cache_mib")}
-
-
-def _stage_identity(config: TrainConfig, other: str) -> dict[str, Any]:
-    """What decides the numbers of one stage: the other's settings may change while this one waits to be resumed."""
-    kept = {k: v for k, v in config_identity(config).items() if k != other}
-    kept["model"] = {k: v for k, v in kept["model"].items() if k != other}
-    return kept
 
 
 def _loaded(backbone: Backbone | None) -> Backbone:

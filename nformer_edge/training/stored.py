@@ -6,7 +6,6 @@ import json
 import os
 import time
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,15 @@ from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import ModelSpec, from_dict
+from nformer_edge.core.values import Table
 from nformer_edge.data.holdout import held_out_rows
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training.compute import open_compute
 from nformer_edge.training.config import TrainConfig
+from nformer_edge.training.history import History, Identity, config_identity
 from nformer_edge.training.run import Run, determinism
-from nformer_edge.training.stages import config_identity, second_stage
+from nformer_edge.training.stages import second_stage
 from nformer_edge.training.train import finish
 
 SPLIT = "train"
@@ -36,7 +37,7 @@ def train_from_features(
     device: str = "cpu",
     resume: bool = False,
     tensorboard: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+) -> History:
     """Trains a head on the split ``train`` of a feature store, and writes the checkpoint `out` with its history.
 
     Every view in the store is used, the plain one among them; held-out identities are watched in the plain view.
@@ -61,7 +62,7 @@ def train_from_features(
         parts = _backbone(backbone, features, str(store))
     config = _configured(config or TrainConfig(), features, parts, str(store))
     digest = sha256_file(store)
-    identity = {"config": config_identity(config), "features": digest, "backbone": None if parts is None else parts[2]}
+    identity = Identity(config_identity(config), features=digest, backbone=None if parts is None else parts[2])
     compute = open_compute(device, config.precision)
     run = Run(out, identity, compute, config.save_minutes, resume=resume, tensorboard=tensorboard)
     done = run.finished()
@@ -72,27 +73,11 @@ def train_from_features(
     views = [learnt.view(v) for v in range(learnt.views)]
     plain = features.view(0)
     held = None if rows is None else (plain.take(np.array(rows[1])), plain.take(np.array(rows[2])))
-    extra = {"features": digest, "model": features.model, "config": config_identity(config)}
+    extra: Table = {"features": digest, "model": features.model, "config": config_identity(config)}
     with determinism(config.deterministic, device), torch.random.fork_rng(devices=[]):
         record, sha256 = second_stage(run, views, held, config, digest, parts[1] if parts else None, extra)
-    history = {
-        "kind": "training",
-        "dataset": os.path.basename(store),
-        "checkpoint": str(out),
-        "sha256": sha256,
-        "images": len(learnt),
-        "identities": len(np.unique(learnt.pids)),
-        "config": config_identity(config),
-        "identity": identity,
-        "stages": {"head": record},
-        "versions": {"torch": torch.__version__},
-        "threads": torch.get_num_threads(),
-        "ranks": compute.world,
-        "device": device,
-        "seconds": time.perf_counter() - start,
-    }
-    finish(run, history)
-    return history
+    people, name = len(np.unique(learnt.pids)), os.path.basename(store)
+    return finish(run, config, {"head": record}, sha256, name, len(learnt), people, device, start)
 
 
 def _training_features(store: str | os.PathLike[str]) -> Features:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.spec import to_dict
+from nformer_edge.core.values import Table
 from nformer_edge.data.holdout import split_holdout
 from nformer_edge.data.loaders import TrainImages
 from nformer_edge.data.readers import read_dataset
@@ -17,8 +17,9 @@ from nformer_edge.data.records import Dataset
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training.compute import open_compute
 from nformer_edge.training.config import TrainConfig
+from nformer_edge.training.history import History, Identity, Stage, config_identity
 from nformer_edge.training.run import Run, determinism, images_identity
-from nformer_edge.training.stages import VIEWS, config_identity, extract_views, first_stage, held_out, second_stage
+from nformer_edge.training.stages import VIEWS, extract_views, first_stage, held_out, second_stage
 
 
 def train(
@@ -31,7 +32,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     tensorboard: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+) -> History:
     """Trains backbone and head, and writes the checkpoint `out`, with the history beside it as ``.training.json``.
 
     Stage one leaves its own checkpoint, ``<stem>.backbone.safetensors``; `docs/training.md` names every file. Each is
@@ -47,7 +48,7 @@ def train(
         tensorboard: folder for TensorBoard's event files.
 
     Returns:
-        The history: kind "training", config, one row an epoch of each stage, seconds, checkpoint and its sha256.
+        The history: what stands beside the checkpoint.
 
     Raises:
         UsageError: if `resume` finds the state of another training.
@@ -58,19 +59,15 @@ def train(
         source = None if initial is None else load_checkpoint(initial).sha256
     dataset = data if isinstance(data, Dataset) else read_dataset(data, layout)
     records, holdout = split_holdout(dataset.train, config.holdout, config.seed)
-    identity = {
-        "config": config_identity(config),
-        "images": images_identity(dataset.train, dataset.root),
-        "initial": source,
-    }
+    identity = Identity(config_identity(config), images=images_identity(dataset.train, dataset.root), initial=source)
     compute = open_compute(device, config.precision)
     run = Run(out, identity, compute, config.save_minutes, resume=resume, tensorboard=tensorboard)
     done = run.finished()
     if done is not None:
         return done
     images = TrainImages(records, config.model.preprocess, config.cache_mib)
-    stages: dict[str, Any] = {}
-    extra = {"dataset": dataset.name, "config": config_identity(config)}
+    stages: dict[str, Stage] = {}
+    extra: Table = {"dataset": dataset.name, "config": config_identity(config)}
     with determinism(config.deterministic, device), torch.random.fork_rng(devices=[]):
         backbone, stages["backbone"], digest = first_stage(run, images, config, holdout, initial, extra)
         if config.model.head is not None:
@@ -79,42 +76,28 @@ def train(
             extracted = time.perf_counter() - began
             held = held_out(backbone, holdout, config.model, str(compute.device)) if holdout else None
             stages["head"], digest = second_stage(run, views, held, config, digest, backbone.to("cpu"), extra)
-            stages["head"] |= {"extraction_seconds": extracted, "seconds": time.perf_counter() - began}
-    history = {
-        "kind": "training",
-        "dataset": dataset.name,
-        "checkpoint": str(out),
-        "sha256": digest,
-        "images": len(images),
-        "identities": images.num_classes,
-        "config": to_dict(config),
-        "identity": identity,
-        "stages": stages,
-        "versions": {"torch": torch.__version__},
-        "threads": torch.get_num_threads(),
-        "ranks": compute.world,
-        "device": device,
-        "seconds": time.perf_counter() - start,
-    }
-    finish(run, history)
-    return history
+            stages["head"] = replace(stages["head"], extraction_seconds=extracted, seconds=time.perf_counter() - began)
+    return finish(run, config, stages, digest, dataset.name, len(images), images.num_classes, device, start)
 
 
-def finish(run: Run, history: dict[str, Any]) -> None:
-    """Writes the history and removes what only an interrupted run needs."""
+def finish(
+    run: Run,
+    config: TrainConfig,
+    stages: Mapping[str, Stage],
+    sha256: str,
+    dataset: str,
+    images: int,
+    identities: int,
+    device: str,
+    start: float,
+) -> History:
+    """Writes the history and removes what only an interrupted run needs. `start` is when the training began."""
+    out, versions, ranks = str(run.out), {"torch": torch.__version__}, run.compute.world
+    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+    size = (dataset, out, sha256, images, identities)
+    history = History(*size, config, run.identity, stages, versions, threads, ranks, device, seconds)
     if run.compute.leads:
-        atomic_write_json(run.history, history)
+        history.save(run.history)
     run.clean("backbone.state.safetensors", "head.state.safetensors", VIEWS)
     run.logs.close()
-
-
-def format_history(history: dict[str, Any]) -> str:
-    """A training's history as text: a line a stage, then where the checkpoint is."""
-    lines = [f"{history['dataset']}: {history['images']:,} images of {history['identities']:,} identities"]
-    for stage, record in history["stages"].items():
-        epochs = [e for e in record["epochs"] if "loss" in e]
-        course = f"loss {epochs[0]['loss']:.3f} -> {epochs[-1]['loss']:.3f}, " if epochs else ""
-        best = record["best"]
-        kept = f"best held-out mAP {100 * best['held_out_map']:.1f} after epoch {best['epoch']}, " if best else ""
-        lines.append(f"  {stage}: {len(epochs)} epochs, {course}{kept}{record['seconds']:.0f} s")
-    return "\n".join([*lines, f"wrote {history['checkpoint']}"])
+    return history

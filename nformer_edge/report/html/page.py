@@ -20,10 +20,13 @@ from nformer_edge.report.html import sections
 from nformer_edge.report.html.budget import budget
 from nformer_edge.report.html.parity import cosines, gates, layers
 from nformer_edge.report.html.sections import Results, text
+from nformer_edge.training.history import History
 
 #: What the page draws, by kind.
-KINDS: dict[str, Any] = {cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel, BudgetSearch)}
-KINDS |= dict.fromkeys(("parity", "training"))
+KINDS: dict[str, Any] = {
+    cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel, BudgetSearch, History)
+}
+KINDS |= {"parity": None}
 
 Readable: TypeAlias = "Result | str | os.PathLike[str]"
 

@@ -24,6 +24,7 @@ from nformer_edge.report.latency import PERCENTILES
 from nformer_edge.report.pipeline import STEPS
 from nformer_edge.report.summary import Row, summary_rows
 from nformer_edge.report.table import number, percent
+from nformer_edge.training.history import History
 
 T = TypeVar("T")
 
@@ -242,20 +243,22 @@ def cmc(results: Results) -> str:
 
 def training(results: Results) -> str:
     """Each stage of each training as a line, and its learning curves: loss and held-out mAP by epoch."""
-    found = [(r, stage, record) for r in of_kind(results, "training") for stage, record in r["stages"].items()]
-    several = len(of_kind(results, "training")) > 1
+    histories = picked(results, History)
+    found = [(h, stage, record) for h in histories for stage, record in h.stages.items()]
+    several = len(histories) > 1
     cells = []
     lines: dict[str, list[Line]] = {"loss": [], "held_out_map": []}
-    for color, (result, stage, record) in enumerate(found):
-        label = f"{stage}, {result['checkpoint'].rpartition('/')[2]}" if several else stage
-        for key, factor in (("loss", 1), ("held_out_map", 100)):
-            points = [(r["epoch"], factor * r[key]) for r in record["epochs"] if r.get(key) is not None]
+    for color, (history, stage, record) in enumerate(found):
+        label = f"{stage}, {history.checkpoint.rpartition('/')[2]}" if several else stage
+        losses = [(e.epoch, e.loss) for e in record.epochs if e.loss is not None]
+        held_out = [(e.epoch, 100 * e.held_out_map) for e in record.epochs if e.held_out_map is not None]
+        for key, points in (("loss", losses), ("held_out_map", held_out)):
             if points:  # an epoch without a figure is not drawn
                 lines[key].append(Line(label, points, color))
-        if record["epochs"]:
-            last, best = record["epochs"][-1], record.get("best") or {}
-            scores = [number(last.get("loss"), 3), percent(best.get("held_out_map")), number(best.get("epoch"), 0)]
-            figures = [number(last["epoch"], 0), *scores, number(record.get("seconds"), 0)]
+        if record.epochs:
+            last, best = record.epochs[-1], record.best
+            reached = [percent(best.held_out_map), number(best.epoch, 0)] if best else [NONE, NONE]
+            figures = [number(last.epoch, 0), number(last.loss, 3), *reached, number(record.seconds, 0)]
             cells.append(row([text(label), *(figure or NONE for figure in figures)]))
     body = table(["stage", "epochs", "last loss", "best held-out mAP", "after epoch", "seconds"], cells)
     for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):

@@ -18,6 +18,8 @@ from nformer_edge.report.html.svg import Dot, Line, chart, decades, line_chart, 
 from nformer_edge.report.parity import parity
 from nformer_edge.report.summary import format_summary
 from nformer_edge.report.table import format_gates, format_table
+from nformer_edge.training.config import TrainConfig
+from nformer_edge.training.history import Best, Epoch, History, Identity, Stage
 
 VOID = {"meta", "img", "br"}
 
@@ -99,8 +101,8 @@ def measured(dataset, grid_runner):
     def opener(path, threads=None):
         return runners[str(path)]
 
-    backbone = [{"epoch": e, "loss": 5 / e} for e in (1, 2, 3)]
-    head = [{"epoch": 0, "held_out_map": 0.5}, {"epoch": 1, "loss": 2.0, "held_out_map": 0.6}]
+    backbone = Stage(tuple(Epoch(e, loss=5 / e) for e in (1, 2, 3)), None, 61.2)
+    head = Stage((Epoch(0, held_out_map=0.5), Epoch(1, loss=2.0, held_out_map=0.6)), Best(1, 0.6), 8.0)
     judged = parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8")
     return [
         evaluate(runners["ref"], dataset, label="PyTorch", rerank=True, rank_lists=2),
@@ -108,13 +110,21 @@ def measured(dataset, grid_runner):
         judged | {"layers": [LAYERS]},
         benchmark(runners["ref"], dataset, single_stream=3, offline=8, warmup=0, label="PyTorch"),
         compare([runners["ref"], int8], dataset, rounds=2, warmup=0, labels=["PyTorch", "INT8"]),
-        {
-            "kind": "training",
-            "stages": {
-                "backbone": {"epochs": backbone, "seconds": 61.2},
-                "head": {"epochs": head, "best": {"epoch": 1, "held_out_map": 0.6}, "seconds": 8.0},
-            },
-        },
+        History(
+            dataset="made",
+            checkpoint="m.safetensors",
+            sha256="",
+            images=24,
+            identities=6,
+            config=TrainConfig(),
+            identity=Identity({}),
+            stages={"backbone": backbone, "head": head},
+            versions={},
+            threads=1,
+            ranks=1,
+            device="cpu",
+            seconds=70.0,
+        ),
         BUDGET,
     ]
 

@@ -9,7 +9,7 @@ from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, Preprocess
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.training.config import HeadConfig, TrainConfig, configure, read_config
-from nformer_edge.training.schedule import rate
+from nformer_edge.training.optimize import rate
 
 
 def test_defaults_are_the_published_recipe() -> None:

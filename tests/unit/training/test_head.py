@@ -69,7 +69,7 @@ def test_head_training_lowers_the_loss(rule: NeighborRule) -> None:
     views = [people(20, 8, 1.0, seed=0)]
     config = HeadConfig(epochs=6, sets=5, lr=2e-3, warmup=0)
     _, rows = train_head(views, spec(rule), config)
-    assert rows[-1]["loss"] <= 0.9 * rows[0]["loss"]
+    assert rows[-1].loss <= 0.9 * rows[0].loss
 
 
 def test_head_of_the_best_epoch_is_kept() -> None:
@@ -82,7 +82,7 @@ def test_head_of_the_best_epoch_is_kept() -> None:
 
     head, rows = train_head([people(6, 4, 0.5, seed=0)], spec("features"), HeadConfig(epochs=2, sets=1), watch=watch)
     assert torch.equal(head.h[0].attn.c_attn.w, seen[1])
-    assert [row["held_out_map"] for row in rows] == [0.2, 0.9, 0.1]
+    assert [row.held_out_map for row in rows] == [0.2, 0.9, 0.1]
 
 
 def test_head_training_repeats_by_its_seed() -> None:

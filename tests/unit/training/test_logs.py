@@ -3,17 +3,14 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nformer_edge.core.errors import BackendError
-from nformer_edge.training.logs import COLUMNS, Logs
+from nformer_edge.training.history import Epoch
+from nformer_edge.training.run import COLUMNS, Logs
 
-ROWS: list[dict[str, Any]] = [
-    {"epoch": 0, "held_out_map": 0.25},
-    {"epoch": 1, "loss": 2.5, "accuracy": 0.125, "lr": 1e-3, "seconds": 2.0, "held_out_map": 0.5},
-]
+ROWS = [Epoch(0, held_out_map=0.25), Epoch(1, loss=2.5, accuracy=0.125, lr=1e-3, seconds=2.0, held_out_map=0.5)]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -47,7 +44,7 @@ def test_tensorboard_gets_what_was_measured_and_a_resumed_run_draws_no_epoch_twi
 
     for upto in (2, 3):  # the second run repeats the second epoch and goes on
         logs = Logs(tmp_path / "m.csv", tmp_path / "events")
-        rows = [{"epoch": e, "loss": 1.0 / e} for e in (1, 2, 3)]
+        rows = [Epoch(e, loss=1.0 / e) for e in (1, 2, 3)]
         for last in range(upto - 1, upto + 1):
             logs.note("head", rows[:last])
         logs.close()

@@ -23,6 +23,7 @@ from nformer_edge.data.loaders import AugmentSpec
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training.config import BackboneConfig, HeadConfig, TrainConfig
 from nformer_edge.training.head import train_head
+from nformer_edge.training.history import Epoch, History
 from nformer_edge.training.state import StateFile
 from nformer_edge.training.train import train
 
@@ -34,7 +35,7 @@ CONFIG = TrainConfig(
 )
 SAVING = replace(CONFIG, save_minutes=0)  # after every batch
 
-Whole = tuple[Path, dict[str, Any]]
+Whole = tuple[Path, History]
 
 
 @pytest.fixture(scope="module", name="data")
@@ -51,14 +52,13 @@ def _whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return out, train(data, out, CONFIG)
 
 
-def rows(history: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def rows(history: History) -> dict[str, list[Epoch]]:
     """All that was measured but the time it took."""
-    return {s: [{k: v for k, v in row.items() if k != "seconds"} for row in record["epochs"]]
-            for s, record in history["stages"].items()}  # fmt: skip
+    return {name: [replace(epoch, seconds=None) for epoch in stage.epochs] for name, stage in history.stages.items()}
 
 
-def agrees(history: dict[str, Any], out: Path, whole: Whole) -> None:
-    assert history["sha256"] == whole[1]["sha256"]
+def agrees(history: History, out: Path, whole: Whole) -> None:
+    assert history.sha256 == whole[1].sha256
     assert rows(history) == rows(whole[1])
     for name in ("backbone", "backbone.best", "head.best", "head.last"):
         was, now = (p.with_name(f"m.{name}.safetensors").read_bytes() for p in (whole[0], out))
@@ -113,7 +113,7 @@ def test_sigkill_at_a_random_moment_changes_no_number(data: Path, whole: Whole, 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begin\n"
-        time.sleep(random.Random(seed).uniform(0.1, 0.9) * whole[1]["seconds"])
+        time.sleep(random.Random(seed).uniform(0.1, 0.9) * whole[1].seconds)
         process.kill()
         finished = "end" in process.stdout.read()
     assert finished or not out.with_suffix(".training.json").exists()
@@ -155,7 +155,7 @@ def test_the_second_stage_may_change_while_the_first_waits(data: Path, tmp_path:
         train(data, tmp_path / "m.safetensors", SAVING)
     kill_after(-1)
     history = train(data, tmp_path / "m.safetensors", replace(CONFIG, head=replace(CONFIG.head, epochs=1)), resume=True)
-    assert len(history["stages"]["head"]["epochs"]) == 2
+    assert len(history.stages["head"].epochs) == 2
 
 
 def test_a_damaged_state_is_refused(data: Path, tmp_path: Path, kill_after: Any) -> None:
@@ -192,15 +192,15 @@ def test_a_state_never_falls_between_the_parts_of_a_step(tmp_path: Path, kill_af
             train_head(views, spec, config, state=StateFile(path, {}, 0))
         kill_after(-1)
         got, got_rows = train_head(views, spec, config, state=StateFile(path, {}, 0, resume=True))
-        assert [r["loss"] for r in got_rows] == [r["loss"] for r in want_rows]
+        assert [r.loss for r in got_rows] == [r.loss for r in want_rows]
         assert all(torch.equal(t, want.state_dict()[k]) for k, t in got.state_dict().items())
 
 
 def test_the_best_epoch_is_kept_and_named(whole: Whole) -> None:
     out, history = whole
-    watched = history["stages"]["backbone"]["epochs"]
-    best = max(watched, key=lambda row: row["held_out_map"])
-    assert load_checkpoint(out.with_name("m.backbone.best.safetensors")).extra["epoch"] == best["epoch"]
+    watched = history.stages["backbone"].epochs
+    best = max(watched, key=lambda row: row.held_out_map)
+    assert load_checkpoint(out.with_name("m.backbone.best.safetensors")).extra["epoch"] == best.epoch
     head = load_checkpoint(out.with_name("m.head.last.safetensors"))
     assert head.backbone is None
     assert head.extra["epoch"] == 3

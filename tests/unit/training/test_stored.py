@@ -18,6 +18,7 @@ from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.training.config import HeadConfig, TrainConfig
+from nformer_edge.training.history import History
 from nformer_edge.training.state import StateFile
 from nformer_edge.training.stored import train_from_features
 
@@ -58,9 +59,9 @@ def test_a_store_becomes_a_head_and_with_its_backbone_a_whole_model(folder: Path
     assert head.head is not None
     assert whole.head is not None
     assert all(torch.equal(t, whole.head.state_dict()[k]) for k, t in head.head.state_dict().items())
-    history = json.loads((tmp_path / "head.training.json").read_text())
-    assert [row["epoch"] for row in history["stages"]["head"]["epochs"]] == [0, 1]
-    assert history["config"]["head"]["views"] == 3
+    history = History.from_json(json.loads((tmp_path / "head.training.json").read_text()))
+    assert [row.epoch for row in history.stages["head"].epochs] == [0, 1]
+    assert history.config.head.views == 3
     assert run("evaluate", tmp_path / "whole.safetensors", "--data", folder / "data") == 0
 
 
@@ -113,13 +114,13 @@ def test_distractors_and_junk_are_nobody_to_learn(folder: Path, tmp_path: Path) 
     pids = np.where(rows % 7 == 0, 0, np.where(rows % 11 == 0, -1, features.pids))
     save_features(tmp_path / "s.npz", {"train": replace(features, pids=pids)})
     history = train_from_features(tmp_path / "s.npz", tmp_path / "m.safetensors", replace(CONFIG, holdout=0))
-    assert history["images"] == int((pids > 0).sum())
+    assert history.images == int((pids > 0).sum())
 
 
 def test_held_out_people_are_not_trained_on_and_are_watched(folder: Path, tmp_path: Path) -> None:
     history = train_from_features(folder / "store.npz", tmp_path / "m.safetensors", CONFIG)
-    assert history["identities"] == 6
-    assert all(0 <= row["held_out_map"] <= 1 for row in history["stages"]["head"]["epochs"])
+    assert history.identities == 6
+    assert all(0 <= row.held_out_map <= 1 for row in history.stages["head"].epochs)
 
 
 def test_a_killed_head_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ def test_a_killed_head_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         train_from_features(folder / "store.npz", tmp_path / "m.safetensors", saving)
     again = train_from_features(folder / "store.npz", tmp_path / "m.safetensors", CONFIG, resume=True)
-    assert again["sha256"] == whole["sha256"]
+    assert again.sha256 == whole.sha256
 
 
 def test_features_of_another_length_choose_the_heads_size(tmp_path: Path) -> None:

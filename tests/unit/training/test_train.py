@@ -20,6 +20,7 @@ from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training import stages
 from nformer_edge.training.backbone import extract, extract_view, train_backbone
 from nformer_edge.training.config import BackboneConfig, HeadConfig, TrainConfig
+from nformer_edge.training.history import History
 from nformer_edge.training.train import train
 
 PREPROCESS = PreprocessSpec(32, 16)
@@ -42,7 +43,7 @@ def _dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="module", name="run")
-def _run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def _run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
     out = tmp_path_factory.mktemp("run") / "model.safetensors"
     return out, train(dataset, out, tiny())
 
@@ -53,34 +54,34 @@ def test_training_lowers_the_loss(dataset: Dataset) -> None:
     plain = AugmentSpec(flip=0, pad=0, erase=0)
     config = BackboneConfig(epochs=8, p=6, k=3, lr=3e-3, warmup=0, schedule="cosine", augment=plain)
     rows = train_backbone(images, Backbone(BackboneSpec("osnet_x0_25", 16)), config)
-    assert rows[-1]["loss"] <= 0.9 * rows[0]["loss"]
-    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+    assert rows[-1].loss <= 0.9 * rows[0].loss
+    assert rows[-1].accuracy > rows[0].accuracy
 
 
-def test_both_stages_end_in_a_checkpoint_and_its_history(run: tuple[Path, dict[str, Any]]) -> None:
+def test_both_stages_end_in_a_checkpoint_and_its_history(run: tuple[Path, History]) -> None:
     out, history = run
     checkpoint = load_checkpoint(out)
     assert checkpoint.spec == tiny().model
     assert checkpoint.backbone is not None
     assert checkpoint.head is not None
-    assert history["sha256"] == checkpoint.sha256
-    assert history["kind"] == "training"
-    assert json.loads(out.with_suffix(".training.json").read_text()) == history
-    assert [row["epoch"] for row in history["stages"]["backbone"]["epochs"]] == [1, 2]
-    assert [row["epoch"] for row in history["stages"]["head"]["epochs"]] == [0, 1, 2]
-    for row in history["stages"]["backbone"]["epochs"]:
-        assert row["seconds"] > 0
-        assert 0 <= row["held_out_map"] <= 1
+    assert history.sha256 == checkpoint.sha256
+    assert History.kind == "training"
+    assert History.from_json(json.loads(out.with_suffix(".training.json").read_text())) == history
+    assert [row.epoch for row in history.stages["backbone"].epochs] == [1, 2]
+    assert [row.epoch for row in history.stages["head"].epochs] == [0, 1, 2]
+    for row in history.stages["backbone"].epochs:
+        assert row.seconds is not None
+        assert row.held_out_map is not None
+        assert row.seconds > 0
+        assert 0 <= row.held_out_map <= 1
     assert load_checkpoint(out.with_name("model.backbone.safetensors")).head is None
 
 
-def test_same_seed_gives_the_same_checkpoint(
-    dataset: Dataset, run: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_same_seed_gives_the_same_checkpoint(dataset: Dataset, run: tuple[Path, History], tmp_path: Path) -> None:
     again = train(dataset, tmp_path / "again.safetensors", tiny())
-    assert again["sha256"] == run[1]["sha256"]
+    assert again.sha256 == run[1].sha256
     other = train(dataset, tmp_path / "other.safetensors", tiny(seed=1))
-    assert other["sha256"] != run[1]["sha256"]
+    assert other.sha256 != run[1].sha256
 
 
 def test_training_leaves_the_global_random_state_alone(dataset: Dataset, tmp_path: Path) -> None:
@@ -92,9 +93,7 @@ def test_training_leaves_the_global_random_state_alone(dataset: Dataset, tmp_pat
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_head_alone_is_trained_from_a_checkpoint(
-    dataset: Dataset, run: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_head_alone_is_trained_from_a_checkpoint(dataset: Dataset, run: tuple[Path, History], tmp_path: Path) -> None:
     config = tiny("affinity", backbone=replace(tiny().backbone, epochs=0))
     train(dataset, tmp_path / "m.safetensors", config, initial=run[0])
     was, now = load_checkpoint(run[0]), load_checkpoint(tmp_path / "m.safetensors")
@@ -105,7 +104,7 @@ def test_head_alone_is_trained_from_a_checkpoint(
     assert now.head.spec.rule == "affinity"
 
 
-def test_another_backbone_cannot_be_the_start(dataset: Dataset, run: tuple[Path, dict[str, Any]]) -> None:
+def test_another_backbone_cannot_be_the_start(dataset: Dataset, run: tuple[Path, History]) -> None:
     config = replace(tiny(), model=replace(tiny().model, backbone=BackboneSpec("osnet_x0_5", 16)))
     with pytest.raises(ArtifactError, match="osnet_x0_25"):
         train(dataset, run[0].with_name("x.safetensors"), config, initial=run[0])
