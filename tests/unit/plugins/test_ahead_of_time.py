@@ -7,7 +7,6 @@ and then made on the GPU that the CPU plays.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import fake_plugin
+from helpers import row_logic as logic
+from helpers.tensorrt_names import collect
 
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import kernels as plugin_kernels
@@ -33,15 +34,6 @@ PLUGINS = HERE.parents[2] / "plugins"
 WHEELS = "NFORMER_EDGE_TENSORRT_WHEELS"
 
 
-def load(path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-logic = load(HERE / "test_row_logic.py")
 COMPILERS = ptx.find_compilers()
 needs_compiler = pytest.mark.skipif(
     not COMPILERS, reason="no NVRTC and no nvcc: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
@@ -329,7 +321,6 @@ def wheels() -> list[Path]:
 @needs_compiler
 @pytest.mark.skipif(not wheels(), reason=f"no wheels of the bindings of 10.9 or later: name their folder in {WHEELS}")
 def test_tensorrts_own_package_tells_a_plan_the_same(plan, tmp_path):
-    collect = load(HERE.parent / "engine" / "tensorrt_names" / "collect.py")
     nodes, answers = tmp_path / "nodes.json", tmp_path / "answers.json"
     nodes.write_text(json.dumps(list(NODES.values())))
     expected = [plan(name)[0] for name in NODES]

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from helpers.scripts import PLUGINS, load_script
 
-PLUGINS = Path(__file__).parents[3] / "plugins"
-
-
-def load_compiler() -> ModuleType:
-    """``plugins/compile_kernels.py``: a script beside the package, not part of it."""
-    spec = importlib.util.spec_from_file_location("compile_kernels", PLUGINS / "compile_kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-compile_kernels = load_compiler()
+compile_kernels = load_script("compile_kernels")
 NVCC = compile_kernels.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to compile the kernels")
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from helpers.scripts import PLUGINS, load_script
 
 from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
-
-PLUGINS = Path(__file__).parents[3] / "plugins"
 
 
 @pytest.fixture
 def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(PLUGINS))
-    spec = importlib.util.spec_from_file_location("gpu_check", PLUGINS / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
     for name in ("gpu_operators", "gpu_times", "gpu_engines"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
-    spec.loader.exec_module(module)
+    module = load_script("gpu_check")
     monkeypatch.setattr(module.gpu_operators, "DEVICE", "cpu")
     monkeypatch.setattr(module.gpu_operators, "_stream", lambda: ctypes.c_void_p(None))
     return module
