@@ -196,20 +196,6 @@ class TrainLoader:
                 yield ahead.result()
 
 
-def train_loader(
-    records: Sequence[ImageRecord],
-    spec: PreprocessSpec,
-    p: int = 16,
-    k: int = 4,
-    seed: int = 0,
-    recipe: AugmentSpec | None = None,
-    cache_mib: int = 2048,
-) -> TrainLoader:
-    """PK batches of augmented training images; ``loader.images.num_classes`` is the classifier's size."""
-    images = TrainImages(records, spec, cache_mib)
-    return TrainLoader(images, PKSampler(images.pids, p, k, seed), recipe, seed)
-
-
 def evaluation_batches(records: Sequence[ImageRecord], spec: PreprocessSpec, batch: int = 64) -> Iterator[Tensor]:
     """Images float32 [B, 3, H, W] in the order of `records`, preprocessed exactly as at runtime."""
     for images in iter_batches([r.path for r in records], spec, batch):

@@ -14,7 +14,7 @@ from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.data.sampler import PKSampler
 
 torch = pytest.importorskip("torch", reason="the loaders are torch's")
-from nformer_edge.data.loaders import AugmentSpec, TrainImages, augment, evaluation_batches, train_loader  # noqa: E402
+from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, augment, evaluation_batches  # noqa: E402
 
 SPEC = PreprocessSpec(48, 24)
 OFF = AugmentSpec(flip=0, pad=0, erase=0)
@@ -162,7 +162,8 @@ def test_augmentation_leaves_its_input_alone_and_repeats_with_its_seed() -> None
 
 
 def test_the_loader_repeats_an_epoch_and_changes_the_next(tiny: Dataset) -> None:
-    loader = train_loader(tiny.train, SPEC, p=3, k=4, seed=5)
+    images = TrainImages(tiny.train, SPEC)
+    loader = TrainLoader(images, PKSampler(images.pids, 3, 4, seed=5), seed=5)
 
     def epoch(number: int) -> list[tuple[np.ndarray, list[int]]]:
         loader.set_epoch(number)

@@ -78,8 +78,9 @@ def make(kind: str, rows: int, columns: int, length: int, seed: int) -> tuple[np
 KINDS = ["random", "clustered", "constant", "duplicated", "sorted", "one-hot", "huge", "tiny", "mixed", "zero"]
 
 
+# One shape for the boxes and one for the product; odd sizes between them are the next but one test's.
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "columns", "length", "k"), [(203, 203, 5, 20), (61, 397, 33, 7), (130, 193, 256, 20)])
+@pytest.mark.parametrize(("rows", "columns", "length", "k"), [(203, 203, 5, 20), (130, 193, 256, 20)])
 def test_row_top_k_equals_float64_on_every_path(kind: str, rows: int, columns: int, length: int, k: int) -> None:
     a, b = make(kind, rows, columns, length, seed=1)
     lists = [native.row_top_k(a, b, k, **variant) for variant in variants(length)]
@@ -87,8 +88,10 @@ def test_row_top_k_equals_float64_on_every_path(kind: str, rows: int, columns: i
     assert all((other == lists[0]).all() for other in lists)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "length"), [(401, 256), (385, 3), (192, 64), (1, 8)])
+@pytest.mark.parametrize(
+    ("kind", "rows", "length"),
+    [*((kind, 401, 256) for kind in KINDS), ("duplicated", 385, 3), ("duplicated", 192, 64), ("random", 1, 8)],
+)
 def test_row_top_k_of_a_set_with_itself_equals_that_of_a_copy(kind: str, rows: int, length: int) -> None:
     a, _ = make(kind, rows, rows, length, seed=2)
     copy = native.row_top_k(a, a.copy(), 20)
