@@ -1,9 +1,12 @@
-"""The two custom operators as data, and the rule that draws landmarks.
+"""The two custom operators as data, what they refuse, and the rule that draws landmarks.
 
 `docs/operators.md` is the contract; every backend reads names, domain and attributes from here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 
@@ -72,3 +75,44 @@ def draw_landmarks(num_images: int, layers: int, count: int, seed: int) -> np.nd
             places[j] = places.get(i, i)
         landmarks[layer] = [order[i % len(order)] for i in range(count)]
     return landmarks
+
+
+class Array(Protocol):
+    """What the checks read of a numpy array or a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object: ...
+
+
+def check_factors(a: Array, b: Array, types: Collection[object], named: str) -> None:
+    """Raises UsageError unless `a` is [H, N, R], `b` [H, M, R], and both of one of the `types`, in words `named`."""
+    if a.dtype not in types:
+        raise UsageError("a", a.dtype, named, "Convert it first.")
+    if len(a.shape) != 3 or len(b.shape) != 3:
+        got = f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        raise UsageError("a, b", got, "[H, N, R] and [H, M, R]", "Add the head axis: a[None].")
+    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or a.dtype != b.dtype:
+        got, expected = f"shape {tuple(b.shape)} {b.dtype}", f"[{a.shape[0]}, M, {a.shape[2]}] {a.dtype}"
+        raise UsageError("b", got, expected, "Give both factors the same heads, length and type.")
+
+
+def check_values(a: Array, b: Array, v: Array) -> None:
+    """Raises UsageError unless factors [H, N, R] and values [H, N, D] are of one set of images and one type."""
+    heads, rows, _ = a.shape
+    if b.shape[1] != rows:
+        raise UsageError("b", f"{b.shape[1]} rows", f"{rows}, as a", "Pass factors of the same set.")
+    if len(v.shape) != 3 or tuple(v.shape[:2]) != (heads, rows) or v.dtype != a.dtype:
+        got, hint = f"shape {tuple(v.shape)} {v.dtype}", "Give values for the same heads and images, of the same type."
+        raise UsageError("v", got, f"[{heads}, {rows}, D] {a.dtype}", hint)
+
+
+def check_neighbors(neighbors: Array, a: Array, int32: object) -> None:
+    """Raises UsageError unless `neighbors` is [H or 1, N, K] of the type `int32`, for factors `a` [H, N, R]."""
+    heads, rows, _ = a.shape
+    shape = tuple(neighbors.shape)
+    if len(shape) != 3 or shape[0] not in (1, heads) or shape[1] != rows or neighbors.dtype != int32:
+        got, expected = f"shape {shape} {neighbors.dtype}", f"[{heads} or 1, {rows}, K] int32"
+        raise UsageError("neighbors", got, expected, "Pass what row_top_k gave.")

@@ -20,7 +20,7 @@ import numpy as np
 
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.spec import check_at_least, check_choice
-from nformer_edge.ops.contract import NO_NEIGHBOR
+from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_neighbors, check_values
 
 _native: ModuleType | None
 try:
@@ -256,18 +256,10 @@ def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
 
 
 def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: int) -> None:
-    heads, rows, _ = a.shape
-    fits = neighbors.ndim == 3 and neighbors.shape[0] in (1, heads) and neighbors.shape[1] == rows
-    if not fits or neighbors.dtype != np.int32:
-        raise UsageError(
-            "neighbors",
-            f"shape {neighbors.shape} {neighbors.dtype}",
-            f"[{heads} or 1, {rows}, K] int32",
-            "Pass what row_top_k gave.",
-        )
+    check_neighbors(neighbors, a, np.dtype(np.int32))
     bad = _library().first_bad_list(np.ascontiguousarray(neighbors), columns, threads) if neighbors.size else -1
     if bad >= 0:
-        head, row = divmod(bad, rows)
+        head, row = divmod(bad, a.shape[1])
         raise UsageError(
             "neighbors",
             f"{neighbors[head, row].tolist()} in row {row}",
@@ -277,18 +269,7 @@ def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: in
 
 
 def _check_factors(a: np.ndarray, b: np.ndarray) -> None:
-    if a.dtype not in (np.float32, np.float16):
-        raise UsageError("a", a.dtype, "float32 or float16", "Convert it first.")
-    if a.ndim != 3 or b.ndim != 3:
-        got = f"shapes {a.shape} and {b.shape}"
-        raise UsageError("a, b", got, "[H, N, R] and [H, M, R]", "Add the head axis: a[None].")
-    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or a.dtype != b.dtype:
-        raise UsageError(
-            "b",
-            f"shape {b.shape} {b.dtype}",
-            f"[{a.shape[0]}, M, {a.shape[2]}] {a.dtype}",
-            "Give both factors the same heads, length and type.",
-        )
+    check_factors(a, b, (np.float32, np.float16), "float32 or float16")
     if b.shape[1] >= 1 << 29:
         raise UsageError("b", f"{b.shape[1]} columns", "fewer than 2**29", "Split the gallery.")
 
@@ -298,15 +279,6 @@ def _check_attention(
 ) -> float:
     """Checks everything but finiteness; returns the scale to use."""
     _check_factors(a, b)
-    heads, rows, _ = a.shape
-    if b.shape[1] != rows:
-        raise UsageError("b", f"{b.shape[1]} rows", f"{rows}, as a", "Pass factors of the same set.")
-    if v.ndim != 3 or v.shape[:2] != a.shape[:2] or v.dtype != a.dtype:
-        raise UsageError(
-            "v",
-            f"shape {v.shape} {v.dtype}",
-            f"[{heads}, {rows}, D] {a.dtype}",
-            "Give values for the same heads and images, of the same type.",
-        )
-    _check_lists(neighbors, a, rows, threads)
+    check_values(a, b, v)
+    _check_lists(neighbors, a, a.shape[1], threads)
     return 1.0 / math.sqrt(max(1, v.shape[2])) if scale is None else float(scale)

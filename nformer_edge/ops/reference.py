@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.ops.contract import NO_NEIGHBOR
+from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_neighbors, check_values
 
 #: Upper bound on the temporaries of one block of rows.
 BLOCK_BYTES = 64 << 20
@@ -147,43 +147,12 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 def _check_factors(a: Tensor, b: Tensor) -> None:
-    if a.dtype not in _WIDE:
-        raise UsageError("a", a.dtype, "float32, float16 or float64", "Convert it first.")
-    if a.dim() != 3 or b.dim() != 3:
-        got = f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
-        raise UsageError("a, b", got, "[H, N, R] and [H, M, R]", "Add the head axis: a[None].")
-    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or a.dtype != b.dtype:
-        raise UsageError(
-            "b",
-            f"shape {tuple(b.shape)} {b.dtype}",
-            f"[{a.shape[0]}, M, {a.shape[2]}] {a.dtype}",
-            "Give both factors the same heads, length and type.",
-        )
+    check_factors(a, b, _WIDE, "float32, float16 or float64")
 
 
 def _check_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor) -> None:
-    heads, rows, _ = a.shape
-    if b.shape[1] != rows:
-        raise UsageError("b", f"{b.shape[1]} rows", f"{rows}, as a", "Pass factors of the same set.")
-    if v.dim() != 3 or v.shape[:2] != a.shape[:2] or v.dtype != a.dtype:
-        raise UsageError(
-            "v",
-            f"shape {tuple(v.shape)} {v.dtype}",
-            f"[{heads}, {rows}, D] {a.dtype}",
-            "Give values for the same heads and images, of the same type.",
-        )
-    fits = neighbors.dim() == 3 and neighbors.shape[0] in (1, heads) and neighbors.shape[1] == rows
-    if not fits or neighbors.dtype != torch.int32:
-        raise UsageError(
-            "neighbors",
-            f"shape {tuple(neighbors.shape)} {neighbors.dtype}",
-            f"[{heads} or 1, {rows}, K] torch.int32",
-            "Pass what row_top_k gave.",
-        )
-    if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < rows):
-        raise UsageError(
-            "neighbors",
-            f"{int(neighbors.min())}..{int(neighbors.max())}",
-            f"-1..{rows - 1}",
-            "Pass what row_top_k gave for the same images.",
-        )
+    check_values(a, b, v)
+    check_neighbors(neighbors, a, torch.int32)
+    if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < a.shape[1]):
+        got, expected = f"{int(neighbors.min())}..{int(neighbors.max())}", f"-1..{a.shape[1] - 1}"
+        raise UsageError("neighbors", got, expected, "Pass what row_top_k gave for the same images.")

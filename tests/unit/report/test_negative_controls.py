@@ -22,14 +22,6 @@ from nformer_edge.report.verdict import describe_causes, require_passed
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def swap(one, other):
     """Gives each of two BatchNorms what the other has."""
     ours = {name: tensor.clone() for name, tensor in one.state_dict().items()}
