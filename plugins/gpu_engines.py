@@ -60,9 +60,9 @@ def check_engines(folder: Path, backend: str = "tensorrt", run: Command = comman
         ``skipped``, or ``steps`` with what each command said and ``gates`` with each parity's JSON by precision, with
         ``-ahead-of-time`` behind it for the plans that carry their kernels.
     """
-    lacking = missing() if backend == "tensorrt" else []
-    if lacking:
-        return {"skipped": f"no {', no '.join(lacking)}"}
+    absent = missing() if backend == "tensorrt" else []
+    if absent:
+        return {"skipped": f"no {', no '.join(absent)}"}
     demo, steps, gates = folder / "demo", [], {}
     steps.append(run("demo", "--tiny", "-o", str(demo)))
     libraries = [""]

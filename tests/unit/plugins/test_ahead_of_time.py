@@ -23,6 +23,7 @@ from helpers import fake_plugin
 from helpers import row_logic as logic
 from helpers.tensorrt_names import collect
 
+from nformer_edge.backends.engine import KernelInPlan
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import kernels as plugin_kernels
 from nformer_edge.backends.tensorrt.plugin import ptx
@@ -278,14 +279,7 @@ def test_what_was_compiled_is_kept_by_its_hash(plan):
     (sha256,) = ahead.kernels
     assert ahead.kernels[sha256].ptx == told["ptx"]
     assert ahead.kernels[sha256].sha256 == sha256
-    (fact,) = ahead.facts()
-    assert fact == {
-        "operator": "RowTopK",
-        "entry": "nformer_row_top_k",
-        "sha256": sha256,
-        "cuda": "13.0",
-        "ptx": "sm_89",
-    }
+    assert ahead.facts() == (KernelInPlan("RowTopK", "nformer_row_top_k", sha256, "13.0", "sm_89"),)
 
 
 def test_an_error_in_a_callback_is_kept_for_whoever_asks(plugin_module, compiler, tmp_path):
