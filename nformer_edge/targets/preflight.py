@@ -136,12 +136,12 @@ def _hardware(target: Target, machine: MachineFacts, now: Conditions) -> list[Mi
 
 def _plugin(machine: MachineFacts) -> list[Mismatch]:
     what, here = "plugin library", version_key(machine.versions.get(TENSORRT, ""))
-    library, lacks = find_plugin(here[0] if here else None), missing_ahead_of_time(here)
-    if library is None and not lacks:
+    library, reason = find_plugin(here[0] if here else None), missing_ahead_of_time(here)
+    if library is None and not reason:
         return []  # the plan carries the kernels
     if library is None:
         hint = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-        return [Mismatch(what, f"no libnformer_plugins.so, and {lacks}", "one of the two", hint)]
+        return [Mismatch(what, f"no libnformer_plugins.so, and {reason}", "one of the two", hint)]
     try:
         manifest = read_plugin(library)
     except Error as e:

@@ -93,7 +93,7 @@ def _layer(
 
 
 def types_built(layers: Sequence[Layer], nodes: Iterable[str]) -> dict[str, str]:
-    """The type in which each of `nodes` is computed; those that cannot be told are absent."""
+    """The type in which each of `nodes` is computed; those that are not known are absent."""
     found = {}
     for node in nodes:
         naming = [layer for layer in layers if node in layer.nodes and layer.kind.lower() not in _OPAQUE]

@@ -1,4 +1,4 @@
-"""One GPU: through pycuda what a runner needs, and of the driver's own library what pycuda or a builder lacks.
+"""One GPU: through pycuda what a runner needs, and of the driver's own library the rest.
 
 Nothing of CUDA is imported before a `Device` is opened. A builder has TensorRT, but need not have pycuda.
 """

@@ -88,7 +88,7 @@ class AheadOfTime:
     Args:
         trt: the module tensorrt, of `SINCE` or later.
         compiler: of CUDA.
-        architecture: the least compute capability that the plan is to run on, times ten.
+        architecture: the lowest compute capability that the plan is to run on, times ten.
         errors: gets what goes wrong in a callback.
 
     Raises:

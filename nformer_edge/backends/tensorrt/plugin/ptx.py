@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from nformer_edge.backends.tensorrt.plugin.build import find_nvcc
 from nformer_edge.core.errors import BackendError
@@ -22,38 +22,20 @@ _FLAGS = ("-std=c++17",)
 #: Where NVIDIA's packages for CUDA 12 and for CUDA 13 put the library and, beside it, the headers of the runtime.
 _IN_PACKAGES = (("cuda_nvrtc/lib", "cuda_runtime/include"), ("cu13/lib", "cu13/include"))
 
-
 #: Earlier ones refuse ``__builtin_bit_cast``, by which the kernels have infinity where there are no headers.
 OLDEST_NVRTC = (12, 3)
 
 
-class PtxCompiler(Protocol):
-    """What compiles one source for one architecture."""
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Of CUDA: the PTX needs a driver for it or for a later one."""
-        ...
-
-    @property
-    def architectures(self) -> tuple[int, ...]:
-        """Compute capabilities times ten, ascending."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-    def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
-        """PTX of `source`, with such `options` as ``-DNAME=1`` and ``-Ifolder``.
-
-        Raises:
-            BackendError: with the compiler's words.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Nvrtc:
-    """NVIDIA's compiler as a library: ``libnvrtc.so`` and a folder that has ``cuda_fp16.h``."""
+    """NVIDIA's compiler as a library: ``libnvrtc.so`` and a folder that has ``cuda_fp16.h``.
+
+    Args:
+        library: the file.
+        headers: the folder.
+        version: of CUDA: the PTX needs a driver for it or for a later one.
+        architectures: compute capabilities times ten, ascending.
+    """
 
     library: Path
     headers: Path
@@ -64,7 +46,11 @@ class Nvrtc:
         return f"NVRTC {'.'.join(map(str, self.version))} ({self.library})"
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
-        """See `PtxCompiler.ptx`."""
+        """PTX of `source` for one architecture, with such `options` as ``-DNAME=1`` and ``-Ifolder``.
+
+        Raises:
+            BackendError: with the compiler's words.
+        """
         nvrtc = _opened(self.library)
         words = [f"--gpu-architecture=compute_{architecture}", *_FLAGS, f"-I{self.headers}", *options]
         given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
@@ -80,7 +66,7 @@ class Nvrtc:
 
 @dataclass(frozen=True)
 class Nvcc:
-    """The toolkit's compiler driver, which has its headers itself."""
+    """The toolkit's compiler driver, which has its headers itself; see `Nvrtc`."""
 
     program: Path
     version: tuple[int, int]
@@ -90,7 +76,7 @@ class Nvcc:
         return f"nvcc {'.'.join(map(str, self.version))} ({self.program})"
 
     def ptx(self, source: Path, architecture: int, options: Sequence[str]) -> str:
-        """See `PtxCompiler.ptx`."""
+        """See `Nvrtc.ptx`."""
         command = [str(self.program), "-ptx", f"-arch=compute_{architecture}", *_FLAGS, *options, str(source)]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "kernel.ptx"
@@ -98,6 +84,9 @@ class Nvcc:
             if done.returncode != 0:
                 raise _refused(source, str(self), done.stderr)
             return out.read_text()
+
+
+PtxCompiler: TypeAlias = Nvrtc | Nvcc
 
 
 def find_nvrtc() -> Iterator[Nvrtc]:
