@@ -60,6 +60,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
 def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock) -> tuple[dict[str, Path], Result]:
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
     from nformer_edge.backends.build import EngineSpec, build_engine
+    from nformer_edge.backends.onnxruntime.build import NAME
     from nformer_edge.exporting.export import export_bundle
     from nformer_edge.training.config import TrainConfig, configure
     from nformer_edge.training.train import train
@@ -74,9 +75,9 @@ def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clo
         export_bundle(checkpoint, bundle, landmark_seed=seed)
     models = {PYTORCH: checkpoint, ONNX_FP32: out / "engine-fp32", ONNX_INT8: out / "engine-int8"}
     with clock("build-engine FP32"):
-        build_engine(bundle, models[ONNX_FP32], EngineSpec(backend="onnxruntime", precision="fp32"))
+        build_engine(bundle, models[ONNX_FP32], EngineSpec(backend=NAME, precision="fp32"))
     with clock("build-engine INT8"):
-        spec = EngineSpec(backend="onnxruntime", precision="int8", seed=seed)
+        spec = EngineSpec(backend=NAME, precision="int8", seed=seed)
         build_engine(bundle, models[ONNX_INT8], spec, calib_data=dataset.root)
     return models, training
 
