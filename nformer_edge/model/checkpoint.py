@@ -102,7 +102,7 @@ def _fill(path: str | os.PathLike[str], module: nn.Module, tensors: dict[str, Te
             raise ArtifactError(
                 str(path),
                 f"{what} {prefix}{names[0]} ({len(names)} such)",
-                "the tensors that its spec needs",
-                "Train or import it again with this version.",
+                "its spec's tensors",
+                "Train or import it again.",
             )
     module.load_state_dict(state)

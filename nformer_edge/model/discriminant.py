@@ -153,10 +153,7 @@ def start_as_discriminant(
     spec = head.spec
     if spec.rule == "affinity" and spec.layers < 2:
         raise UsageError(
-            "layers",
-            spec.layers,
-            "2 or more for the discriminant start under the affinity rule",
-            "Give the head another layer, or start it as the reciprocal mean.",
+            "layers", spec.layers, "2 or more under the affinity rule", "Add a layer, or start as reciprocal_mean."
         )
     x = head.scaled(features)
     for layer, block in enumerate(head.h):

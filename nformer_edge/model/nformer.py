@@ -228,7 +228,7 @@ class NFormer(nn.Module):
                 "features",
                 f"shape {tuple(features.shape)}",
                 f"[N, {self.spec.features}]",
-                "Embed the images with the backbone that this head was trained on.",
+                "Embed with this head's own backbone.",
             )
         rows = features.shape[0]
         fits = landmarks.dim() == 2 and landmarks.shape[0] == self.spec.layers and landmarks.shape[1] >= 1
@@ -237,12 +237,12 @@ class NFormer(nn.Module):
                 "landmarks",
                 f"shape {tuple(landmarks.shape)} {landmarks.dtype}",
                 f"int32 [{self.spec.layers}, l]",
-                "Draw them with core.ops.draw_landmarks.",
+                "Call ops.contract.draw_landmarks.",
             )
         if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
             raise UsageError(
                 "landmarks",
                 f"{int(landmarks.min())}..{int(landmarks.max())}",
                 f"0..{rows - 1}",
-                "Draw them for this number of images.",
+                "Draw them for N images.",
             )

@@ -56,10 +56,7 @@ class TensorFile:
         tensors, metadata = self._open(Path(path))
         if _digest(tensors, metadata) != metadata["sha256"]:
             raise ArtifactError(
-                str(path),
-                "contents that do not match their sha256",
-                "the file as it was written",
-                "The file was changed: copy it or train again.",
+                str(path), "contents of another sha256", "the file as it was written", "Copy it again or train again."
             )
         return tensors, metadata
 

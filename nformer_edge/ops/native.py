@@ -216,10 +216,7 @@ def reciprocal_neighbor_attention_backward(
 def _library() -> ModuleType:
     if _native is None:
         raise BackendError(
-            "native kernels",
-            "no compiled module",
-            "nformer_edge.ops._native",
-            "Install the package (pip install .) rather than importing a copied tree.",
+            "native kernels", "no compiled module", "nformer_edge.ops._native", "Run pip install ., which compiles it."
         )
     return _native
 
@@ -248,10 +245,7 @@ def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
     if bad >= 0:
         head, row = divmod(bad, x.shape[1])
         raise DataError(
-            name,
-            f"NaN or infinity in row {row} of head {head}",
-            "finite numbers",
-            "Embed these images again and look at what they show.",
+            name, f"NaN or infinity in row {row} of head {head}", "finite numbers", "Look at what these images show."
         )
 
 
@@ -264,7 +258,7 @@ def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: in
             "neighbors",
             f"{neighbors[head, row].tolist()} in row {row}",
             f"-1..{columns - 1}",
-            "Pass what row_top_k gave for the same images.",
+            "Pass what row_top_k gave.",
         )
 
 

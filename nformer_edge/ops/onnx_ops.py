@@ -57,8 +57,8 @@ def register(
         raise BackendError(
             "native kernels for onnxruntime",
             f"no {_NAME}",
-            "it beside nformer_edge.ops._native",
-            "Install the package (pip install .) rather than importing a copied tree.",
+            "it beside ops._native",
+            "Run pip install ., which compiles it.",
         )
     with _lock:  # the number of threads is read while the library registers itself
         ctypes.CDLL(os.fspath(path)).NFormerSetThreads(native.default_threads() if threads is None else threads)
@@ -68,6 +68,6 @@ def register(
             raise BackendError(
                 "native kernels for onnxruntime",
                 str(e).splitlines()[0],
-                "a library that it takes",
-                "Install onnxruntime 1.18 or newer.",
+                "onnxruntime to take them",
+                "Install 1.18 or newer.",
             ) from e

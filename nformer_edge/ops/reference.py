@@ -140,9 +140,9 @@ def check_finite(name: str, x: Tensor) -> None:
     row = int(bad.nonzero()[0, 0])
     raise DataError(
         name,
-        f"NaN or infinity in row {row} ({int(bad.sum())} such rows)",
+        f"NaN or infinity in row {row} ({int(bad.sum())} such)",
         "finite numbers",
-        "Embed these images again and look at what they show.",
+        "Look at what these images show.",
     )
 
 

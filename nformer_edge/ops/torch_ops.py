@@ -60,12 +60,7 @@ def reciprocal_neighbor_attention(
 def _check_supported(*tensors: Tensor) -> None:
     if not supports(*tensors):
         got = ", ".join(f"{t.device} {t.dtype}" for t in tensors)
-        raise UsageError(
-            "native operators",
-            got,
-            "compiled kernels and CPU tensors of float32 or float16",
-            "Use nformer_edge.ops.reference, which takes any tensor.",
-        )
+        raise UsageError("native operators", got, "kernels and CPU tensors of float32 or float16", "Use ops.reference.")
 
 
 @torch.library.custom_op("nformer::row_top_k", mutates_args=(), device_types="cpu")

@@ -75,10 +75,7 @@ class Compute:
         """
         if count % self.world:
             raise UsageError(
-                what,
-                f"{count} for {self.world} ranks",
-                f"a multiple of {self.world}",
-                "Change it, or the number of processes.",
+                what, f"{count} for {self.world} ranks", f"a multiple of {self.world}", "Change either number."
             )
         return count // self.world
 
@@ -183,7 +180,7 @@ def _import_fabric() -> Any:
         raise BackendError(
             "lightning-fabric",
             "not installed",
-            "it for several ranks and for other precisions than fp32",
+            "it for several ranks and for low precision",
             "pip install 'nformer-edge[scale]'.",
         ) from e
     return lightning_fabric

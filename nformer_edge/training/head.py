@@ -112,8 +112,8 @@ def _stack(views: Sequence[Features], spec: HeadSpec, factor: float) -> tuple[Te
             raise DataError(
                 "training features",
                 "views of other images",
-                "the same images in the same order",
-                "Extract every view from the same list.",
+                "the same images in one order",
+                "Extract all from one list.",
             )
     classes, labels = np.unique(views[0].pids, return_inverse=True)
     if len(classes) < 2:

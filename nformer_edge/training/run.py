@@ -81,7 +81,7 @@ def _summary_writer() -> type[SummaryWriter]:
             "tensorboard",
             "not installed",
             "it for --tensorboard",
-            "pip install 'nformer-edge[logs]', or read the CSV file, which is always written.",
+            "pip install 'nformer-edge[logs]', or read the CSV file.",
         ) from e
     return SummaryWriter
 

@@ -92,10 +92,10 @@ class StateFile:
         state = json.loads(texts["state"])
         for where, was, now in _differences(state["identity"], to_json(self.identity)):
             raise UsageError(
-                f"--resume with another {where}",
+                f"--resume: {where}",
                 now,
                 f"{was}, as in {self.path}",
-                "Pass what the interrupted run was given, or train again without --resume.",
+                "Pass what that run was given, or leave out --resume.",
             )
         return tensors, state["counters"]
 

@@ -87,7 +87,7 @@ def _training_features(store: str | os.PathLike[str]) -> Features:
             str(store),
             f"splits {', '.join(sets)}",
             f"a split {SPLIT!r}",
-            "Embed a dataset that has training images, with `--splits train`.",
+            "Embed training images, with `--splits train`.",
         )
     features = sets[SPLIT]
     return features.take(features.pids > 0)
@@ -102,12 +102,7 @@ def _backbone(
     checkpoint = load_checkpoint(path)
     if checkpoint.backbone is None or not features.shares_model(checkpoint.sha256):
         got = "no backbone" if checkpoint.backbone is None else f"sha256 {checkpoint.sha256[:12]}..."
-        raise ArtifactError(
-            str(path),
-            got,
-            f"the model that made {store}: sha256 {features.model[:12] or 'unknown'}...",
-            "Pass that checkpoint, or embed again with this one.",
-        )
+        raise ArtifactError(str(path), got, f"the model that made {store}", "Pass that checkpoint.")
     return checkpoint.spec, checkpoint.backbone, checkpoint.sha256
 
 
@@ -119,10 +114,7 @@ def _configured(
         raise UsageError("--features", "no head to train", "a head", "Leave out --no-head.")
     if not features.spec and parts is None:
         raise ArtifactError(
-            store,
-            "features that do not say what made them",
-            "the model's spec beside them",
-            "Embed again with this version, or pass --backbone.",
+            store, "features without their model's spec", "the spec beside them", "Embed again, or pass --backbone."
         )
     made = parts[0] if parts else from_dict(ModelSpec, json.loads(features.spec), store)
     head = replace(config.model.head, features=made.backbone.features)

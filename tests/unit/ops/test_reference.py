@@ -103,7 +103,7 @@ def test_row_top_k_never_chooses_a_score_that_overflowed() -> None:
 def test_row_top_k_names_the_first_row_that_is_not_finite() -> None:
     a = random(2, 9, 3)
     a[1, 4, 0] = math.nan
-    with pytest.raises(DataError, match=r"a: got NaN or infinity in row 4 \(1 such rows\)"):
+    with pytest.raises(DataError, match=r"a: got NaN or infinity in row 4 \(1 such\)"):
         row_top_k(a, random(2, 9, 3), 2)
 
 
