@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from nformer_edge.quantize.calibrate import Calibration
 from nformer_edge.quantize.decide import weights_have_7_bits
 from nformer_edge.quantize.spec import EngineSpec, OpenBundle
 
-NAME = "onnxruntime"
+NAME: Final = "onnxruntime"
 EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
 PRECISIONS = ("fp32", "int8")
 
