@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
 from nformer_edge.core.errors import ArtifactError, BackendError
@@ -63,6 +66,7 @@ class TorchRunner:
         self._operators: Operators = FastestOperators() if native else ops
         self._device = _device(device or "cpu")
         self._fold = not reference and self._device.type == "cpu"
+        self._dtype = torch.float32
         self._images_to_features: Backbone | None = None
         self._model: Checkpoint | None = checkpoint
         for module in (checkpoint.backbone, checkpoint.head):
@@ -88,19 +92,26 @@ class TorchRunner:
         if len(images) == 0:
             return np.empty((0, self.spec.backbone.features), np.float32)
         with self._computing():
-            x = torch.from_numpy(images).to(self._device)
+            x = torch.from_numpy(images).to(self._device, self._dtype)
             return backbone(x.contiguous(memory_format=torch.channels_last) if self._fold else x).cpu().numpy()
 
     def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
         """See `Runner.relate`."""
+        return self._related(features, landmarks, self._operators)
+
+    def _related(self, features: np.ndarray, landmarks: np.ndarray | None, operators: Operators) -> np.ndarray:
         features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
         head = self._loaded().head
         assert head is not None, "the spec has a head exactly where the checkpoint has"
         if len(features) == 0:
             return features
-        with self._computing(), using(self._operators):
-            x, chosen = (torch.from_numpy(array).to(self._device) for array in (features, landmarks))
-            return head(x, chosen).cpu().numpy()
+        with self._computing(), using(operators):
+            x = torch.from_numpy(features).to(self._device, self._dtype)
+            return head(x, torch.from_numpy(landmarks).to(self._device)).cpu().numpy()
+
+    def float64(self) -> Float64Runner:
+        """The same model in double precision."""
+        return Float64Runner(self)
 
     def with_head(self, use: Callable[[NFormer], T]) -> T:
         """What `use` makes of the head, computed as `relate` computes; see `gallery.protocols`."""
@@ -136,6 +147,57 @@ class TorchRunner:
                 yield
         finally:
             torch.set_num_threads(before)
+
+
+class Float64Runner(TorchRunner):
+    """A checkpoint in double precision: what the rounding of float32 is measured against.
+
+    Args:
+        single: the same model, open.
+    """
+
+    def __init__(self, single: TorchRunner) -> None:
+        self.__dict__.update(vars(single))
+        model = single._loaded()
+        backbone, head = copy.deepcopy(model.backbone), copy.deepcopy(model.head)
+        self._model = replace(model, backbone=backbone and backbone.double(), head=head and head.double())
+        self._single, self._dtype, self._fold = single, torch.float64, False
+
+    def relate(
+        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+    ) -> np.ndarray:
+        """See `Runner.relate`. Neighbors are those that float32 chooses on `like` [N, D], or on `features` if None.
+
+        Float32 cannot tell neighbors apart whose scores are nearly equal, and either choice is right; whose neighbors
+        they are is no matter of rounding in what follows.
+        """
+        noted = _Noted(self._single._operators)
+        self._single._related(features if like is None else like, landmarks, noted)
+        return self._related(features, landmarks, _Given(noted.lists))
+
+
+class _Noted:
+    """Operators that note the neighbor lists they choose."""
+
+    def __init__(self, inner: Operators) -> None:
+        self.lists: list[Tensor] = []
+        self._inner = inner
+        self.reciprocal_neighbor_attention = inner.reciprocal_neighbor_attention
+
+    def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
+        self.lists.append(self._inner.row_top_k(a, b, k))
+        return self.lists[-1]
+
+
+class _Given:
+    """Operators that give the neighbor lists they were given, call by call."""
+
+    def __init__(self, lists: list[Tensor]) -> None:
+        self._lists = iter(lists)
+        self.reciprocal_neighbor_attention = ops.reciprocal_neighbor_attention
+
+    def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
+        return next(self._lists)
 
 
 def _device(name: str) -> torch.device:

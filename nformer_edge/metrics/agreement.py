@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
-from nformer_edge.metrics.distance import nearest, reciprocal_mask, row_blocks, unit_rows
-from nformer_edge.metrics.ranking import rank
+from nformer_edge.metrics.distance import cosine_distances, nearest, reciprocal_mask, row_blocks, unit_rows
+from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, rank
+
+#: What the FP32 gate allows a row: so many times the float32 reference's own error, or so much of its norm.
+OWN_ERRORS, ROUNDING = 4.0, 1e-5
 
 #: Cosine distances nearer than this are a tie: what float32 rounding moves them by at 512 features.
 TIE = 1e-6
@@ -20,38 +24,60 @@ COSINE_EDGES = np.concatenate([1.0 - np.logspace(0, -8, 65), [1.0]])
 
 @dataclass(frozen=True)
 class TensorError:
-    """`worst` is the largest abs(x - ref) / (atol + rtol * abs(ref)): at most 1 holds. NaN if `non_finite` > 0."""
+    """How far rows are off, in L2. Errors are NaN if `non_finite` > 0.
 
+    Args:
+        mean: of the rows' errors, each in units of its reference row's norm.
+        largest: likewise.
+        own: largest error of the float32 reference itself; NaN without a float64 run of it.
+        worst: largest error of a row in units of what the FP32 gate allows it; see `row_tolerance`.
+        non_finite: numbers that are NaN or infinite.
+    """
+
+    mean: float
+    largest: float
+    own: float
     worst: float
-    max_abs: float
     non_finite: int
 
 
 def _check_pair(x: np.ndarray, reference: np.ndarray) -> None:
     if x.shape != reference.shape or x.ndim != 2 or not len(x):
-        raise DataError(
-            "features",
-            f"shapes {x.shape} and {reference.shape}",
-            "the same [N, D] with N >= 1",
-            "Give both models the same images.",
-        )
+        got = f"shapes {x.shape} and {reference.shape}"
+        raise DataError("features", got, "the same [N, D] with N >= 1", "Give both models the same images.")
 
 
-def tensor_error(x: np.ndarray, reference: np.ndarray, atol: float, rtol: float) -> TensorError:
-    """The sum form over [N, D], each row measured in units of its reference row's L2 norm.
+def row_errors(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """L2 norm of the difference of each row of [N, D] over that of its reference row. Returns float64 [N].
 
-    Embeddings are compared by direction, so an absolute tolerance means something only on that scale; dividing both
-    sides by the reference's norm keeps an error of length visible.
+    NaN for a row that is not finite; a row of zeros has norm 1.
     """
     _check_pair(x, reference)
-    bad = int((~np.isfinite(x)).sum() + (~np.isfinite(reference)).sum())
-    if bad:
-        return TensorError(float("nan"), float("nan"), bad)
     x, reference = x.astype(np.float64), reference.astype(np.float64)
-    norm = np.linalg.norm(reference, axis=1, keepdims=True)
-    scale = np.where(norm > 0, norm, 1)
-    error = np.abs(x - reference) / scale
-    return TensorError(float((error / (atol + rtol * np.abs(reference) / scale)).max()), float(error.max()), 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        norm = np.linalg.norm(reference, axis=1)
+        errors = np.linalg.norm(x - reference, axis=1) / np.where(norm > 0, norm, 1)
+    return np.where(np.isfinite(errors), errors, np.nan)
+
+
+def row_tolerance(own: np.ndarray | None) -> np.ndarray | float:
+    """What the FP32 gate allows rows, in units of their norms, by the reference's own `row_errors` [N] if known."""
+    return ROUNDING if own is None else np.maximum(OWN_ERRORS * own, ROUNDING)
+
+
+def tensor_error(x: np.ndarray, exact: np.ndarray, own: np.ndarray | None = None) -> TensorError:
+    """Errors of an engine's rows [N, D].
+
+    Args:
+        x: of the engine.
+        exact: [N, D] of the reference's float64 run, or of the reference itself where there is no such run.
+        own: float64 [N], the float32 reference's `row_errors` against that run; None where there is none.
+    """
+    errors = row_errors(x, exact)
+    bad = int((~np.isfinite(x)).sum() + (~np.isfinite(exact)).sum())
+    worst = float((errors / row_tolerance(own)).max())
+    own_largest = math.nan if own is None else float(own.max())
+    return TensorError(float(errors.mean()), float(errors.max()), own_largest, worst, bad)
 
 
 def cosines(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -74,37 +100,90 @@ def cosine_histogram(found: np.ndarray) -> tuple[np.ndarray, int]:
     return counts, len(found) - len(finite)
 
 
-def rank_agreement(
-    query: Features, gallery: Features, x_query: np.ndarray, x_gallery: np.ndarray, top: int = 10
-) -> tuple[float, float]:
-    """Share of queries with the same best gallery image, and the mean overlap of the `top` best.
-
-    An engine's choice agrees when the reference finds it as near as its own, up to TIE.
+@dataclass(frozen=True)
+class RankAgreement:
+    """How far an engine ranks as its reference does.
 
     Args:
-        query: the reference's features with their labels; Market's protocol leaves out what it leaves out.
-        gallery: as `query`.
-        x_query: [Q, D] of the engine.
-        x_gallery: [G, D] of the engine.
+        first: share of the `compared` queries whose first match agrees; NaN if there is none.
+        overlap: mean overlap of the best images, over all queries.
+        compared: queries that `first` counts.
+        undecided: queries without labels whose reference is not decided; `first` leaves them out.
+        by_person: whether first matches are compared by person rather than by image.
+        moved: int64 [M, 3] of the queries with another first image: query, the reference's gallery row, the engine's.
     """
-    _check_pair(x_query, query.features)
-    _check_pair(x_gallery, gallery.features)
-    ours = rank(query, gallery, top=top)
-    theirs = rank(query.with_features(x_query), gallery.with_features(x_gallery), top=top)
+
+    first: float
+    overlap: float
+    compared: int
+    undecided: int
+    by_person: bool
+    moved: np.ndarray
+
+    def same_person(self, pids: np.ndarray, ours: int, theirs: int) -> bool | None:
+        """Whether two gallery images show one person; None without labels. Distractors are nobody."""
+        return bool(pids[ours] == pids[theirs] != DISTRACTOR) if self.by_person else None
+
+
+def rank_agreement(
+    reference: tuple[Features, Features], engine: tuple[Features, Features], top: int = 10
+) -> RankAgreement:
+    """First matches and the `top` best gallery images of an engine against its reference's.
+
+    With labels, the first match agrees when it is the same person; Market's protocol leaves out what it leaves out.
+    Without (every gallery image unknown), it is the same image, over the queries whose reference is decided: its first
+    match leads the second by more than twice the root mean square difference of the two models' scores. An image
+    agrees also where the reference finds it as near as its own choice, up to TIE.
+
+    Args:
+        reference: query and gallery with their labels.
+        engine: the same images.
+        top: how many of the best.
+    """
+    query, gallery = reference
+    for original, x in zip(reference, engine, strict=True):
+        _check_pair(x.features, original.features)
+    labeled = bool((gallery.pids != JUNK).any())
+    ours = rank(query, gallery, top=max(top, 2), protocol=labeled)
+    theirs = rank(*engine, top=top, protocol=labeled)
     q, g = unit_rows(query.features).astype(np.float64), unit_rows(gallery.features).astype(np.float64)
     ranked = theirs.indices >= 0
     seen = np.empty(theirs.indices.shape)
     for rows in row_blocks(len(query)):  # the reference's distance to what the engine chose
         seen[rows] = 1.0 - np.einsum("qd,qkd->qk", q[rows], g[theirs.indices[rows]])
-    listed = (theirs.indices[:, :, None] == ours.indices[:, None, :]).any(axis=2)
+    listed = (theirs.indices[:, :, None] == ours.indices[:, None, :top]).any(axis=2)
     counts = ranked.sum(axis=1)
     some = counts > 0
     if not some.any():
         raise DataError("gallery", "no image to rank", "at least one", "Add gallery images.")
     last = np.take_along_axis(ours.distances, np.maximum(counts - 1, 0)[:, None], axis=1)
     overlap = ((listed | (seen <= last + TIE)) & ranked).sum(axis=1)[some] / counts[some]
-    first = (theirs.indices[:, 0] == ours.indices[:, 0]) | (seen[:, 0] <= ours.distances[:, 0] + TIE)
-    return float(first[some].mean()), float(overlap.mean())
+    first, chosen = ours.indices[:, 0], theirs.indices[:, 0]
+    agrees = (first == chosen) | (seen[:, 0] <= ours.distances[:, 0] + TIE)
+    compared = some
+    if labeled:
+        agrees |= (gallery.pids[first] == gallery.pids[chosen]) & (gallery.pids[first] != DISTRACTOR)
+    else:
+        compared = some & (ours.distances[:, 1] - ours.distances[:, 0] > 2 * score_difference(reference, engine))
+    moved = np.flatnonzero(some & (first != chosen))
+    return RankAgreement(
+        float(agrees[compared].mean()) if compared.any() else math.nan,
+        float(overlap.mean()),
+        int(compared.sum()),
+        int((some & ~compared).sum()),
+        labeled,
+        np.stack([moved, first[moved], chosen[moved]], axis=1),
+    )
+
+
+def score_difference(reference: tuple[Features, Features], engine: tuple[Features, Features]) -> float:
+    """Root mean square difference of two models' cosines, over all pairs of a query and a gallery image."""
+    q, g, x_q, x_g = (unit_rows(s.features) for s in (*reference, *engine))
+    total = 0.0
+    for rows in row_blocks(len(q)):
+        difference = cosine_distances(x_q[rows], x_g).astype(np.float64) - cosine_distances(q[rows], g)
+        total += float(np.square(difference).sum())
+    return math.sqrt(total / (len(q) * len(g)))
 
 
 def reciprocal_jaccard(x: np.ndarray, reference: np.ndarray, k: int = 20) -> float:

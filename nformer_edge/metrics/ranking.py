@@ -18,6 +18,7 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, smallest, unit_rows
 
 JUNK = -1
+DISTRACTOR = 0
 UNKNOWN_CAMERA = -1
 
 
@@ -68,7 +69,7 @@ class RankLists:
     distances: np.ndarray
 
 
-def kept(query: Features, gallery: Features, rows: slice) -> np.ndarray:
+def valid(query: Features, gallery: Features, rows: slice) -> np.ndarray:
     """Which gallery images the protocol ranks for the queries in `rows`. Returns bool [B, G].
 
     Two unknown cameras do not count as the same one.
@@ -85,12 +86,8 @@ def _distance_blocks(
         q, g = unit_rows(query.features, "query features"), unit_rows(gallery.features, "gallery features")
         check_same_size(q, g)
     elif distances.shape != (len(query), len(gallery)):
-        raise DataError(
-            "distances",
-            f"shape {distances.shape}",
-            f"[Q={len(query)}, G={len(gallery)}]",
-            "Pass one row a query and one column a gallery image.",
-        )
+        expected, hint = f"[Q={len(query)}, G={len(gallery)}]", "Pass one row a query and one column a gallery image."
+        raise DataError("distances", f"shape {distances.shape}", expected, hint)
     elif not np.isfinite(distances).all():
         raise DataError("distances", "NaN or infinity", "finite numbers", "Compute them again.")
     slices = list(row_blocks(len(query), block))
@@ -117,7 +114,7 @@ def rank(
     indices = np.full((len(query), top), -1, dtype=np.int64)
     values = np.full((len(query), top), np.inf, dtype=np.float32)
     for rows, found in _distance_blocks(query, gallery, distances, block):
-        masked = np.where(kept(query, gallery, rows), found, np.inf) if protocol else found
+        masked = np.where(valid(query, gallery, rows), found, np.inf) if protocol else found
         best = smallest(masked, top)
         width = best.shape[1]
         values[rows, :width] = np.take_along_axis(masked, best, axis=1)
@@ -125,9 +122,9 @@ def rank(
     return RankLists(indices, values)
 
 
-def _match_ranks(distances: np.ndarray, keep: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Ranks (from 1, ascending) of the matching images among those kept, by one unindexed sort of the distances."""
-    ordered = np.sort(distances[keep])
+def _match_ranks(distances: np.ndarray, ranked: np.ndarray, match: np.ndarray) -> np.ndarray:
+    """Ranks (from 1, ascending) of the matching images among those ranked, by one unindexed sort of the distances."""
+    ordered = np.sort(distances[ranked])
     wanted = distances[match]
     first = np.searchsorted(ordered, wanted, side="left")
     ranks = first + 1
@@ -135,7 +132,7 @@ def _match_ranks(distances: np.ndarray, keep: np.ndarray, match: np.ndarray) -> 
     if tied.size:
         columns = np.flatnonzero(match)
         for i in tied:  # equal distances: as many more places down as equal images stand in lower gallery rows
-            ranks[i] += int((keep & (distances == wanted[i]))[: columns[i]].sum())
+            ranks[i] += int((ranked & (distances == wanted[i]))[: columns[i]].sum())
     return np.sort(ranks)
 
 
@@ -161,21 +158,17 @@ def evaluate(
     inp = np.full(len(query), np.nan)
     first_hit = np.full(len(query), -1, dtype=np.int64)
     for rows, found in _distance_blocks(query, gallery, distances, block):
-        keep = kept(query, gallery, rows)
-        match = keep & (query.pids[rows, None] == gallery.pids[None]) & (query.pids[rows, None] != JUNK)
+        ranked = valid(query, gallery, rows)
+        match = ranked & (query.pids[rows, None] == gallery.pids[None]) & (query.pids[rows, None] != JUNK)
         for offset in np.flatnonzero(match.any(axis=1)):
-            ranks = _match_ranks(found[offset], keep[offset], match[offset])
+            ranks = _match_ranks(found[offset], ranked[offset], match[offset])
             i = rows.start + offset
             ap[i] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
             inp[i] = len(ranks) / ranks[-1]
             first_hit[i] = ranks[0]
-    valid = first_hit > 0
-    if not valid.any():
-        raise DataError(
-            "query",
-            f"{len(query)} queries, none with a match in the gallery from another camera",
-            "at least one",
-            "Check identities and cameras of query and gallery.",
-        )
-    cmc = (first_hit[valid, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
-    return RankingResult(float(ap[valid].mean()), float(inp[valid].mean()), cmc, ap, first_hit, valid)
+    scored = first_hit > 0
+    if not scored.any():
+        got = f"{len(query)} queries, none with a match in the gallery from another camera"
+        raise DataError("query", got, "at least one", "Check identities and cameras of query and gallery.")
+    cmc = (first_hit[scored, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
+    return RankingResult(float(ap[scored].mean()), float(inp[scored].mean()), cmc, ap, first_hit, scored)

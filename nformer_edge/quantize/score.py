@@ -127,8 +127,8 @@ class Judge:
         theirs, expected = reference
         if not (np.isfinite(rows).all() and rows.any(axis=1).all()):
             return {"mAP": 0.0, "rank1": 0.0, "map_drop": expected.mAP, "map_drop_upper": 1.0, "overlap_at_10": 0.0}
-        ranked, labeled = self._ranked(rows), self.held_out.label(theirs)
-        kept = rank_agreement(labeled, labeled, rows, rows)[1]
+        ranked, labeled, x = self._ranked(rows), self.held_out.label(theirs), self.held_out.label(rows)
+        kept = rank_agreement((labeled, labeled), (x, x)).overlap
         gain = paired_difference(ranked.ap[ranked.valid], expected.ap[expected.valid], quantiles=ONE_SIDED)
         return {
             "mAP": ranked.mAP,

@@ -14,7 +14,7 @@ from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
 from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
-from nformer_edge.metrics.agreement import tensor_error
+from nformer_edge.metrics.agreement import ROUNDING, row_errors
 from nformer_edge.ops import onnx_ops
 from nformer_edge.ops.contract import draw_landmarks
 
@@ -106,7 +106,7 @@ def test_onnxruntime_equals_pytorch(tiny_checkpoint, tiny_bundle):
             (runner.embed(pictures(2)), reference.embed(pictures(2))),
             (runner.relate(features, landmarks), reference.relate(features, landmarks)),
         ):
-            assert tensor_error(found, expected, 1e-6, 1e-3).worst <= 1
+            assert row_errors(found, expected).max() <= ROUNDING
 
 
 def test_batches_above_the_limit_are_split_and_come_back_in_order(tiny_bundle):
@@ -128,7 +128,7 @@ def test_the_head_runs_in_the_native_kernels_and_by_its_bodies_with_the_same_res
     with open_model(tiny_bundle) as runner:
         assert runner.native
         assert len(registered) == 1
-        assert tensor_error(runner.relate(features), expected, 1e-6, 1e-3).worst <= 1
+        assert row_errors(runner.relate(features), expected).max() <= ROUNDING
 
 
 def test_a_changed_byte_is_refused_before_onnxruntime_sees_the_file(copy, monkeypatch):

@@ -13,10 +13,21 @@ from nformer_edge.metrics.agreement import (
     cosines,
     rank_agreement,
     reciprocal_jaccard,
+    row_errors,
     tensor_error,
 )
 from nformer_edge.metrics.bootstrap import TWO_SIDED, Ratio, mean_interval, paired_difference, paired_ratio
-from nformer_edge.metrics.gates import GATES, TITLES, judge, judge_ratio, rule, verdict, worst
+from nformer_edge.metrics.gates import (
+    GATES,
+    TITLES,
+    judge,
+    judge_first_match,
+    judge_ratio,
+    judge_tensor,
+    rule,
+    verdict,
+    worst,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +52,66 @@ def test_every_precision_has_every_gate_once():
         assert [r.gate for r in rules] == list(TITLES)
 
 
-def test_tensor_error_is_zero_for_equal_and_at_most_one_inside_the_tolerance(sets):
-    x = sets[0].features
-    assert tensor_error(x, x, 1e-6, 1e-3).worst == 0
-    assert tensor_error(x * np.float32(1 + 9e-4), x, 1e-6, 1e-3).worst <= 1
-    assert tensor_error(x * np.float32(1 + 2e-3), x, 1e-6, 1e-3).worst > 1
+def own(x: np.ndarray, error: float) -> np.ndarray:
+    """As if the float32 reference itself were off by `error` in every row."""
+    return np.full(len(x), error)
 
 
-def test_tensor_error_is_measured_on_the_scale_of_the_reference_row(sets):
+def test_a_row_may_be_off_by_four_times_the_references_own_error(sets):
     x = sets[0].features
-    small, large = (tensor_error(noisy(x, 1e-4) * s, x * s, 1e-6, 1e-3).worst for s in (np.float32(1), np.float32(512)))
-    assert abs(small - large) <= 1e-3 * small
+    for factor, status in ((3.9, "passed"), (4.1, "failed")):
+        moved = x.astype(np.float64) * (1 + factor * 1e-5)
+        assert judge_tensor("fp32", tensor_error(moved, x, own(x, 1e-5))).status == status
+
+
+def test_a_row_may_be_off_by_rounding_however_exact_the_reference_is(sets):
+    x = sets[0].features
+    for error, status in ((0.9e-5, "passed"), (1.1e-5, "failed")):
+        moved = x.astype(np.float64)
+        moved[7] *= 1 + error  # one row of all
+        assert judge_tensor("fp32", tensor_error(moved, x, own(x, 0.0))).status == status
+
+
+def test_an_error_is_measured_on_the_scale_of_its_own_reference_row(sets):
+    x = sets[0].features
+    scales = np.geomspace(1e-3, 512, len(x)).astype(np.float32)[:, None]
+    found = row_errors(noisy(x, 1e-3) * scales, x * scales)
+    np.testing.assert_allclose(found, row_errors(noisy(x, 1e-3), x), rtol=1e-4)
+
+
+def test_without_a_float64_run_more_than_rounding_is_undecided_and_more_than_fp16_may_have_fails(sets):
+    x = sets[0].features
+    for error, status in ((0.9e-5, "passed"), (1e-4, "undecided"), (2.1e-3, "failed")):
+        result = judge_tensor("fp32", tensor_error(x.astype(np.float64) * (1 + error), x))
+        assert result.status == status
+    assert "own error is not known" in judge_tensor("fp32", tensor_error(x * np.float32(1.0001), x)).note
+
+
+def test_fp16_is_judged_by_the_mean_over_rows(sets):
+    x = sets[0].features
+    one = x.astype(np.float64)
+    one[3] *= 1.05
+    assert judge_tensor("fp16", tensor_error(one, x, own(x, 1e-6))).status == "passed"
+    assert judge_tensor("fp16", tensor_error(x * 1.0021, x, own(x, 1e-6))).status == "failed"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_number_fails_the_tensor_and_cosine_gates(sets, bad):
+@pytest.mark.parametrize("known", [True, False])
+def test_one_bad_number_fails_the_tensor_and_cosine_gates(sets, bad, known):
     x = sets[0].features.copy()
     x[4, 2] = bad
-    error = tensor_error(x, sets[0].features, 1e-6, 1e-3)
+    error = tensor_error(x, sets[0].features, own(x, 1e-3) if known else None)
     assert error.non_finite == 1
-    assert judge(rule("fp32", "tensor"), error.worst).status == "failed"
+    for precision in ("fp32", "fp16"):
+        assert judge_tensor(precision, error).status == "failed"
     assert judge(rule("fp32", "cosine_min"), float(cosines(x, sets[0].features).min())).status == "failed"
+
+
+def test_a_reference_that_is_not_finite_fails_the_tensor_gate(sets):
+    x = sets[0].features
+    broken = x.copy()
+    broken[0, 0] = np.nan
+    assert judge_tensor("fp32", tensor_error(x, broken, own(x, np.nan))).status == "failed"
 
 
 def test_swapped_rows_fail_the_cosine_gate(sets):
@@ -72,10 +122,62 @@ def test_swapped_rows_fail_the_cosine_gate(sets):
 
 def test_rank_agreement_is_whole_for_equal_features_and_falls_with_noise(sets):
     query, gallery = sets
-    assert rank_agreement(query, gallery, query.features, gallery.features) == (1.0, 1.0)
-    first, overlap = rank_agreement(query, gallery, noisy(query.features, 0.5), noisy(gallery.features, 0.5))
-    assert first < 0.9
-    assert overlap < 0.9
+    equal = rank_agreement((query, gallery), (query, gallery.with_features(gallery.features)))
+    assert (equal.first, equal.overlap, len(equal.moved)) == (1.0, 1.0, 0)
+    noise = rank_agreement(sets, tuple(s.with_features(noisy(s.features, 0.9)) for s in sets))
+    assert noise.first < 0.9
+    assert noise.overlap < 0.9
+    assert judge_first_match("int8", noise).status == "failed"
+
+
+def people(pids, rows):
+    """Images with given features, from a camera of their own."""
+    features = np.array(rows, np.float32)
+    return Features(features, np.array(pids), np.full(len(pids), len(pids)), ("",) * len(pids))
+
+
+def swapped(gallery, i, j):
+    """The gallery's features as an engine would have them that takes each of two images for the other."""
+    rows = gallery.features.copy()
+    rows[[i, j]] = rows[[j, i]]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("pids", "agrees"),
+    [((1, 1), True), ((1, 2), False), ((0, 0), False)],
+    ids=["one person", "two people", "two distractors, who are nobody"],
+)
+def test_two_images_that_change_places_at_the_top_agree_where_they_are_one_person(pids, agrees):
+    query, gallery = people([1], [[1, 0, 0]]), people([*pids, 3], [[1, 0.1, 0], [1, 0.3, 0], [0, 0, 1]])
+    found = rank_agreement((query, gallery), (query, gallery.with_features(swapped(gallery, 0, 1))))
+    assert (found.by_person, found.compared, found.first) == (True, 1, float(agrees))
+    assert found.moved.tolist() == [[0, 0, 1]]
+    assert judge_first_match("fp32", found).status == ("passed" if agrees else "failed")
+
+
+def test_without_labels_a_first_match_counts_where_the_reference_is_decided():
+    unknown = (-1,) * 3
+    far = people(unknown, [[1, 0.1, 0], [0, 1, 0], [0, 0, 1]])
+    query = people((-1,), [[1, 0, 0]])
+    found = rank_agreement((query, far), (query, far.with_features(far.features + np.float32(0.01))))
+    assert (found.by_person, found.compared, found.undecided, found.first) == (False, 1, 0, 1.0)
+    near = people(unknown, [[1, 0.1, 0], [1, 0.11, 0], [0, 0, 1]])
+    found = rank_agreement((query, near), (query, near.with_features(swapped(near, 0, 1) + np.float32([[0, 0, 0.1]]))))
+    assert (found.compared, found.undecided) == (0, 1)
+    result = judge_first_match("fp32", found)
+    assert result.status == "undecided"
+    assert "undecided for 1 more" in result.note
+
+
+def test_without_labels_another_image_fails_where_the_reference_is_decided():
+    query, gallery = people((-1,) * 60, np.eye(60)), people((-1,) * 60, np.eye(60) + 0.01)
+    moved = gallery.features.copy()
+    moved[:6] = moved[5::-1]
+    found = rank_agreement((query, gallery), (query, gallery.with_features(moved)))
+    assert not found.by_person
+    assert (found.compared, found.undecided, found.first) == (60, 0, 0.9)
+    assert judge_first_match("int8", found).status == "failed"
 
 
 def test_an_engine_may_choose_either_of_two_gallery_images_that_tie(sets):
@@ -84,8 +186,8 @@ def test_an_engine_may_choose_either_of_two_gallery_images_that_tie(sets):
     doubled = gallery.take(rows)
     nudged = doubled.features.copy()
     nudged[::2] += np.float32(1e-7) * np.random.default_rng(1).normal(size=nudged[::2].shape).astype(np.float32)
-    first, overlap = rank_agreement(query, doubled, query.features, nudged, top=9)
-    assert (first, overlap) == (1.0, 1.0)
+    found = rank_agreement((query, doubled), (query, doubled.with_features(nudged)), top=9)
+    assert (found.first, found.overlap) == (1.0, 1.0)
 
 
 def test_jaccard_is_one_for_equal_features_and_falls_with_noise(sets):
@@ -110,7 +212,7 @@ def test_jaccard_agrees_with_sets_counted_one_by_one(sets):
 
 def test_shapes_that_differ_are_refused(sets):
     with pytest.raises(DataError, match="shapes"):
-        tensor_error(sets[0].features[1:], sets[0].features, 1e-6, 1e-3)
+        tensor_error(sets[0].features[1:], sets[0].features)
 
 
 def test_identical_scores_pass_whatever_the_bound_below_one():
@@ -204,16 +306,16 @@ def test_int8_tensor_error_is_reported_and_its_cosine_only_alarms():
 
 def test_a_failed_gate_outweighs_an_undecided_one():
     undecided = judge_ratio(rule("fp32", "mAP_kept"), Ratio(1.0, 0.99, 1.01, 10, 100))
-    failed = judge(rule("fp32", "rank1_agreement"), 0.5)
-    passed = judge(rule("fp32", "rank1_agreement"), 1.0)
+    failed = judge(rule("fp32", "first_match"), 0.5)
+    passed = judge(rule("fp32", "first_match"), 1.0)
     assert verdict([passed]) == "passed"
     assert verdict([passed, undecided]) == "undecided"
     assert verdict([undecided, failed, passed]) == "failed"
 
 
 def test_margin_is_negative_beyond_the_bound_on_either_side():
-    assert judge(rule("fp16", "tensor"), 1.5).margin == -0.5
-    assert judge(rule("fp16", "rank1_agreement"), 0.99).margin < 0
+    assert judge(rule("fp32", "tensor"), 1.5).margin == -0.5
+    assert judge(rule("fp16", "first_match"), 0.99).margin < 0
 
 
 def test_the_difference_is_paired_and_in_the_scores_own_units():
@@ -246,7 +348,7 @@ def test_cosines_are_counted_finer_towards_one():
 
 
 def test_the_worst_of_several_results_is_the_worst_status_then_the_least_margin():
-    held = rule("fp32", "rank1_agreement")
+    held = rule("fp32", "first_match")
     assert worst([judge(held, 1.0), judge(held, 0.9), judge(held, 0.5)]) == 2
     assert worst([judge(held, 1.0), judge(held, math.nan), judge(held, 0.5)]) == 1
     reported = rule("int8", "tensor")
