@@ -554,21 +554,21 @@ def _search(args: Args) -> None:
 )
 def _parity(args: Args) -> None:
     from nformer_edge.report.parity import parity
-    from nformer_edge.report.verdict import format_parity, require_passed
 
     result = parity(
         args.reference,
         args.engine,
         args.data,
         batch=args.batch,
-        threads=args.threads,
+        intra_op_threads=args.threads,
         layout=args.layout,
         limit=args.limit,
         landmark_seeds=args.landmark_seeds,
         layers=args.layers,
     )
-    _show(args, result, format_parity(result, args.layers))
-    require_passed(result)
+    tables = [str(found) for found in result.layers if found.nodes] if args.layers else []
+    _show(args, result, "\n".join([str(result), *tables]))
+    result.require_passed()
 
 
 @_command(
@@ -658,10 +658,10 @@ def _doctor(args: Args) -> None:
     _option("--tiny", action="store_true", help="the same road in a minute, with an accuracy that means nothing"),
 )
 def _demo(args: Args) -> None:
-    from nformer_edge.demo import format_demo, run_demo
+    from nformer_edge.demo import run_demo
 
     result = run_demo(args.output, seed=args.seed, tiny=args.tiny, say=(lambda _: None) if args.json else print)
-    _show(args, result, format_demo(result))
+    _show(args, result)
 
 
 def parser() -> argparse.ArgumentParser:

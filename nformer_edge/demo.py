@@ -4,25 +4,61 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.values import Result
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import format_summary
+from nformer_edge.report.accuracy import Evaluation
+from nformer_edge.report.benchmark import Benchmark, Comparison
+from nformer_edge.report.parity import Parity
 from nformer_edge.report.summary import format_summary as format_models
-from nformer_edge.report.table import format_gates
+from nformer_edge.training.history import History
 
 Say = Callable[[str], None]
 
 PYTORCH, ONNX_FP32, ONNX_INT8 = "PyTorch FP32", "ONNX FP32", "INT8"
 
 
-def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, say: Say = print) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Demo(Result):
+    """What the demo made and measured.
+
+    Args:
+        training: history of both stages.
+        evaluations: of the checkpoint and both engines.
+        parities: of both engines against the checkpoint.
+        benchmarks: of all three.
+        comparison: of all three, in turn.
+        report: path of the HTML page.
+        seconds: of each step.
+    """
+
+    kind: ClassVar[str] = "demo"
+    version: ClassVar[int] = 2
+
+    training: History
+    evaluations: tuple[Evaluation, ...]
+    parities: tuple[Parity, ...]
+    benchmarks: tuple[Benchmark, ...]
+    comparison: Comparison
+    report: str
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        judged = "\n\n".join(map(str, self.parities))
+        failed = [f"FAILED {p.engine.label}: {line}" for p in self.parities for line in p.failures]
+        verdict = "\n".join(failed) or "no gate failed"
+        table, total = format_models([*self.evaluations, *self.benchmarks]), sum(self.seconds.values())
+        return f"\n{judged}\n\n{verdict}\n\n{table}\n\n{total:.0f} s in all\nreport: {self.report}"
+
+
+def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, say: Say = print) -> Demo:
     """Draws a dataset, trains both stages, exports, builds FP32 and INT8 engines, judges and times them, reports.
 
     Every step is the public function behind the command of the same name, and leaves its file in `out`.
@@ -30,34 +66,44 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
     Args:
         out: folder for everything that is made; earlier results of a demo there are replaced.
         seed: everything random follows from it.
-        tiny: a small dataset and a short training: shows the road, not the accuracy.
+        tiny: a small dataset and a short training: shows the way, not the accuracy.
         say: takes each line of progress.
-
-    Returns:
-        JSON of kind ``demo``: ``results`` (training, evaluations, parities, benchmarks, comparison), ``parity`` (the
-        parities alone), ``report`` (the page's path), ``seconds`` a step and ``summary`` (the table).
     """
+    from nformer_edge.report.accuracy import evaluate
+    from nformer_edge.report.benchmark import benchmark, compare
+    from nformer_edge.report.html.page import write_report
+    from nformer_edge.report.parity import parity
+
     out = Path(out)
     clock = _Clock(say)
     with clock("make-data"):
         dataset = generate_dataset(out / "data", GenerateSpec.tiny(seed) if tiny else GenerateSpec(seed), force=True)
     say(format_summary(dataset))
     models, training = _make_models(out, dataset, seed, tiny, clock)
-    results: list[Any] = [training, *_measure(models, dataset, tiny, clock)]
-    plain = [r.to_json() if isinstance(r, Result) else r for r in results]
-    for number, result in enumerate(plain):
-        atomic_write_json(out / "results" / f"{number:02d}-{result['kind']}.json", result)
+    evaluations, parities, benchmarks = [], [], []
+    for label, path in models.items():
+        with clock(f"evaluate {label}"):
+            evaluations.append(evaluate(path, dataset, label=label, rerank=label == PYTORCH))
+    for label, path in list(models.items())[1:]:
+        with clock(f"parity {label}"):
+            judged = parity(models[PYTORCH], path, dataset, reference_label=PYTORCH, engine_label=label)
+            parities.append(judged)
+    queries = 8 if tiny else 64
+    for label, path in models.items():
+        with clock(f"benchmark {label}"):
+            benchmarks.append(benchmark(path, dataset, single_stream=queries, label=label))
+    with clock("benchmark, all in turn"):
+        comparison = compare(list(models.values()), dataset, rounds=queries, labels=list(models))
+    results: list[Result] = [training, *evaluations, *parities, *benchmarks, comparison]
+    for number, result in enumerate(results):
+        result.save(out / "results" / f"{number:02d}-{result.kind}.json")
     with clock("report"):
-        from nformer_edge.report.html.page import write_report
-
         page = write_report(results, out / "report.html", "nformer-edge demo")
-    judged = [r for r in plain if r["kind"] == "parity"]
-    table = format_models(results)
-    told = {"parity": judged, "report": str(page), "seconds": clock.seconds, "summary": table}
-    return {"kind": "demo", "results": plain, **told}
+    measured = (tuple(evaluations), tuple(parities), tuple(benchmarks), comparison)
+    return Demo(training, *measured, str(page), clock.seconds)
 
 
-def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock) -> tuple[dict[str, Path], Result]:
+def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock) -> tuple[dict[str, Path], History]:
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
     from nformer_edge.backends.build import EngineSpec, build_engine
     from nformer_edge.backends.onnxruntime.build import NAME
@@ -82,27 +128,6 @@ def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clo
     return models, training
 
 
-def _measure(models: dict[str, Path], dataset: Dataset, tiny: bool, clock: _Clock) -> list[Any]:
-    from nformer_edge.report.accuracy import evaluate
-    from nformer_edge.report.benchmark import benchmark, compare
-    from nformer_edge.report.parity import parity
-
-    results: list[Any] = []
-    for label, path in models.items():
-        with clock(f"evaluate {label}"):
-            results.append(evaluate(path, dataset, label=label, rerank=label == PYTORCH))
-    for label in (ONNX_FP32, ONNX_INT8):
-        with clock(f"parity {label}"):
-            results.append(parity(models[PYTORCH], models[label], dataset, reference_label=PYTORCH, engine_label=label))
-    queries = 8 if tiny else 64
-    for label, path in models.items():
-        with clock(f"benchmark {label}"):
-            results.append(benchmark(path, dataset, single_stream=queries, label=label))
-    with clock("benchmark, all in turn"):
-        results.append(compare(list(models.values()), dataset, rounds=queries, labels=list(models)))
-    return results
-
-
 class _Clock:
     """Says each step as it begins and keeps how long it took."""
 
@@ -117,14 +142,3 @@ class _Clock:
         yield
         self.seconds[step] = time.perf_counter() - start
         self.say(f"   {self.seconds[step]:.1f} s")
-
-
-def format_demo(result: dict[str, Any]) -> str:
-    """What the demo ends with: the gates, those that failed by name, one table, and where the report is."""
-    from nformer_edge.report.verdict import describe_failures
-
-    gates = "\n\n".join(format_gates(judged) for judged in result["parity"])
-    failed = [f"FAILED {j['engine']['label']}: {line}" for j in result["parity"] for line in describe_failures(j)]
-    verdict = "\n".join(failed) or "no gate failed"
-    total = sum(result["seconds"].values())
-    return f"\n{gates}\n\n{verdict}\n\n{result['summary']}\n\n{total:.0f} s in all\nreport: {result['report']}"

@@ -1,144 +1,337 @@
-"""Does an engine rank as its reference does: backbone, head and end to end, each against the gates.
-
-The head and end to end are judged under several landmark seeds; of each gate the worst of them decides.
-
-JSON of a result (fractions 0 to 1; numbers that could not be computed are null)::
-
-    {"kind": "parity", "version": 2, "machine": {...}, "reference": {model}, "engine": {model},
-     "data": {"name", "query", "gallery"}, "landmark_seeds": [0, 1, 2] ([] without a head), "draws": 10000,
-     "stages": [{"stage": "backbone" | "head" | "end_to_end", "precision": "fp32" | "fp16" | "int8",
-                 "status": "passed" | "failed" | "undecided", "seconds",
-                 "gates": [{"gate", "title", "kind", "status", "measured", "bound", "margin", "lower", "upper",
-                            "note", "landmark_seed"}]  (of each gate the worst run),
-                 "cosines": {"edges": [n + 1], "counts": [n], "not_finite"}  (to the reference, over all runs),
-                 "runs": [{"landmark_seed": 0 or null, "status", "gates": [as above],
-                           "scores": {"reference": {"mAP", "rank1", "queries"}, "engine": {...} or null},
-                           "differences": {"mAP": {"value", "lower", "upper"}, "rank1": {...}} or null}]}],
-     "input": {"images", "error" (L2 norm of the difference over that of the reference's; null: another size),
-               "preprocess": ["channels: BGR, the reference RGB", ...]},
-     "layers": [{"stage", "samples", "compared", "tensors", "outside", "note",
-                 "nodes": [{"node", "op", "tensor", "error", "band", "sqnr_db", "cosine", "inside"}],
-                 "first": null or {the first node out, "own_error", "inputs": [{"tensor", "inside"}],
-                                   "inputs_inside"}}],
-     "status": "passed" | "failed" | "undecided", "passed": true only for "passed",
-     "blame": "backbone" | "head" | "backbone and head" | "end_to_end" | null}
-
-Differences are the engine's less the reference's, with two-sided 95 % bounds by the paired bootstrap. ``layers`` has
-the stages that failed on the same input, or all if asked for; what its numbers mean stands in `report.layers`. Where a
-stage's output agrees as FP32's should there is no ``first``, whatever is ``outside`` in between.
-``note`` says why a stage could not be compared so.
-"""
+"""Does an engine rank as its reference does: backbone, head and end to end, each against the gates."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from nformer_edge.backends.runner import Runner
-from nformer_edge.core.errors import UsageError
-from nformer_edge.core.machine import machine
-from nformer_edge.core.values import to_json
+from nformer_edge.core.errors import GateError, UsageError
+from nformer_edge.core.machine import MachineFacts, machine
+from nformer_edge.core.values import Result
+from nformer_edge.data.records import ImageRecord
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.gallery.protocols import relate_sets
+from nformer_edge.metrics import gates
+from nformer_edge.metrics.agreement import row_errors
 from nformer_edge.metrics.bootstrap import DRAWS
-from nformer_edge.report.diagnosis import compare_inputs, compare_layers
-from nformer_edge.report.models import Data, Opener, describe_model, evenly, open_dataset, open_model, part_precision
-from nformer_edge.report.part import Pair, judge_stage, usable
-
-VERSION = 2
+from nformer_edge.metrics.gates import GateResult, Verdict
+from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.report.diagnosis import InputDifference, Layers, compare_inputs, compare_layers
+from nformer_edge.report.models import (
+    Data,
+    MeasuredData,
+    Model,
+    Source,
+    describe_model,
+    evenly,
+    open_dataset,
+    open_model,
+    part_precision,
+)
+from nformer_edge.report.part import Outputs, Pair, PartName, PartParity, Run, judge_part, stacked, usable
+from nformer_edge.report.table import format_table, percent
 
 #: Landmark seeds that the head is judged under, unless told otherwise: the engine's own and those after it.
 LANDMARK_SEEDS = 3
 
+#: What to say where the name of the blamed part does not say it.
+_CAUSES = {"end_to_end": "neither part alone: small differences of the backbone, grown in the head"}
+
+
+@dataclass(frozen=True)
+class Parity(Result):
+    """How an engine ranks against its reference. Fractions are 0 to 1.
+
+    Args:
+        machine: where it was measured.
+        reference: what to agree with.
+        engine: what was judged.
+        data: what was ranked.
+        landmark_seeds: that the head was judged under; none without a head.
+        draws: of the bootstrap.
+        parts: backbone and, where there is a head, head and end to end.
+        input: what both make of the same image files.
+        layers: of the parts that failed on the same input, or all if asked for.
+        status: of the parts, the worst.
+        blame: the part, or parts, that a failure comes from; null if none failed.
+    """
+
+    kind: ClassVar[str] = "parity"
+    version: ClassVar[int] = 3
+
+    machine: MachineFacts
+    reference: Model
+    engine: Model
+    data: MeasuredData
+    landmark_seeds: tuple[int, ...]
+    draws: int
+    parts: tuple[PartParity, ...]
+    input: InputDifference
+    layers: tuple[Layers, ...]
+    status: Verdict
+    blame: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate did; undecided is not passed."""
+        return self.status == "passed"
+
+    @property
+    def title(self) -> str:
+        """Both models' labels."""
+        return f"{self.engine.label} against {self.reference.label}"
+
+    @property
+    def cause(self) -> str:
+        """The blamed part in words; "" if none failed."""
+        return _CAUSES.get(self.blame or "", self.blame or "")
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for each failed gate: part, gate, measured, bound, by how much, and the landmark seed if any."""
+        return [_failure(p, g) for p in self.parts for g in p.gates if (g.kind, g.status) == ("gate", "failed")]
+
+    @property
+    def causes(self) -> list[str]:
+        """What is at fault, as far as it can be told: the input, then of each compared part the first node off."""
+        lines = [line for found in self.layers for line in found.lines]
+        if self.input.error == 0:
+            return lines
+        return [f"the input itself differs, so it is the preprocessing: {'; '.join(self.input.preprocess)}", *lines]
+
+    def __str__(self) -> str:
+        body = [[p.part, p.precision, g.title, g.shown, g.shown_bound, g.status] for p in self.parts for g in p.gates]
+        table = format_table(["part", "precision", "gate", "measured", "bound", "status"], body, left=3)
+        blame = f", to blame: {self.blame}" if self.blame else ""
+        lines = [table, f"{self.title}: {self.status}{blame}"]
+        lines += [line for part in self.parts for line in _notes(part)]
+        return "\n".join(lines + (self.causes if self.status == "failed" or self.layers else []))
+
+    def require_passed(self) -> None:
+        """Nothing if no gate failed (undecided is not failed).
+
+        Raises:
+            GateError: naming each failed gate, by how much, the part to blame, and what in it is at fault.
+        """
+        if self.status == "failed":
+            told = [*self.failures, f"to blame: {self.cause}", *self.causes]
+            raise GateError(f"{self.title}: {'; '.join(told)}", hint=self._hint())
+
+    def _hint(self) -> str:
+        if self.input.error != 0:
+            return "Export the bundle again from this reference: its preprocessing is another."
+        if any(p.precision == "fp32" for p in self.parts if p.part in (self.blame or "")):
+            return "Export and build it again from this reference."
+        return "Build that part in a finer precision, or calibrate it on more images."
+
+
+def _failure(part: PartParity, gate: GateResult) -> str:
+    measured = "not a number" if np.isnan(gate.measured) else f"{gate.measured:.6g}"
+    edge = "" if np.isnan(gate.upper) else f" (upper bound {gate.upper:.6g})"
+    miss = "" if np.isnan(gate.margin) else f", missed by {abs(gate.margin):.3g}"
+    seed = "" if gate.landmark_seed is None else f" with landmark seed {gate.landmark_seed}"
+    return f"{part.title} {part.precision}, {gate.title}: {measured}{edge} against {gate.bound:g}{miss}{seed}"
+
+
+def _notes(part: PartParity) -> list[str]:
+    """Below the table: what a gate's number alone does not say."""
+    lines = []
+    for gate in part.gates:
+        told = gate.gate == "tensor" and gate.kind == "gate" and gate.status != "failed" and not part.float64
+        if told or (gate.status == "undecided" and gate.gate != "tensor"):
+            lines.append(f"{part.title}, {gate.title}: {gate.note}")
+    moved = max(part.runs, key=lambda run: len(run.moved)).moved
+    if moved:
+        same = sum(bool(m.same_person) for m in moved)
+        who = "" if moved[0].same_person is None else f", {same} of them of the same person"
+        lines.append(f"{part.title}: another first image for {len(moved)} queries{who}")
+    if len(part.runs) > 1:
+        runs = "; ".join(f"{r.landmark_seed}: {r.status} ({_scored(r)})" for r in part.runs)
+        lines.append(f"{part.title} by landmark seed: {runs}")
+    return lines
+
+
+def _scored(run: Run) -> str:
+    if run.engine is None:
+        return "no ranking"
+    return f"mAP {percent(run.engine.mAP, 2)}, Rank-1 {percent(run.engine.rank1, 2)}"
+
+
+@runtime_checkable
+class _HasFloat64(Protocol):
+    """A reference that can be run in double precision: a checkpoint in PyTorch."""
+
+    def float64(self) -> _Float64: ...
+
+
+class _Float64(Runner, Protocol):
+    """Neighbors of `relate` are those that float32 chooses on `like`."""
+
+    def relate(
+        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+    ) -> np.ndarray: ...
+
 
 def parity(
-    reference_path: str | os.PathLike[str],
-    engine_path: str | os.PathLike[str],
+    reference: Source,
+    engine: Source,
     data: Data,
     *,
     batch: int = 32,
     limit: int | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-    threads: int | None = None,
+    intra_op_threads: int | None = None,
     layout: str = "auto",
     reference_label: str | None = None,
     engine_label: str | None = None,
-    opener: Opener | None = None,
     landmark_seeds: Sequence[int] | None = None,
     layers: bool = False,
-) -> dict[str, Any]:
+) -> Parity:
     """Scores an engine against its reference on the same images, preprocessing and landmarks.
 
-    The head is scored on the reference's features, so that it answers for itself alone.
+    Errors of tensors in FP32 and FP16 are against a float64 run of the reference, where that is a checkpoint: the
+    backbone on the same images, the head on the reference's features as float32 gave them, end to end on those of the
+    float64 backbone. In each the head's neighbors are those that float32 chooses on the features at hand, the engine's
+    own end to end: two nearly equal neighbors may fall either way, and the gate on reciprocal neighbors judges that.
+    Reported errors (INT8), and those where the reference is a bundle or an engine, are against its float32 outputs.
 
     Args:
-        reference_path: what to agree with, as a rule the checkpoint.
-        engine_path: the engine or bundle to judge. Its precision picks the gates, stage by stage.
+        reference: what to agree with, as a rule the checkpoint.
+        engine: the engine or bundle to judge. Its precision picks the gates, part by part. Its head is scored on the
+            reference's features, so that it answers for itself alone.
         data: a dataset or its folder.
+        batch: images that the backbone sees at once.
         limit: only so many queries and gallery images (evenly spaced); all if None.
         draws: of the bootstrap.
         seed: of the bootstrap.
-        landmark_seeds: the head is judged under each; the engine's own and the two after it if None.
-        layers: compare every stage layer by layer, not only one that fails.
-
-    Returns:
-        the JSON that this module's docstring describes; `require_passed` turns a failure into an error.
+        intra_op_threads: of each backend; its own choice if None.
+        layout: of the dataset's folder.
+        reference_label: what the report calls it.
+        engine_label: likewise.
+        landmark_seeds: the head is judged under each and of each gate the worst decides; the engine's own and the two
+            after it if None.
+        layers: compare every part layer by layer, not only one that fails.
 
     Raises:
         UsageError: if one of the two has a head and the other has none, or there is no landmark seed.
     """
     dataset = open_dataset(data, layout)
-    records = [_thin(dataset.split(s), limit) for s in ("query", "gallery")]
-    with open_model(engine_path, threads, opener) as engine:
-        query, gallery = (embed_records(engine, r, batch, finite=False) for r in records)  # the gates judge a NaN
-        theirs = query, gallery
-        with open_model(reference_path, threads, opener, reference=True, native=engine.native) as reference:
-            _check_heads(str(engine_path), engine, reference)
-            ours = embed_records(reference, records[0], batch=batch), embed_records(reference, records[1], batch=batch)
-            seeds = _landmark_seeds(engine, landmark_seeds)
-            stages = _stages(reference, engine, ours, theirs, seeds, draws, seed)
-            models = {
-                "reference": to_json(describe_model(reference_path, reference, reference_label)),
-                "engine": to_json(describe_model(engine_path, engine, engine_label)),
-            }
-            specs = reference.spec, engine.spec
-    status = _worst([s["status"] for s in stages])
-    seen = compare_inputs(specs[0].preprocess, specs[1].preprocess, records[0])
-    asked = [s for s in stages if s["stage"] != "end_to_end" and (layers or _unexplained(s, seen))]
-    return {
-        "kind": "parity",
-        "version": VERSION,
-        "machine": to_json(machine()),
-        **models,
-        "data": {"name": dataset.name, "query": len(ours[0]), "gallery": len(ours[1])},
-        "landmark_seeds": list(seeds),
-        "draws": draws,
-        "stages": stages,
-        "input": seen,
-        "layers": compare_layers(reference_path, engine_path, asked, specs[0], records[0], ours),
-        "status": status,
-        "passed": status == "passed",
-        "blame": blame(stages),
-    }
+    query, gallery = (_thin(dataset.split(s), limit) for s in ("query", "gallery"))
+
+    def embed(runner: Runner, finite: bool = True) -> Pair:
+        records = (query, gallery)
+        ours, theirs = (embed_records(runner, r, batch=batch, finite=finite) for r in records)
+        return ours, theirs
+
+    with open_model(engine, intra_op_threads) as built:
+        theirs = embed(built, finite=False)  # the gates judge a NaN
+        with open_model(reference, intra_op_threads, reference=True, native=built.native) as original:
+            _check_heads(built, original)
+            seeds = _landmark_seeds(built, landmark_seeds)
+            judged = _Parts(original, built, embed(original), theirs)
+            double = original.float64() if isinstance(original, _HasFloat64) else None
+            if double is not None:
+                judged.use(double, embed(double) if judged.needs_backbone else None)
+            parts = judged.judge(seeds, draws, seed)
+            models = describe_model(reference, original, reference_label), describe_model(engine, built, engine_label)
+            spec, seen = original.spec, compare_inputs(original.spec.preprocess, built.spec.preprocess, query)
+    asked = [p for p in parts if p.part != "end_to_end" and (layers or _unexplained(p, seen))]
+    return Parity(
+        machine(),
+        *models,
+        MeasuredData(dataset.name, len(query), len(gallery)),
+        seeds,
+        draws,
+        parts,
+        seen,
+        compare_layers(reference, engine, asked, spec, query, judged.ours),
+        _worst([p.status for p in parts]),
+        blame(parts),
+    )
 
 
-def _unexplained(stage: dict[str, Any], seen: dict[str, Any]) -> bool:
-    """Whether a stage failed, and not for what it was given: another input fails a backbone by itself."""
-    return stage["status"] == "failed" and (stage["stage"] != "backbone" or seen["error"] == 0)
+class _Parts:
+    """Outputs of each part, of reference and engine, for the same images."""
+
+    def __init__(self, reference: Runner, engine: Runner, ours: Pair, theirs: Pair) -> None:
+        self.reference, self.engine, self.ours, self.theirs = reference, engine, ours, theirs
+        names: tuple[PartName, ...] = ("backbone", "head", "end_to_end") if engine.has_head else ("backbone",)
+        self.precision = {part: part_precision(engine, part) for part in names}
+        self._double: _Float64 | None = None
+        self._exact: np.ndarray | None = None
+
+    @property
+    def needs_backbone(self) -> bool:
+        """Whether a gate asks for the float64 backbone; a head in FP32 behind INT8 has the float32 features."""
+        return self._gated("backbone") or ("end_to_end" in self.precision and self._gated("end_to_end"))
+
+    def _gated(self, part: PartName) -> bool:
+        return gates.rule(self.precision[part], "tensor").kind == "gate"
+
+    def use(self, double: _Float64, features: Pair | None) -> None:
+        """Errors of tensors are from now on against this float64 run, and its backbone's features."""
+        self._double, self._exact = double, None if features is None else stacked(features)
+
+    def judge(self, seeds: Sequence[int], draws: int, seed: int) -> tuple[PartParity, ...]:
+        """All parts against their gates."""
+        parts = [judge_part("backbone", self.precision["backbone"], self._backbone, draws=draws, seed=seed)]
+        if "head" in self.precision:
+            parts.append(judge_part("head", self.precision["head"], self._head, seeds, draws, seed))
+            parts.append(judge_part("end_to_end", self.precision["end_to_end"], self._end_to_end, seeds, draws, seed))
+        return tuple(parts)
+
+    def _backbone(self, _: int | None) -> Outputs:
+        outputs = Outputs(self.ours, self.theirs)
+        if self._exact is None or not self._gated("backbone"):
+            return outputs
+        return replace(outputs, exact=self._exact, own=row_errors(stacked(self.ours), self._exact))
+
+    def _head(self, seed: int | None) -> Outputs:
+        outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.ours, seed))
+        if self._double is None or not self._gated("head"):
+            return outputs
+        exact = self._related_exactly(stacked(self.ours), self.ours, seed)
+        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), exact))
+
+    def _end_to_end(self, seed: int | None) -> Outputs:
+        outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.theirs, seed))
+        if self._exact is None or not self._gated("end_to_end"):
+            return outputs
+        ours = self._related_exactly(self._exact, self.ours, seed)
+        exact = self._related_exactly(self._exact, self.theirs, seed) if usable(self.theirs) else ours
+        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), ours))
+
+    def _related(self, inputs: Pair, seed: int | None) -> Pair:
+        """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
+        if usable(inputs):
+            return relate_sets(self.engine, *inputs, seed=seed)
+        query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
+        return query, gallery
+
+    def _related_exactly(self, features: np.ndarray, like: Pair, seed: int | None) -> np.ndarray:
+        assert self._double is not None, "`use` gave one"
+        head = self.reference.spec.head
+        assert head is not None, "the part is there"
+        chosen = self.reference.landmark_seed if seed is None else seed
+        landmarks = draw_landmarks(len(features), head.layers, head.landmarks, chosen)
+        return self._double.relate(features, landmarks, stacked(like))
 
 
-def _check_heads(where: str, engine: Runner, reference: Runner) -> None:
+def _unexplained(part: PartParity, seen: InputDifference) -> bool:
+    """Whether a part failed, and not for what it was given: another input fails a backbone by itself."""
+    return part.status == "failed" and (part.part != "backbone" or seen.error == 0)
+
+
+def _check_heads(engine: Runner, reference: Runner) -> None:
     if reference.has_head != engine.has_head:
-        raise UsageError(
-            where,
-            "a head" if engine.has_head else "no head",
-            "a head" if reference.has_head else "no head, as the reference",
-            "Compare an engine with the checkpoint that it was made from.",
-        )
+        got, expected = ("a head" if has else "no head" for has in (engine.has_head, reference.has_head))
+        hint = "Compare an engine with the checkpoint that it was made from."
+        raise UsageError(engine.name, got, f"{expected}, as the reference", hint)
 
 
 def _landmark_seeds(engine: Runner, wanted: Sequence[int] | None) -> tuple[int, ...]:
@@ -150,26 +343,7 @@ def _landmark_seeds(engine: Runner, wanted: Sequence[int] | None) -> tuple[int, 
     return tuple(dict.fromkeys(seeds))
 
 
-def _stages(
-    reference: Runner, engine: Runner, ours: Pair, theirs: Pair, seeds: tuple[int, ...], draws: int, seed: int
-) -> list[dict[str, Any]]:
-    """Backbone, and where there is a head, the head on the reference's features and the two together."""
-
-    def features(_: int | None) -> tuple[Pair, Pair]:
-        return ours, theirs
-
-    def related_from(inputs: Pair) -> Callable[[int | None], tuple[Pair, Pair]]:
-        return lambda chosen: (relate_sets(reference, *ours, seed=chosen), _related(engine, inputs, chosen))
-
-    stages = [judge_stage("backbone", part_precision(engine, "backbone"), features, draws=draws, seed=seed)]
-    if engine.has_head:
-        for stage, inputs in (("head", ours), ("end_to_end", theirs)):
-            precision = part_precision(engine, stage)
-            stages.append(judge_stage(stage, precision, related_from(inputs), seeds, draws, seed))
-    return stages
-
-
-def _thin(records: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
+def _thin(records: tuple[ImageRecord, ...], limit: int | None) -> tuple[ImageRecord, ...]:
     if limit is None:
         return records
     if limit < 1:
@@ -177,20 +351,13 @@ def _thin(records: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
     return tuple(records[i] for i in evenly(limit, len(records)))
 
 
-def _related(engine: Runner, inputs: Pair, seed: int | None) -> Pair:
-    """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
-    if usable(inputs):
-        return relate_sets(engine, *inputs, seed=seed)
-    query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
-    return query, gallery
+def _worst(statuses: list[Verdict]) -> Verdict:
+    order: tuple[Verdict, ...] = ("failed", "undecided")
+    return next((s for s in order if s in statuses), "passed")
 
 
-def _worst(statuses: list[str]) -> str:
-    return next((s for s in ("failed", "undecided") if s in statuses), "passed")
-
-
-def blame(stages: list[dict[str, Any]]) -> str | None:
-    """Which stage a failure comes from: one that fails on the reference's own inputs, else their interplay."""
-    failed = [s["stage"] for s in stages if s["status"] == "failed"]
-    alone = [s for s in failed if s != "end_to_end"]
+def blame(parts: Sequence[PartParity]) -> str | None:
+    """Which part a failure comes from: one that fails on the reference's own inputs, else their interplay."""
+    failed = [p.part for p in parts if p.status == "failed"]
+    alone = [name for name in failed if name != "end_to_end"]
     return " and ".join(alone) if alone else (failed[0] if failed else None)

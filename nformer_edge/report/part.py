@@ -1,4 +1,4 @@
-"""One stage of an engine against the gates of its precision: the backbone once, the head under each landmark seed."""
+"""One part of an engine against the gates of its precision: the backbone once, the head under each landmark seed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,142 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import Precision
 from nformer_edge.metrics import agreement, gates
-from nformer_edge.metrics.bootstrap import DRAWS, Ratio, paired_difference, paired_ratio
-from nformer_edge.metrics.ranking import RankingResult, evaluate
+from nformer_edge.metrics.agreement import RankAgreement
+from nformer_edge.metrics.bootstrap import DRAWS, Interval, Ratio, paired_difference, paired_ratio
+from nformer_edge.metrics.gates import GateResult, Verdict
+from nformer_edge.metrics.ranking import JUNK, RankingResult, evaluate
+
+PartName = Literal["backbone", "head", "end_to_end"]
 
 #: Query and gallery.
 Pair = tuple[Features, Features]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one run of a part gave for the same images.
+
+    Args:
+        reference: in float32.
+        engine: as built.
+        exact: of the reference's float64 run, that the engine's rows are measured against; None where there is none.
+        own: float64 [N], errors of the float32 reference's rows against its float64 run; None likewise.
+    """
+
+    reference: Pair
+    engine: Pair
+    exact: np.ndarray | None = None
+    own: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model ranks like: fractions over the queries that have a match."""
+
+    mAP: float
+    rank1: float
+    queries: int
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The engine's scores less the reference's, with two-sided 95 % bounds by the paired bootstrap."""
+
+    mAP: Interval
+    rank1: Interval
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A query whose first image is another one with the engine.
+
+    Args:
+        query: path of its image.
+        reference: path of the reference's first image.
+        engine: path of the engine's.
+        same_person: whether both show one person; null without labels.
+    """
+
+    query: str
+    reference: str
+    engine: str
+    same_person: bool | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A part under one landmark seed.
+
+    Args:
+        landmark_seed: null for the backbone, which has no landmarks.
+        status: by the gates.
+        gates: all of them.
+        reference: its scores; null without labels.
+        engine: its scores; null without labels, or where its features cannot be ranked.
+        differences: of the two; null where one is missing.
+        moved: queries with another first image.
+    """
+
+    landmark_seed: int | None
+    status: Verdict
+    gates: tuple[GateResult, ...]
+    reference: Score | None
+    engine: Score | None
+    differences: Differences | None
+    moved: tuple[Moved, ...]
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """A histogram of the cosines to the reference, over all runs.
+
+    Args:
+        edges: of n bins, n + 1.
+        counts: images in each bin.
+        not_finite: images without a cosine.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class PartParity:
+    """A part of an engine against the reference's.
+
+    Args:
+        part: `end_to_end` is the engine's head on its own features.
+        precision: as built; of `end_to_end`, the coarser of the two.
+        float64: whether errors of tensors are against the reference's float64 run, rather than its float32 outputs.
+        status: by the gates.
+        seconds: that it took.
+        gates: of each gate the worst run.
+        cosines: to the reference.
+        runs: one a landmark seed.
+    """
+
+    part: PartName
+    precision: Precision
+    float64: bool
+    status: Verdict
+    seconds: float
+    gates: tuple[GateResult, ...]
+    cosines: Cosines
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        """The part in words."""
+        return self.part.replace("_", " ")
 
 
 def usable(pair: Pair) -> bool:
@@ -25,123 +149,105 @@ def usable(pair: Pair) -> bool:
     return all(bool(np.isfinite(s.features).all() and s.features.any(axis=1).all()) for s in pair)
 
 
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """What one run of a stage came to: the gates, and its part of the result's JSON."""
-
-    gates: tuple[gates.GateResult, ...]
-    histogram: np.ndarray
-    not_finite: int
-    plain: dict[str, Any]
+def stacked(pair: Pair) -> np.ndarray:
+    """Features of query and gallery, [Q + G, D]."""
+    return np.concatenate([s.features for s in pair])
 
 
 def judge_run(
-    stage: str,
+    part: PartName,
     precision: Precision,
-    reference: Pair,
-    engine: Pair,
+    outputs: Outputs,
     draws: int = DRAWS,
     seed: int = 0,
     landmark_seed: int | None = None,
-) -> Judged:
-    """One run's outputs for the same images against the gates of `precision`.
+) -> tuple[Run, np.ndarray]:
+    """One run against the gates of `precision`, and its cosines [N].
 
-    Reciprocal neighbors are a gate of the backbone alone: its features choose them.
+    Reciprocal neighbors are a gate of the backbone alone: its features choose them. Without labels nothing can be said
+    of mAP and Rank-1: their gates are undecided.
     """
-    tolerance = gates.TOLERANCES[precision]
-    x, ref = (np.concatenate([s.features for s in pair]) for pair in (engine, reference))
-    error = agreement.tensor_error(x, ref, tolerance.atol, tolerance.rtol)
-    note = f"largest difference {error.max_abs:.3g}, atol {tolerance.atol:g}, rtol {tolerance.rtol:g}"
-    if error.non_finite:
-        note = f"{error.non_finite} numbers are NaN or infinite"
-    cosines = agreement.cosines(x, ref)
-    measured = {"tensor": error.worst, "cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
-    ours, theirs = evaluate(*reference), None
+    x, reference = stacked(outputs.engine), stacked(outputs.reference)
+    exact = reference if outputs.exact is None else outputs.exact
+    tensor = gates.judge_tensor(precision, agreement.tensor_error(x, exact, outputs.own))
+    cosines = agreement.cosines(x, reference)
+    measured = {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
+    labeled = bool((outputs.reference[1].pids != JUNK).any())
+    ours = evaluate(*outputs.reference) if labeled else None
+    theirs, found, differences = None, None, None
     ratios: dict[str, Ratio] = {}
-    differences: dict[str, Any] | None = None
-    if usable(engine):
-        theirs = evaluate(*engine)
-        first, overlap = agreement.rank_agreement(*reference, engine[0].features, engine[1].features)
-        measured |= {"rank1_agreement": first, "top10_overlap": overlap}
-        if stage == "backbone":
-            measured["reciprocal_jaccard"] = agreement.reciprocal_jaccard(x, ref)
-        ratios, differences = _kept(ours, theirs, draws, seed)
-    results = tuple(_results(stage, precision, measured, ratios, note))
-    histogram, not_finite = agreement.cosine_histogram(cosines)
-    plain = {
-        "landmark_seed": landmark_seed,
-        "status": gates.verdict(results),
-        "scores": {"reference": _brief(ours), "engine": _brief(theirs) if theirs else None},
-        "differences": differences,
-        "gates": [_plain(r, landmark_seed) for r in results],
-    }
-    return Judged(results, histogram, not_finite, plain)
-
-
-def _results(
-    stage: str, precision: Precision, measured: dict[str, float], ratios: dict[str, Ratio], note: str
-) -> list[gates.GateResult]:
+    if usable(outputs.engine):
+        found = agreement.rank_agreement(outputs.reference, outputs.engine)
+        measured["top10_overlap"] = found.overlap
+        if part == "backbone":
+            measured["reciprocal_jaccard"] = agreement.reciprocal_jaccard(x, reference)
+        if ours is not None:
+            theirs = evaluate(*outputs.engine)
+            ratios, differences = _kept(ours, theirs, draws, seed)
     results = []
     for name in gates.TITLES:
         rule = gates.rule(precision, name)
-        if name in ratios:
+        if name == "tensor":
+            results.append(tensor)
+        elif name == "first_match" and found is not None:
+            results.append(gates.judge_first_match(precision, found))
+        elif name in ratios:
             results.append(gates.judge_ratio(rule, ratios[name]))
-        elif name != "reciprocal_jaccard" or stage == "backbone":
-            results.append(gates.judge(rule, measured.get(name, math.nan), note if name == "tensor" else ""))
-    return results
+        elif name.endswith("_kept") and not labeled:
+            results.append(gates.undecided(rule, "no labels"))
+        elif name != "reciprocal_jaccard" or part == "backbone":
+            results.append(gates.judge(rule, measured.get(name, math.nan)))
+    judged = tuple(dataclasses.replace(r, landmark_seed=landmark_seed) for r in results)
+    moved = () if found is None else _moved(found, outputs.reference)
+    scores = (_score(ours), _score(theirs))
+    return Run(landmark_seed, gates.verdict(judged), judged, *scores, differences, moved), cosines
 
 
-def judge_stage(
-    stage: str,
+def judge_part(
+    part: PartName,
     precision: Precision,
-    run: Callable[[int | None], tuple[Pair, Pair]],
+    run: Callable[[int | None], Outputs],
     landmark_seeds: Sequence[int | None] = (None,),
     draws: int = DRAWS,
     seed: int = 0,
-) -> dict[str, Any]:
-    """A stage under every landmark seed; of each gate the worst run decides.
+) -> PartParity:
+    """A part under every landmark seed; of each gate the worst run decides.
 
     Args:
-        run: reference's and engine's outputs under a landmark seed.
-        landmark_seeds: None alone for a stage without landmarks.
-
-    Returns:
-        A stage's part of the result's JSON, see `report.parity`.
+        run: the outputs under a landmark seed.
+        landmark_seeds: None alone for a part without landmarks.
     """
     start = time.perf_counter()
-    judged = [judge_run(stage, precision, *run(chosen), draws, seed, chosen) for chosen in landmark_seeds]
-    worst = []
-    for results in zip(*(j.gates for j in judged), strict=True):
-        i = gates.worst(results)
-        worst.append((results[i], landmark_seeds[i]))
-    return {
-        "stage": stage,
-        "precision": precision,
-        "status": gates.verdict([result for result, _ in worst]),
-        "seconds": time.perf_counter() - start,
-        "gates": [_plain(result, chosen) for result, chosen in worst],
-        "cosines": {
-            "edges": agreement.COSINE_EDGES.tolist(),
-            "counts": sum(j.histogram for j in judged).tolist(),  # type: ignore[union-attr]
-            "not_finite": sum(j.not_finite for j in judged),
-        },
-        "runs": [j.plain for j in judged],
-    }
+    runs, cosines, exact = [], [], False
+    for chosen in landmark_seeds:
+        outputs = run(chosen)
+        judged, found = judge_run(part, precision, outputs, draws, seed, chosen)
+        runs.append(judged)
+        cosines.append(found)
+        exact = outputs.exact is not None
+    worst = tuple(results[gates.worst(results)] for results in zip(*(r.gates for r in runs), strict=True))
+    counts, not_finite = agreement.cosine_histogram(np.concatenate(cosines))
+    histogram = Cosines(tuple(agreement.COSINE_EDGES.tolist()), tuple(counts.tolist()), not_finite)
+    seconds = time.perf_counter() - start
+    return PartParity(part, precision, exact, gates.verdict(worst), seconds, worst, histogram, tuple(runs))
 
 
-def _kept(ours: RankingResult, theirs: RankingResult, draws: int, seed: int) -> tuple[dict[str, Ratio], dict[str, Any]]:
-    """The ratios that the gates judge, and the same comparison as differences, fractions with 95 % intervals."""
+def _kept(ours: RankingResult, theirs: RankingResult, draws: int, seed: int) -> tuple[dict[str, Ratio], Differences]:
+    """The ratios that the gates judge, and the same comparison as differences."""
     valid = ours.valid  # labels alone decide it: the same in both
     found = {"mAP": (theirs.ap[valid], ours.ap[valid]), "rank1": (theirs.hits(1)[valid], ours.hits(1)[valid])}
     ratios = {f"{name}_kept": paired_ratio(*pair, draws, seed) for name, pair in found.items()}
-    return ratios, {n: dataclasses.asdict(paired_difference(*pair, draws, seed)) for n, pair in found.items()}
+    return ratios, Differences(**{name: paired_difference(*pair, draws, seed) for name, pair in found.items()})
 
 
-def _brief(result: RankingResult) -> dict[str, Any]:
-    return {"mAP": result.mAP, "rank1": result.rank(1), "queries": int(result.valid.sum())}
+def _score(result: RankingResult | None) -> Score | None:
+    return None if result is None else Score(result.mAP, result.rank(1), int(result.valid.sum()))
 
 
-def _plain(result: gates.GateResult, landmark_seed: int | None) -> dict[str, Any]:
-    """A gate's result as JSON: NaN becomes null."""
-    data = dataclasses.asdict(result) | {"title": gates.TITLES[result.gate], "landmark_seed": landmark_seed}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+def _moved(found: RankAgreement, reference: Pair) -> tuple[Moved, ...]:
+    query, gallery = reference
+    rows = []
+    for q, ours, theirs in found.moved.tolist():
+        same = found.same_person(gallery.pids, ours, theirs)
+        rows.append(Moved(query.paths[q], gallery.paths[ours], gallery.paths[theirs], same))
+    return tuple(rows)

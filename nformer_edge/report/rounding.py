@@ -1,8 +1,8 @@
 """What rounding alone costs: a build's graph with the constants that its float graph asks for.
 
-Where a build quantizes or halves, the twin does so too, but its weights are the reference's, rounded, and the range of
-each quantized activation is what the reference itself spans on the images that are compared. Its distance from the
-reference is what the build's precision costs when nothing is wrong with it.
+Where a build quantizes or halves, this fake-quantized reference does so too, but its weights are the reference's,
+rounded, and the range of each quantized activation is what the reference itself spans on the images that are compared.
+Its distance from the reference is what the build's precision costs when nothing is wrong with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_rounded(engine: Graph) -> bool:
     return bool(engine.rounded) or any(t.data_type in _LOWER for t in engine.constants.values())
 
 
-def twin(reference: Graph, engine: Graph, ranges: Mapping[str, tuple[float, float]]) -> ModelProto:
+def fake_quantized(reference: Graph, engine: Graph, ranges: Mapping[str, tuple[float, float]]) -> ModelProto:
     """The engine's graph with the reference's constants, rounded as the engine rounds its own.
 
     Args:

@@ -20,13 +20,13 @@ from nformer_edge.report.html import sections
 from nformer_edge.report.html.budget import budget
 from nformer_edge.report.html.parity import cosines, gates, layers
 from nformer_edge.report.html.sections import Results, text
+from nformer_edge.report.parity import Parity
 from nformer_edge.training.history import History
 
 #: What the page draws, by kind.
 KINDS: dict[str, Any] = {
-    cls.kind: cls for cls in (Evaluation, Benchmark, Comparison, CrossModel, BudgetSearch, History)
+    cls.kind: cls for cls in (Evaluation, Parity, Benchmark, Comparison, CrossModel, BudgetSearch, History)
 }
-KINDS |= {"parity": None}
 
 Readable: TypeAlias = "Result | str | os.PathLike[str]"
 
@@ -106,8 +106,7 @@ def render(results: Results, title: str) -> str:
 
 def _header(results: Results, title: str) -> str:
     """Title, data, and a few facts: verdicts and the data's size."""
-    parities = sections.of_kind(results, "parity")
-    facts = [(f"{r['engine']['label']}: parity", sections.pill(r["status"])) for r in parities]
+    facts = [(f"{r.engine.label}: parity", sections.pill(r.status)) for r in results if isinstance(r, Parity)]
     data = next((r.data for r in results if hasattr(r, "data")), None)
     if data:
         counts = [("queries", f"{data.query:,}"), ("gallery", f"{data.gallery:,}")]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from nformer_edge.report.html import sections
-from nformer_edge.report.html.sections import NONE, Results, group, pill, row, section, table, text
+from nformer_edge.metrics.bootstrap import Interval
+from nformer_edge.metrics.gates import GateResult
+from nformer_edge.report.diagnosis import Layers
+from nformer_edge.report.html.sections import NONE, Results, group, picked, pill, row, section, table, text
 from nformer_edge.report.html.svg import Axis, Dot, Line, chart, decades, legend, linear, whole
-from nformer_edge.report.table import gate_bound, gate_measured, number, percent
-from nformer_edge.report.verdict import CAUSES, describe_causes, describe_failures, describe_layers
+from nformer_edge.report.parity import Parity
+from nformer_edge.report.part import Cosines, Score
+from nformer_edge.report.table import percent
 
 _SHORT = {
     "tensor": "tensor",
     "cosine_min": "cos min",
     "cosine_mean": "cos mean",
-    "rank1_agreement": "rank-1",
+    "first_match": "first",
     "top10_overlap": "top-10",
     "reciprocal_jaccard": "neighbors",
     "mAP_kept": "mAP kept",
@@ -25,15 +27,16 @@ _SHORT = {
 
 def gates(results: Results) -> str:
     """The verdicts at a glance, then each parity result's gates in full, folded."""
-    found = sections.of_kind(results, "parity")
+    found = picked(results, Parity)
     cells = []
     for result in found:
-        cells.append(group(f"{_title(result)} {pill(result['status'])}", len(_SHORT) + 1))
-        for stage in result["stages"]:
-            by_name = {g["gate"]: g for g in stage["gates"]}
-            name = f"{stage['stage'].replace('_', ' ')}, {stage['precision'].upper()}"
-            cells.append(row([text(name), *(_glance(by_name.get(g)) for g in _SHORT)]))
-    body = table(["stage", *_SHORT.values()], cells, wide=True)
+        cells.append(group(f"{text(result.title)} {pill(result.status)}", len(_SHORT) + 1))
+        for part in result.parts:
+            by_name = {g.gate: g for g in part.gates}
+            cells.append(
+                row([text(f"{part.title}, {part.precision.upper()}"), *(_glance(by_name.get(g)) for g in _SHORT)])
+            )
+    body = table(["part", *_SHORT.values()], cells, wide=True)
     body += "".join(map(_blame, found)) + "".join(map(_full_gates, found))
     note = (
         "Of each gate the worst landmark seed. mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % "
@@ -42,114 +45,80 @@ def gates(results: Results) -> str:
     return section("Gates", body, note)
 
 
-def _glance(gate: dict[str, Any] | None) -> str:
+def _glance(gate: GateResult | None) -> str:
     """One gate in one colored number."""
     if gate is None:
         return NONE
-    shown = "NaN" if gate["measured"] is None else f"{gate['measured']:.4g}"
-    return f'<span class="glance {text(gate["status"])}" title="{text(gate["status"])}">{shown}</span>'
+    shown = "NaN" if math.isnan(gate.measured) else f"{gate.measured:.4g}"
+    return f'<span class="glance {text(gate.status)}" title="{text(gate.status)}">{shown}</span>'
 
 
-def _blame(result: dict[str, Any]) -> str:
-    """Which stage a failure comes from, and each failed gate; "" if none failed."""
-    if not result["blame"]:
+def _blame(result: Parity) -> str:
+    """Which part a failure comes from, and each failed gate; "" if none failed."""
+    if not result.blame:
         return ""
-    lines = "".join(f"<li>{text(line)}</li>" for line in (*describe_causes(result), *describe_failures(result)))
-    cause = CAUSES.get(result["blame"], result["blame"])
+    lines = "".join(f"<li>{text(line)}</li>" for line in (*result.causes, *result.failures))
     return (
-        f'<div class="blame"><p>{text(result["engine"]["label"])} failed; to blame: <strong>{text(cause)}</strong></p>'
+        f'<div class="blame"><p>{text(result.engine.label)} failed; to blame: <strong>{text(result.cause)}</strong></p>'
         f"<ul>{lines}</ul></div>"
     )
 
 
-def _full_gates(result: dict[str, Any]) -> str:
-    title = _title(result)
+def _full_gates(result: Parity) -> str:
     cells = []
-    for stage in result["stages"]:
-        name = text(stage["stage"].replace("_", " "))
-        cells.append(group(f"{name}, {text(stage['precision'].upper())} {pill(stage['status'])}", 6))
-        cells += [
-            row(
-                [
-                    text(g["title"]),
-                    text(gate_measured(g)),
-                    text(gate_bound(g)) or NONE,
-                    "" if g["margin"] is None else f"{g['margin']:+.2g}",
-                    NONE if g["landmark_seed"] is None else str(g["landmark_seed"]),
-                    pill(g["status"]),
-                ]
-            )
-            for g in stage["gates"]
-        ]
+    for part in result.parts:
+        cells.append(group(f"{text(part.title)}, {text(part.precision.upper())} {pill(part.status)}", 6))
+        for g in part.gates:
+            margin = "" if math.isnan(g.margin) else f"{g.margin:+.2g}"
+            seed = NONE if g.landmark_seed is None else str(g.landmark_seed)
+            shown = (text(g.shown), text(g.shown_bound) or NONE, margin, seed, pill(g.status))
+            cells.append(row([f'<span title="{text(g.note)}">{text(g.title)}</span>', *shown]))
     full = table(["gate", "measured", "bound", "margin", "landmark seed", "status"], cells)
-    return f"<details><summary>Every gate: {title}</summary>{full}{_runs(result)}</details>"
+    return f"<details><summary>Every gate: {text(result.title)}</summary>{full}{_runs(result)}</details>"
 
 
-def _runs(result: dict[str, Any]) -> str:
-    """Every run of every stage: scores of both, and the paired differences in points."""
+def _runs(result: Parity) -> str:
+    """Every run of every part: scores of both, the paired differences in points, and how many first images differ."""
     cells = []
-    for stage in result["stages"]:
-        for run in stage["runs"]:
-            seed = "" if run["landmark_seed"] is None else f", landmark seed {run['landmark_seed']}"
-            scored = run["scores"]["engine"] or {}
-            cells.append(
-                row(
-                    [
-                        text(stage["stage"].replace("_", " ") + seed),
-                        percent(run["scores"]["reference"]["mAP"], 2),
-                        percent(scored.get("mAP"), 2) or NONE,
-                        _points(run["differences"], "mAP"),
-                        percent(run["scores"]["reference"]["rank1"], 2),
-                        percent(scored.get("rank1"), 2) or NONE,
-                        _points(run["differences"], "rank1"),
-                        pill(run["status"]),
-                    ]
-                )
-            )
-    headers = [
-        "run",
-        "mAP, reference",
-        "mAP, engine",
-        "difference, points",
-        "Rank-1, reference",
-        "Rank-1, engine",
-        "difference, points",
-        "status",
-    ]
-    return table(headers, cells, wide=True)
+    for part in result.parts:
+        for run in part.runs:
+            seed = "" if run.landmark_seed is None else f", landmark seed {run.landmark_seed}"
+            drawn = [text(part.title + seed)]
+            for figure in ("mAP", "rank1"):
+                drawn += [_score(run.reference, figure), _score(run.engine, figure)]
+                drawn.append(NONE if run.differences is None else _points(getattr(run.differences, figure)))
+            cells.append(row([*drawn, f"{len(run.moved):,}", pill(run.status)]))
+    scores = [f"{f}, {who}" for f in ("mAP", "Rank-1") for who in ("reference", "engine", "difference, points")]
+    return table(["run", *scores, "other first image", "status"], cells, wide=True)
 
 
-def _points(differences: dict[str, Any] | None, figure: str) -> str:
+def _score(score: Score | None, figure: str) -> str:
+    return NONE if score is None else percent(getattr(score, figure), 2)
+
+
+def _points(found: Interval) -> str:
     """A difference in percentage points, its 95 % interval small beside it."""
-    if differences is None:
-        return NONE
-    value, lower, upper = (f"{100 * differences[figure][n]:+.2f}" for n in ("value", "lower", "upper"))
+    value, lower, upper = (f"{100 * v:+.2f}" for v in (found.value, found.lower, found.upper))
     return f"{value} <small>{lower} to {upper}</small>"
 
 
-def _title(result: dict[str, Any]) -> str:
-    return f"{text(result['engine']['label'])} against {text(result['reference']['label'])}"
-
-
 def cosines(results: Results) -> str:
-    """How near each image's feature is to the reference's: one picture a stage, a color for each engine."""
-    found = sections.of_kind(results, "parity")
+    """How near each image's feature is to the reference's: one picture a part, a color for each engine."""
+    found = picked(results, Parity)
     body = ""
-    for stage in ("backbone", "head", "end_to_end"):
+    for name in ("backbone", "head", "end_to_end"):
         lines, lowest = [], 0.9
         for color, result in enumerate(found):
-            for judged in result["stages"]:
-                counts = judged["cosines"]["counts"]
-                if judged["stage"] == stage and any(counts):
-                    lines.append(_histogram(result["engine"]["label"], judged["cosines"], color))
+            for part in result.parts:
+                if part.part == name and any(part.cosines.counts):
+                    lines.append(_histogram(result.engine.label, part.cosines, color))
                     lowest = min(lowest, lines[-1].points[0][0])
         if lines:
             highest = max(share for line in lines for _, share in line.points)
-            drawn = chart(
-                f"Cosine to the reference, {stage}", _cosine_axis(lowest), linear("images, %", [0, highest]), lines
-            )
+            axes = _cosine_axis(lowest), linear("images, %", [0, highest])
             keys = legend([(line.label, line.color, False) for line in lines])
-            body += f"<h3>{text(stage.replace('_', ' ').capitalize())}</h3>{drawn}{keys}"
+            drawn = chart(f"Cosine to the reference, {name}", *axes, lines)
+            body += f"<h3>{text(name.replace('_', ' ').capitalize())}</h3>{drawn}{keys}"
     note = (
         "Share of images by the cosine between the engine's feature and the reference's, in eight steps to each "
         "further 9; of equal ones the last is seen. The head under all landmark seeds together."
@@ -157,10 +126,10 @@ def cosines(results: Results) -> str:
     return section("Cosine to the reference", body, note)
 
 
-def _histogram(label: str, found: dict[str, Any], color: int) -> Line:
+def _histogram(label: str, found: Cosines, color: int) -> Line:
     """Steps from the first to the last bin that holds an image, in percent of all."""
-    counts, edges = found["counts"], found["edges"]
-    total = sum(counts) + found["not_finite"]
+    counts, edges = found.counts, found.edges
+    total = sum(counts) + found.not_finite
     held = [i for i, count in enumerate(counts) if count]
     points = [(edges[held[0]], 0.0)]
     for i in range(held[0], held[-1] + 1):
@@ -181,12 +150,12 @@ def _cosine_axis(lowest: float) -> Axis:
 
 
 def layers(results: Results) -> str:
-    """The error of each tensor against its band, in the order of computation, where a stage was compared so."""
+    """The error of each tensor against its band, in the order of computation, where a part was compared so."""
     body = ""
-    for result in sections.of_kind(results, "parity"):
-        for found in result["layers"]:
-            if found["nodes"]:
-                body += f"<h3>{_title(result)}: {text(found['stage'])}</h3>{_profile(found)}"
+    for result in picked(results, Parity):
+        for found in result.layers:
+            if found.nodes:
+                body += f"<h3>{text(result.title)}: {text(found.part)}</h3>{_profile(found)}"
     note = (
         "Both graphs in onnxruntime on the same inputs. Error: L2 norm of a tensor's difference over that of the "
         "reference's. Band: what rounding alone may cost there."
@@ -194,35 +163,24 @@ def layers(results: Results) -> str:
     return section("Layer by layer", body, note)
 
 
-def _profile(found: dict[str, Any]) -> str:
-    nodes = list(enumerate(found["nodes"], 1))
-    bands = [(i, n["band"]) for i, n in nodes if n["band"]]
-    errors = [(i, n["error"]) for i, n in nodes if n["error"] is not None]
-    told = f'<p class="note">{text(describe_layers(found))}</p>'
+def _profile(found: Layers) -> str:
+    nodes = list(enumerate(found.nodes, 1))
+    bands = [(i, n.band) for i, n in nodes if math.isfinite(n.band) and n.band]
+    errors = [(i, n.error) for i, n in nodes if math.isfinite(n.error)]
+    told = f'<p class="note">{text(found.summary)}</p>'
     if not (bands and any(error for _, error in errors)):
         return told
     lines = [Line("error", errors, 0), Line("band", bands, 7, dashed=True)]
-    first = found["first"]
-    dots = []
-    if first is not None and first["error"]:
-        place = next(i for i, n in nodes if n["tensor"] == first["tensor"])
-        dots = [Dot(place, first["error"], 4, first["node"])]
+    first = found.first
+    dots = [
+        Dot(i, n.error, 4, n.node) for i, n in nodes if first and n.tensor == first.tensor and 0 < n.error < math.inf
+    ]
     x = whole("tensor, in the order of computation", 1, len(nodes))
     drawn = chart("Error by tensor", x, decades("relative error", [v for _, v in (*bands, *errors) if v]), lines, dots)
     keys = legend([(line.label, line.color, line.dashed) for line in lines])
-    cells = [
-        row(
-            [
-                text(n["node"]),
-                text(n["op"]),
-                *(NONE if n[k] is None else f"{n[k]:.2e}" for k in ("error", "band")),
-                number(n["sqnr_db"]) or NONE,
-                NONE if n["cosine"] is None else f"{n['cosine']:.6f}",
-                "" if n["inside"] else pill("failed", "out"),
-            ],
-            left=2,
-        )
-        for _, n in nodes
-    ]
+    cells = []
+    for _, n in nodes:
+        shown = (NONE if value == "-" else value for value in n.shown)
+        cells.append(row([text(n.node), text(n.op), *shown, "" if n.inside else pill("failed", "out")], left=2))
     full = table(["node", "operator", "error", "band", "SQNR, dB", "cosine", ""], cells, left=2)
     return f"{told}{drawn}{keys}<details><summary>Every tensor</summary>{full}</details>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,19 @@ class GridRunner:
         cells = images.reshape(len(images), 3, 8, 4, 4, 4).mean(axis=(3, 5)).reshape(len(images), -1)
         return self.distort((cells @ self.projection).astype(np.float32))
 
-    def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-        best = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, : HEAD.k]
+    def relate(
+        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+    ) -> np.ndarray:
+        unit, chosen = (
+            x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, features if like is None else like)
+        )
+        best = np.argsort(-(chosen @ chosen.T), axis=1, kind="stable")[:, : HEAD.k]
         return self.distort_head(unit[best].mean(axis=1).astype(np.float32))
+
+    def float64(self):
+        double = copy.copy(self)
+        double.projection = self.projection.astype(np.float64)
+        return double
 
 
 @pytest.fixture(scope="session")
@@ -76,16 +86,6 @@ def dataset(tmp_path_factory) -> Dataset:
     gallery = tuple(draw(f"g{p}_{i}.png", p, 2) for p in range(1, 13) for i in range(4))
     distractors = tuple(draw(f"d{i}.png", 0, 2) for i in range(6))
     return Dataset("people", str(root), query=query, gallery=gallery + distractors)
-
-
-@pytest.fixture
-def opener():
-    """`open_model` for made models: looks up a path among those given."""
-
-    def make(**runners):
-        return lambda path, threads=None: runners[str(path)]
-
-    return make
 
 
 @pytest.fixture(scope="session")

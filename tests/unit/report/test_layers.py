@@ -73,29 +73,29 @@ def convolution(model, number):
 
 def test_a_graph_is_inside_its_band_against_itself(backbone, images):
     found = compare_graphs("backbone", "fp32", backbone, backbone, images)
-    assert found["first"] is None
-    assert found["compared"] == found["tensors"]
-    assert all(n["error"] <= 1e-5 for n in found["nodes"])
+    assert found.first is None
+    assert found.compared == found.tensors
+    assert all(n.error <= 1e-5 for n in found.nodes)
 
 
 def test_a_broken_weight_is_named_and_its_inputs_are_cleared(backbone, images):
     node = convolution(backbone, 9)
     found = compare_graphs("backbone", "fp32", backbone, broken(backbone, node, lambda w: w[::-1].copy()), images)
-    first = found["first"]
-    assert (first["node"], first["op"]) == (node, "Conv")
-    assert first["inputs"]
-    assert first["inputs_inside"]
-    assert first["own_error"] == pytest.approx(first["error"], rel=1e-2)
+    first = found.first
+    assert (first.node, first.op) == (node, "Conv")
+    assert first.inputs
+    assert first.inputs_inside
+    assert first.own_error == pytest.approx(first.error, rel=1e-2)
 
 
 def test_half_precision_is_cleared_and_a_broken_weight_in_it_named(backbone, images):
     half = to_half(backbone, {n.name for n in backbone.graph.node} - backbone_float32(backbone))
     assert is_rounded(Graph(half, backbone))
-    assert compare_graphs("backbone", "fp16", backbone, half, images)["first"] is None
+    assert compare_graphs("backbone", "fp16", backbone, half, images).first is None
     node = convolution(backbone, 5)
     found = compare_graphs("backbone", "fp16", backbone, broken(half, node, lambda w: w * np.float16(1.1)), images)
-    assert found["first"]["node"] == node
-    assert found["first"]["inputs_inside"]
+    assert found.first.node == node
+    assert found.first.inputs_inside
 
 
 def chain(factor):
@@ -119,9 +119,9 @@ def test_a_product_that_overflows_in_float16_is_named_though_float32_kernels_wou
     half = to_half(model, {n.name for n in model.graph.node})
     feed = {"images": np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)}
     assert np.isfinite(Graph(half, model).values(["features"], feed)["features"]).all() != overflows
-    first = compare_graphs("backbone", "fp16", model, half, feed)["first"]
-    assert (first and first["node"]) == ("large" if overflows else None)
-    assert first is None or (first["inputs_inside"], first["own_error"]) == (True, None)
+    first = compare_graphs("backbone", "fp16", model, half, feed).first
+    assert (first and first.node) == ("large" if overflows else None)
+    assert first is None or (first.inputs_inside and not np.isfinite(first.own_error))
 
 
 def test_int8_without_float16_is_looked_at_in_the_kernels_that_would_run(bundle, backbone, images, ranges, tmp_path):
@@ -146,23 +146,23 @@ def quantize(request, bundle, backbone, tmp_path_factory):
 
 
 def test_int8_is_cleared_and_a_wrong_range_named(quantize, backbone, images, ranges):
-    assert compare_graphs("backbone", "int8", backbone, quantize(ranges), images)["first"] is None
+    assert compare_graphs("backbone", "int8", backbone, quantize(ranges), images).first is None
     tensor = "/trunk/conv3/conv3.0/conv1/relu/Relu_output_0"
     low, high = ranges.table[tensor]
     wrong = Ranges("minmax", ranges.table | {tensor: (low / 8, high / 8)})
-    first = compare_graphs("backbone", "int8", backbone, quantize(wrong), images)["first"]
-    assert first["tensor"] == tensor
-    assert first["node"].startswith("/trunk/conv3/conv3.0/conv1/")
-    assert first["inputs_inside"]
+    first = compare_graphs("backbone", "int8", backbone, quantize(wrong), images).first
+    assert first.tensor == tensor
+    assert first.node.startswith("/trunk/conv3/conv3.0/conv1/")
+    assert first.inputs_inside
 
 
 def test_the_head_is_compared_with_its_operators_bodies(bundle, rows):
     head = onnx.load(bundle / "nformer.onnx")
-    assert compare_graphs("head", "fp32", head, head, rows)["first"] is None
+    assert compare_graphs("head", "fp32", head, head, rows).first is None
     node = next(n.name for n in head.graph.node if n.op_type == "Gemm" and "mlp" in n.name)
     found = compare_graphs("head", "fp32", head, broken(head, node, lambda w: w * np.float32(2)), rows)
-    assert found["first"]["node"] == node
-    assert found["first"]["inputs_inside"]
+    assert found.first.node == node
+    assert found.first.inputs_inside
 
 
 def test_a_head_prepared_for_the_plugin_runs_with_the_references_bodies(bundle, rows, tmp_path):
@@ -170,15 +170,15 @@ def test_a_head_prepared_for_the_plugin_runs_with_the_references_bodies(bundle, 
     assert not prepared.functions
     head = onnx.load(bundle / "nformer.onnx")
     found = compare_graphs("head", "fp16", head, prepared, rows)
-    assert found["compared"] == found["tensors"]
-    assert found["first"] is None
+    assert found.compared == found.tensors
+    assert found.first is None
 
 
 def test_numbers_that_are_not_finite_are_out_of_any_band(backbone, images):
     node = convolution(backbone, 3)
     found = compare_graphs("backbone", "fp32", backbone, broken(backbone, node, lambda w: w * np.inf), images)
-    assert found["first"]["node"] == node
-    assert found["first"]["error"] is None
+    assert found.first.node == node
+    assert not np.isfinite(found.first.error)
 
 
 def test_values_are_held_group_by_group_within_the_limit(backbone, images):
@@ -222,7 +222,7 @@ def test_a_tensor_that_differs_without_a_trace_in_the_output_is_counted_and_nobo
         node.input[:] = [renamed.get(n, n) for n in node.input]
         node.output[:] = [renamed.get(n, n) for n in node.output]
     found = compare_graphs("backbone", "fp32", backbone, other, images)
-    assert (found["outside"], found["first"]) == (1, None)
+    assert (found.outside, found.first) == (1, None)
 
 
 def test_a_plan_alone_cannot_be_compared_and_the_graph_that_was_parsed_can(tiny_bundle, tmp_path):
@@ -238,7 +238,7 @@ def test_a_plan_alone_cannot_be_compared_and_the_graph_that_was_parsed_can(tiny_
 def test_the_graph_of_a_checkpoint_is_the_one_that_its_bundle_has(checkpoint, bundle, images):
     traced, exported = (read_graphs(path, ("backbone",))["backbone"] for path in (checkpoint, bundle))
     found = compare_graphs("backbone", "fp32", traced, exported, images)
-    assert (found["compared"], found["outside"]) == (found["tensors"], 0)
+    assert (found.compared, found.outside) == (found.tensors, 0)
 
 
 def test_the_command_prints_every_tensor_and_the_seeds_that_it_was_given(checkpoint, bundle, tiny_market, capsys):

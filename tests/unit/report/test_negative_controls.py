@@ -17,7 +17,6 @@ from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.data.calibration import calibration_images
 from nformer_edge.quantize.place_cpu import measure_ranges
 from nformer_edge.report.parity import parity
-from nformer_edge.report.verdict import describe_causes, require_passed
 
 torch = pytest.importorskip("torch")
 
@@ -52,52 +51,48 @@ def broken_bundle(bundle, tmp_path):
 @pytest.fixture(scope="module")
 def judge(checkpoint, tiny_market):
     def go(engine):
-        return parity(checkpoint, engine, tiny_market, draws=200, threads=1)
+        return parity(checkpoint, engine, tiny_market, draws=200, intra_op_threads=1)
 
     return go
 
 
 def failed(result, blamed):
     """Asserts that a gate failed and `blamed` is named, in the JSON and in the error. Returns who failed."""
-    assert result["status"] == "failed"
-    assert result["blame"] == blamed
+    assert result.status == "failed"
+    assert result.blame == blamed
     with pytest.raises(GateError, match=f"to blame: {blamed}") as caught:
-        require_passed(result)
-    for line in describe_causes(result):
+        result.require_passed()
+    for line in result.causes:
         assert line in str(caught.value)
-    return {s["stage"] for s in result["stages"] if s["status"] == "failed"}
+    return {s.part for s in result.parts if s.status == "failed"}
 
 
 def first(result, stage):
     """The first node out of its band, which the error must name."""
-    (found,) = [r["first"] for r in result["layers"] if r["stage"] == stage]
-    assert found["inputs_inside"]
+    (found,) = [r.first for r in result.layers if r.part == stage]
+    assert found.inputs_inside
     with pytest.raises(GateError, match=re.escape(f"{stage}: first node out of its band: {found['node']} (")):
-        require_passed(result)
-    return found["node"]
+        result.require_passed()
+    return found.node
 
 
 def test_the_sound_bundle_passes(judge, bundle):
     result = judge(bundle)
-    assert {s["stage"]: s["status"] for s in result["stages"]} == dict.fromkeys(
-        ("backbone", "head", "end_to_end"), "passed"
-    )
-    assert (result["input"]["error"], result["layers"]) == (0, [])
+    assert {s.part: s.status for s in result.parts} == dict.fromkeys(("backbone", "head", "end_to_end"), "passed")
+    assert (result.input.error, result.layers) == (0, [])
 
 
 def test_a_wrong_channel_order_is_blamed_on_the_preprocessing(judge, broken_bundle):
     result = judge(broken_bundle(channels="BGR"))
     assert failed(result, "backbone") == {"backbone", "end_to_end"}
-    assert describe_causes(result) == [
-        "the input itself differs, so it is the preprocessing: channels: BGR, the reference RGB"
-    ]
+    assert result.causes == ["the input itself differs, so it is the preprocessing: channels: BGR, the reference RGB"]
 
 
 @pytest.mark.parametrize(("field", "left_out"), [("mean", [0.0, 0.0, 0.0]), ("std", [1.0, 1.0, 1.0])])
 def test_a_missing_normalization_is_blamed_on_the_preprocessing(judge, broken_bundle, field, left_out):
     result = judge(broken_bundle(**{field: left_out}))
     assert failed(result, "backbone") == {"backbone", "end_to_end"}
-    (line,) = describe_causes(result)
+    (line,) = result.causes
     assert line.startswith(f"the input itself differs, so it is the preprocessing: {field}: {tuple(left_out)}")
 
 
@@ -144,8 +139,8 @@ def test_a_head_that_is_silently_skipped_is_blamed_on_the_head(judge, broken_bun
     )  # fmt: skip
     result = judge(broken_bundle(head=skipped))
     assert failed(result, "head") == {"head", "end_to_end"}
-    tensors = result["layers"][0]["tensors"]
-    assert f"head: the engine's graph has 1 of the reference's {tensors} tensors" in describe_causes(result)
+    tensors = result.layers[0].tensors
+    assert f"head: the engine's graph has 1 of the reference's {tensors} tensors" in result.causes
 
 
 #: All of the training images: tensors that no image of the calibration reached would be at fault too.
@@ -153,7 +148,7 @@ INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=36, calib_m
 
 
 def gate(result, name):
-    return next(g for g in result["stages"][0]["gates"] if g["gate"] == name)
+    return next(g for g in result.parts[0].gates if g.gate == name)
 
 
 def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the_backbone(
@@ -175,13 +170,13 @@ def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the
     engine = build_engine(bundle, tmp_path / "forged", INT8, calib_data=forged)
     result = judge(engine)
     assert failed(result, "backbone") == {"backbone", "end_to_end"}
-    assert gate(result, "cosine_min")["status"] == "alarm"
+    assert gate(result, "cosine_min").status == "alarm"
     ours = judge(sound)
     for name in ("cosine_min", "rank1_agreement", "top10_overlap"):
-        assert gate(ours, name)["measured"] > gate(result, name)["measured"], name
+        assert gate(ours, name).measured > gate(result, name).measured, name
 
     # Named is the first node in the graph, whose range is too narrow by a quarter and more: it cuts.
     assert first(result, "backbone") == "/trunk/conv1/conv/Conv"
-    tensor = result["layers"][0]["first"]["tensor"]
+    tensor = result.layers[0].first.tensor
     right, wrong = (t["ranges"][tensor][1] for t in (json.loads((sound / "calibration.json").read_text()), table))
     assert wrong < 0.75 * right

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,11 +14,12 @@ from nformer_edge.quantize.spec import BudgetSpec
 from nformer_edge.quantize.values import BudgetSearch, HeldOutFacts, NodeCost, Point, Score
 from nformer_edge.report.accuracy import Evaluation, evaluate
 from nformer_edge.report.benchmark import benchmark, compare
+from nformer_edge.report.diagnosis import FirstOutside, Layers, Node, NodeInput
 from nformer_edge.report.html.page import write_report
 from nformer_edge.report.html.svg import Dot, Line, chart, decades, line_chart, linear, ticks
 from nformer_edge.report.parity import parity
 from nformer_edge.report.summary import format_summary
-from nformer_edge.report.table import format_gates, format_table
+from nformer_edge.report.table import format_table
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.history import Best, Epoch, History, Identity, Stage
 
@@ -46,22 +48,21 @@ class Wellformed(HTMLParser):
 
 
 def node(name, op, error, band, inside):
-    return {
-        "node": name, "op": op, "tensor": f"{name}_output", "error": error, "band": band, "sqnr_db": 20.0,
-        "cosine": 0.9, "inside": inside,
-    }  # fmt: skip
+    return {"node": name, "op": op, "tensor": f"{name}_output", "error": error, "band": band, "sqnr_db": 20.0,
+            "cosine": 0.9, "inside": inside}  # fmt: skip
 
+
+CONV = node("/conv2", "Conv", 0.5, 0.02, False)
 
 #: What the layer-wise comparison of a broken backbone gives.
-LAYERS = {
-    "stage": "backbone", "samples": 4, "compared": 3, "tensors": 3, "outside": 2, "note": None,
-    "nodes": [
-        node("/conv1", "Conv", 0.0, 0.001, True), node("/conv2", "Conv", 0.5, 0.02, False),
-        node("/relu", "Relu", None, 0.02, False),
-    ],
-    "first": node("/conv2", "Conv", 0.5, 0.02, False)
-    | {"own_error": 0.5, "inputs": [{"tensor": "/conv1_output", "inside": True}], "inputs_inside": True},
-}  # fmt: skip
+LAYERS = Layers(
+    "backbone", samples=4, compared=3, tensors=3, outside=2,
+    nodes=(
+        Node(**node("/conv1", "Conv", 0.0, 0.001, True)), Node(**CONV),
+        Node(**node("/relu", "Relu", math.inf, 0.02, False)),
+    ),
+    first=FirstOutside(**CONV, own_error=0.5, inputs=(NodeInput("/conv1_output", True),)),
+)  # fmt: skip
 
 
 def score(mAP, overlap=0.9):
@@ -98,16 +99,13 @@ def measured(dataset, grid_runner):
     int8 = grid_runner("int8", precision={"backbone": "int8", "head": "fp32"}, distort=lambda x: x[::-1])
     runners = {"ref": grid_runner("ref"), "int8": int8}
 
-    def opener(path, threads=None):
-        return runners[str(path)]
-
     backbone = Stage(tuple(Epoch(e, loss=5 / e) for e in (1, 2, 3)), None, 61.2)
     head = Stage((Epoch(0, held_out_map=0.5), Epoch(1, loss=2.0, held_out_map=0.6)), Best(1, 0.6), 8.0)
-    judged = parity("ref", "int8", dataset, draws=100, opener=opener, reference_label="PyTorch", engine_label="INT8")
+    judged = parity(runners["ref"], int8, dataset, draws=100, reference_label="PyTorch", engine_label="INT8")
     return [
         evaluate(runners["ref"], dataset, label="PyTorch", rerank=True, rank_lists=2),
         evaluate(int8, dataset, label="INT8", rank_lists=0),
-        judged | {"layers": [LAYERS]},
+        replace(judged, layers=(LAYERS,)),
         benchmark(runners["ref"], dataset, single_stream=3, offline=8, warmup=0, label="PyTorch"),
         compare([runners["ref"], int8], dataset, rounds=2, warmup=0, labels=["PyTorch", "INT8"]),
         History(
@@ -163,9 +161,9 @@ def test_what_stands_on_the_page_stands_in_the_json(page, results):
         for scored in evaluation.rankings:
             lower, upper = (f"{100 * bound:.1f}" for bound in scored.mAP_interval)
             assert f"<td>{100 * scored.mAP:.1f} <small>{lower}\N{EN DASH}{upper}</small></td>" in page
-    for stage in results[2]["stages"]:
-        for gate in stage["gates"]:
-            assert f"<td>{gate['measured']:.6g}" in page
+    for part in results[2].parts:
+        for gate in part.gates:
+            assert f"<td>{gate.measured:.6g}" in page
 
 
 def test_a_budget_is_drawn_with_its_choice_its_bound_and_the_worst_nodes(page):
@@ -199,9 +197,8 @@ def test_an_overlap_that_was_asked_for_has_a_chart_of_its_own(tmp_path):
     assert "<td>92.0</td>" in page
 
 
-def test_cosines_of_each_stage_are_a_picture_with_a_line_for_each_engine(results, tmp_path):
-    other = copy.deepcopy(results[2])
-    other["engine"]["label"] = "another"
+def test_cosines_of_each_part_are_a_picture_with_a_line_for_each_engine(results, tmp_path):
+    other = replace(results[2], engine=replace(results[2].engine, label="another"))
     page = write_report([results[2], other], tmp_path / "report.html").read_text()
     drawn = page[page.index("<h2>Cosine") : page.index("<h2>Layer")]
     assert drawn.count("<svg") == 3
@@ -210,10 +207,10 @@ def test_cosines_of_each_stage_are_a_picture_with_a_line_for_each_engine(results
 
 
 def test_every_landmark_seed_and_the_difference_in_points_stand_on_the_page(page, results):
-    for stage in results[2]["stages"]:
-        for run in stage["runs"]:
-            found = run["differences"]["mAP"]
-            assert f"{100 * found['value']:+.2f} <small>{100 * found['lower']:+.2f} to" in page
+    for part in results[2].parts:
+        for run in part.runs:
+            found = run.differences.mAP
+            assert f"{100 * found.value:+.2f} <small>{100 * found.lower:+.2f} to" in page
     assert page.count("head, landmark seed ") == 3
 
 
@@ -244,7 +241,8 @@ def test_an_image_that_is_gone_leaves_a_placeholder(results, tmp_path):
 
 def test_text_from_results_is_escaped(results, tmp_path):
     evil = "<script>alert('x')</script>\"&"
-    results[2]["engine"]["label"] = results[2]["reference"]["label"] = evil
+    models = {side: replace(getattr(results[2], side), label=evil) for side in ("engine", "reference")}
+    results[2] = replace(results[2], **models)
     results[6] = replace(results[6], model=evil)
     for place in (0, 3):
         results[place] = replace(results[place], model=replace(results[place].model, label=evil))
@@ -265,9 +263,10 @@ def test_each_kind_alone_makes_a_page(results, tmp_path):
 
 
 def test_a_gate_that_is_no_number_is_shown_as_such(results, tmp_path):
-    gate = results[2]["stages"][0]["gates"][3]
-    gate |= {"measured": None, "margin": None, "status": "failed"}
-    assert "not a number" in write_report(results, tmp_path / "report.html").read_text()
+    backbone, *others = results[2].parts
+    broken = replace(backbone.gates[3], measured=math.nan, margin=math.nan, status="failed")
+    parts = (replace(backbone, gates=(broken, *backbone.gates[4:])), *others)
+    assert "not a number" in write_report([replace(results[2], parts=parts)], tmp_path / "report.html").read_text()
 
 
 def test_results_are_read_from_files(results, tmp_path):
@@ -306,7 +305,7 @@ def test_the_summary_table_has_a_row_for_each_model_and_part(results):
 
 
 def test_the_gates_table_ends_with_the_verdict_and_the_blame(results):
-    assert format_gates(results[2]).splitlines()[-1] == "INT8 against PyTorch: failed, to blame: backbone"
+    assert "\nINT8 against PyTorch: failed, to blame: backbone\n" in str(results[2])
 
 
 def test_an_evaluation_a_benchmark_and_a_comparison_have_their_text(results):
