@@ -24,7 +24,7 @@ from nformer_edge.report.diagnosis import InputDifference, Layers, compare_input
 from nformer_edge.report.models import (
     Data,
     MeasuredData,
-    Model,
+    MeasuredModel,
     Source,
     describe_model,
     evenly,
@@ -64,8 +64,8 @@ class Parity(Result):
     version: ClassVar[int] = 3
 
     machine: MachineFacts
-    reference: Model
-    engine: Model
+    reference: MeasuredModel
+    engine: MeasuredModel
     data: MeasuredData
     landmark_seeds: tuple[int, ...]
     draws: int

@@ -71,7 +71,7 @@ def first(result, stage):
     """The first node out of its band, which the error must name."""
     (found,) = [r.first for r in result.layers if r.part == stage]
     assert found.inputs_inside
-    with pytest.raises(GateError, match=re.escape(f"{stage}: first node out of its band: {found['node']} (")):
+    with pytest.raises(GateError, match=re.escape(f"{stage}: first node out of its band: {found.node} (")):
         result.require_passed()
     return found.node
 
@@ -79,7 +79,7 @@ def first(result, stage):
 def test_the_sound_bundle_passes(judge, bundle):
     result = judge(bundle)
     assert {s.part: s.status for s in result.parts} == dict.fromkeys(("backbone", "head", "end_to_end"), "passed")
-    assert (result.input.error, result.layers) == (0, [])
+    assert (result.input.error, result.layers) == (0, ())
 
 
 def test_a_wrong_channel_order_is_blamed_on_the_preprocessing(judge, broken_bundle):
