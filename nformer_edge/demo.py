@@ -123,7 +123,7 @@ def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clo
     with clock("build-engine FP32"):
         build_engine(bundle, models[ONNX_FP32], EngineSpec(backend=NAME, precision="fp32"))
     with clock("build-engine INT8"):
-        spec = EngineSpec(backend=NAME, precision="int8", seed=seed)
+        spec = EngineSpec(backend=NAME, precision="int8", calib_method="auto", seed=seed)
         build_engine(bundle, models[ONNX_INT8], spec, calib_data=dataset.root)
     return models, training
 

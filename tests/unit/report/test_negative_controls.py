@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from nformer_edge.backends.build import EngineSpec, build_engine
 from nformer_edge.core.artifact import read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
+from nformer_edge.core.machine import saturates_int8
 from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.data.calibration import calibration_images
 from nformer_edge.quantize.place_cpu import measure_ranges
@@ -147,33 +149,41 @@ def test_a_head_that_is_silently_skipped_is_blamed_on_the_head(judge, broken_bun
 INT8 = EngineSpec(backend="onnxruntime", precision="int8", calib_num=36, calib_method="minmax")
 
 
+@pytest.fixture(params=[False, True], ids=["8 bits", "7 bits"])
+def int8(request):
+    """An INT8 build as a CPU with VNNI makes it, and as one without."""
+    if saturates_int8() and not request.param:
+        pytest.skip("8-bit weights saturate on this CPU, which has no VNNI")
+    return replace(INT8, reduce_range=request.param)
+
+
 def gate(result, name):
     return next(g for g in result.parts[0].gates if g.gate == name)
 
 
 def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the_backbone(
-    judge, bundle, tiny_bundle, tiny_market, tmp_path
+    judge, int8, bundle, tiny_bundle, tiny_market, tmp_path
 ):
-    sound = build_engine(bundle, tmp_path / "sound", INT8, calib_data=tiny_market)
-    images = calibration_images(tiny_market, INT8.calib_num, INT8.seed)
+    sound = build_engine(bundle, tmp_path / "sound", int8, calib_data=tiny_market)
+    images = calibration_images(tiny_market, int8.calib_num, int8.seed)
     preprocess = from_dict(PreprocessSpec, read_manifest(tiny_bundle, "bundle")["preprocess"])
-    ranges = measure_ranges(tiny_bundle / "backbone.onnx", images, preprocess, INT8.calib_method).to_json()
+    ranges = measure_ranges(tiny_bundle / "backbone.onnx", images, preprocess, int8.calib_method).to_json()
     table = json.loads((sound / "calibration.json").read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps(ranges | {"backbone_sha256": "0" * 64, "calibration": table["calibration"]}))
     with pytest.raises(ArtifactError, match="ranges of another backbone"):
-        build_engine(bundle, tmp_path / "refused", INT8, calib_data=other)
+        build_engine(bundle, tmp_path / "refused", int8, calib_data=other)
     table |= ranges
     forged = tmp_path / "calibration.json"
     forged.write_text(json.dumps(table))
 
-    engine = build_engine(bundle, tmp_path / "forged", INT8, calib_data=forged)
+    engine = build_engine(bundle, tmp_path / "forged", int8, calib_data=forged)
     result = judge(engine)
     assert failed(result, "backbone") == {"backbone", "end_to_end"}
     assert gate(result, "cosine_min").status == "alarm"
     ours = judge(sound)
-    for name in ("cosine_min", "rank1_agreement", "top10_overlap"):
-        assert gate(ours, name).measured > gate(result, name).measured, name
+    for name in ("cosine_min", "cosine_mean"):  # ranks of a dozen images agree or not by a hair, on one CPU or another
+        assert 1 - gate(result, name).measured > 3 * (1 - gate(ours, name).measured), name
 
     # Named is the first node in the graph, whose range is too narrow by a quarter and more: it cuts.
     assert first(result, "backbone") == "/trunk/conv1/conv/Conv"
