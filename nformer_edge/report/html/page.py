@@ -50,7 +50,7 @@ def read_result(source: Readable) -> Any:
     if kind not in KINDS:
         hint = "Pass a JSON file that a command wrote with -o, such as `evaluate` or `benchmark`."
         raise ArtifactError(where, f"kind {kind!r}", " | ".join(KINDS), hint)
-    return KINDS[kind].from_json(data, where) if KINDS[kind] else data
+    return KINDS[kind].from_json(data, where)
 
 
 def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title: str = "nformer-edge report") -> Path:
