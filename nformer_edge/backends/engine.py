@@ -114,7 +114,7 @@ class Built:
     """What a backend knows of what it built.
 
     Args:
-        versions: of the modules that built, such as ``{"tensorrt": "10.3.0"}``.
+        versions: of the modules that built, by name.
         precision: of each part, as built: the narrowest type of its convolutions and matrix multiplications.
         audit: of each part.
         built_for: the machine.
