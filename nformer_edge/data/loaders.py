@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError, UsageError
@@ -19,6 +18,9 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import decode, iter_batches
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.data.sampler import PKSampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class TrainLoader:
         return len(self.sampler)
 
     def _prepare(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        import torch
+
         rng = np.random.default_rng([self.seed, self.epoch, step])
         count = len(rows) // self.ranks
         first = self.rank * count
@@ -198,5 +202,7 @@ class TrainLoader:
 
 def evaluation_batches(records: Sequence[ImageRecord], spec: PreprocessSpec, batch: int = 64) -> Iterator[Tensor]:
     """Images float32 [B, 3, H, W] in the order of `records`, preprocessed exactly as at runtime."""
+    import torch
+
     for images in iter_batches([r.path for r in records], spec, batch):
         yield torch.from_numpy(images)
