@@ -43,7 +43,7 @@ def values() -> tuple[list[type], list[type]]:
 
 
 def _sorted(classes: list[type]) -> list[type]:
-    return sorted(classes, key=lambda cls: cls.__name__)
+    return sorted(classes, key=lambda cls: (cls.__name__, cls.__module__))
 
 
 def file_name(cls: type) -> str:

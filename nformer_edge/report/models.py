@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from nformer_edge.gallery.model import Model
 Data: TypeAlias = "Dataset | str | os.PathLike[str]"
 #: An open model, which stays open, or the path of a checkpoint, bundle or engine.
 Source: TypeAlias = "Model | Runner | str | os.PathLike[str]"
-Opener = Callable[..., Runner]
 
 #: What a manifest lists beside the model itself.
 _NOT_MODEL = (".json", ".npz", ".cache", ".txt", ".md")
@@ -69,13 +68,11 @@ class MeasuredData:
 
 
 def open_model(
-    model: Source, threads: int | None, opener: Opener | None = None, reference: bool = False, native: bool = True
+    model: Source, threads: int | None, reference: bool = False, native: bool = True
 ) -> AbstractContextManager[Runner]:
     """Opens a checkpoint, bundle or engine; a model that is already open is given back and stays open."""
     if not isinstance(model, (str, os.PathLike)):
         return nullcontext(model.runner if isinstance(model, Model) else model)
-    if opener is not None:
-        return opener(model, threads=threads)
     return open_any(model, intra_op_threads=threads, reference=reference, native=native)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
@@ -24,14 +24,14 @@ from nformer_edge.report.parity import Parity
 from nformer_edge.training.history import History
 
 #: What the page draws, by kind.
-KINDS: dict[str, Any] = {
+KINDS: dict[str, type[Result]] = {
     cls.kind: cls for cls in (Evaluation, Parity, Benchmark, Comparison, CrossModel, BudgetSearch, History)
 }
 
 Readable: TypeAlias = "Result | str | os.PathLike[str]"
 
 
-def read_result(source: Readable) -> Any:
+def read_result(source: Readable) -> Result:
     """A result: itself, or from its JSON file.
 
     Raises:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.machine import MachineFacts
 from nformer_edge.core.preprocess import load_image
+from nformer_edge.core.values import Result
 from nformer_edge.report.accuracy import BACKBONE, NFORMER, Evaluation, RankList
 from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.cross_model import HEADERS, CrossModel
@@ -28,7 +29,7 @@ from nformer_edge.training.history import History
 
 T = TypeVar("T")
 
-Results = Sequence[Any]
+Results = Sequence[Result]
 
 #: In place of a figure that was not measured.
 NONE = "\N{EN DASH}"
@@ -80,11 +81,6 @@ def _left(i: int, left: int) -> str:
 def picked(results: Iterable[object], cls: type[T]) -> list[T]:
     """The results of one class."""
     return [r for r in results if isinstance(r, cls)]
-
-
-def of_kind(results: Results, kind: str) -> list[Any]:
-    """The results of one kind."""
-    return [r for r in results if isinstance(r, dict) and r["kind"] == kind]
 
 
 def _latency(r: Row) -> str:
