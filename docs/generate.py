@@ -117,7 +117,8 @@ def fields(cls: type) -> str:
         kind = str(field.type).replace("|", "\\|")
         lines.append(f"| `{field.name}` | `{kind}` | {plain(told.get(field.name, ''))} |")
     kind = f" Kind `{cls.kind}`, version {cls.version}." if issubclass(cls, Result) else ""
-    return f"### {cls.__name__}\n\n{paragraph(cls.__doc__)}{kind}\n\n" + "\n".join(lines) + "\n"
+    about = f"{paragraph(cls.__doc__)}{kind} In `{cls.__module__}`."
+    return f"### {cls.__name__}\n\n{about}\n\n" + "\n".join(lines) + "\n"
 
 
 def generate() -> dict[str, str]:
