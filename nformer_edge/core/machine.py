@@ -173,10 +173,13 @@ def package_version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         module = name.replace("-", "_")
-    if importlib.util.find_spec(module) is None:
+    try:
+        specs = [importlib.util.find_spec(place) for place in (module, f"{module}_bindings")]
+    except ValueError:  # it was put into sys.modules by hand
+        return "unknown"
+    if specs[0] is None:
         return ""
-    for place in (module, f"{module}_bindings"):
-        spec = importlib.util.find_spec(place)
+    for spec in specs:
         written = re.search(r'^__version__\s*=\s*["\']([\w.]+)', _read(Path((spec and spec.origin) or "/none")), re.M)
         if written:
             return written[1]
