@@ -19,6 +19,7 @@ from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.data.calibration import calibration_images
 from nformer_edge.quantize.place_cpu import measure_ranges
 from nformer_edge.report.parity import parity
+from nformer_edge.report.table import format_table
 
 torch = pytest.importorskip("torch")
 
@@ -51,9 +52,28 @@ def broken_bundle(bundle, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def judge(checkpoint, tiny_market):
+def caught():
+    """Prints the table of the controls, what caught each and what was blamed: ``pytest -s`` shows it."""
+    rows = []
+    yield rows
+    print("\n" + format_table(["control", "to blame", "caught by, in that part", "at fault"], rows, left=4))
+
+
+@pytest.fixture
+def judge(checkpoint, tiny_market, caught, request):
     def go(engine):
-        return parity(checkpoint, engine, tiny_market, draws=200, intra_op_threads=1)
+        result = parity(checkpoint, engine, tiny_market, draws=200, intra_op_threads=1)
+        if result.blame in ("backbone", "head"):
+            blamed = next(p for p in result.parts if p.part == result.blame)
+            gates = [g.gate for g in blamed.gates if g.status == "failed"]
+            fault = (
+                "preprocessing"
+                if result.input.error
+                else ", ".join(r.first.node if r.first else "graph" for r in result.layers)
+            )
+            name = re.split("_(is|are)_(blamed|refused)", request.node.name.removeprefix("test_"))[0].replace("_", " ")
+            caught.append([name, result.blame, ", ".join(gates), fault])
+        return result
 
     return go
 
