@@ -80,16 +80,16 @@ def _show(args: Args, result: Result | dict[str, Any], text: str | None = None) 
 
 
 MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")
-DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (layout found by itself)")
+DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (the layout is detected)")
 LAYOUT = _option("--layout", default="auto", help="market1501 | dukemtmc | msmt17 | cuhk03-np | folders | csv")
-OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="keep the result as JSON, for `report`")
-SEED = _option("--seed", type=int, default=0, help="everything random follows from it (default 0)")
+OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="write the result as JSON, for `report`")
+SEED = _option("--seed", type=int, default=0, help="random seed (default 0)")
 BATCH = _option("--batch", type=int, default=32, help="images in one forward pass (default 32)")
 THREADS = _option("--threads", type=int, help="CPU threads of one forward pass (default: all)")
-DECODERS = _option("--decoders", type=int, help="threads that decode images (default: one a core, at most 8)")
+DECODERS = _option("--decoders", type=int, help="threads that decode images (default: one per core, at most 8)")
 DEVICE = _option("--device", default="cpu", help="cpu, or a CUDA device such as cuda:0 (PyTorch checkpoints only)")
 IMGSZ = _option("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="image height and width (default 256 128)")
-TOP = _option("--top", type=int, default=10, help="gallery images a query (default 10)")
+TOP = _option("--top", type=int, default=10, help="gallery images per query (default 10)")
 
 
 def _out(what: str, **settings: Any) -> Option:
@@ -98,12 +98,12 @@ def _out(what: str, **settings: Any) -> Option:
 
 @_command(
     "make-data",
-    "draw a dataset of walking figures in Market-1501's layout",
+    "generate a dataset of walking figures in Market-1501's layout",
     _out("DIR"),
     SEED,
     _option("--train-ids", type=int, help="identities to train on"),
     _option("--test-ids", type=int, help="identities to query"),
-    _option("--force", action="store_true", help="replace a dataset that stands there"),
+    _option("--force", action="store_true", help="replace an existing dataset"),
 )
 def _make_data(args: Args) -> None:
     from nformer_edge.data.generate import GenerateSpec, generate_dataset
@@ -114,7 +114,7 @@ def _make_data(args: Args) -> None:
     _show(args, {"kind": "dataset", "rows": summarize(dataset)}, format_summary(dataset))
 
 
-@_command("summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT)
+@_command("summary", "identities, images and cameras of a dataset, as papers print them", DATA, LAYOUT)
 def _summary(args: Args) -> None:
     from nformer_edge.data.readers import read_dataset
     from nformer_edge.data.summary import format_summary, summarize
@@ -125,35 +125,35 @@ def _summary(args: Args) -> None:
 
 @_command(
     "train",
-    "both stages: backbone on images, then the NFormer head on its features; or the head alone on a store",
+    "train the backbone on images, then the NFormer head on its features; or the head alone on a feature store",
     _one_of(
-        _option("--data", metavar="DIR", help="dataset folder or CSV file (layout found by itself)"),
-        _option("--features", metavar="STORE.npz", help="train the head alone, on what `embed` wrote"),
+        _option("--data", metavar="DIR", help="dataset folder or CSV file (the layout is detected)"),
+        _option("--features", metavar="STORE.npz", help="train the head alone, on features that `embed` wrote"),
     ),
     LAYOUT,
     _out("FILE.safetensors"),
     IMGSZ,
     DEVICE,
-    _option("--seed", type=int, help="everything random follows from it (default 0)"),
-    _option("--backbone", metavar="CHECKPOINT", help="with --features: what made them; goes into the checkpoint"),
-    _option("--resume", action="store_true", help="go on from where an interrupted run of this training was"),
-    _option("--preset", choices=("published", "demo"), default="published", help="where the configuration starts"),
-    _option("--config", metavar="FILE.toml", help="configuration file; flags win over it"),
+    _option("--seed", type=int, help="random seed (default 0)"),
+    _option("--backbone", metavar="CHECKPOINT", help="with --features: their backbone, to put into the checkpoint"),
+    _option("--resume", action="store_true", help="continue an interrupted run of this training"),
+    _option("--preset", choices=("published", "demo"), default="published", help="configuration to start from"),
+    _option("--config", metavar="FILE.toml", help="configuration file; flags override it"),
     _option("--arch", type=_choice(spec.TRUNKS), metavar="NAME", help="resnet50, osnet_x0_25 ..."),
     _option("--epochs", type=int, help="epochs of stage one"),
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_true", help="train the backbone alone"),
-    _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone, such as `import` wrote"),
-    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbors by features | affinity"),
-    _option("--k", type=int, help="neighbors an image"),
-    _option("--landmarks", type=int, help="landmark images a layer"),
+    _option("--initial", metavar="CHECKPOINT", help="start from the backbone of this checkpoint"),
+    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbor rule: features | affinity"),
+    _option("--k", type=int, help="neighbors per image"),
+    _option("--landmarks", type=int, help="landmark images per layer"),
     _option("--layers", type=int, help="layers of the head"),
     _option("--heads", type=int, help="attention heads"),
-    _option("--holdout", type=float, metavar="SHARE", help="share of the identities to watch by, not to train on"),
+    _option("--holdout", type=float, metavar="SHARE", help="share of the training identities held out for validation"),
     _option("--precision", metavar="NAME", help="fp32 | bf16 | fp16 (GPU) | fp64 (default fp32)"),
-    _option("--accumulate", type=int, metavar="N", help="batches whose gradients make one step"),
-    _option("--deterministic", action="store_true", default=None, help="refuse operations that may differ by a bit"),
-    _option("--tensorboard", metavar="DIR", help="event files for TensorBoard"),
+    _option("--accumulate", type=int, metavar="N", help="accumulate the gradients of N batches for one step"),
+    _option("--deterministic", action="store_true", default=None, help="allow only deterministic operations"),
+    _option("--tensorboard", metavar="DIR", help="write event files for TensorBoard"),
 )
 def _train(args: Args) -> None:
     from nformer_edge.training.config import configure
@@ -190,22 +190,22 @@ def _train(args: Args) -> None:
 
 @_command(
     "import",
-    "published weights -> checkpoint, saying what matched",
+    "published weights -> checkpoint, with a report of what matched",
     _option(
         "weights",
         metavar="FILE",
         help="OSNet (torchreid), ResNet (torchvision), reid-strong-baseline, NFormer or"
-        " FastReID BoT; nothing in it is run",
+        " FastReID BoT; no code in it is run",
     ),
     _out("FILE.safetensors"),
     IMGSZ,
-    _option("--arch", type=_choice(spec.TRUNKS), metavar="NAME", help="what it must hold (default: whatever it does)"),
-    _option("--features", type=int, help="put a projection to so many features in place of the file's neck"),
-    _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
-    _option("--heads", type=int, help="attention heads, of an NFormer (default 2)"),
-    _option("--k", type=int, help="neighbors, of an NFormer (default 20)"),
-    _option("--landmarks", type=int, help="landmarks, of an NFormer (default 5)"),
-    _option("--partial", "--allow-partial", action="store_true", help="accept missing or left-over tensors"),
+    _option("--arch", type=_choice(spec.TRUNKS), metavar="NAME", help="expected architecture (default: any known one)"),
+    _option("--features", type=int, help="replace the file's neck by an untrained projection to this many features"),
+    _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="stem of a ResNet: standard | no_relu | ceil_pool"),
+    _option("--heads", type=int, help="attention heads of an NFormer (default 2)"),
+    _option("--k", type=int, help="neighbors of an NFormer (default 20)"),
+    _option("--landmarks", type=int, help="landmarks of an NFormer (default 5)"),
+    _option("--partial", "--allow-partial", action="store_true", help="accept missing or unused tensors"),
 )
 def _import(args: Args) -> None:
     from nformer_edge.model.weights import format_import, import_checkpoint
@@ -225,15 +225,15 @@ def _import(args: Args) -> None:
 
 @_command(
     "evaluate",
-    "mAP, mINP and CMC of a checkpoint, bundle or engine; of the head by both query protocols",
+    "mAP, mINP and CMC of a checkpoint, bundle or engine; the head under both query protocols",
     MODEL,
     DATA,
     LAYOUT,
     BATCH,
     THREADS,
     OUT_JSON,
-    _option("--seed", type=int, nargs="+", help="landmark seeds, each one pass (default: the model's own)"),
-    _option("--rerank", action="store_true", help="k-reciprocal re-ranking (20/6/0.3) and other baselines beside it"),
+    _option("--seed", type=int, nargs="+", help="landmark seeds, one evaluation each (default: the model's own)"),
+    _option("--rerank", action="store_true", help="add k-reciprocal re-ranking (20/6/0.3) and other baselines"),
 )
 def _evaluate(args: Args) -> None:
     from nformer_edge.report.accuracy import evaluate
@@ -255,7 +255,7 @@ def _evaluate(args: Args) -> None:
     "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
     _option("checkpoint"),
     _out("DIR"),
-    _option("--seed", type=int, default=0, help="landmark seed that stands in the manifest (default 0)"),
+    _option("--seed", type=int, default=0, help="landmark seed written into the manifest (default 0)"),
     _option("--opset", type=int, default=18, help="ONNX opset, 18 to 20 (default 18)"),
 )
 def _export(args: Args) -> None:
@@ -267,16 +267,16 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt",
-    "bundle -> bundle whose backbone NVIDIA ModelOpt has quantized or halved, for TensorRT",
+    "bundle -> bundle with a backbone quantized by NVIDIA ModelOpt to INT8 or FP16, for TensorRT",
     _option("bundle"),
     _out("DIR"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="int8", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers (default)"),
-    _option("--calib-data", required=True, metavar="DIR", help="dataset whose training images calibrate"),
+    _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), default="entropy", help="for INT8 (default entropy)"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
-    _option("--own-choice", action="store_true", help="ModelOpt alone decides which nodes to leave out"),
+    _option("--own-choice", action="store_true", help="let ModelOpt alone choose the nodes that stay in float"),
     SEED,
 )
 def _modelopt(args: Args) -> None:
@@ -301,74 +301,74 @@ def _modelopt(args: Args) -> None:
     "build-engine",
     "bundle -> engine for one backend and precision",
     _option("bundle"),
-    _option("-o", "--output", metavar="DIR", help="default: named after model, size and precision"),
-    _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags win over it"),
+    _option("-o", "--output", metavar="DIR", help="default: a name made of model, size and precision"),
+    _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
-    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
+    _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option(
         "--calib-method",
         type=_choice(spec.CalibrationChoice),
         default="percentile",
         metavar="NAME",
-        help="minmax | entropy | percentile | mse; auto keeps what ranks held-out training people best",
+        help="minmax | entropy | percentile | mse; auto takes the one that ranks held-out training people best",
     ),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     _option(
         "--max-map-drop",
         type=float,
         metavar="POINTS",
-        help="with --int8: leave in float what costs most, until held-out people lose no more mAP than this",
+        help="with --int8: keep the most sensitive nodes in float until held-out people lose at most this much mAP",
     ),
     _option(
         "--min-overlap",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="likewise, until so many of each image's ten nearest are kept",
+        help="the same until overlap@10 (ten nearest images, INT8 and FP32) is at least this",
     ),
-    _option("--budget-images", type=int, default=600, help="images of held-out people to measure by (default 600)"),
+    _option("--budget-images", type=int, default=600, help="images of held-out people to measure with (default 600)"),
     _option(
         "--budget-stage",
         choices=("auto", "backbone", "end_to_end"),
         default="auto",
-        help="whose mAP counts (default: with the head where there is one)",
+        help="part that the budget is for (default: end_to_end where there is a head)",
     ),
-    _option("--budget-data", metavar="DIR", help="dataset to hold people out of (default: --calib-data)"),
+    _option("--budget-data", metavar="DIR", help="dataset to take held-out people from (default: --calib-data)"),
     _option(
         "--exclude-nodes",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="nodes to leave in float: names, a file of names, or the budget.json of another engine",
+        help="nodes that stay in float: names, a file of names, or the budget.json of another engine",
     ),
     _option(
         "--batch",
         type=_sizes,
         default=(1, 8, 32),
-        metavar="A:B:C",
-        help="images the backbone sees at once: fewest, tuned for, most (TensorRT; default 1:8:32)",
+        metavar="MIN:OPT:MAX",
+        help="min:opt:max batch of the backbone (TensorRT; default 1:8:32)",
     ),
     _option(
         "--gallery-size",
         type=_sizes,
         default=(20, 2000, 50000),
-        metavar="A:B:C",
-        help="images the head sees together, likewise (TensorRT; default 20:2000:50000)",
+        metavar="MIN:OPT:MAX",
+        help="min:opt:max number of images that the head sees together (TensorRT; default 20:2000:50000)",
     ),
-    _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
-    _option("--timing-cache", default="", metavar="FILE", help="kernels measured before, kept for the next build"),
+    _option("--workspace", type=float, help="memory in GiB that the builder may use (TensorRT)"),
+    _option("--timing-cache", default="", metavar="FILE", help="kernel timings, read and updated (TensorRT)"),
     _option(
         "--hardware-compat",
         choices=("none", "same_compute_capability", "ampere_plus"),
         default="none",
-        help="the plan runs on more GPUs, and slower (TensorRT)",
+        help="build a plan that runs on more GPUs, but slower (TensorRT)",
     ),
-    _option("--version-compat", action="store_true", help="the plan runs on later versions too (TensorRT)"),
+    _option("--version-compat", action="store_true", help="build a plan that later versions of TensorRT can run"),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
-    _option("--keep-graphs", action="store_true", help="leave the parsed ONNX files in the engine (TensorRT)"),
+    _option("--keep-graphs", action="store_true", help="keep the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
     SEED,
     _option("--device", help="the GPU to build on, such as cuda:1 (TensorRT; default: the first)"),
@@ -416,12 +416,12 @@ def _build_engine(args: Args) -> None:
 
 @_command(
     "prepare",
-    "bundle -> graphs and trtexec's commands, for a TensorRT 8 that our Python does not reach (JetPack 5.1)",
+    "bundle -> graphs and trtexec commands, for devices with TensorRT 8 and Python below 3.10 (JetPack 5.1)",
     _option("bundle"),
     _out("DIR"),
     _option("--target", metavar="NAME", default="jetson-xavier-jp51", help="recipe (default jetson-xavier-jp51)"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
-    _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
+    _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     SEED,
@@ -451,10 +451,10 @@ def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:
 @_command(
     "build-plugin",
     "compile the two operators as a plugin library for TensorRT, on the machine that will run it",
-    _option("-o", "--output", metavar="DIR", help="default: where engines look for it"),
-    _option("--tensorrt-root", metavar="DIR", help="unpacked tarball (default: JetPack's or apt's headers)"),
-    _option("--nvcc", metavar="FILE", help="CUDA compiler (default: the one on the PATH, or /usr/local/cuda's)"),
-    _option("--arch", default="auto", help="auto: this machine's GPU | all | such as 87,89 (default auto)"),
+    _option("-o", "--output", metavar="DIR", help="default: the folder where engines look for it"),
+    _option("--tensorrt-root", metavar="DIR", help="unpacked tarball (default: headers of JetPack or apt)"),
+    _option("--nvcc", metavar="FILE", help="CUDA compiler (default: from PATH, or /usr/local/cuda)"),
+    _option("--arch", default="auto", help="auto (this machine's GPU) | all | a list such as 87,89 (default auto)"),
 )
 def _build_plugin(args: Args) -> None:
     from nformer_edge.backends.tensorrt.plugin.build import build_plugin
@@ -475,7 +475,7 @@ def _build_plugin(args: Args) -> None:
     THREADS,
     SEED,
     _option("--splits", nargs="+", metavar="SPLIT", help="train query gallery junk (default: the first three)"),
-    _option("--views", type=int, default=1, help="views of each training image: one plain, the others augmented"),
+    _option("--views", type=int, default=1, help="views of each training image: one plain, the rest augmented"),
     _option("--augment", nargs="+", metavar="NAME=X", help="flip, pad, erase (default flip=0.5 pad=10 erase=0.5)"),
 )
 def _embed(args: Args) -> None:
@@ -499,9 +499,9 @@ def _embed(args: Args) -> None:
 
 @_command(
     "search",
-    "query images -> ranked gallery",
+    "query images -> ranked gallery images",
     MODEL,
-    _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people looked for"),
+    _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people to find"),
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     TOP,
     BATCH,
@@ -509,7 +509,7 @@ def _embed(args: Args) -> None:
     THREADS,
     OUT_JSON,
     _option("--no-head", action="store_true", help="rank by the backbone alone"),
-    _option("--together", action="store_true", help="one pass of the head for all queries: matches depend on them all"),
+    _option("--together", action="store_true", help="all queries in one pass of the head; they then affect each other"),
 )
 def _search(args: Args) -> None:
     from nformer_edge.gallery.model import search
@@ -530,26 +530,26 @@ def _search(args: Args) -> None:
 
 @_command(
     "parity",
-    "does an engine rank as its reference does? exit code 1 if a gate fails",
-    _option("reference", help="as a rule the checkpoint"),
+    "compare the ranking of an engine with its reference; exit code 1 if a gate fails",
+    _option("reference", help="usually the checkpoint"),
     _option("engine"),
     DATA,
     LAYOUT,
     BATCH,
     THREADS,
     OUT_JSON,
-    _option("--limit", type=int, help="only so many query and gallery images"),
+    _option("--limit", type=int, help="use at most this many query and gallery images"),
     _option(
         "--landmark-seeds",
         type=int,
         nargs="+",
         metavar="N",
-        help="seeds that the head is judged under, the worst decides (default: the engine's own and two more)",
+        help="landmark seeds to test the head with; the worst result counts (default: the engine's own and two more)",
     ),
     _option(
         "--layers",
         action="store_true",
-        help="compare the ONNX graphs node by node and show the table (a stage that fails always is)",
+        help="compare the ONNX graphs node by node and print the table (a part that fails is always compared)",
     ),
 )
 def _parity(args: Args) -> None:
@@ -585,7 +585,7 @@ def _parity(args: Args) -> None:
         type=float,
         default=0.001,
         metavar="SHARE",
-        help="pairs of different people that the threshold may accept (default 0.001)",
+        help="share of pairs of different people that the threshold may accept (default 0.001)",
     ),
 )
 def _fleet(args: Args) -> None:
@@ -604,7 +604,7 @@ def _fleet(args: Args) -> None:
 
 @_command(
     "benchmark",
-    "latency and throughput by MLPerf's conventions; several models are timed in turn",
+    "latency and throughput by MLPerf's rules; several models are timed alternately",
     _option("models", nargs="+", metavar="model"),
     DATA,
     LAYOUT,
@@ -612,8 +612,8 @@ def _fleet(args: Args) -> None:
     THREADS,
     OUT_JSON,
     _option("--single-stream", type=int, default=130, metavar="N", help="queries of one image (default 130)"),
-    _option("--multi-stream", type=int, default=0, metavar="N", help="queries of eight images; 662 make a valid run"),
-    _option("--offline", type=int, default=0, metavar="N", help="images of one big query"),
+    _option("--multi-stream", type=int, default=0, metavar="N", help="queries of eight images; valid from 662 on"),
+    _option("--offline", type=int, default=0, metavar="N", help="images of one large query"),
     _option("--gallery", type=int, default=500, help="gallery images searched (default 500)"),
 )
 def _benchmark(args: Args) -> None:
@@ -641,8 +641,8 @@ def _report(args: Args) -> None:
 
 @_command(
     "doctor",
-    "what this machine can do, and the next step for what is missing",
-    _option("--target", metavar="NAME", help="what here does not match this target, such as jetson-orin-jp62"),
+    "what this machine can do, and how to install what is missing",
+    _option("--target", metavar="NAME", help="list what does not match this target, such as jetson-orin-jp62"),
 )
 def _doctor(args: Args) -> None:
     from nformer_edge.targets.doctor import doctor
@@ -652,10 +652,10 @@ def _doctor(args: Args) -> None:
 
 @_command(
     "demo",
-    "the main job: draw people, train, export, INT8, parity, benchmark, report",
-    _option("-o", "--output", metavar="DIR", default="demo", help="folder for everything made (default demo)"),
+    "the whole workflow: generate images, train, export, INT8, parity, benchmark, report",
+    _option("-o", "--output", metavar="DIR", default="demo", help="output folder (default demo)"),
     SEED,
-    _option("--tiny", action="store_true", help="the same road in a minute, with an accuracy that means nothing"),
+    _option("--tiny", action="store_true", help="the same workflow in a minute; its accuracy means nothing"),
 )
 def _demo(args: Args) -> None:
     from nformer_edge.demo import run_demo
@@ -667,8 +667,8 @@ def _demo(args: Args) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nformer-edge",
-        description="Person re-identification with NFormer: train, export, build, prove.",
-        epilog="`nformer-edge COMMAND --help` tells each command's flags; `nformer-edge demo` shows the whole road.",
+        description="Person re-identification with NFormer: train, export, build an engine, check it.",
+        epilog="`nformer-edge COMMAND --help` shows a command's flags; `nformer-edge demo` runs the whole workflow.",
     )
     parser.add_argument("--version", action="version", version=f"nformer-edge {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -677,7 +677,7 @@ def parser() -> argparse.ArgumentParser:
         for option in options:
             option(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.add_argument("--verbose", action="store_true", help="on an error, show the whole trace")
+        command.add_argument("--verbose", action="store_true", help="on an error, print the traceback")
         command.set_defaults(function=function)
     return parser
 
@@ -699,8 +699,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(args, f"{args.command}: got no {e.name}. Install it: pip install 'nformer-edge[{extra}]'", 2)
     except KeyboardInterrupt:
-        again = "run the command again" + (", with --resume to go on" if hasattr(args, "resume") else "")
-        return _fail(args, f"interrupted. Nothing half-written was left; {again}.", 130)
+        again = "run the command again" + (", with --resume to continue" if hasattr(args, "resume") else "")
+        return _fail(args, f"interrupted. No half-written file was left; {again}.", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
