@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.backends.build import EngineSpec, build_engine
+from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.machine import VNNI, conditions, instruction_sets, machine
 from nformer_edge.core.spec import Arch, BackboneSpec, CalibrationMethod, ModelSpec

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.backends.build import EngineSpec, build_engine
+from nformer_edge.backends.build import build_engine
 from nformer_edge.backends.open import open_model
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.machine import machine

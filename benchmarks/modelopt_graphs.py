@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from market_int8 import some_people
 
-from nformer_edge.backends.build import EngineSpec, build_engine
+from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import atomic_write_json, read_manifest
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import machine
@@ -38,7 +39,7 @@ from nformer_edge.exporting.bundle import BACKBONE, model_spec
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.metrics.bootstrap import TWO_SIDED, paired_ratio
 from nformer_edge.metrics.ranking import evaluate
-from nformer_edge.quantize.plain import plain_features
+from nformer_edge.quantize.fp16 import plain_features
 from nformer_edge.report.table import format_table
 
 #: What a TensorRT engine's folder keeps of the graph that was parsed.

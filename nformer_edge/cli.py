@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nformer_edge import __version__
 from nformer_edge.core import spec
 from nformer_edge.core.errors import Error, UsageError
 from nformer_edge.core.values import Result
+
+if TYPE_CHECKING:
+    from nformer_edge.backends.spec import EngineSpec
+    from nformer_edge.quantize.prepare import CalibrationData
 
 Args = argparse.Namespace
 Option = Callable[[argparse._ActionsContainer], object]
@@ -53,7 +58,7 @@ def _choice(known: Any) -> Callable[[str], str]:
 
 def _sizes(text: str) -> tuple[int, ...]:
     """``1:8:32`` for argparse."""
-    from nformer_edge.quantize.spec import parse_sizes
+    from nformer_edge.backends.spec import parse_sizes
 
     try:
         return parse_sizes(text)
@@ -293,27 +298,29 @@ def _modelopt(args: Args) -> None:
         own_choice=args.own_choice,
         force_calibration=args.force_calib,
     )
-    result = describe_bundle(bundle)
-    _show(args, result, result["summary"])
+    _show(args, describe_bundle(bundle))
 
 
-@_command(
-    "build-engine",
-    "bundle -> engine for one backend and precision",
-    _option("bundle"),
-    _option("-o", "--output", metavar="DIR", help="default: a name made of model, size and precision"),
-    _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
-    _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
-    _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
-    _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
+PRECISION = (
+    _option("--precision", type=_choice(spec.Precision), metavar="P", help="of the backbone: fp32 | fp16 | int8"),
+    _option("--fp16", action="store_const", const="fp16", dest="precision", help="short for --precision fp16"),
+    _option(
+        "--int8",
+        action="store_const",
+        const="int8",
+        dest="precision",
+        help="short for --precision int8; needs --calib-data",
+    ),
+)
+
+CALIBRATION = (
     _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
-    _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
+    _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option(
         "--calib-method",
         type=_choice(spec.CalibrationChoice),
-        default="percentile",
         metavar="NAME",
-        help="minmax | entropy | percentile | mse; auto takes the one that ranks held-out training people best",
+        help="minmax | entropy | percentile (default) | mse; auto takes the one that ranks held-out training people best",
     ),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     _option(
@@ -331,7 +338,7 @@ def _modelopt(args: Args) -> None:
     ),
     _option("--budget-images", type=int, default=600, help="images of held-out people to measure with (default 600)"),
     _option(
-        "--budget-stage",
+        "--budget-scope",
         choices=("auto", "backbone", "end_to_end"),
         default="auto",
         help="part that the budget is for (default: end_to_end where there is a head)",
@@ -340,78 +347,75 @@ def _modelopt(args: Args) -> None:
     _option(
         "--exclude-nodes",
         nargs="+",
-        default=(),
         metavar="NAME",
         help="nodes that stay in float: names, a file of names, or the budget.json of another engine",
     ),
+    _option("--seed", type=int, help="everything random follows from it (default 0)"),
+)
+
+
+def _engine_spec(args: Args) -> EngineSpec:
+    """What was asked for; what was not is None."""
+    from nformer_edge.backends.spec import EngineSpec
+    from nformer_edge.quantize.spec import read_exclude
+
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(EngineSpec)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if given["exclude_nodes"] is not None:
+        given["exclude_nodes"] = read_exclude(given["exclude_nodes"])
+    return EngineSpec(**given)
+
+
+def _calibration_data(args: Args) -> CalibrationData:
+    from nformer_edge.quantize.prepare import CalibrationData
+    from nformer_edge.quantize.spec import BudgetSpec
+
+    budget = None
+    if args.max_map_drop is not None or args.min_overlap:
+        budget = BudgetSpec(args.max_map_drop, args.min_overlap, args.budget_images, args.budget_scope)
+    return CalibrationData(args.calib_data, args.force_calib, budget, args.budget_data)
+
+
+@_command(
+    "build-engine",
+    "bundle -> engine for one backend and precision",
+    _option("bundle"),
+    _option("-o", "--output", metavar="DIR", help="default: a name made of model, size and precision"),
+    _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
+    _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
+    *PRECISION,
+    *CALIBRATION,
     _option(
         "--batch",
         type=_sizes,
-        default=(1, 8, 32),
         metavar="MIN:OPT:MAX",
-        help="min:opt:max batch of the backbone (TensorRT; default 1:8:32)",
+        help="images the backbone sees at once: min, opt, max (TensorRT; default 1:8:32)",
     ),
     _option(
         "--gallery-size",
         type=_sizes,
-        default=(20, 2000, 50000),
         metavar="MIN:OPT:MAX",
-        help="min:opt:max number of images that the head sees together (TensorRT; default 20:2000:50000)",
+        help="images the head sees together, likewise (TensorRT; default 20:2000:50000)",
     ),
-    _option("--workspace", type=float, help="memory in GiB that the builder may use (TensorRT)"),
-    _option("--timing-cache", default="", metavar="FILE", help="kernel timings, read and updated (TensorRT)"),
+    _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
+    _option("--timing-cache", metavar="FILE", help="kernels measured before, kept for the next build"),
     _option(
         "--hardware-compat",
         choices=("none", "same_compute_capability", "ampere_plus"),
-        default="none",
-        help="build a plan that runs on more GPUs, but slower (TensorRT)",
+        help="the plan runs on more GPUs, and slower (TensorRT)",
     ),
-    _option("--version-compat", action="store_true", help="build a plan that later versions of TensorRT can run"),
+    _option("--version-compat", action="store_true", default=None, help="the plan runs on later versions (TensorRT)"),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
-    _option("--keep-graphs", action="store_true", help="keep the parsed ONNX files in the engine (TensorRT)"),
-    _option("--capabilities", nargs="+", default=(), metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
-    SEED,
-    _option("--device", help="the GPU to build on, such as cuda:1 (TensorRT; default: the first)"),
+    _option("--keep-graphs", action="store_true", default=None, help="leave the parsed ONNX files there (TensorRT)"),
+    _option("--capabilities", nargs="+", metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
+    _option("--device", help="the GPU to build on, such as cuda:0 (TensorRT)"),
 )
 def _build_engine(args: Args) -> None:
-    from nformer_edge.backends.build import BudgetSpec, EngineSpec, build_engine, describe_engine
-    from nformer_edge.quantize.exclude import read_exclude
+    from nformer_edge.backends.build import describe_engine
     from nformer_edge.targets.build import build_for_target
 
-    chosen = EngineSpec(
-        backend=args.backend,
-        precision=args.precision,
-        calib_method=args.calib_method,
-        calib_num=args.calib_num,
-        batch=args.batch,
-        gallery_size=args.gallery_size,
-        workspace=args.workspace,
-        device=args.device,
-        seed=args.seed,
-        timing_cache=args.timing_cache,
-        hardware_compat=args.hardware_compat,
-        version_compat=args.version_compat,
-        dla=args.dla,
-        capabilities=tuple(args.capabilities),
-        verbose=args.verbose,
-        keep_graphs=args.keep_graphs,
-        exclude_nodes=read_exclude(args.exclude_nodes),
-    )
-    budget = None
-    if args.max_map_drop is not None or args.min_overlap:
-        budget = BudgetSpec(args.max_map_drop, args.min_overlap, args.budget_images, args.budget_stage)
-    images = {
-        "calib_data": args.calib_data,
-        "force_calibration": args.force_calib,
-        "budget": budget,
-        "budget_data": args.budget_data,
-    }
-    if args.target:
-        engine = build_for_target(args.bundle, args.output, chosen, target=args.target, **images)
-    else:
-        engine = build_engine(args.bundle, args.output, chosen, **images)
-    result = describe_engine(engine)
-    _show(args, result, result["summary"])
+    asked, data = _engine_spec(args), _calibration_data(args)
+    _show(args, describe_engine(build_for_target(args.bundle, args.output, asked, data, target=args.target)))
 
 
 @_command(
@@ -420,20 +424,14 @@ def _build_engine(args: Args) -> None:
     _option("bundle"),
     _out("DIR"),
     _option("--target", metavar="NAME", default="jetson-xavier-jp51", help="recipe (default jetson-xavier-jp51)"),
-    _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
-    _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
-    _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
-    _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
-    SEED,
+    *PRECISION,
+    *CALIBRATION,
 )
 def _prepare(args: Args) -> None:
-    from nformer_edge.quantize.spec import EngineSpec
     from nformer_edge.targets.trtexec import prepare_for_target
 
-    chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
-    images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
-    graphs = prepare_for_target(args.bundle, args.output, args.target, chosen, **images)
-    _show(args, {"kind": "graphs", "graphs": str(graphs)}, f"wrote {graphs}; on the device: {graphs}/build.sh")
+    graphs = prepare_for_target(args.bundle, args.output, args.target, _engine_spec(args), _calibration_data(args))
+    _show(args, graphs)
 
 
 def _assignments(pairs: Sequence[str] | None) -> dict[str, float]:

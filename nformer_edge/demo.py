@@ -106,8 +106,9 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
 
 def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clock) -> tuple[dict[str, Path], History]:
     """Checkpoint, FP32 and INT8 engine by their label, and the training's history."""
-    from nformer_edge.backends.build import EngineSpec, build_engine
+    from nformer_edge.backends.build import build_engine
     from nformer_edge.backends.onnxruntime.build import NAME
+    from nformer_edge.backends.spec import EngineSpec
     from nformer_edge.exporting.export import export_bundle
     from nformer_edge.training.config import TrainConfig, configure
     from nformer_edge.training.train import train

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 from nformer_edge.core.spec import Precision, check_choice
 
 if TYPE_CHECKING:
-    from nformer_edge.backends.engine import Built, Engine
+    from nformer_edge.backends.engine import Built
     from nformer_edge.backends.runner import Runner
     from nformer_edge.backends.spec import BuildSpec
-    from nformer_edge.exporting.bundle import Bundle
-    from nformer_edge.quantize.calibrate import Calibration
+    from nformer_edge.exporting.bundle import Bundle, ModelFiles
+    from nformer_edge.quantize.values import LowPrecision
 
 #: One line a backend, best first: the order in which ``auto`` tries them. It is the backend's package, which has a
 #: module `build` that is a `Backend`; the package's own name, with hyphens, is the backend's.
@@ -42,20 +42,20 @@ class Backend(Protocol):
         ...
 
     @staticmethod
-    def build(bundle: Bundle, folder: Path, spec: BuildSpec, calibration: Calibration | None) -> Built:
+    def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision) -> Built:
         """Writes the engine's files into `folder`. Returns what only the backend knows of them."""
         ...
 
     @staticmethod
     def run(
-        engine: Engine,
+        model: ModelFiles,
         *,
         device: str | None = None,
         intra_op_threads: int | None = None,
         contexts: int | None = None,
         native: bool = True,
     ) -> Runner:
-        """A runner of a verified engine; None leaves a number to the backend.
+        """A runner of an engine that it built; None leaves a number to the backend.
 
         Raises:
             UsageError: for a device or a number that this backend does not have.

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from nformer_edge.backends.base import get, names
+from nformer_edge.backends.engine import KIND as ENGINE
+from nformer_edge.backends.engine import Engine, open_engine
 from nformer_edge.backends.runner import Runner
+from nformer_edge.backends.spec import AUTO
 from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.exporting.bundle import KIND as BUNDLE
+from nformer_edge.exporting.bundle import Bundle, open_bundle
 
 #: How alike a part's output must be to what it gave when it was made: cosine, by precision as built.
 _SELF_TEST_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
@@ -49,31 +55,22 @@ def open_model(
         got = "a file of another kind" if path.exists() else "no such file or folder"
         hint = "Make one with `nformer-edge train`, `export` or `build-engine`."
         raise ArtifactError(str(path), got, "a checkpoint (.safetensors), a bundle or an engine", hint)
-    kind = "checkpoint" if not path.is_dir() else _kind(path)
-    runs_on = _engine_backend(path) if kind == "engine" else {"checkpoint": "pytorch"}.get(kind, "onnxruntime")
-    if backend not in ("auto", runs_on):
+    if not path.is_dir():
+        _refuse_other(path, "checkpoint", "pytorch", backend)
+        if contexts is not None:
+            hint = "Set intra_op_threads: CPU threads of one forward pass."
+            raise UsageError("contexts", contexts, "nothing for a checkpoint", hint)
+        return _open_checkpoint(path, intra_op_threads, device, reference, native)
+    model = open_files(path)
+    runs_on = model.manifest.backend if isinstance(model, Engine) else names()[-1]  # ONNX files run on any machine
+    _refuse_other(path, model.files.kind, runs_on, backend)
+    return get(runs_on).run(model, device=device, intra_op_threads=intra_op_threads, contexts=contexts, native=native)
+
+
+def _refuse_other(path: Path, kind: str, runs_on: str, backend: str) -> None:
+    if backend not in (AUTO, runs_on):
         hint = f"Build one: nformer-edge build-engine --backend {backend}"
         raise BackendError(str(path), f"a {kind} that {runs_on} runs", f"one for {backend}", hint)
-    if runs_on in ("tensorrt", "tensorrt-rtx"):
-        from nformer_edge.backends.tensorrt.run import TensorRTRunner
-
-        _refuse("intra_op_threads", intra_op_threads, runs_on, "Set contexts: threads of the caller that compute.")
-        return TensorRTRunner(path, device=device, contexts=contexts)
-    _refuse("contexts", contexts, runs_on, "Set intra_op_threads: CPU threads of one forward pass.")
-    if runs_on == "pytorch":
-        return _open_checkpoint(path, intra_op_threads, device, reference, native)
-    if runs_on == "onnxruntime":
-        from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
-
-        _refuse("device", None if device == "cpu" else device, runs_on, "Leave it out: it runs on the CPU.")
-        return OnnxRuntimeRunner(path, kind, intra_op_threads=intra_op_threads, native=native)
-    hint = "Build one: nformer-edge build-engine --backend onnxruntime"
-    raise BackendError(str(path), f"an engine for {runs_on}", "one for a backend that this version runs", hint)
-
-
-def _refuse(name: str, value: object, backend: str, hint: str) -> None:
-    if value is not None:
-        raise UsageError(name, value, f"nothing for {backend}", hint)
 
 
 def _open_checkpoint(
@@ -88,21 +85,22 @@ def _open_checkpoint(
     return TorchRunner(path, device=device, intra_op_threads=intra_op_threads, reference=reference, native=native)
 
 
-def _kind(path: Path) -> str:
-    """What the manifest says the folder is; whoever opens it verifies that."""
+def open_files(path: str | os.PathLike[str]) -> Bundle | Engine:
+    """A bundle or an engine, by what its manifest says, verified.
+
+    Raises:
+        ArtifactError: if it is damaged, or neither.
+    """
+    path = Path(path)
     try:
         kind = json.loads((path / MANIFEST).read_text())["kind"]
     except FileNotFoundError:
         kind = "folder without a manifest"
     except (OSError, ValueError, KeyError, TypeError):
         kind = "folder whose manifest cannot be read"
-    if kind not in ("bundle", "engine"):
+    if kind not in (BUNDLE, ENGINE):
         raise ArtifactError(str(path), f"a {kind}", "a bundle or an engine", "Make it again, or check the path.")
-    return str(kind)
-
-
-def _engine_backend(path: Path) -> str:
-    return str(json.loads((path / MANIFEST).read_text()).get("backend"))
+    return open_bundle(path) if kind == BUNDLE else open_engine(path)
 
 
 def self_test(runner: Runner) -> dict[str, float]:

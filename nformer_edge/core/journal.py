@@ -1,33 +1,34 @@
-"""What was measured, kept line by line, so that an interrupted search goes on and a finished one costs nothing.
+"""What was measured or computed, kept line by line, so that an interrupted run goes on where it stopped.
 
-Each line is JSON: a key, which is a hash of everything that the value depends on, the value, and the seconds that it
-took to measure. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for:
-the file may outlive the settings.
+Each line is JSON: a key, which is a hash of everything that the value depends on, the value, its hash, and the seconds
+that it took. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for: the
+file may outlive the settings.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
+
+import numpy as np
 
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.values import JSON
 
-
-def hash_of(facts: Any) -> str:
-    """Sha256 of plain JSON data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+T = TypeVar("T")
 
 
 class Journal:
     """Remembers results by what they depend on.
 
     Args:
-        path: the file, made by the first result; None remembers nothing beyond this object.
+        path: the file, made by the first result; None remembers nothing beyond this object, and no array.
 
     Raises:
         ArtifactError: if the file is there and cannot be read.
@@ -35,33 +36,54 @@ class Journal:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._known: dict[str, dict[str, Any]] = {}
-        self._asked: set[str] = set()
+        self._known: dict[str, tuple[JSON, float]] = {}
+        self._asked: dict[str, float] = {}
         self.measured = 0
         try:
             lines = path.read_bytes().splitlines() if path is not None and path.exists() else []
         except OSError as e:
-            raise ArtifactError(
-                str(path), e.strerror, "what an earlier search measured", "Remove it, or choose -o."
-            ) from e
+            raise self._failed(e) from e
         for line in lines:
             try:
                 entry = json.loads(line)
-                self._known[str(entry["key"])] = {"value": entry["value"], "seconds": float(entry["seconds"])}
+                if entry["sha256"] == _sha256(entry["value"]):
+                    self._known[entry["key"]] = entry["value"], float(entry["seconds"])
             except (ValueError, TypeError, KeyError):
                 continue
 
-    def recall(self, facts: Any, measure: Callable[[], Any]) -> Any:
-        """The value that belongs to `facts`: remembered, or measured now and kept. Both are plain JSON data."""
-        key = hash_of(facts)
+    def recall(self, facts: JSON, measure: Callable[[], T]) -> T:
+        """The value, plain JSON data, that belongs to `facts`: remembered, or measured now and kept.
+
+        Raises:
+            ArtifactError: if the file cannot be written.
+        """
+        key = _sha256(facts)
         if key not in self._known:
             start = time.perf_counter()
             value = json.loads(json.dumps(measure(), allow_nan=False))
-            self._known[key] = {"value": value, "seconds": time.perf_counter() - start}
+            self._known[key] = value, time.perf_counter() - start
             self.measured += 1
             self._append(key)
-        self._asked.add(key)
-        return self._known[key]["value"]
+        value, self._asked[key] = self._known[key]
+        return cast(T, value)
+
+    def recall_array(self, facts: JSON, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The float32 array that belongs to `facts`, likewise. Once asked for it is not held any longer."""
+        if self._path is None:
+            return compute()
+
+        def encoded() -> JSON:
+            found = compute()
+            return [list(found.shape), base64.b64encode(found.astype(np.float32).tobytes()).decode()]
+
+        shape, data = cast("tuple[list[int], str]", self.recall(facts, encoded))
+        del self._known[_sha256(facts)]
+        return np.frombuffer(base64.b64decode(data), np.float32).reshape(shape)
+
+    def remove(self) -> None:
+        """Deletes the file: what it holds stands elsewhere."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     @property
     def reused(self) -> int:
@@ -71,24 +93,31 @@ class Journal:
     @property
     def seconds(self) -> float:
         """What all values that were asked for took to measure, whoever did it."""
-        return sum(self._known[key]["seconds"] for key in self._asked)
+        return sum(self._asked.values())
 
     def _append(self, key: str) -> None:
         if self._path is None:
             return
-        line = json.dumps({"key": key, **self._known[key]}).encode() + b"\n"
+        value, seconds = self._known[key]
+        entry = {"key": key, "seconds": seconds, "sha256": _sha256(value), "value": value}
+        line = json.dumps(entry).encode() + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a+b") as file:
                 if file.tell() and not _ends_line(file.fileno()):
                     line = b"\n" + line  # a killed run's last line must not swallow this one
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as e:
-            raise ArtifactError(
-                str(self._path), e.strerror, "a file to keep measurements in", "Choose another -o."
-            ) from e
+            raise self._failed(e) from e
+
+    def _failed(self, error: OSError) -> ArtifactError:
+        hint = "Free some space, or choose another -o."
+        return ArtifactError(str(self._path), error.strerror, "a file to keep finished work in", hint)
+
+
+def _sha256(data: JSON) -> str:
+    """Of plain JSON data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _ends_line(descriptor: int) -> bool:

@@ -15,7 +15,6 @@ Stem = Literal["standard", "no_relu", "ceil_pool"]
 NeighborRule = Literal["features", "affinity"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
-Backend = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 CalibrationMethod = Literal["minmax", "entropy", "percentile", "mse"]
 CalibrationChoice = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 

@@ -8,7 +8,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,8 +15,10 @@ from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.preprocess import SUFFIXES
 from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.values import JSON
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
+from nformer_edge.data.spread import over_people
 
 #: How far above a folder of images to look for the dataset that it belongs to.
 _LEVELS = 3
@@ -39,21 +40,7 @@ def calibration_set(dataset: Dataset, num: int, seed: int) -> tuple[ImageRecord,
             "training images to calibrate with",
             "Give the dataset that the model was trained on.",
         )
-    rng = np.random.default_rng(seed)
-    left: dict[int, list[ImageRecord]] = defaultdict(list)
-    for i in rng.permutation(len(dataset.train)):
-        left[dataset.train[i].pid].append(dataset.train[i])
-    people = [sorted(left)[i] for i in rng.permutation(len(left))]
-    taken: dict[int, int] = defaultdict(int)
-    chosen: list[ImageRecord] = []
-    while people and len(chosen) < num:
-        for pid in people[: num - len(chosen)]:
-            record = min(left[pid], key=lambda r: taken[r.camid])
-            left[pid].remove(record)
-            taken[record.camid] += 1
-            chosen.append(record)
-        people = [pid for pid in people if left[pid]]
-    return tuple(chosen)
+    return over_people(dataset.train, num, seed)
 
 
 def calibration_images(
@@ -126,7 +113,7 @@ def _require_apart(path: str | None, split: str | None, test_path: str) -> None:
         )
 
 
-def calibration_sha256(paths: Iterable[str], settings: Mapping[str, Any]) -> str:
+def calibration_sha256(paths: Iterable[str], settings: Mapping[str, JSON]) -> str:
     """Sha256 over the settings and, in order, the content of every image."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in paths:

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nformer_edge.core.artifact import Artifact, open_artifact, read_verified
-from nformer_edge.core.errors import ArtifactError, Error
-from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec, from_dict
+from nformer_edge.core.artifact import Artifact, open_artifact
+from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec
 from nformer_edge.core.values import JSON, from_json
 from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
 
@@ -48,6 +47,7 @@ class ModelManifest:
         landmark_seed: the seed.
         opset: of the standard ONNX domain.
         checkpoint_sha256: of the checkpoint it was exported from.
+        precision: by part; ``fp32`` where a part is not named.
     """
 
     model: ModelSpec
@@ -57,6 +57,7 @@ class ModelManifest:
     landmark_seed: int
     opset: int
     checkpoint_sha256: str
+    precision: Mapping[str, Precision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,8 @@ class BundleManifest(ModelManifest):
         versions: of the packages that made it.
         self_check: of each file, the worst error of stock onnxruntime in units of the FP32 tolerance.
         accuracy: what the exporter was told of the model's accuracy, or null.
-        precision: by part, where another tool changed it; ``fp32`` where a part is not named.
-        calibration: what that tool calibrated with.
-        made_by: that tool's versions.
+        calibration: what another tool that changed the backbone calibrated with.
+        made_by: that tool, its version and its settings.
         made_from: sha256 of the backbone's file before.
     """
 
@@ -78,7 +78,6 @@ class BundleManifest(ModelManifest):
     versions: Mapping[str, str]
     self_check: Mapping[str, Mapping[str, float]]
     accuracy: JSON = None
-    precision: Mapping[str, Precision] = field(default_factory=dict)
     calibration: JSON = None
     made_by: Mapping[str, str] = field(default_factory=dict)
     made_from: str = ""
@@ -122,6 +121,11 @@ class ModelFiles:
         return ("backbone", "head") if self.has_head else ("backbone",)
 
     @property
+    def precision(self) -> Mapping[str, Precision]:
+        """Of each part."""
+        return {part: self.manifest.precision.get(part, "fp32") for part in self.parts}
+
+    @property
     def backbone(self) -> bytes:
         """The backbone's ONNX file."""
         return self.files.files[BACKBONE]
@@ -163,7 +167,7 @@ class Bundle(ModelFiles):
     @property
     def backbone_precision(self) -> Precision:
         """What the backbone's graph is in: ``fp32`` unless another tool has changed that (`quantize.modelopt`)."""
-        return self.manifest.precision.get("backbone", "fp32")
+        return self.precision["backbone"]
 
 
 def open_bundle(path: str | os.PathLike[str] | Bundle) -> Bundle:
@@ -204,54 +208,3 @@ def check_graphs(model: ModelFiles) -> None:
         if _EXTERNAL in files[name]:
             got = "tensors stored in another file"
             raise ArtifactError(str(model.folder / name), got, "all of them inside", hint)
-
-
-def model_spec(where: str, manifest: Mapping[str, Any]) -> ModelSpec:
-    """The model that a bundle's or an engine's manifest describes.
-
-    Raises:
-        ArtifactError: if the manifest needs an opset, a landmark rule or a spec that this version does not know.
-    """
-    for key, known in (("opset", OPSETS), ("landmark_rule", (LANDMARK_RULE,))):
-        if manifest.get(key) not in known:
-            raise ArtifactError(
-                f"{where}: {key}",
-                repr(manifest.get(key)),
-                " | ".join(map(str, known)),
-                "Export the bundle again with this version.",
-            )
-    try:
-        return from_dict(ModelSpec, manifest["model"])
-    except (Error, KeyError) as e:
-        raise ArtifactError(f"{where}: model", f"an unreadable spec ({e})", "this version's", "Export it again.") from e
-
-
-def read_graph(folder: str | Path, manifest: Mapping[str, Any], name: str) -> bytes:
-    """The bytes of one ONNX file, verified, for a parser to take from memory.
-
-    Raises:
-        ArtifactError: if the file does not match the manifest, or names data outside itself.
-    """
-    data = read_verified(folder, manifest, name)
-    if _EXTERNAL in data:
-        raise ArtifactError(
-            str(Path(folder) / name), "tensors stored in another file", "all of them inside", "Export the bundle again."
-        )
-    return data
-
-
-def read_golden(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The self-test's arrays: ``images`` and ``features`` of the backbone; ``head_input``, ``landmarks`` and
-    ``embeddings`` of the head.
-
-    Raises:
-        ArtifactError: if the file does not match the manifest, or holds something else.
-    """
-    data = read_verified(folder, manifest, GOLDEN)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as z:
-            return {name: z[name] for name in z.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise ArtifactError(
-            str(Path(folder) / GOLDEN), f"an unreadable file ({e})", "arrays", "Export it again."
-        ) from e

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,8 +14,8 @@ from nformer_edge import __version__
 from nformer_edge.core.artifact import atomic_folder, atomic_write, write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.machine import versions
-from nformer_edge.core.spec import ModelSpec, to_dict
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND
+from nformer_edge.core.values import JSON, to_table
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
 from nformer_edge.exporting.trace import trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
@@ -40,7 +39,7 @@ def export_bundle(
     *,
     opset: int = DEFAULT_OPSET,
     landmark_seed: int = 0,
-    accuracy: dict[str, Any] | None = None,
+    accuracy: JSON = None,
 ) -> Path:
     """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
 
@@ -61,12 +60,8 @@ def export_bundle(
         raise UsageError("landmark_seed", landmark_seed, "0 or more", "Choose another seed.")
     loaded = load_checkpoint(checkpoint)
     if loaded.backbone is None:
-        raise ArtifactError(
-            str(checkpoint),
-            "a head alone",
-            "a backbone with or without a head",
-            "Save the backbone in the same checkpoint.",
-        )
+        hint = "Save the backbone in the same checkpoint."
+        raise ArtifactError(str(checkpoint), "a head alone", "a backbone with or without a head", hint)
     golden = _golden(loaded, landmark_seed)
     with atomic_folder(out, KIND) as folder:
         size = (loaded.spec.preprocess.height, loaded.spec.preprocess.width)
@@ -76,7 +71,7 @@ def export_bundle(
         with atomic_write(folder / GOLDEN) as file:
             np.savez(file, **golden)  # type: ignore[arg-type]
         worst = check_against(folder, golden, _exact(loaded, golden))
-        write_manifest(folder, KIND, _fields(loaded, opset, landmark_seed, worst, accuracy))
+        write_manifest(folder, KIND, to_table(_manifest(loaded, opset, landmark_seed, worst, accuracy)))
     return Path(out)
 
 
@@ -86,9 +81,8 @@ def _save(model: onnx.ModelProto, path: Path, doc: str) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ArtifactError(
-            path.name, f"a graph that ONNX's checker refuses ({e})", "a valid one", "Report this."
-        ) from e
+        got = f"a graph that ONNX's checker refuses ({e})"
+        raise ArtifactError(path.name, got, "a valid one", "Report this.") from e
     with atomic_write(path) as file:
         file.write(model.SerializeToString())
 
@@ -141,8 +135,8 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
     try:
         import onnxruntime
     except ImportError as e:
-        hint = "pip install 'nformer-edge[cpu]'"
-        raise BackendError("onnxruntime", "not installed", "it, to check what was exported", hint) from e
+        expected, hint = "onnxruntime, to check what was exported", "pip install 'nformer-edge[cpu]'"
+        raise BackendError("export", f"no package {e.name}", expected, hint) from e
     worst = {}
     for name, (feed, output) in _GRAPHS.items():
         if output not in golden:
@@ -158,23 +152,19 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
     return worst
 
 
-def _fields(
-    loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: dict[str, Any] | None
-) -> dict[str, Any]:
-    spec: ModelSpec = loaded.spec
-    return {
-        "model": to_dict(spec),
-        "preprocess": to_dict(spec.preprocess),
-        "normalization": {
-            "input_scale": spec.head.input_scale if spec.head else None,
-            "where": "inside nformer.onnx: features go in as the backbone gave them",
-        },
-        "landmark_rule": LANDMARK_RULE,
-        "landmark_seed": seed,
-        "opset": opset,
-        "ir_version": IR_VERSION,
-        "versions": versions("torch", "onnx", "onnxruntime", "numpy"),
-        "checkpoint_sha256": loaded.sha256,
-        "self_check": {"worst_error_in_fp32_tolerances": worst},
-        "accuracy": accuracy,
-    }
+def _manifest(loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: JSON) -> BundleManifest:
+    head = loaded.spec.head
+    where = "inside nformer.onnx: features go in as the backbone gave them"
+    return BundleManifest(
+        model=loaded.spec,
+        preprocess=loaded.spec.preprocess,
+        normalization=Normalization(head.input_scale if head else None, where),
+        landmark_rule=LANDMARK_RULE,
+        landmark_seed=seed,
+        opset=opset,
+        ir_version=IR_VERSION,
+        versions=versions("torch", "onnx", "onnxruntime", "numpy"),
+        checkpoint_sha256=loaded.sha256,
+        self_check={"worst_error_in_fp32_tolerances": worst},
+        accuracy=accuracy,
+    )

@@ -22,9 +22,8 @@ def open_session(
     try:
         import onnxruntime
     except ImportError as e:
-        raise BackendError(
-            "onnxruntime", "not installed", "onnxruntime 1.18 or newer", "pip install 'nformer-edge[cpu]'"
-        ) from e
+        hint = "pip install 'nformer-edge[cpu]'"
+        raise BackendError("ONNX graphs", f"no package {e.name}", "onnxruntime 1.18 or newer", hint) from e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings name graph internals that a user can do nothing about
     if threads is not None:
@@ -37,9 +36,6 @@ def open_session(
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its exceptions share no base class of their own
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ArtifactError(
-            name,
-            f"a graph that onnxruntime {onnxruntime.__version__} refuses ({reason})",
-            "one it reads",
-            "Update onnxruntime, or export the bundle again with this version.",
-        ) from e
+        got = f"a graph that onnxruntime {onnxruntime.__version__} refuses ({reason})"
+        hint = "Update onnxruntime, or export the bundle again with this version."
+        raise ArtifactError(name, got, "one it reads", hint) from e

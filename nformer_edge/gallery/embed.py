@@ -19,13 +19,13 @@ from tqdm import tqdm
 from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import sha256_file
-from nformer_edge.core.batch_journal import BatchJournal
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.features import UNKNOWN, Features, save_features
+from nformer_edge.core.journal import Journal
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.core.values import Result
+from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.batches import iter_batches, iter_pixels
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
@@ -67,7 +67,7 @@ def embed_records(
     augment: Mapping[str, float] | None = None,
     seed: int = 0,
     finite: bool = True,
-    journal: BatchJournal | None = None,
+    journal: Journal | None = None,
 ) -> Features:
     """The backbone's features of `records`, in their order, with their labels and the files' hashes.
 
@@ -87,7 +87,7 @@ def embed_records(
         UsageError: if `views` is below 1, or `augment` does not fit.
     """
     check_at_least("views", views, 1)
-    journal = journal or BatchJournal()
+    journal = journal or Journal()
     draw, recipe = _views(runner.spec.preprocess, views, augment, seed)
     paths = tuple(r.path for r in records)
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
@@ -97,9 +97,9 @@ def embed_records(
             rows = slice(len(hashes), len(hashes) + len(pixels))
             hashes += [sha256_file(path) for path in paths[rows]]
             for view in range(views):
-                how = [runner.sha256, runner.backend, view, recipe if view else ""]
-                features[view, rows] = journal.recall(
-                    [how, hashes[rows]], partial(_embed_view, runner, draw, pixels, hashes[rows], view)
+                how: JSON = [runner.sha256, runner.backend, view, recipe if view else "", *hashes[rows]]
+                features[view, rows] = journal.recall_array(
+                    how, partial(_embed_view, runner, draw, pixels, hashes[rows], view)
                 )
                 bar.update(len(pixels))
     if finite:
@@ -220,7 +220,7 @@ def embed_files(
     if views > 1 and "train" not in records:
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")
     start = time.perf_counter()
-    journal = BatchJournal(Path(f"{os.fspath(output)}.journal"))
+    journal = Journal(Path(f"{os.fspath(output)}.journal"))
     with open_model(model, intra_op_threads=intra_op_threads) as runner:
         sets = {}
         for split, chosen in records.items():

@@ -1,162 +1,205 @@
-"""The calibration of an INT8 build: measured once from images, kept beside the engine, and taken up by later builds."""
+"""How ranges are measured: calibration images run through a float backbone once, for every method that is asked for.
+
+onnxruntime measures minmax, entropy and percentile. ``mse`` is ours, as NVIDIA's pytorch-quantization and ModelOpt have
+it, for unsigned activations with a zero point: the ends of the range are drawn in until clipping costs more than finer
+steps gain.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
-from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
-from nformer_edge.core.journal import Journal
-from nformer_edge.data.calibration import calibration_images, calibration_sha256
-from nformer_edge.data.records import Dataset
-from nformer_edge.exporting.bundle import BACKBONE
-from nformer_edge.quantize.spec import EngineSpec, OpenBundle
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
+from onnxruntime.quantization.calibrate import HistogramCollector, create_calibrator
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from nformer_edge.quantize.ranges import Ranges
-    from nformer_edge.quantize.score import Judge
+from nformer_edge.core.spec import CalibrationMethod as Method
+from nformer_edge.core.spec import PreprocessSpec
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.data.batches import iter_batches
+from nformer_edge.quantize.values import Ranges
 
-TABLE = "calibration.json"
+#: Images whose activations are held at once. All of them are kept while a histogram is taken: ResNet-50 at 256 x 128
+#: makes some 100 MB an image.
+CALIBRATION_BATCH = 4
 
-#: What `--calib-method` calls the choice by held-out people.
-AUTO = "auto"
+METHODS: tuple[Method, ...] = get_args(Method)
 
+#: Bins of a histogram, as onnxruntime has them by default: entropy merges a histogram's bins into as many levels.
+_FINE_BINS, _COARSE_BINS = 2048, 128
 
-@dataclass
-class Calibration:
-    """Where the ranges come from: images, or another engine's table.
+#: Per cent of the values that a range holds by the method percentile, onnxruntime's default.
+_PERCENTILE = 99.999
 
-    Args:
-        images: to calibrate with.
-        settings: method, seed and the like, for the manifest.
-        table: another engine's `TABLE`, in place of images.
-        judge: for the method ``auto``, who says which ranges are best.
-        reduce_range: for the method ``auto``, whether weights have 7 bits.
-        journal: keeps what was measured.
-    """
+#: Types of nodes whose tensors are measured: all that onnxruntime's quantizer knows.
+CALIBRATED = sorted({*QLinearOpsRegistry, *QDQRegistry})
 
-    images: Sequence[str] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    table: Path | None = None
-    judge: Judge | None = None
-    reduce_range: bool = False
-    journal: Journal = field(default_factory=Journal)
-    _measured: tuple[Ranges, dict[str, Any]] | None = None
+#: For mse: steps between the lowest and the highest of 256 levels, and the shares of an end that are tried.
+_STEPS, _SHARES = 255, np.linspace(0.1, 1.0, 91)
 
-    def ranges(self, bundle: OpenBundle, folder: Path) -> tuple[Ranges, dict[str, Any]]:
-        """The ranges of the bundle's backbone, written to `TABLE` in `folder`, and the manifest's field.
-
-        Raises:
-            ArtifactError: for a table of another backbone, or none.
-            DataError: for an image that cannot be read.
-            BackendError: without the packages that measure.
-        """
-        ranges, facts = self.measure(bundle)
-        backbone = bundle.manifest["files"][BACKBONE]["sha256"]
-        atomic_write_json(folder / TABLE, ranges.to_json() | {"backbone_sha256": backbone, "calibration": facts})
-        return ranges, facts
-
-    def measure(self, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
-        """The same without a file; measured once."""
-        require_packages()
-        if self._measured is None:
-            self._measured = self._read(self.table, bundle) if self.table is not None else self._measure(bundle)
-        return self._measured
-
-    def _measure(self, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
-        from nformer_edge.quantize.place_cpu import measure_all_ranges
-        from nformer_edge.quantize.ranges import METHODS, read_ranges
-
-        wanted = METHODS if self.settings["method"] == AUTO else (self.settings["method"],)
-        backbone = bundle.folder / BACKBONE
-        images = calibration_sha256(self.images, {"backbone": bundle.manifest["files"][BACKBONE]["sha256"]})
-        tables = self.journal.recall(
-            {"calibration": images, "methods": wanted},
-            lambda: {
-                method: ranges.to_json()
-                for method, ranges in measure_all_ranges(backbone, self.images, bundle.spec.preprocess, wanted).items()
-            },
-        )
-        found = {method: read_ranges(json.dumps(table).encode(), "journal") for method, table in tables.items()}
-        facts = {**self.settings, "num": len(self.images)}
-        if self.settings["method"] == AUTO:
-            facts |= self._choose(bundle, found)
-        facts["sha256"] = calibration_sha256(self.images, {**self.settings, "num": len(self.images)})
-        return found[facts["method"]], facts
-
-    def _choose(self, bundle: OpenBundle, found: dict[str, Ranges]) -> dict[str, Any]:
-        """The best method, and what it was chosen by."""
-        from nformer_edge.quantize.place_cpu import place_for_cpu
-
-        judge = self.judge
-        assert judge is not None, "choose_calibration gave one"
-        scores = {}
-        for method, ranges in found.items():
-            scores[method] = self.journal.recall(
-                {**judge.facts(), "ranges": ranges.to_json(), "reduce_range": self.reduce_range, "score": []},
-                lambda ranges=ranges: judge.score(  # type: ignore[misc]
-                    place_for_cpu(bundle.folder / BACKBONE, ranges, reduce_range=self.reduce_range).without()
-                ),
-            )
-        last = judge.stages[-1]
-        best = max(scores, key=lambda m: (round(scores[m][last]["mAP"], 3), scores[m][last]["overlap_at_10"]))
-        return {"method": best, AUTO: {"stage": last, "held_out": judge.held_out.describe(), "scores": scores}}
-
-    @staticmethod
-    def _read(table: Path, bundle: OpenBundle) -> tuple[Ranges, dict[str, Any]]:
-        from nformer_edge.quantize.ranges import read_ranges
-
-        data = table.read_bytes()
-        ranges = read_ranges(data, str(table))
-        found = json.loads(data)
-        ours = bundle.manifest["files"][BACKBONE]["sha256"]
-        if found.get("backbone_sha256") != ours:
-            raise ArtifactError(
-                str(table),
-                "ranges of another backbone",
-                f"those of {BACKBONE}, sha256 {ours[:12]}...",
-                "Calibrate again: --calib-data DIR",
-            )
-        return ranges, found["calibration"]
+#: For mse: the two ends depend on each other, a second round settles them.
+_ROUNDS = 2
 
 
-def require_packages() -> None:
-    """Raises BackendError without the packages that calibrate and quantize."""
-    try:
-        import nformer_edge.quantize.place_cpu  # noqa: F401
-    except ImportError as e:
-        raise BackendError(
-            "INT8", f"no package {e.name}", "onnx and onnxruntime", "pip install 'nformer-edge[quant]'"
-        ) from e
-
-
-def choose_calibration(
-    source: Dataset | str | os.PathLike[str] | None, spec: EngineSpec, *, force: bool = False
-) -> Calibration:
-    """What calibrates an INT8 build.
+def measure_ranges(
+    backbone: bytes, paths: Sequence[str], spec: PreprocessSpec, methods: Sequence[Method]
+) -> dict[Method, Ranges]:
+    """Runs the calibration images through a float backbone, once whatever the number of methods.
 
     Args:
-        source: dataset, folder of images, or an earlier engine's `calibration.json`.
-        spec: method, number and seed.
-        force: accept query or gallery images.
+        backbone: its ONNX file, as `export` wrote it.
+        paths: calibration images.
+        spec: their preprocessing.
+        methods: how ranges follow from activations.
+
+    Returns:
+        Each method's ranges.
 
     Raises:
-        UsageError: without a source.
-        DataError: for images that cannot be used.
+        DataError: for an image that cannot be read.
     """
-    if source is None:
-        raise UsageError(
-            "calib_data",
-            "none",
-            "images to calibrate INT8 with",
-            "Name the dataset that the model was trained on: --calib-data DIR",
+    extremes_alone = set(methods) == {"minmax"}  # they are reduced inside the graph: no histogram is needed
+    kind = CalibrationMethod.MinMax if extremes_alone else CalibrationMethod.Percentile
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # onnxruntime prints
+        calibrator = create_calibrator(
+            with_shapes(backbone, Path(folder)),
+            CALIBRATED,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=kind,
+            extra_options={"symmetric": False},
         )
-    if not isinstance(source, Dataset) and Path(source).suffix == ".json":
-        return Calibration(table=Path(source))
-    images = calibration_images(source, spec.calib_num, spec.seed, force=force)
-    return Calibration(images, {"method": spec.calib_method, "seed": spec.seed, "forced": force})
+        histograms = _Histograms(methods)
+        if not extremes_alone:
+            calibrator.collector = histograms
+        reader = _BatchReader(paths, spec)
+        for start in range(len(reader)):  # one batch at a time, for every method
+            reader.set_range(start, start + 1)
+            calibrator.collect_data(reader)
+        if extremes_alone:
+            lows_and_highs = {name: data.range_value for name, data in calibrator.compute_data().items()}
+            return {"minmax": Ranges("minmax", _plain(lows_and_highs))}
+        return {method: Ranges(method, _plain(histograms.ranges(method))) for method in methods}
+
+
+def with_shapes(backbone: bytes, folder: Path) -> Path:
+    """A file in `folder`, with the types and shapes of all tensors, which calibrator and quantizer look up."""
+    source, prepared = folder / "backbone.onnx", folder / "prepared.onnx"
+    source.write_bytes(backbone)
+    quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
+    return prepared
+
+
+def _plain(table: Mapping[str, Sequence[Any]]) -> dict[str, tuple[float, float]]:
+    return {name: (float(np.asarray(r[0]).item()), float(np.asarray(r[1]).item())) for name, r in table.items()}
+
+
+class _BatchReader(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds the calibrator one batch at a time and tells it how many there are, so that it never holds two."""
+
+    def __init__(self, paths: Sequence[str], spec: PreprocessSpec, batch: int = CALIBRATION_BATCH) -> None:
+        self._count = math.ceil(len(paths) / batch)
+        self._batches: Iterator[np.ndarray] = iter_batches(paths, spec, batch)
+        self._left = 0
+        self._bar = tqdm(total=len(paths), desc="calibrating", unit="img", **PROGRESS)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """The next `end_index` - `start_index` batches may be taken."""
+        self._left = end_index - start_index
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch, or None at the end of the range."""
+        if self._left == 0:
+            return None
+        self._left -= 1
+        images = next(self._batches)
+        self._bar.update(len(images))
+        return {"images": images}
+
+
+class _Histograms:
+    """Stands where onnxruntime's calibrator has one collector, and feeds all that the methods need."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        rest = {"num_quantized_bins": _COARSE_BINS, "percentile": _PERCENTILE, "scenario": "same", "symmetric": False}
+        self._fine = HistogramCollector(method="percentile", num_bins=_FINE_BINS, **rest)
+        self._coarse = HistogramCollector(method="entropy", num_bins=_COARSE_BINS, **rest)
+        self._fed = [
+            c for c, of in ((self._fine, set(METHODS) - {"entropy"}), (self._coarse, {"entropy"})) if of & set(methods)
+        ]
+
+    def collect(self, activations: Mapping[str, Any]) -> None:
+        """Takes one batch's activations, by the tensors' names."""
+        for collector in self._fed:
+            collector.collect(activations)
+
+    def ranges(self, method: Method) -> Mapping[str, Sequence[Any]]:
+        """Of each tensor lowest and highest value, then whatever onnxruntime adds."""
+        if method == "entropy":
+            return self._coarse.compute_entropy()
+        if method == "percentile":
+            return self._fine.compute_percentile()
+        found = self._fine.get_histogram_dict()
+        if method == "minmax":
+            return {name: (low, high) for name, (_, _, low, high, _) in found.items()}
+        return {name: mse_range(counts, edges, low, high) for name, (counts, edges, low, high, _) in found.items()}
+
+
+def mse_range(
+    counts: np.ndarray,  # int64 [bins]
+    edges: np.ndarray,  # float [bins + 1]
+    low: float,
+    high: float,
+) -> tuple[float, float]:
+    """The ends, within `low` and `high`, whose 8 bits have the least squared error over a histogram.
+
+    Args:
+        counts: values in each bin.
+        edges: of the bins, ascending.
+        low: the least value seen.
+        high: the greatest.
+
+    Returns:
+        Least and greatest value that is represented; 0 lies between them.
+    """
+    values = (edges[:-1] + edges[1:]).astype(np.float64) / 2
+    values[(edges[:-1] <= 0) & (edges[1:] > 0)] = 0.0  # ReLU's zeros: they are represented exactly
+    used = counts > 0
+    values, counts = np.clip(values[used], low, high), counts[used]
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if low == high:
+        return low, high
+    ends = _best(values, counts, low * _SHARES, high * _SHARES)  # together first: the longer end hides the other's gain
+    for _ in range(_ROUNDS):
+        if ends[1] > 0:
+            ends = ends[0], _best(values, counts, ends[0], high * _SHARES)[1]
+        if ends[0] < 0:
+            ends = _best(values, counts, low * _SHARES, ends[1])[0], ends[1]
+    return ends
+
+
+def _best(
+    values: np.ndarray, counts: np.ndarray, low: np.ndarray | float, high: np.ndarray | float
+) -> tuple[float, float]:
+    low, high = np.broadcast_arrays(low, high)
+    errors = ((quantized(values[None], low[:, None], high[:, None]) - values) ** 2 * counts).sum(axis=1)
+    best = len(errors) - 1 - int(np.argmin(errors[::-1]))  # of equal ones the widest
+    return float(low[best]), float(high[best])
+
+
+def quantized(values: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """`values` as 8 bits represent them: rounded to 256 levels, one of which is 0, and clipped."""
+    step = (np.asarray(high, np.float64) - low) / _STEPS
+    zero = np.rint(-low / step)
+    return (np.clip(np.rint(values / step) + zero, 0, _STEPS) - zero) * step

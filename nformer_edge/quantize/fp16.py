@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, version_converter
 
-from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.exporting.session import open_session
 from nformer_edge.ops.contract import DOMAIN
 
 #: What is a product, and so what precision is about.
@@ -130,6 +131,32 @@ def for_cpu(model: ModelProto) -> ModelProto:
                 for source, made in ((copy.output[i], between), (between, name)):
                     held.graph.node.append(helper.make_node("Identity", [source], [made], name=f"{made}/Identity"))
     return held
+
+
+def plain_features(graph: bytes, images: np.ndarray) -> np.ndarray:
+    """What a quantized backbone's arithmetic gives, each node for itself on the CPU.
+
+    With onnxruntime's optimizations its INT8 kernels would take over, whose 16-bit sums saturate on CPUs without VNNI.
+    What the graph holds in FP16 is rounded to it, and overflows as it does there: see `for_cpu`.
+
+    Args:
+        graph: an ONNX file.
+        images: float32 [B, 3, H, W].
+
+    Returns:
+        float32 [B, D].
+
+    Raises:
+        BackendError: if a number is not finite: a device would give the same, and the self-test could pass nowhere.
+    """
+    model = for_cpu(onnx.load_from_string(graph))
+    session = open_session(model.SerializeToString(), "backbone", optimize=False)
+    features = np.asarray(session.run(["features"], {"images": images})[0])
+    lost = int((~np.isfinite(features)).any(axis=1).sum())
+    if lost:
+        got = f"{lost} of {len(features)} golden images whose features overflow FP16"
+        raise BackendError("backbone", got, "none", "Build it in FP32, or in INT8 without FP16.")
+    return features
 
 
 def tensor_types(model: ModelProto) -> dict[str, TypeProto.Tensor]:

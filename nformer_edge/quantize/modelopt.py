@@ -14,25 +14,27 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
 
-from nformer_edge.core.artifact import atomic_folder, read_manifest, read_verified, write_manifest
-from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.spec import check_choice
+from nformer_edge.core.artifact import atomic_folder, write_manifest
+from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.spec import Precision, check_choice
+from nformer_edge.core.values import Result, Table, from_json, to_table
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.calibration import calibration_images, calibration_sha256
 from nformer_edge.data.records import Dataset
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, model_spec, read_golden, read_graph
-from nformer_edge.quantize.fp16 import backbone_float32, product_types
-from nformer_edge.quantize.place_cpu import float_nodes
-from nformer_edge.quantize.plain import plain_features
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, open_bundle
+from nformer_edge.quantize.fp16 import backbone_float32, plain_features, product_types
+from nformer_edge.quantize.placement_cpu import float_nodes
+from nformer_edge.quantize.values import CalibrationFacts
 
 Method = Literal["minmax", "entropy"]
 
@@ -41,6 +43,39 @@ METHODS = {"minmax": "max", "entropy": "entropy"}
 
 #: Images that it runs at once.
 _BATCH = 4
+
+
+@dataclass(frozen=True)
+class ModelOptBundle(Result):
+    """A bundle whose backbone ModelOpt has changed.
+
+    Args:
+        bundle: its folder.
+        precision: of each part.
+        size_mb: of the backbone's file.
+        multiplications: convolutions and matrix multiplications of the backbone, by type.
+        calibration: the images that it calibrated with, or looked at.
+        made_by: version of ModelOpt, and who chose the nodes that it leaves out.
+    """
+
+    kind = "modelopt"
+    version = 2
+
+    bundle: str
+    precision: Mapping[str, Precision]
+    size_mb: float
+    multiplications: Mapping[str, int]
+    calibration: CalibrationFacts
+    made_by: Mapping[str, str]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{number} in {kind.upper()}" for kind, number in self.multiplications.items())
+        used = self.calibration
+        return (
+            f"wrote {self.bundle}: backbone {self.precision['backbone']}, {self.size_mb:.1f} MB; convolutions and "
+            f"matrix multiplications: {counts}\n"
+            f"  by ModelOpt {self.made_by['nvidia-modelopt']}, {used.num} images, sha256 {used.sha256[:12]}"
+        )
 
 
 def bundle_by_modelopt(
@@ -77,27 +112,34 @@ def bundle_by_modelopt(
     check_choice("precision", precision, ("fp16", "int8"))
     check_choice("calib_method", calib_method, tuple(METHODS))
     require_modelopt()
-    manifest = read_manifest(bundle, KIND)
-    spec = model_spec(str(bundle), manifest)
-    plain = onnx.load_from_string(read_graph(Path(bundle), manifest, BACKBONE))
+    source = open_bundle(bundle)
+    plain = onnx.load_from_string(source.backbone)
     _require_float32(str(bundle), plain)
     paths = calibration_images(calib_data, calib_num, seed, force=force_calibration)
-    images = np.concatenate(list(iter_batches(paths, spec.preprocess)))
-    facts: dict[str, Any] = {"method": calib_method, "seed": seed, "forced": force_calibration, "num": len(paths)}
-    facts["sha256"] = calibration_sha256(paths, facts)
+    images = np.concatenate(list(iter_batches(paths, source.spec.preprocess)))
+    settings: Table = {"method": calib_method, "seed": seed, "forced": force_calibration, "num": len(paths)}
+    sha256 = calibration_sha256(paths, settings)
     if precision == "int8":
         made = quantize(plain, images, calib_method, () if own_choice else float_nodes(plain))
     else:
         made = halve(plain, images, () if own_choice else backbone_float32(plain))
+    parts: dict[str, Precision] = {"backbone": precision}
+    manifest = replace(
+        source.manifest,
+        self_check={},
+        accuracy=None,
+        precision=parts | ({"head": "fp32"} if source.has_head else {}),
+        calibration=to_table(CalibrationFacts(calib_method, seed, force_calibration, len(paths), sha256)),
+        made_by={"nvidia-modelopt": version("nvidia-modelopt"), "choice": "its own" if own_choice else "ours"},
+        made_from=source.backbone_sha256,
+    )
+    features = plain_features(made.SerializeToString(), source.golden["images"])
     with atomic_folder(out, KIND) as folder:
         onnx.save(made, folder / BACKBONE)
-        golden = read_golden(Path(bundle), manifest)
-        golden["features"] = plain_features(made.SerializeToString(), golden["images"])
-        np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        if HEAD in manifest["files"]:
-            (folder / HEAD).write_bytes(read_verified(bundle, manifest, HEAD))
-        made_by = {"nvidia-modelopt": version("nvidia-modelopt"), "own_choice": own_choice}
-        write_manifest(folder, KIND, _fields(manifest, precision) | {"calibration": facts, "made_by": made_by})
+        np.savez(folder / GOLDEN, **{**source.golden, "features": features})  # type: ignore[arg-type]
+        if source.has_head:
+            source.files.copy(HEAD, folder)
+        write_manifest(folder, KIND, to_table(manifest))
     return Path(out)
 
 
@@ -107,12 +149,8 @@ def require_modelopt() -> None:
         import modelopt.onnx.autocast
         import modelopt.onnx.quantization  # noqa: F401
     except ImportError as e:
-        raise BackendError(
-            "modelopt",
-            f"no package {e.name}",
-            "nvidia-modelopt with its extra onnx",
-            "In an environment of its own: pip install 'nformer-edge[modelopt]'",
-        ) from e
+        hint = "In an environment of its own: pip install 'nformer-edge[modelopt]'"
+        raise BackendError("modelopt", f"no package {e.name}", "nvidia-modelopt with its extra onnx", hint) from e
     for name in ("modelopt.onnx", "modelopt.onnx.autocast"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -172,45 +210,24 @@ def _patterns(names: Collection[str]) -> list[str]:
 def _require_float32(where: str, model: onnx.ModelProto) -> None:
     other = sorted(set(product_types(model).values()) - {"fp32"})
     if other:
-        raise UsageError(
-            where,
-            f"a backbone in {' and '.join(other)}",
-            "the FP32 one that `export` wrote",
-            "Pass the bundle that this one was made from.",
-        )
+        hint = "Pass the bundle that this one was made from."
+        raise UsageError(where, f"a backbone in {' and '.join(other)}", "the FP32 one that `export` wrote", hint)
 
 
-def _fields(manifest: dict[str, Any], precision: str) -> dict[str, Any]:
-    """The source's manifest without what was said of its files."""
-    gone = ("kind", "format_version", "files", "self_check", "accuracy")
-    stages = {"backbone": precision} | ({"head": "fp32"} if HEAD in manifest["files"] else {})
-    return {
-        **{k: v for k, v in manifest.items() if k not in gone},
-        "precision": stages,
-        "accuracy": None,
-        "made_from": manifest["files"][BACKBONE]["sha256"],
-    }
+def describe_bundle(path: str | os.PathLike[str]) -> ModelOptBundle:
+    """What such a bundle holds, verified.
 
-
-def describe_bundle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What such a bundle holds, verified, as JSON of kind ``modelopt``, with a ``summary`` to print."""
-    manifest = read_manifest(path, KIND)
-    counts = Counter(product_types(onnx.load_from_string(read_graph(Path(path), manifest, BACKBONE))).values())
-    products = {kind: counts[kind] for kind in ("int8", "fp16", "fp32") if counts[kind]}
-    size = manifest["files"][BACKBONE]["bytes"] / 1e6
-    told = ", ".join(f"{number} in {kind.upper()}" for kind, number in products.items())
-    used = manifest["calibration"]
-    lines = [
-        f"wrote {path}: backbone {manifest['precision']['backbone']}, {size:.1f} MB; products: {told}",
-        f"  by ModelOpt {manifest['made_by']['nvidia-modelopt']}, {used['num']} images, sha256 {used['sha256'][:12]}",
-    ]
-    return {
-        "kind": "modelopt",
-        "bundle": str(path),
-        "precision": manifest["precision"],
-        "size_mb": size,
-        "products": products,
-        "calibration": used,
-        "made_by": manifest["made_by"],
-        "summary": "\n".join(lines),
-    }
+    Raises:
+        ArtifactError: for a bundle that ModelOpt did not make.
+    """
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    counts = Counter(product_types(onnx.load_from_string(bundle.backbone)).values())
+    return ModelOptBundle(
+        bundle=str(path),
+        precision=manifest.precision,
+        size_mb=len(bundle.backbone) / 1e6,
+        multiplications={kind: counts[kind] for kind in ("int8", "fp16", "fp32") if counts[kind]},
+        calibration=from_json(CalibrationFacts, manifest.calibration, f"{path}: calibration", error=ArtifactError),
+        made_by=manifest.made_by,
+    )

@@ -3,28 +3,35 @@
 FP16 ends at 65504, and below 2**-14 it loses bits until nothing is left. A tensor that fits is not enough: a kernel may
 keep partial sums in FP16, a norm squares what it reads, and the score of two images under a landmark affinity is of the
 fourth power of their features. So for every node that sums, the largest that any partial sum in any order can reach is
-measured too: the sum of the magnitudes of its terms.
+measured too: the sum of the magnitudes of its terms. What FP16 would not hold is added to what the policy keeps in FP32
+(`fp16`). Without images the policy stands alone, and the build says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from tqdm import tqdm
 
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.data.batches import iter_batches
+from nformer_edge.data.calibration import calibration_sha256
+from nformer_edge.data.spread import evenly
+from nformer_edge.exporting.bundle import BACKBONE, Bundle
 from nformer_edge.exporting.session import open_session
-from nformer_edge.ops.contract import DOMAIN
+from nformer_edge.ops.contract import DOMAIN, draw_landmarks
 from nformer_edge.quantize.fp16 import PRODUCTS, tensor_types
+from nformer_edge.quantize.values import Overflow, Reach, Searched
 
-#: The largest number of FP16, and the smallest that has all its bits.
-LARGEST, SMALLEST = 65504.0, 2.0**-14
+#: Images searched at most, spread evenly over those given: `MARGIN` stands for the others.
+IMAGES = 64
 
-#: How far what is served may go beyond what was searched: the limits are a quarter and four times of FP16's own.
-MARGIN = 4.0
+#: Images whose activations are held at once.
+_BATCH = 4
 
 #: Nodes that sum squares: over these axes where neither an input nor an attribute names them.
 _SQUARING: dict[str, list[int]] = {
@@ -39,32 +46,33 @@ _SQUARING: dict[str, list[int]] = {
 _SUMMING: dict[str, list[int]] = {"ReduceSum": [], "ReduceMean": [], "ReduceL1": [], "GlobalAveragePool": [2, 3]}
 
 
-@dataclass(frozen=True)
-class Reach:
-    """How far the numbers of one node went, over everything that was run. All are magnitudes.
+def search_overflow(bundle: Bundle, images: Sequence[str]) -> Overflow:
+    """Runs at most `IMAGES` of `images` (paths) through the float backbone, and what comes out through the float head.
 
-    Args:
-        kind: the node's operator.
-        tensors: the largest number that it reads or writes.
-        sums: the largest that a partial sum inside it can have been; 0 for a node that sums nothing.
-        faintest: of the rows (the first axis) that it reads or writes, and of its sums of squares, the smallest whose
-            largest number is not 0; infinite where there is none.
+    Raises:
+        DataError: for an image that cannot be read.
     """
+    chosen = [images[i] for i in evenly(IMAGES, len(images))]
+    features: list[np.ndarray] = []
+    model = onnx.load_from_string(bundle.backbone)
+    reach = {"backbone": measure_reach(model, _embedding(bundle, chosen, features))}
+    head = bundle.spec.head
+    if head is not None:
+        rows = np.concatenate(features)
+        landmarks = draw_landmarks(len(rows), head.layers, head.landmarks, bundle.manifest.landmark_seed)
+        model = onnx.load_from_string(bundle.head)
+        reach["head"] = measure_reach(model, [{"features": rows, "landmarks": landmarks}])
+    return Overflow(Searched(len(chosen), calibration_sha256(chosen, {"search": "overflow"})), reach)
 
-    kind: str
-    tensors: float = 0.0
-    sums: float = 0.0
-    faintest: float = math.inf
 
-    def trouble(self) -> str:
-        """Why the node must stay FP32, in words; "" if FP16 holds it with `MARGIN` to spare."""
-        if not self.tensors * MARGIN <= LARGEST:
-            return f"numbers up to {self.tensors:.3g}"
-        if not self.sums * MARGIN <= LARGEST:
-            return f"sums up to {self.sums:.3g}"
-        if not self.faintest >= SMALLEST * MARGIN:
-            return f"numbers down to {self.faintest:.3g}"
-        return ""
+def _embedding(bundle: Bundle, images: Sequence[str], features: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The backbone's inputs, batch by batch; what it makes of them is appended to `features`."""
+    session = open_session(bundle.backbone, BACKBONE)
+    with tqdm(total=len(images), desc="searching for FP16's limits", unit="img", **PROGRESS) as bar:
+        for batch in iter_batches(images, bundle.spec.preprocess, _BATCH):
+            features.extend(session.run(["features"], {"images": batch}))
+            yield {"images": batch}
+            bar.update(len(batch))
 
 
 def measure_reach(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Reach]:
@@ -87,11 +95,6 @@ def measure_reach(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) 
             largest[name] = float(np.maximum(largest[name], rows.max(initial=0.0)))  # NaN stays NaN
             faintest[name] = min(faintest[name], float(rows[rows > 0].min(initial=math.inf)))
     return watched.by_node(largest, faintest)
-
-
-def unfit_nodes(reach: Mapping[str, Reach]) -> dict[str, str]:
-    """Of the nodes that FP16 would not hold, by name, why."""
-    return {name: why for name, found in reach.items() if (why := found.trouble())}
 
 
 class _Watched:
@@ -195,7 +198,7 @@ class _Watched:
             longest.append(self._add("ReduceMax", [lengths, rows], f"{made}/longest_{i}", keepdims=0))
         return self._add("Mul", longest, made)
 
-    def _add(self, kind: str, inputs: list[str], made: str, **attributes: Any) -> str:
+    def _add(self, kind: str, inputs: list[str], made: str, **attributes: int) -> str:
         self.model.graph.node.append(helper.make_node(kind, inputs, [made], name=f"{made}/{kind}", **attributes))
         return made
 

@@ -24,7 +24,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.quantize.fp16 import makers
 
 #: Nodes that are in INT8 when what they read is: they only pass it on.
-FOLLOWERS = (
+FOLLOWERS: tuple[str, ...] = (
     "Relu",
     "Clip",
     "MaxPool",
@@ -34,8 +34,8 @@ FOLLOWERS = (
     "Squeeze",
     "Unsqueeze",
     "Transpose",
-    "Slice",
 )
+FOLLOWERS += ("Slice",)
 
 
 class Placement:
@@ -156,12 +156,8 @@ def require_nodes(model: ModelProto, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            raise UsageError(
-                "exclude_nodes",
-                repr(name),
-                "names of the backbone's nodes",
-                f"Did you mean {near[0]!r}?" if near else "Read them off the ONNX file.",
-            )
+            hint = f"Did you mean {near[0]!r}?" if near else "Read them off the ONNX file."
+            raise UsageError("exclude_nodes", repr(name), "names of the backbone's nodes", hint)
 
 
 def node_groups(model: ModelProto, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -29,6 +29,9 @@ MARGIN = 4.0
 #: Nodes that a budget's table names.
 _NODES = 8
 
+#: Nodes kept by FP16's policy that are named in the log.
+_NAMED = 5
+
 
 @dataclass(frozen=True)
 class Score:
@@ -359,6 +362,24 @@ class HalfFacts:
         return [first, *kept]
 
 
+def half_log(part: str, overflow: Overflow | None, beyond: Mapping[str, str]) -> str:
+    """For the build log: what was found in a part, and what the policy alone would have let through.
+
+    Args:
+        part: ``backbone`` or ``head``.
+        overflow: what was searched.
+        beyond: nodes that are FP32 beyond the policy, with the reason.
+    """
+    if overflow is None:
+        lines = ["overflow was not searched"]
+    else:
+        unfit = [f"{name} ({why})" for name, why in overflow.unfit(part).items() if name not in beyond]
+        lines = [f"searched {overflow.searched.images} images; {len(beyond)} nodes stay FP32 beyond the policy"]
+        lines += [f"kept by policy, and FP16 would not hold: {', '.join(unfit[:_NAMED])}"] if unfit else []
+    lines += [f"{name} stays FP32: {why}" for name, why in beyond.items()]
+    return "".join(f"fp16: {part}: {line}\n" for line in lines)
+
+
 @dataclass(frozen=True)
 class LowPrecision:
     """What a build in low precision goes by, measured before any backend builds. For FP32 it is empty.
@@ -381,6 +402,11 @@ class LowPrecision:
     def calibration(self) -> CalibrationFacts | None:
         """What the ranges were measured with."""
         return None if self.ranges is None else self.ranges.calibration
+
+    @property
+    def searched(self) -> Searched | None:
+        """Images that were searched for numbers beyond FP16."""
+        return None if self.overflow is None else self.overflow.searched
 
     def save(self, folder: Path) -> None:
         """Writes `TABLE` and `BUDGET` into an engine's folder, where there are ranges and a search."""

@@ -16,6 +16,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.values import Result
+from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
@@ -228,7 +229,8 @@ def _score(
 ) -> tuple[tuple[Ranking, ...], tuple[RankList, ...]]:
     backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
     rankings = [found]
-    shown = _spread(np.flatnonzero(backbone.valid), rank_lists)
+    matched = np.flatnonzero(backbone.valid)
+    shown = matched[evenly(rank_lists, len(matched))]
     lists = _rank_lists(BACKBONE, query, gallery, shown, top)
     if runner is not None and runner.has_head:
         model, chosen = runner, tuple(seeds or (runner.landmark_seed,))
@@ -311,11 +313,6 @@ def _baselines(query: Features, gallery: Features) -> list[Ranking]:
 
     ways = {"k-reciprocal": k_reciprocal, "reciprocal mean": mean, "query expansion": expansion}
     return [_ranked(name, way)[1] for name, way in ways.items()]
-
-
-def _spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of `rows`, evenly spaced."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
 
 def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[RankList]:

@@ -16,8 +16,9 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.records import ImageRecord
+from nformer_edge.data.spread import evenly
 from nformer_edge.ops.contract import draw_landmarks
-from nformer_edge.report.models import Source, evenly
+from nformer_edge.report.models import Source
 from nformer_edge.report.part import PartName, PartParity
 from nformer_edge.report.table import format_table
 

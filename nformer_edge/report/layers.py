@@ -15,7 +15,6 @@ were furthest: there noise cancels and offsets stay.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ import onnx
 from onnx import ModelProto
 from tqdm import tqdm
 
-from nformer_edge.core.artifact import MANIFEST, read_manifest
+from nformer_edge.backends.open import open_files
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.exporting.bundle import BACKBONE, HEAD, read_graph
+from nformer_edge.exporting.bundle import BACKBONE, HEAD
 from nformer_edge.metrics import gates
 from nformer_edge.ops.contract import OPSETS
 from nformer_edge.report.diagnosis import FirstOutside, Layers, Node, NodeInput
@@ -116,15 +115,14 @@ def read_graphs(path: Path, parts: tuple[PartName, ...]) -> dict[PartName, Model
 
 
 def _read_folder(folder: Path, parts: tuple[PartName, ...]) -> dict[PartName, ModelProto]:
-    kind = json.loads((folder / MANIFEST).read_text())["kind"]  # a runner has read it before
-    manifest, found = read_manifest(folder, kind), {}
+    model, found = open_files(folder), {}
     for part in parts:
-        name = next((n for n in (FILES[part], f"prepared-{FILES[part]}") if n in manifest["files"]), None)
+        name = next((n for n in (FILES[part], f"prepared-{FILES[part]}") if n in model.files.files), None)
         if name is None:
-            got = f"a plan for {manifest.get('backend')}, which shows no tensor inside"
+            got = f"a plan for {getattr(model.manifest, 'backend', 'no backend')}, which shows no tensor inside"
             hint = "Build the engine with --keep-graphs, and run parity --layers again."
             raise ArtifactError(str(folder), got, f"the graph that was parsed, prepared-{FILES[part]}", hint)
-        found[part] = onnx.load_from_string(read_graph(folder, manifest, name))
+        found[part] = onnx.load_from_string(model.files.files[name])
     return found
 
 

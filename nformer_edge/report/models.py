@@ -90,11 +90,6 @@ def open_dataset(data: Data, layout: str = "auto") -> Dataset:
     return dataset
 
 
-def evenly(count: int, of: int) -> list[int]:
-    """At most `count` of the numbers 0..`of` - 1, evenly spaced, the first among them."""
-    return [i * of // count for i in range(count)] if count < of else list(range(of))
-
-
 def is_feature_store(data: object) -> bool:
     """Whether `data` is the path of a feature store."""
     return isinstance(data, (str, os.PathLike)) and Path(data).suffix == ".npz"

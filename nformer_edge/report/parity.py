@@ -13,6 +13,7 @@ from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.values import Result
 from nformer_edge.data.records import ImageRecord
+from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics import gates
@@ -27,7 +28,6 @@ from nformer_edge.report.models import (
     MeasuredModel,
     Source,
     describe_model,
-    evenly,
     open_dataset,
     open_model,
     part_precision,

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.machine import conditions, machine
-from nformer_edge.core.spec import Backend, Precision, from_dict
-from nformer_edge.data.records import Dataset
-from nformer_edge.quantize.search import BudgetSpec
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.core.spec import Precision
+from nformer_edge.core.values import from_json
+from nformer_edge.exporting.bundle import Bundle, open_bundle
+from nformer_edge.quantize.prepare import CalibrationData, Data
+from nformer_edge.quantize.spec import BudgetSpec
 from nformer_edge.targets.preflight import require_match
-from nformer_edge.targets.recipe import Target, read_target
+from nformer_edge.targets.recipe import read_target
 
 
 def build(
-    bundle: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | Bundle,
     out: str | os.PathLike[str] | None = None,
     *,
-    precision: Precision = "fp32",
-    backend: Backend = "auto",
+    precision: Precision | None = None,
+    backend: str | None = None,
     target: str | None = None,
-    calib_data: Dataset | str | os.PathLike[str] | None = None,
+    calib_data: Data | None = None,
     budget: BudgetSpec | None = None,
-    budget_data: Dataset | str | os.PathLike[str] | None = None,
+    budget_data: Data | None = None,
     force_calibration: bool = False,
-    **spec: Any,
+    **spec: object,
 ) -> Path:
     """Builds an engine from a bundle; where a target is named, by its recipe, which the other arguments win over.
 
     Args:
         bundle: folder that `export` wrote.
         out: folder, written whole or not at all; beside the bundle, named after it, if None.
-        precision: of the backbone; ``int8`` needs `calib_data`.
-        backend: who runs the engine; ``auto`` takes the best that this machine has.
+        precision: of the backbone, FP32 by default; ``int8`` needs `calib_data`.
+        backend: who runs the engine; the best that this machine has by default.
         target: name of a recipe, such as ``jetson-orin-jp62``, or a recipe file.
         calib_data: the dataset that the model was trained on, a folder of images, or a `calibration.json`.
         budget: for INT8, what it may cost in accuracy.
@@ -46,48 +46,39 @@ def build(
 
     Returns:
         The engine's folder.
+
+    Raises:
+        UsageError: if there is no such target, or no such field.
+        BackendError: if this machine is not the target's, naming everything that does not match; and as `build_engine`.
     """
-    asked = from_dict(EngineSpec, {"precision": precision, "backend": backend, **spec}, "build")
-    images = calib_data, force_calibration, budget, budget_data
-    if target is not None:
-        recipe = read_target(target)
-        require_match(recipe, machine(), conditions(), with_head=open_bundle(bundle).has_head)
-        asked = with_target(asked, recipe)
-    return build_engine(bundle, out, asked, *images)
+    asked = from_json(EngineSpec, {"precision": precision, "backend": backend, **spec}, "build")
+    data = CalibrationData(calib_data, force_calibration, budget, budget_data)
+    return build_for_target(bundle, out, asked, data, target=target)
 
 
 def build_for_target(
-    bundle: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | Bundle,
     out: str | os.PathLike[str] | None,
     spec: EngineSpec,
+    calib_data: CalibrationData | Data | None = None,
     *,
-    target: str,
-    **settings: Any,
+    target: str | None,
 ) -> Path:
-    """`build_engine` by a recipe.
+    """`build_engine` by a recipe, where one is named.
 
     Args:
         bundle: as for `build_engine`.
         out: likewise.
-        spec: what was asked for besides; a field that is not its default wins over the recipe's.
-        target: name of a recipe, or a recipe file.
-        **settings: the rest of `build_engine`'s arguments.
+        spec: what is asked for besides; it wins over the recipe.
+        calib_data: likewise.
+        target: name of a recipe, or a recipe file; None for none.
 
     Raises:
         UsageError: if there is no such target.
         BackendError: if this machine is not the target's, naming everything that does not match.
     """
-    recipe = read_target(target)
-    require_match(recipe, machine(), conditions(), with_head=open_bundle(bundle).has_head)
-    return build_engine(bundle, out, with_target(spec, recipe), **settings)
-
-
-def with_target(spec: EngineSpec, target: Target) -> EngineSpec:
-    """`spec` with the recipe's values wherever it still has its default."""
-    default = EngineSpec()
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(target.engine):
-        value = getattr(target.engine, field.name)
-        if value not in ((), None) and getattr(spec, field.name) == getattr(default, field.name):
-            changes[field.name] = value
-    return dataclasses.replace(spec, **changes)
+    if target is None:
+        return build_engine(bundle, out, spec, calib_data)
+    recipe, opened = read_target(target), open_bundle(bundle)
+    require_match(recipe, machine(), conditions(), with_head=opened.has_head)
+    return build_engine(opened, out, spec, calib_data, recipe=recipe.engine)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nformer_edge.backends.spec import BuildSpec, EngineSpec, resolve
 from nformer_edge.backends.tensorrt.plans import PLANS, prepare_part, profiles
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY
 from nformer_edge.core.artifact import atomic_folder, write_manifest
-from nformer_edge.core.spec import to_dict
-from nformer_edge.exporting.bundle import GOLDEN
-from nformer_edge.quantize.calibrate import choose_calibration
-from nformer_edge.quantize.overflow_search import fp16_fields, search_overflow
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
-from nformer_edge.targets.build import with_target
+from nformer_edge.core.spec import ModelSpec, PreprocessSpec
+from nformer_edge.core.values import Result, to_table
+from nformer_edge.exporting.bundle import GOLDEN, open_bundle
+from nformer_edge.quantize.prepare import CalibrationData, Data, prepare
+from nformer_edge.quantize.values import CalibrationFacts, HalfFacts
 from nformer_edge.targets.recipe import read_target
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 KIND = "graphs"
 SCRIPT = "build.sh"
-
-#: What a program on the device must know of the model, from the bundle's manifest.
-_INHERITED = ("model", "preprocess", "landmark_rule", "landmark_seed")
 
 _HEADER = f"""#!/bin/sh
 # Builds plans of these graphs with TensorRT 8's trtexec, on the device that will run them.
@@ -41,24 +39,70 @@ PLUGIN="${{PLUGIN:-./{LIBRARY}}}"
 """
 
 
+@dataclass(frozen=True)
+class GraphsManifest:
+    """What the folder's manifest says besides its files: what a program on the device must know.
+
+    Args:
+        spec: what was prepared.
+        bundle_sha256: of the bundle's manifest.
+        model: what the model is.
+        preprocess: how an image becomes the backbone's input.
+        landmark_rule: how landmarks follow from N and the seed.
+        landmark_seed: the seed.
+        calibration: for INT8.
+        fp16: for FP16 and INT8, what stays FP32 and why.
+        float_nodes: for INT8, nodes that stay in float on purpose.
+    """
+
+    spec: BuildSpec
+    bundle_sha256: str
+    model: ModelSpec
+    preprocess: PreprocessSpec
+    landmark_rule: str
+    landmark_seed: int
+    calibration: CalibrationFacts | None
+    fp16: HalfFacts | None
+    float_nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PreparedGraphs(Result):
+    """Graphs and commands that were written.
+
+    Args:
+        graphs: the folder.
+    """
+
+    kind = KIND
+
+    graphs: str
+
+    def __str__(self) -> str:
+        return f"wrote {self.graphs}; on the device: {self.graphs}/{SCRIPT}"
+
+
 def prepare_for_target(
-    bundle: str | os.PathLike[str], out: str | os.PathLike[str], target: str, spec: EngineSpec, **images: Any
-) -> Path:
-    """`prepare_for_trtexec` by a recipe: fields of `spec` that are not their defaults win over it.
+    bundle: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    target: str,
+    spec: EngineSpec | None = None,
+    calib_data: CalibrationData | Data | None = None,
+) -> PreparedGraphs:
+    """`prepare_for_trtexec` by a recipe: what `spec` has wins over it.
 
     Raises:
         UsageError: if there is no such target.
     """
-    return prepare_for_trtexec(bundle, out, with_target(spec, read_target(target)), **images)
+    return prepare_for_trtexec(bundle, out, resolve(spec, read_target(target).engine), calib_data)
 
 
 def prepare_for_trtexec(
     bundle: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    spec: EngineSpec,
-    calib_data: Any = None,
-    force_calibration: bool = False,
-) -> Path:
+    spec: BuildSpec,
+    calib_data: CalibrationData | Data | None = None,
+) -> PreparedGraphs:
     """Writes the folder `out`: a bundle's graphs as TensorRT 8.5 and 8.6 parse them, and `SCRIPT`.
 
     Args:
@@ -66,42 +110,43 @@ def prepare_for_trtexec(
         out: folder, written whole or not at all.
         spec: precision, sizes and workspace; the backend plays no part.
         calib_data: as for `build_engine`.
-        force_calibration: likewise.
 
     Raises:
         ArtifactError: if the bundle does not verify.
-        UsageError: for INT8 without `calib_data`.
-        DataError: for images that cannot be used.
+        UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
-    opened = open_bundle(bundle)
-    calibration = ranges = search = None
-    if spec.precision == "int8" or (spec.precision == "fp16" and calib_data is not None):
-        calibration = choose_calibration(calib_data, spec, force=force_calibration)
-    fields: dict[str, Any] = {"spec": to_dict(spec), "bundle_sha256": opened.sha256}
-    fields |= {key: opened.manifest[key] for key in _INHERITED}
-    with atomic_folder(out, KIND) as folder:
-        if calibration is not None and spec.precision == "int8":
-            ranges, fields["calibration"] = calibration.ranges(opened, folder)
-        if calibration is not None and calibration.images:
-            search = search_overflow(opened, calibration.images)
+    opened, path = open_bundle(bundle), Path(out)
+    low = prepare(opened, spec.quantize, calib_data, path, half=True)
+    with atomic_folder(path, KIND) as folder:
+        low.save(folder)
         commands, beyond = [], {}
         for part, profile in profiles(opened, spec).items():
-            graph = prepare_part(part, opened, folder, spec, ranges, search, typed=False, operators="library")
+            graph = prepare_part(part, opened, folder, spec, low, typed=False, operators="library")
             beyond[part] = graph.beyond
             commands.append(trtexec_command(graph, PLANS[part], profile, spec.workspace, plugin=part == "head"))
-        opened.copy(GOLDEN, folder)
+        opened.files.copy(GOLDEN, folder)
         (folder / SCRIPT).write_text(_HEADER + "".join(f"\n{command}\n" for command in commands))
         (folder / SCRIPT).chmod(0o755)
-        if spec.precision != "fp32":
-            fields["fp16"] = fp16_fields(search, beyond)
-        write_manifest(folder, KIND, fields)
-    return Path(out)
+        found = opened.manifest
+        manifest = GraphsManifest(
+            spec=replace(spec, exclude_nodes=low.exclude_nodes),
+            bundle_sha256=opened.sha256,
+            model=found.model,
+            preprocess=found.preprocess,
+            landmark_rule=found.landmark_rule,
+            landmark_seed=found.landmark_seed,
+            calibration=low.calibration,
+            fp16=None if spec.precision == "fp32" else HalfFacts(low.searched, beyond),
+            float_nodes=low.exclude_nodes,
+        )
+        write_manifest(folder, KIND, to_table(manifest))
+    return PreparedGraphs(str(path))
 
 
 def trtexec_command(
     graph: PreparedGraph,
     plan: str,
-    profile: Mapping[str, tuple[tuple[int, ...], ...]],
+    profile: Mapping[str, Sequence[Sequence[int]]],
     workspace: float | None,
     *,
     plugin: bool,

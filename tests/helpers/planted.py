@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from nformer_edge.core.artifact import write_manifest
-from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec, to_dict
+from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec
+from nformer_edge.core.values import to_table
+from nformer_edge.exporting.bundle import BundleManifest, Normalization
 from nformer_edge.ops.contract import LANDMARK_RULE
 
 SPEC = ModelSpec(BackboneSpec("resnet18", 16), None, PreprocessSpec(32, 16))
@@ -57,11 +59,19 @@ def planted_bundle(folder: Path) -> Path:
     onnx.save(model, folder / "backbone.onnx")
     images = rng.normal(0, 1, (2, 3, 32, 16)).astype(np.float32)
     np.savez(folder / "golden.npz", images=images, features=np.zeros((2, 16), np.float32))
-    fields = {
-        "model": to_dict(SPEC), "opset": 18, "landmark_rule": LANDMARK_RULE, "landmark_seed": 0,
-        "preprocess": to_dict(SPEC.preprocess),
-    }  # fmt: skip
-    write_manifest(folder, "bundle", fields)
+    manifest = BundleManifest(
+        model=SPEC,
+        preprocess=SPEC.preprocess,
+        normalization=Normalization(None, "nowhere"),
+        landmark_rule=LANDMARK_RULE,
+        landmark_seed=0,
+        opset=18,
+        checkpoint_sha256="",
+        ir_version=9,
+        versions={},
+        self_check={},
+    )
+    write_manifest(folder, "bundle", to_table(manifest))
     return folder
 
 

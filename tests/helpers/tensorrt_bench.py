@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from helpers import fake_tensorrt
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.backends.tensorrt import network
 from nformer_edge.backends.tensorrt.cuda import Gpu
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.exporting.bundle import open_bundle
+from nformer_edge.quantize.prepare import prepare
 
 GPU = Gpu("Fake Orin", "8.7", 16)
 
@@ -29,9 +31,10 @@ class Bench:
         self.out = folder / "engine"
         self.out.mkdir()
 
-    def build(self, precision="fp32", calibration=None, **settings):
-        wanted = EngineSpec(backend="tensorrt", precision=precision, **settings)
-        return tensorrt.build(open_bundle(self.bundle), self.out, wanted, calibration, self.plan)
+    def build(self, precision="fp32", calib_data=None, **settings):
+        wanted, bundle = BuildSpec(backend="tensorrt", precision=precision, **settings), open_bundle(self.bundle)
+        low = prepare(bundle, wanted.quantize, calib_data, self.out, half=True)
+        return tensorrt.build(bundle, self.out, wanted, low, self.plan)
 
     def plan(self, job):
         return network.build_plan(self.trt, job)

@@ -7,83 +7,95 @@ CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ no
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from nformer_edge.core.errors import BackendError
+from nformer_edge.backends.engine import Built, BuiltFor, Counts, PartAudit
+from nformer_edge.backends.runner import Runner
+from nformer_edge.backends.spec import BuildSpec
+from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import instruction_sets, versions
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD
+from nformer_edge.core.spec import Precision
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, Bundle, ModelFiles
 from nformer_edge.exporting.session import open_session
-from nformer_edge.quantize.calibrate import Calibration
-from nformer_edge.quantize.decide import weights_have_7_bits
-from nformer_edge.quantize.spec import EngineSpec, OpenBundle
+from nformer_edge.quantize.values import LowPrecision
 
 NAME: Final = "onnxruntime"
 EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
-PRECISIONS = ("fp32", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 
 
 def missing() -> tuple[str, ...]:
     """See `Backend.missing`."""
-    return () if importlib.util.find_spec("onnxruntime") else ("no package onnxruntime",)
+    return () if importlib.util.find_spec(NAME) else (f"no package {NAME}",)
 
 
 def missing_to_run() -> tuple[str, ...]:
     """See `Backend.missing_to_run`."""
-    return ()
+    return missing()
 
 
-def build(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None) -> dict[str, Any]:
-    """See `BackendModule.build`.
+def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision) -> Built:
+    """See `Backend.build`.
 
     Raises:
-        BackendError: for FP16, a device that is not the CPU, or INT8 without the package onnx.
+        BackendError: for FP16, or a device that is not the CPU.
     """
     if spec.precision == "fp16":
-        raise BackendError(
-            "precision",
-            "fp16 for onnxruntime on a CPU",
-            "fp32 or int8",
-            "Its CPU kernels would compute in float32 behind casts, and slower: use --int8, or a GPU backend.",
-        )
+        hint = "Its CPU kernels would compute in float32 behind casts, and slower: use --int8, or a GPU backend."
+        raise BackendError("precision", f"fp16 for {NAME} on a CPU", "fp32 or int8", hint)
     if spec.device not in (None, "cpu"):
-        raise BackendError("device", spec.device, "cpu for onnxruntime", "Leave --device out, or use TensorRT.")
-    if bundle.has_head:
-        bundle.copy(HEAD, folder)
-    bundle.copy(GOLDEN, folder)
-    fields: dict[str, Any] = {"versions": versions("onnxruntime", "onnx", "numpy")}
-    precision = {"backbone": bundle.backbone_precision} | ({"head": "fp32"} if bundle.has_head else {})
-    if spec.precision == "fp32":
-        bundle.copy(BACKBONE, folder)
-        return fields | {"precision": precision}
-    assert calibration is not None, "build_engine chose it"
-    fields |= _build_int8(bundle, folder, spec, calibration)
-    return fields | {"precision": precision | {"backbone": "int8"}}
-
-
-def _build_int8(bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration) -> dict[str, Any]:
-    ranges, facts = calibration.ranges(bundle, folder)
-    from nformer_edge.quantize.place_cpu import quantize_backbone
-
-    reduce_range = weights_have_7_bits(spec)
-    bundle.copy(BACKBONE, folder)  # the verified bytes; replaced by the quantized file below
-    counts = quantize_backbone(
-        folder / BACKBONE, folder / BACKBONE, ranges, reduce_range=reduce_range, exclude=spec.exclude_nodes
-    )
-    _record_features(folder)
-    return {
-        "calibration": facts,
-        "audit": counts,
-        "built_on": {"instruction_sets": list(instruction_sets()), "reduce_range": reduce_range},
+        raise BackendError("device", spec.device, f"cpu for {NAME}", "Leave --device out, or use TensorRT.")
+    for name in (BACKBONE, GOLDEN, *([HEAD] if bundle.has_head else [])):
+        bundle.files.copy(name, folder)
+    used = versions(NAME, "onnx", "numpy")
+    precision: dict[str, Precision] = {
+        "backbone": bundle.backbone_precision,
+        **({"head": "fp32"} if bundle.has_head else {}),
     }
+    if low.ranges is None:
+        return Built(versions=used, precision=precision)
+    audit = _quantize(bundle, folder, low)
+    made_on = BuiltFor(instruction_sets=instruction_sets(), reduce_range=low.reduce_range)
+    return Built(
+        versions=used, precision={**precision, "backbone": "int8"}, audit={"backbone": audit}, built_for=made_on
+    )
 
 
-def _record_features(folder: Path) -> None:
-    """The self-test of an INT8 engine compares with what it gave when it was built, not with FP32."""
-    with np.load(folder / GOLDEN, allow_pickle=False) as z:
-        arrays = {name: z[name] for name in z.files}
+def run(
+    model: ModelFiles,
+    *,
+    device: str | None = None,
+    intra_op_threads: int | None = None,
+    contexts: int | None = None,
+    native: bool = True,
+) -> Runner:
+    """See `Backend.run`. Runs a bundle as it runs an engine."""
+    from nformer_edge.backends.onnxruntime.run import OnnxRuntimeRunner
+
+    if device not in (None, "cpu"):
+        raise UsageError("device", device, f"nothing for {NAME}", "Leave it out: it runs on the CPU.")
+    if contexts is not None:
+        hint = "Set intra_op_threads: CPU threads of one forward pass."
+        raise UsageError("contexts", contexts, f"nothing for {NAME}", hint)
+    return OnnxRuntimeRunner(model, intra_op_threads=intra_op_threads, native=native)
+
+
+def _quantize(bundle: Bundle, folder: Path, low: LowPrecision) -> PartAudit:
+    """Replaces the backbone in `folder`, and in the self-test its features: INT8 is not compared with FP32."""
+    import onnx
+
+    from nformer_edge.quantize.fp16 import product_types
+    from nformer_edge.quantize.placement_cpu import quantize_backbone
+
+    assert low.ranges is not None, "asked for"
+    model = quantize_backbone(bundle.backbone, low.ranges, reduce_range=low.reduce_range, exclude=low.exclude_nodes)
+    onnx.save(model, folder / BACKBONE)
     session = open_session((folder / BACKBONE).read_bytes(), BACKBONE)
-    (arrays["features"],) = session.run(["features"], {"images": arrays["images"]})
-    np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]
+    (features,) = session.run(["features"], {"images": bundle.golden["images"]})
+    np.savez(folder / GOLDEN, **{**bundle.golden, "features": features})  # type: ignore[arg-type]
+    counts = Counter(product_types(model).values())
+    return PartAudit({kind: Counts(counts[kind], counts[kind]) for kind in ("int8", "fp32") if counts[kind]})

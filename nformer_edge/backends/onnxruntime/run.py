@@ -6,18 +6,16 @@ by the standard operators of its own function bodies.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from nformer_edge.backends.onnxruntime.build import NAME
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
-from nformer_edge.core.artifact import MANIFEST, read_manifest, sha256_file
-from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.exporting.bundle import BACKBONE, HEAD, model_spec, read_golden, read_graph
+from nformer_edge.exporting.bundle import BACKBONE, HEAD, ModelFiles, check_graphs
 from nformer_edge.exporting.session import open_session
 from nformer_edge.ops import onnx_ops
 
@@ -29,48 +27,31 @@ class OnnxRuntimeRunner:
     """See `backends.runner.Runner`. Sessions are made when the context is entered, or at first use.
 
     Args:
-        path: folder of a bundle or of an engine built for onnxruntime.
-        kind: ``bundle`` or ``engine``.
+        model: a bundle, or an engine built for onnxruntime.
         intra_op_threads: onnxruntime's choice (one a core) if None.
         max_batch: larger batches are split.
         native: run the head's operators in the native kernels where they are compiled.
 
     Raises:
-        ArtifactError: if the folder does not verify, or is of a version that this one does not know.
+        ArtifactError: if a graph is missing, or there is one too many.
         BackendError: if onnxruntime is not installed.
     """
 
-    backend = "onnxruntime"
+    backend = NAME
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        kind: str,
-        *,
-        intra_op_threads: int | None = None,
-        max_batch: int = MAX_BATCH,
-        native: bool = True,
+        self, model: ModelFiles, *, intra_op_threads: int | None = None, max_batch: int = MAX_BATCH, native: bool = True
     ) -> None:
         check_at_least("max_batch", max_batch, 1)
         if intra_op_threads is not None:
             check_at_least("intra_op_threads", intra_op_threads, 1)
-        self._path = os.fspath(path)
-        self._manifest = read_manifest(path, kind)
-        self.spec = model_spec(self._path, self._manifest)
+        check_graphs(model)
+        self._model = model
+        self.spec, self.sha256, self.has_head = model.spec, model.sha256, model.has_head
         self.name = model_name(self.spec)
-        self.sha256 = sha256_file(os.path.join(self._path, MANIFEST))
-        self.checkpoint = str(self._manifest.get("checkpoint_sha256", ""))
-        self.has_head = HEAD in self._manifest["files"]
-        if self.has_head != (self.spec.head is not None):
-            raise ArtifactError(
-                self._path,
-                f"{HEAD} {'without' if self.has_head else 'missing for'} a head in its spec",
-                "both or neither",
-                "Export the bundle again.",
-            )
-        stages = ("backbone", "head") if self.has_head else ("backbone",)
-        self.precision: Mapping[str, str] = self._manifest.get("precision") or dict.fromkeys(stages, "fp32")
-        self.landmark_seed = int(self._manifest["landmark_seed"])
+        self.checkpoint = model.manifest.checkpoint_sha256
+        self.precision: Mapping[str, str] = model.precision
+        self.landmark_seed = model.manifest.landmark_seed
         self.native = native and onnx_ops.available()
         self._threads, self._max_batch = intra_op_threads, max_batch
         self._sessions: dict[str, Any] = {}
@@ -88,7 +69,7 @@ class OnnxRuntimeRunner:
 
     def golden(self) -> dict[str, np.ndarray]:
         """See `Runner.golden`."""
-        return read_golden(self._path, self._manifest)
+        return self._model.golden
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`. Batches above `max_batch` are split."""
@@ -109,6 +90,6 @@ class OnnxRuntimeRunner:
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
-            graph, native = read_graph(self._path, self._manifest, name), self.native and name == HEAD
+            graph, native = self._model.files.files[name], self.native and name == HEAD
             self._sessions[name] = open_session(graph, name, self._threads, native)
         return self._sessions[name]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nformer_edge.backends.engine import Built
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
 from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
@@ -16,8 +17,8 @@ from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import nvidia_driver, package_version, version_key
 from nformer_edge.core.spec import Precision
-from nformer_edge.quantize.calibrate import Calibration
-from nformer_edge.quantize.spec import EngineSpec, OpenBundle
+from nformer_edge.exporting.bundle import Bundle
+from nformer_edge.quantize.values import LowPrecision
 
 __all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "installed_version", "missing", "missing_to_run", "run"]
 
@@ -49,9 +50,7 @@ def installed_version() -> tuple[int, ...]:
     return version_key(text)
 
 
-def build(
-    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, builder: Run = run_job
-) -> Built:
+def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision, builder: Run = run_job) -> Built:
     """See `Backend.build`.
 
     Raises:
@@ -75,7 +74,7 @@ def build(
     if bundle.has_head:
         operators, job = _with_operators(job, here)
     typed = here >= (10,)
-    return build_plans(bundle, folder, spec, calibration, typed=typed, operators=operators, job=job, builder=builder)
+    return build_plans(bundle, folder, spec, low, typed=typed, operators=operators, job=job, builder=builder)
 
 
 def _with_operators(job: PlanJob, here: tuple[int, ...]) -> tuple[Operators, PlanJob]:
@@ -91,7 +90,7 @@ def _with_operators(job: PlanJob, here: tuple[int, ...]) -> tuple[Operators, Pla
     raise BackendError("plugin", got, "one of the two: the head's operators are no part of TensorRT", hint)
 
 
-def refuse_dla(bundle: OpenBundle, spec: EngineSpec, here: tuple[int, ...]) -> None:
+def refuse_dla(bundle: Bundle, spec: BuildSpec, here: tuple[int, ...]) -> None:
     """Raises BackendError where a DLA cannot do the work, with the reason."""
     reason = ""
     if bundle.has_head:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nformer_edge.backends.engine import Shape
-from nformer_edge.exporting.bundle import GOLDEN, HEAD, read_graph
-from nformer_edge.quantize.spec import OpenBundle
+from nformer_edge.exporting.bundle import GOLDEN, HEAD, Bundle
 
 if TYPE_CHECKING:
     from nformer_edge.backends.tensorrt.graphs import PreparedGraph
@@ -53,7 +52,7 @@ def _rows(name, count, size):
 
 def write_comparison(
     folder: Path,
-    bundle: OpenBundle,
+    bundle: Bundle,
     graphs: Mapping[str, PreparedGraph],
     profiles: Mapping[str, Profile],
     *,
@@ -116,7 +115,7 @@ def _flags(graph: PreparedGraph) -> list[str]:
     ]
 
 
-def _for_onnxruntime(bundle: OpenBundle, graph: Path) -> Path:
+def _for_onnxruntime(bundle: Bundle, graph: Path) -> Path:
     """The head's graph with bodies for our nodes again; the same file where it has them."""
     import onnx
     import onnx.version_converter
@@ -124,7 +123,7 @@ def _for_onnxruntime(bundle: OpenBundle, graph: Path) -> Path:
     model = onnx.load(graph)
     if model.functions:
         return graph
-    whole = onnx.load_from_string(read_graph(bundle.folder, bundle.manifest, HEAD))
+    whole = onnx.load_from_string(bundle.head)
     opsets = [next(o.version for o in m.opset_import if not o.domain) for m in (model, whole)]
     if opsets[0] < opsets[1]:  # TensorRT 8's graphs are older than the bodies
         model = onnx.version_converter.convert_version(model, opsets[1])

@@ -13,7 +13,7 @@ from nformer_edge.backends.tensorrt import surgery
 from nformer_edge.backends.tensorrt.plugin.library import Operators
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.spec import Precision
-from nformer_edge.exporting.bundle import BACKBONE, HEAD, read_graph
+from nformer_edge.exporting.bundle import BACKBONE, HEAD, Bundle
 from nformer_edge.ops.contract import DOMAIN
 from nformer_edge.quantize.fp16 import (
     backbone_float32,
@@ -24,9 +24,8 @@ from nformer_edge.quantize.fp16 import (
     to_half,
     unfit_weights,
 )
-from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
-from nformer_edge.quantize.ranges import Ranges
-from nformer_edge.quantize.spec import OpenBundle
+from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.values import Ranges
 
 #: The newest opset that TensorRT 8.5 and 8.6 parse.
 _OPSET_OF_8 = 17
@@ -63,7 +62,7 @@ class PreparedGraph:
 
 
 def prepare_backbone(
-    bundle: OpenBundle,
+    bundle: Bundle,
     folder: Path,
     precision: Precision,
     ranges: Ranges | None = None,
@@ -80,13 +79,13 @@ def prepare_backbone(
         precision: INT8 quantizes what the CPU's INT8 does; what is left is FP16, the neck FP32.
         ranges: for INT8.
         typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
-        unfit: nodes whose numbers FP16 does not hold, with the reason: `quantize.overflow.unfit_nodes`.
+        unfit: nodes whose numbers FP16 does not hold, with the reason: `quantize.values.Overflow.unfit`.
         exclude: for INT8, nodes that are not quantized, beside those that never are.
 
     Raises:
         BackendError: for another tool's graph without `typed`.
     """
-    model = _read(bundle, BACKBONE)
+    model = onnx.load_from_string(bundle.backbone)
     if bundle.backbone_precision != "fp32":
         return _as_it_stands(model, bundle, folder, typed)
     policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
@@ -97,7 +96,7 @@ def prepare_backbone(
     return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
 
 
-def _as_it_stands(model: ModelProto, bundle: OpenBundle, folder: Path, typed: bool) -> PreparedGraph:
+def _as_it_stands(model: ModelProto, bundle: Bundle, folder: Path, typed: bool) -> PreparedGraph:
     if not typed:
         got = f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8"
         hint = "Build the bundle that this was made from."
@@ -108,7 +107,7 @@ def _as_it_stands(model: ModelProto, bundle: OpenBundle, folder: Path, typed: bo
 
 
 def prepare_head(
-    bundle: OpenBundle,
+    bundle: Bundle,
     folder: Path,
     precision: Precision,
     *,
@@ -127,7 +126,7 @@ def prepare_head(
             TensorRT 10.0 to 10.6 prefers a body to a plugin. Where they are inlined, the parser does it.
         unfit: as for the backbone.
     """
-    model = _read(bundle, HEAD)
+    model = onnx.load_from_string(bundle.head)
     if operators != "inlined":
         del model.functions[:]
     named = {"library": [surgery.name_plugins("")], "ahead-of-time": [surgery.name_plugins(DOMAIN)], "inlined": []}[
@@ -137,10 +136,6 @@ def prepare_head(
     reduced: Precision = "fp32" if precision == "fp32" else "fp16"
     half = head_float16(model) if reduced == "fp16" else set()
     return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", reduced, typed)
-
-
-def _read(bundle: OpenBundle, name: str) -> ModelProto:
-    return onnx.load_from_string(read_graph(bundle.folder, bundle.manifest, name))
 
 
 def _written(

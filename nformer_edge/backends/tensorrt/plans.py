@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nformer_edge.backends.engine import Built, PartAudit, Shape
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.audit import audit_plan
 from nformer_edge.backends.tensorrt.comparison import write_comparison
 from nformer_edge.backends.tensorrt.job import BuiltPlan, PlanJob
@@ -20,16 +21,11 @@ from nformer_edge.backends.tensorrt.plugin.library import Operators
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.exporting.bundle import GOLDEN, read_golden
-from nformer_edge.quantize.calibrate import Calibration
-from nformer_edge.quantize.overflow_search import OverflowSearch, search_overflow, write_log
-from nformer_edge.quantize.plain import plain_features
-from nformer_edge.quantize.spec import EngineSpec, OpenBundle
-from nformer_edge.quantize.values import HalfFacts, Searched
+from nformer_edge.exporting.bundle import GOLDEN, Bundle
+from nformer_edge.quantize.values import HalfFacts, LowPrecision, half_log
 
 if TYPE_CHECKING:
     from nformer_edge.backends.tensorrt.graphs import PreparedGraph
-    from nformer_edge.quantize.ranges import Ranges
 
 PLANS = {spec.part: spec.file for spec in (BACKBONE, HEAD)}
 LOG = "build.log"
@@ -39,10 +35,10 @@ Profile = Mapping[str, tuple[Shape, ...]]
 
 
 def build_plans(
-    bundle: OpenBundle,
+    bundle: Bundle,
     folder: Path,
-    spec: EngineSpec,
-    calibration: Calibration | None,
+    spec: BuildSpec,
+    low: LowPrecision,
     *,
     typed: bool,
     operators: Operators,
@@ -55,7 +51,7 @@ def build_plans(
         bundle: verified.
         folder: the engine's.
         spec: what to build.
-        calibration: for INT8, its ranges; for FP16 too, images to search for numbers beyond FP16.
+        low: for INT8, its ranges; for FP16 too, numbers beyond FP16 that were found.
         typed: whether the TensorRT takes precision from the graph's types.
         operators: who computes our two operators.
         job: what both parts share.
@@ -64,11 +60,6 @@ def build_plans(
     Raises:
         BackendError: if a part cannot be built, or is not what was asked for.
     """
-    ranges, search = None, None
-    if calibration is not None and spec.precision == "int8":
-        ranges, _ = calibration.ranges(bundle, folder)
-    if calibration is not None and calibration.images and spec.precision != "fp32":
-        search = search_overflow(bundle, calibration.images)
     graphs: dict[str, PreparedGraph] = {}
     built: dict[str, BuiltPlan] = {}
     audit: dict[str, PartAudit] = {}
@@ -77,11 +68,10 @@ def build_plans(
     with tempfile.TemporaryDirectory() as temporary:
         work = folder if spec.keep_graphs else Path(temporary)
         for part, profile in tqdm(shapes.items(), desc="building plans", unit="plan", **PROGRESS):
-            graphs[part] = graph = prepare_part(
-                part, bundle, work, spec, ranges, search, typed=typed, operators=operators
-            )
+            graphs[part] = graph = prepare_part(part, bundle, work, spec, low, typed=typed, operators=operators)
             if spec.precision != "fp32":
-                write_log(folder / LOG, part, search, graph.beyond)
+                with open(folder / LOG, "a") as log:
+                    log.write(half_log(part, low.overflow, graph.beyond))
             own = replace(job, part=part, graph=str(graph.path), plan=str(folder / PLANS[part]))
             own = replace(own, log=str(folder / LOG), profile=profile, flags=graph.flags, float32=graph.float32)
             if part == BACKBONE.part:
@@ -89,13 +79,13 @@ def build_plans(
             built[part] = builder(own)
             audit[part] = audit_plan(part, built[part].layers, graph.asked, strict=typed)
             if part == BACKBONE.part:
-                _copy_golden(bundle, folder, shapes, graph.path if ranges is not None else None)
+                _copy_golden(bundle, folder, shapes, graph.path if low.ranges is not None else None)
         if spec.keep_graphs:
             write_comparison(work, bundle, graphs, shapes, rtx=operators == "inlined", typed=typed)
     last = list(built.values())[-1]
     half = None
     if spec.precision != "fp32":
-        half = half_facts(search, {part: graph.beyond for part, graph in graphs.items()})
+        half = HalfFacts(low.searched, {part: graph.beyond for part, graph in graphs.items()})
     return Built(
         versions={job.package: last.version},
         precision={part: _as_built(found) for part, found in audit.items()},
@@ -109,21 +99,8 @@ def build_plans(
     )
 
 
-def half_facts(search: OverflowSearch | None, beyond: Mapping[str, Mapping[str, str]]) -> HalfFacts:
-    """What was searched, and the nodes in FP32 beyond the policy, with why."""
-    return HalfFacts(None if search is None else Searched(search.images, search.sha256), beyond)
-
-
 def prepare_part(
-    part: str,
-    bundle: OpenBundle,
-    work: Path,
-    spec: EngineSpec,
-    ranges: Ranges | None,
-    search: OverflowSearch | None,
-    *,
-    typed: bool,
-    operators: Operators,
+    part: str, bundle: Bundle, work: Path, spec: BuildSpec, low: LowPrecision, *, typed: bool, operators: Operators
 ) -> PreparedGraph:
     """Writes one part's graph into `work`, as a TensorRT takes it: see `backends.tensorrt.graphs`.
 
@@ -138,11 +115,12 @@ def prepare_part(
             "pip install 'nformer-edge[quant]'",
         )
         raise BackendError("build-engine", f"no package {e.name}", expected, hint) from e
-    unfit = search.unfit(part) if search is not None else None
+    unfit = low.overflow.unfit(part) if low.overflow is not None else None
     if part == HEAD.part:
         return prepare_head(bundle, work, spec.precision, typed=typed, operators=operators, unfit=unfit)
-    exclude = spec.exclude_nodes
-    return prepare_backbone(bundle, work, spec.precision, ranges, typed=typed, unfit=unfit, exclude=exclude)
+    return prepare_backbone(
+        bundle, work, spec.precision, low.ranges, typed=typed, unfit=unfit, exclude=low.exclude_nodes
+    )
 
 
 def _as_built(audit: PartAudit) -> Precision:
@@ -156,7 +134,7 @@ def _as_built(audit: PartAudit) -> Precision:
     return cast(Precision, found[0])
 
 
-def profiles(bundle: OpenBundle, spec: EngineSpec) -> dict[str, Profile]:
+def profiles(bundle: Bundle, spec: BuildSpec) -> dict[str, Profile]:
     """Min, opt and max shape of each part's inputs."""
     image = (3, bundle.spec.preprocess.height, bundle.spec.preprocess.width)
     found: dict[str, Profile] = {"backbone": {"images": tuple((size, *image) for size in spec.batch)}}
@@ -167,16 +145,18 @@ def profiles(bundle: OpenBundle, spec: EngineSpec) -> dict[str, Profile]:
     return found
 
 
-def _copy_golden(bundle: OpenBundle, folder: Path, built: Mapping[str, Profile], quantized: Path | None) -> None:
+def _copy_golden(bundle: Bundle, folder: Path, built: Mapping[str, Profile], quantized: Path | None) -> None:
     """The self-test's vectors, without those that the head's profile does not admit.
 
     An INT8 backbone is compared with what its own graph gives, computed plainly, and not with FP32.
     """
-    arrays = read_golden(bundle.folder, bundle.manifest)
+    arrays = dict(bundle.golden)
     if "head" in built:
         smallest, _, largest = (shape[0] for shape in built["head"]["features"])
         if not smallest <= len(arrays["head_input"]) <= largest:
             arrays = {name: arrays[name] for name in ("images", "features")}
     if quantized is not None:
-        arrays["features"] = plain_features(quantized, arrays["images"])
+        from nformer_edge.quantize.fp16 import plain_features
+
+        arrays["features"] = plain_features(quantized.read_bytes(), arrays["images"])
     np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]

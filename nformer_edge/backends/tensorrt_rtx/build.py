@@ -10,14 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from nformer_edge.backends.engine import Built
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
 from nformer_edge.backends.tensorrt.run import run
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import nvidia_driver, package_version
 from nformer_edge.core.spec import Precision
-from nformer_edge.quantize.calibrate import Calibration
-from nformer_edge.quantize.spec import EngineSpec, OpenBundle
+from nformer_edge.exporting.bundle import Bundle
+from nformer_edge.quantize.values import LowPrecision
 
 __all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "missing", "missing_to_run", "run"]
 
@@ -43,9 +44,7 @@ def missing_to_run() -> tuple[str, ...]:
     return () if nvidia_driver() else ("no NVIDIA driver",)
 
 
-def build(
-    bundle: OpenBundle, folder: Path, spec: EngineSpec, calibration: Calibration | None, builder: Run = run_job
-) -> Built:
+def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision, builder: Run = run_job) -> Built:
     """See `Backend.build`.
 
     Raises:
@@ -71,4 +70,4 @@ def build(
         capabilities=spec.capabilities or USUAL,
         verbose=spec.verbose,
     )
-    return build_plans(bundle, folder, spec, calibration, typed=True, operators="inlined", job=job, builder=builder)
+    return build_plans(bundle, folder, spec, low, typed=True, operators="inlined", job=job, builder=builder)

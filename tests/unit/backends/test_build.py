@@ -10,16 +10,18 @@ import onnx
 import pytest
 from onnx import helper
 
-from nformer_edge.backends.build import EngineSpec, build_engine, choose_backend, describe_engine
+from nformer_edge.backends.build import EngineSummary, build_engine, choose_backend, describe_engine
+from nformer_edge.backends.engine import Counts, open_engine
 from nformer_edge.backends.onnxruntime import build as onnxruntime
 from nformer_edge.backends.open import open_model, self_test
+from nformer_edge.backends.spec import EngineSpec, parse_sizes
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.core import machine as cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.quantize.place_cpu import audit, channel_gates
-from nformer_edge.quantize.spec import parse_sizes
+from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.placement_cpu import channel_gates
 
 
 def spec(precision, **settings):
@@ -45,7 +47,10 @@ def test_an_fp32_engine_is_the_bundle_in_plain_files(tiny_bundle, tmp_path):
 def test_an_int8_engine_is_audited_and_agrees_with_fp32(int8_engine, tiny_bundle):
     manifest = read_manifest(int8_engine, "engine")
     assert manifest["precision"] == {"backbone": "int8", "head": "fp32"}
-    assert manifest["audit"] == {"Conv": {"total": 187, "int8": 139}, "Gemm": {"total": 1, "int8": 0}}
+    assert open_engine(int8_engine).manifest.audit["backbone"].multiplications == {
+        "int8": Counts(139, 139),
+        "fp32": Counts(49, 49),
+    }
     assert manifest["calibration"]["num"] == 10
     assert len(manifest["calibration"]["sha256"]) == 64
     images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 64, 32)).astype(np.float32)
@@ -80,10 +85,9 @@ def test_channel_gates_stay_in_float_and_nothing_else_does(int8_engine, tiny_bun
 
 def test_a_description_has_a_summary_to_print(int8_engine):
     found = describe_engine(int8_engine)
-    assert found["kind"] == "engine"
-    assert "backbone int8, head fp32" in found["summary"]
-    assert "Conv: 139 of 187 in INT8" in found["summary"]
-    json.dumps(found)
+    assert "backbone int8, head fp32" in str(found)
+    assert "139 of 139 in INT8, 49 of 49 in FP32" in str(found)
+    assert EngineSummary.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_int8_without_calibration_images_is_refused(tiny_bundle, tmp_path):
@@ -164,7 +168,7 @@ def test_a_spec_refuses_what_cannot_be(settings, message):
 
 def test_the_audit_counts_only_products_that_take_int8_from_both_sides():
     def product(data, weights):
-        return helper.make_node("Conv", [data, weights], [f"y_{data}_{weights}"])
+        return helper.make_node("Conv", [data, weights], [f"y_{data}_{weights}"], name=f"{data} {weights}")
 
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["data"]),
@@ -172,10 +176,10 @@ def test_the_audit_counts_only_products_that_take_int8_from_both_sides():
         product("data", "weights"),
         product("x", "weights"),
         product("data", "float_weights"),
-        helper.make_node("MatMul", ["x", "float_weights"], ["z"]),
+        helper.make_node("MatMul", ["x", "float_weights"], ["z"], name="z"),
     ]
     model = helper.make_model(helper.make_graph(nodes, "g", [], []))
-    assert audit(model) == {"Conv": {"total": 3, "int8": 1}, "MatMul": {"total": 1, "int8": 0}}
+    assert list(product_types(model).values()) == ["int8", "fp32", "fp32", "fp32"]
 
 
 @pytest.mark.parametrize(
@@ -211,16 +215,16 @@ def test_a_table_of_another_backbone_is_refused(int8_engine, tiny_bundle, tmp_pa
     with pytest.raises(ArtifactError, match="got ranges of another backbone"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "other.json")
     (tmp_path / "broken.json").write_text('{"kind": "calibration", "ranges": {"x": [1]}}')
-    with pytest.raises(ArtifactError, match="got no readable table of ranges"):
+    with pytest.raises(ArtifactError, match="expected calibration, version 1"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "broken.json")
 
 
 @pytest.mark.parametrize(("text", "sizes"), [("1:8:32", (1, 8, 32)), ("16", (1, 16, 16))])
-def test_sizes_are_read_as_fewest_best_and_most(text, sizes):
+def test_sizes_are_read_as_min_opt_and_max(text, sizes):
     assert parse_sizes(text) == sizes
 
 
 @pytest.mark.parametrize("text", ["", "8:1:2", "0:1:2", "1:2", "a:b:c", "1:2:3:4"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(UsageError, match="fewest:best:most"):
+    with pytest.raises(UsageError, match="min:opt:max"):
         parse_sizes(text)

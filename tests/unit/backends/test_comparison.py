@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.backends.tensorrt.comparison import write_comparison
 from nformer_edge.backends.tensorrt.graphs import prepare_backbone, prepare_head
 from nformer_edge.backends.tensorrt.plans import profiles
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.exporting.bundle import open_bundle
 
 POLYGRAPHY = Path(sysconfig.get_path("scripts")) / "polygraphy"
 

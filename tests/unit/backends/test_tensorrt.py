@@ -13,15 +13,17 @@ from helpers import fake_tensorrt
 from helpers.tensorrt_bench import GPU, Bench
 
 from nformer_edge.backends.engine import BuiltFor, Counts
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.backends.tensorrt import cuda
 from nformer_edge.backends.tensorrt.cuda import Gpu, gpu_facts
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.quantize.calibrate import choose_calibration
+from nformer_edge.exporting.bundle import open_bundle
 from nformer_edge.quantize.fp16 import product_types
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.quantize.prepare import prepare
+from nformer_edge.quantize.spec import QuantizeSpec
 from nformer_edge.quantize.values import HalfFacts
 
 VERSIONS = ("8.6", "10.3", "10.13", "10.16", "11.4")
@@ -35,9 +37,9 @@ def bench(tiny_bundle, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def calibration(tiny_bundle, tiny_market, tmp_path_factory):
     """A table of ranges, measured once."""
-    wanted, folder = EngineSpec(precision="int8", calib_num=4, calib_method="minmax"), tmp_path_factory.mktemp("ranges")
-    choose_calibration(tiny_market, wanted).ranges(open_bundle(tiny_bundle), folder)
-    return choose_calibration(folder / "calibration.json", wanted)
+    spec, folder = QuantizeSpec("int8", "minmax", calib_num=4), tmp_path_factory.mktemp("ranges")
+    prepare(open_bundle(tiny_bundle), spec, tiny_market, folder, half=False).save(folder)
+    return folder / "calibration.json"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_a_dla_that_could_not_do_the_work_is_refused_with_the_reason(bench, vers
     b = bench(version)
     with pytest.raises(BackendError, match=reason):
         tensorrt.refuse_dla(
-            SimpleNamespace(has_head=head), EngineSpec(precision=precision, dla=0), tensorrt.installed_version()
+            SimpleNamespace(has_head=head), BuildSpec(precision=precision, dla=0), tensorrt.installed_version()
         )
     assert b.machine.built == []
 
@@ -268,12 +270,6 @@ def test_a_gpu_is_asked_of_the_driver(monkeypatch):
         gpu_facts()
 
 
-@pytest.fixture(scope="module")
-def images(tiny_bundle, tiny_market):
-    """Training images to search."""
-    return choose_calibration(tiny_market, EngineSpec(precision="fp16", calib_num=6))
-
-
 def test_without_images_the_policy_stands_alone_and_the_build_says_so(bench):
     b = bench()
     built = b.build("fp16")
@@ -286,9 +282,9 @@ def test_a_float32_build_says_nothing_of_fp16(bench):
     assert bench().build("fp32").fp16 is None
 
 
-def test_with_images_overflow_is_searched_and_nothing_is_found_where_fp16_holds(bench, images):
+def test_with_images_overflow_is_searched_and_nothing_is_found_where_fp16_holds(bench, tiny_market):
     b = bench()
-    built = b.build("fp16", images)
+    built = b.build("fp16", tiny_market, calib_num=6)
     assert built.fp16.searched.images == 6
     assert len(built.fp16.searched.sha256) == 64
     assert built.fp16.kept == {"backbone": {}, "head": {}}
@@ -297,10 +293,10 @@ def test_with_images_overflow_is_searched_and_nothing_is_found_where_fp16_holds(
 
 @pytest.mark.parametrize("version", ["8.6", "10.3", "11.4"])
 def test_what_leaves_fp16_stays_in_float32_and_manifest_and_log_say_which_and_why(
-    overflowing_bundle, tmp_path, monkeypatch, images, version
+    overflowing_bundle, tmp_path, monkeypatch, tiny_market, version
 ):
     b = Bench(overflowing_bundle, tmp_path, monkeypatch, version)
-    built = b.build("fp16", images)
+    built = b.build("fp16", tiny_market, calib_num=6)
     kept = built.fp16.kept["backbone"]
     assert 3 <= len(kept) < 10
     assert kept["/trunk/maxpool/MaxPool"].startswith("numbers up to ")
@@ -321,8 +317,7 @@ def test_an_int8_build_keeps_them_too_and_their_multiplications_stay_int8(
     overflowing_bundle, tmp_path, monkeypatch, tiny_market
 ):
     b = Bench(overflowing_bundle, tmp_path, monkeypatch, "10.13")
-    wanted = EngineSpec(precision="int8", calib_num=4, calib_method="minmax")
-    built = b.build("int8", choose_calibration(tiny_market, wanted))
+    built = b.build("int8", tiny_market, calib_num=4, calib_method="minmax")
     assert built.audit["backbone"].multiplications["int8"] == Counts(139, 139)
     model = b.machine.built[0]["model"]
     first = next(n for n in model.graph.node if n.name == "/trunk/conv1/conv/Conv")

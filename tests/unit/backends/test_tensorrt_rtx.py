@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 
 from nformer_edge.backends.build import build_engine, describe_engine
+from nformer_edge.backends.spec import EngineSpec, resolve
 from nformer_edge.backends.tensorrt.job import run_job
 from nformer_edge.backends.tensorrt_rtx import build as tensorrt_rtx
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import BackendError
+from nformer_edge.exporting.bundle import open_bundle
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.quantize.calibrate import choose_calibration
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.quantize.prepare import prepare
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="no package tensorrt_rtx: pip install '.[tensorrt-rtx]'"
@@ -56,7 +57,7 @@ def images(demo, tmp_path_factory):
     return folder
 
 
-def build(bundle, folder, wanted, calibration=None):
+def build(bundle, folder, wanted, calib_data=None):
     """What was built, and of each part the layers."""
     layers = {}
 
@@ -65,7 +66,9 @@ def build(bundle, folder, wanted, calibration=None):
         layers[job.part] = built.layers
         return built
 
-    return tensorrt_rtx.build(open_bundle(bundle), folder, wanted, calibration, run), layers
+    chosen, opened = resolve(wanted), open_bundle(bundle)
+    low = prepare(opened, chosen.quantize, calib_data, folder, half=True)
+    return tensorrt_rtx.build(opened, folder, chosen, low, run), layers
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +106,7 @@ def named(layers):
 
 
 def test_the_demos_backbone_in_int8_has_every_convolution_in_int8_and_its_neck_in_fp32(demo, images, tmp_path):
-    wanted = spec("int8")
-    made, layers = build(demo, tmp_path, wanted, choose_calibration(images, wanted))
+    made, layers = build(demo, tmp_path, spec("int8"), images)
     assert made.precision == {"backbone": "int8", "head": "fp16"}
     assert counts(made, "backbone") == {"int8": (20, 20), "fp32": (1, 1)}
     convolutions = [layer for layer in layers["backbone"] if layer.kind == "correlation"]
@@ -113,7 +115,6 @@ def test_the_demos_backbone_in_int8_has_every_convolution_in_int8_and_its_neck_i
     with np.load(tmp_path / "golden.npz") as found, np.load(demo / "golden.npz") as exported:
         assert cosines(found["features"], exported["features"]).min() >= 0.9
         assert not np.array_equal(found["features"], exported["features"])
-    assert (tmp_path / "calibration.json").is_file()
 
 
 def test_an_engine_is_plain_plans_with_a_manifest_that_tells_what_they_are(tiny_bundle, tmp_path):

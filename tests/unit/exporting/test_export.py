@@ -16,7 +16,7 @@ from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
 from nformer_edge.exporting import export
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, model_spec, read_golden, read_graph
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, open_bundle
 from nformer_edge.exporting.trace import folded_neck, trace_head
 from nformer_edge.metrics.agreement import ROUNDING, row_errors
 from nformer_edge.model.backbone import Backbone
@@ -39,7 +39,7 @@ def test_a_bundle_says_what_a_device_must_know(tiny_bundle, tiny_checkpoint):
     manifest = read_manifest(tiny_bundle, "bundle")
     checkpoint = load_checkpoint(tiny_checkpoint)
     assert sorted(manifest["files"]) == [BACKBONE, GOLDEN, HEAD]
-    assert model_spec("bundle", manifest) == checkpoint.spec
+    assert open_bundle(tiny_bundle).spec == checkpoint.spec
     assert manifest["preprocess"] == to_dict(checkpoint.spec.preprocess)
     assert manifest["checkpoint_sha256"] == checkpoint.sha256
     assert (manifest["landmark_seed"], manifest["opset"]) == (7, 18)
@@ -118,8 +118,7 @@ def test_the_neck_of_either_kind_folds_without_changing_what_it_gives(neck):
 
 
 def test_golden_vectors_are_those_of_pytorch(tiny_bundle, tiny_checkpoint):
-    manifest = read_manifest(tiny_bundle, "bundle")
-    golden, checkpoint = read_golden(tiny_bundle, manifest), load_checkpoint(tiny_checkpoint)
+    golden, checkpoint = open_bundle(tiny_bundle).golden, load_checkpoint(tiny_checkpoint)
     with torch.no_grad():
         features = checkpoint.backbone(torch.from_numpy(golden["images"])).numpy()
         related = checkpoint.head(torch.from_numpy(golden["head_input"]), torch.from_numpy(golden["landmarks"])).numpy()
@@ -166,14 +165,21 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tiny_checkpoint, tmp_path
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_manifest_of_an_unknown_opset_or_rule_is_refused(tiny_bundle):
-    manifest = read_manifest(tiny_bundle, "bundle")
-    with pytest.raises(ArtifactError, match="opset: got 25"):
-        model_spec("b", manifest | {"opset": 25})
-    with pytest.raises(ArtifactError, match="landmark_rule: got 'dice'"):
-        model_spec("b", manifest | {"landmark_rule": "dice"})
-    with pytest.raises(ArtifactError, match="model: got an unreadable spec"):
-        model_spec("b", manifest | {"model": {"backbone": {"arch": "vgg"}}})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": 25}, "opset: got 25"),
+        ({"landmark_rule": "dice"}, "landmark_rule: got 'dice'"),
+        ({"model": {"backbone": {"arch": "vgg"}}}, "model.backbone.arch: got 'vgg'"),
+    ],
+)
+def test_a_manifest_of_an_unknown_opset_rule_or_model_is_refused(tiny_bundle, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(ArtifactError, match=message):
+        open_bundle(copy)
 
 
 def test_a_graph_whose_tensors_lie_elsewhere_is_refused(tiny_bundle, tmp_path):
@@ -185,7 +191,7 @@ def test_a_graph_whose_tensors_lie_elsewhere_is_refused(tiny_bundle, tmp_path):
         copy, "bundle", {k: v for k, v in json.loads((copy / "manifest.json").read_text()).items() if k != "files"}
     )
     with pytest.raises(ArtifactError, match="stored in another file"):
-        read_graph(copy, read_manifest(copy, "bundle"), BACKBONE)
+        open_bundle(copy)
 
 
 def test_a_trace_changes_nothing_in_the_module_it_takes():

@@ -19,13 +19,13 @@ from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import BackendError, DataError, UsageError
-from nformer_edge.exporting.bundle import BACKBONE, HEAD, read_golden
+from nformer_edge.exporting.bundle import BACKBONE, HEAD, open_bundle
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.quantize.fp16 import backbone_float32, product_types, to_half
 from nformer_edge.quantize.modelopt import bundle_by_modelopt
-from nformer_edge.quantize.place_cpu import float_nodes
-from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
-from nformer_edge.quantize.ranges import Ranges
+from nformer_edge.quantize.placement_cpu import float_nodes
+from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.values import Ranges
 
 INSTALLED = importlib.util.find_spec("modelopt") is not None
 
@@ -82,7 +82,7 @@ def test_a_quantized_bundle_says_so_and_runs_and_keeps_the_head(tool, tiny_bundl
     assert manifest["files"][HEAD] == source["files"][HEAD]
     assert manifest["calibration"]["num"] == 6
     assert manifest["landmark_seed"] == 7
-    assert "self_check" not in manifest
+    assert manifest["self_check"] == {}
     assert "int8" in product_types(plain(out)).values()
     with open_model(out) as runner:
         assert runner.precision["backbone"] == "int8"
@@ -114,7 +114,7 @@ def test_a_halved_bundle_keeps_our_float_nodes_and_float_ends(tool, tiny_bundle,
     out = bundle_by_modelopt(tiny_bundle, tmp_path / "out", tiny_market, precision="fp16", calib_num=2)
     kinds = product_types(plain(out))
     assert {kind for name, kind in kinds.items() if name not in backbone_float32(plain(tiny_bundle))} == {"fp16"}
-    found, before = (read_golden(f, read_manifest(f, "bundle")) for f in (out, tiny_bundle))
+    found, before = (open_bundle(folder).golden for folder in (out, tiny_bundle))
     assert found["features"].dtype == np.float32
     assert cosines(found["features"], before["features"]).min() >= 0.9995
 
@@ -135,7 +135,7 @@ def test_the_command_tells_what_it_wrote(tool, tiny_bundle, tiny_market, tmp_pat
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_modelopt_itself_makes_a_bundle_that_ranks_alike(tiny_bundle, tiny_market, tmp_path, precision):
     out = bundle_by_modelopt(tiny_bundle, tmp_path / "out", tiny_market, precision=precision, calib_num=8)
-    found, before = (read_golden(f, read_manifest(f, "bundle")) for f in (out, tiny_bundle))
+    found, before = (open_bundle(folder).golden for folder in (out, tiny_bundle))
     assert cosines(found["features"], before["features"]).min() >= {"int8": 0.97, "fp16": 0.998}[precision]
     counts = list(product_types(plain(out)).values())
     assert 2 * counts.count(precision) >= len(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nformer_edge.quantize.mse import mse_range, quantized
+from nformer_edge.quantize.calibrate import mse_range, quantized
 
 
 def histogram(values, times=1, bins=2048):

@@ -12,9 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from nformer_edge.core.errors import BackendError
 from nformer_edge.exporting.session import open_session
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.quantize.fp16 import backbone_float32, for_cpu, head_float16, to_half, unfit_weights
-from nformer_edge.quantize.overflow import LARGEST, MARGIN, SMALLEST, Reach, measure_reach, unfit_nodes
-from nformer_edge.quantize.plain import plain_features
+from nformer_edge.quantize.fp16 import backbone_float32, for_cpu, head_float16, plain_features, to_half, unfit_weights
+from nformer_edge.quantize.overflow import measure_reach
+from nformer_edge.quantize.values import LARGEST, MARGIN, SMALLEST, Overflow, Reach, Searched
+
+
+def unfit(reach):
+    return Overflow(Searched(1, ""), {"part": reach}).unfit("part")
 
 
 def run(model, feed):
@@ -72,7 +76,7 @@ def test_squares_that_vanish_are_found_though_what_is_squared_does_not():
     model = graph_of([node], [1, 2], ("axes", np.array([1])))
     found = measure_reach(model, [{"x": f32([3e-4, 4e-4])}])
     assert found["m"].faintest == pytest.approx(25e-8)
-    assert unfit_nodes(found) == {"m": "numbers down to 2.5e-07"}
+    assert unfit(found) == {"m": "numbers down to 2.5e-07"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def halved(model, *kept):
 def test_a_layer_whose_numbers_leave_fp16_is_found_and_fp16_then_has_no_infinity(scaled, golden):
     images = {"images": golden["images"]}
     assert cosines(run(scaled, images), golden["features"]).min() >= 0.99999
-    found = unfit_nodes(measure_reach(scaled, [images]))
+    found = unfit(measure_reach(scaled, [images]))
     beyond = set(found) | set(unfit_weights(scaled))
     kinds = [n.op_type for n in scaled.graph.node if n.name in beyond]
     assert {"Conv", "Relu", "MaxPool"} == set(kinds)
@@ -152,7 +156,6 @@ def test_plain_features_are_rounded_as_the_types_say(there_and_back, number, flo
     onnx.save(half, tmp_path / "half.onnx")
     assert plain_features(there_and_back.SerializeToString(), f32([number])) == number
     assert plain_features(half.SerializeToString(), f32([number])) == float16
-    assert plain_features(tmp_path / "half.onnx", f32([number])) == float16
 
 
 def test_plain_features_that_overflow_are_refused(there_and_back):
@@ -164,10 +167,10 @@ def test_plain_features_that_overflow_are_refused(there_and_back):
 
 def test_nothing_is_found_where_fp16_holds(tiny_bundle, golden):
     model = onnx.load(tiny_bundle / "backbone.onnx")
-    found = unfit_nodes(measure_reach(model, [{"images": golden["images"]}]))
+    found = unfit(measure_reach(model, [{"images": golden["images"]}]))
     assert not set(found) - backbone_float32(model)
     head = onnx.load(tiny_bundle / "nformer.onnx")
-    found = unfit_nodes(measure_reach(head, [head_feed(golden)]))
+    found = unfit(measure_reach(head, [head_feed(golden)]))
     assert not set(found) & head_float16(head)
 
 
@@ -223,7 +226,7 @@ def unscaled(request, tmp_path_factory):
 def test_a_head_that_takes_features_as_they_come_ranks_in_fp16_as_in_float32_at_every_scale(unscaled, golden, scale):
     """Its scores grow with the fourth power of the input, so no scale ranks as another; each must rank as in FP32."""
     feed = head_feed(golden, scale)
-    found = unfit_nodes(measure_reach(unscaled, [feed]))
+    found = unfit(measure_reach(unscaled, [feed]))
     half = to_half(unscaled, head_float16(unscaled) - found.keys())
     expected, output = run(unscaled, feed), run(half, feed)
     assert np.isfinite(output).all()
@@ -245,7 +248,7 @@ def test_what_the_policy_alone_lets_through_is_found_in_a_head_of_long_features(
     feed = head_feed(golden, 1e6)
     expected, policy = run(unscaled, feed), run(to_half(unscaled, head_float16(unscaled)), feed)
     assert not cosines(policy, expected).min() >= 0.99
-    found = unfit_nodes(measure_reach(unscaled, [feed]))
+    found = unfit(measure_reach(unscaled, [feed]))
     beyond = head_float16(unscaled) & found.keys()
     assert beyond
     searched = run(to_half(unscaled, head_float16(unscaled) - beyond), feed)

@@ -13,29 +13,31 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.exporting.session import open_session
-from nformer_edge.quantize.place_cpu import (
-    audit,
+from nformer_edge.quantize.calibrate import CALIBRATED, measure_ranges
+from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.placement import FOLLOWERS, node_groups
+from nformer_edge.quantize.placement_cpu import (
     excluded_products,
     float_nodes,
-    measure_ranges,
+    for_onnxruntime,
     place_for_cpu,
     quantized_nodes,
     require_quantized,
 )
-from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
-from nformer_edge.quantize.placement import FOLLOWERS, node_groups
-from nformer_edge.quantize.ranges import CALIBRATED
+from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
 
 
 @pytest.fixture(scope="module")
 def ranges(tiny_bundle, tiny_market):
     images = [str(p) for p in sorted((tiny_market / "bounding_box_train").iterdir())[:4]]
-    return measure_ranges(tiny_bundle / "backbone.onnx", images, PreprocessSpec(64, 32), "minmax")
+    return measure_ranges((tiny_bundle / "backbone.onnx").read_bytes(), images, PreprocessSpec(64, 32), ["minmax"])[
+        "minmax"
+    ]
 
 
 @pytest.fixture(scope="module")
 def placement(tiny_bundle, ranges):
-    return place_for_cpu(tiny_bundle / "backbone.onnx", ranges, reduce_range=True)
+    return place_for_cpu((tiny_bundle / "backbone.onnx").read_bytes(), ranges, reduce_range=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def excluding(placement, ranges, names):
     options = {"ActivationSymmetric": False, "WeightSymmetric": True, "QuantizeBias": True}
     left = [*float_nodes(plain), *names]
     return QDQQuantizer(
-        plain, True, True, QuantType.QInt8, QuantType.QUInt8, ranges.for_onnxruntime(), [], left, CALIBRATED, options
+        plain, True, True, QuantType.QInt8, QuantType.QUInt8, for_onnxruntime(ranges), [], left, CALIBRATED, options
     ).quantize_model()
 
 
@@ -74,7 +76,7 @@ def test_without_some_nodes_it_computes_what_onnxruntimes_quantizer_makes(placem
     members = list(chain.from_iterable(list(groups.values())[4:80]))
     ours, theirs = placement.without(members), excluding(placement, ranges, members)
     onnx.checker.check_model(ours, full_check=True)
-    assert audit(ours) == audit(theirs)
+    assert product_types(ours) == product_types(theirs)
     np.testing.assert_allclose(features(ours), features(theirs), rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +93,8 @@ def test_a_node_left_out_has_its_float_weights_and_fewer_bytes_are_int8(placemen
     for node in model.graph.node:
         if node.name in groups[name]:
             assert constants[node.input[1]].data_type == onnx.TensorProto.FLOAT
-    assert audit(model)["Conv"]["int8"] == audit(placement.without())["Conv"]["int8"] - 2
+    fewer, all_of_them = (list(product_types(m).values()) for m in (model, placement.without()))
+    assert fewer.count("int8") == all_of_them.count("int8") - 2
 
 
 def test_convolutions_in_a_row_and_the_sums_of_a_block_are_judged_together(placement, groups):
@@ -116,6 +119,6 @@ def test_an_engine_with_nothing_left_in_int8_is_refused(placement, ranges):
     everything = quantized_nodes(placement.plain)
     model = placement.without(everything)
     with pytest.raises(ArtifactError, match=r"got 0 of 188 products in INT8.*Exclude fewer nodes"):
-        require_quantized("b", audit(model), excluded_products(model, everything))
+        require_quantized(product_types(model), excluded_products(model, everything))
     with pytest.raises(ArtifactError, match="Exclude fewer nodes"):
         place_for_tensorrt(placement.plain, ranges, everything)

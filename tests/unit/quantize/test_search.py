@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,22 +11,25 @@ import onnxruntime as ort
 import pytest
 from helpers.planted import BAD, GOOD, SPEC, colored_people, planted_bundle
 
-from nformer_edge.backends.build import BudgetSpec, EngineSpec, build_engine, describe_engine
+from nformer_edge.backends.build import EngineSummary, build_engine, describe_engine
+from nformer_edge.backends.engine import open_engine
 from nformer_edge.backends.open import open_model, self_test
+from nformer_edge.backends.spec import EngineSpec, resolve
 from nformer_edge.backends.tensorrt.graphs import prepare_backbone
-from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import DataError, GateError, UsageError
 from nformer_edge.core.journal import Journal
 from nformer_edge.core.preprocess import preprocess_files
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.quantize import calibrate
-from nformer_edge.quantize.decide import decide
-from nformer_edge.quantize.exclude import read_exclude
-from nformer_edge.quantize.held_out import hold_out
-from nformer_edge.quantize.place_cpu import audit, measure_all_ranges, measure_ranges, place_for_cpu
-from nformer_edge.quantize.ranges import METHODS, read_ranges
-from nformer_edge.quantize.score import Judge
-from nformer_edge.quantize.spec import open_bundle
+from nformer_edge.exporting.bundle import open_bundle
+from nformer_edge.metrics.agreement import RankAgreement
+from nformer_edge.quantize import prepare as prepared
+from nformer_edge.quantize.calibrate import METHODS, measure_ranges
+from nformer_edge.quantize.evaluator import Evaluator, hold_out
+from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.placement_cpu import place_for_cpu
+from nformer_edge.quantize.prepare import CalibrationData
+from nformer_edge.quantize.spec import BudgetSpec, read_exclude
+from nformer_edge.quantize.values import BudgetSearch, HeldOutFacts, Ranges, Score, read_ranges
 
 BUDGET = BudgetSpec(max_map_drop=1.0, images=24)
 
@@ -47,15 +50,15 @@ def people(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(bundle, people, tmp_path_factory):
-    return build_engine(bundle, tmp_path_factory.mktemp("built") / "e", spec(), people, budget=BUDGET)
+    return build_engine(bundle, tmp_path_factory.mktemp("built") / "e", spec(), CalibrationData(people, budget=BUDGET))
 
 
 @pytest.fixture
 def scored(monkeypatch):
     """How often a backbone was scored."""
     calls = []
-    score = Judge.score
-    monkeypatch.setattr(Judge, "score", lambda self, model: (calls.append(1), score(self, model))[1])
+    score = Evaluator.score
+    monkeypatch.setattr(Evaluator, "score", lambda self, model=None: (calls.append(1), score(self, model))[1])
     return calls
 
 
@@ -63,8 +66,15 @@ def images(people):
     return [str(p) for p in sorted((people / "bounding_box_train").iterdir())[:4]]
 
 
+def measured(bundle, people, *methods):
+    found = measure_ranges(
+        (bundle / "backbone.onnx").read_bytes(), images(people), SPEC.preprocess, methods or ["minmax"]
+    )
+    return found if methods else found["minmax"]
+
+
 def searched(engine):
-    return json.loads((engine / "budget.json").read_text())
+    return BudgetSearch.from_json(json.loads((engine / "budget.json").read_text()))
 
 
 def float_convolutions(model):
@@ -74,84 +84,82 @@ def float_convolutions(model):
 
 def test_the_search_leaves_the_planted_node_in_float_and_no_other(built):
     found = searched(built)
-    chosen = found["frontier"][found["chosen"]]
-    assert chosen["float_nodes"] == [BAD]
-    assert found["nodes"][0]["node"] == BAD
-    assert found["nodes"][0]["alone"]["map_drop"] >= 0.1
-    assert found["nodes"][0]["left_out"]["map_gain"] >= 0.1
-    assert found["frontier"][0]["map_drop"] >= 0.1
-    assert 100 * chosen["map_drop_upper"] <= BUDGET.max_map_drop
+    whole, chosen = found.score(found.frontier[0]), found.score(found.frontier[found.chosen])
+    assert found.float_nodes == (BAD,)
+    assert found.nodes[0].node == BAD
+    assert found.nodes[0].alone.map_drop >= 0.1
+    assert found.nodes[0].left_out.mAP - whole.mAP >= 0.1
+    assert whole.map_drop >= 0.1
+    assert 100 * chosen.map_drop_upper <= BUDGET.max_map_drop
     assert float_convolutions(onnx.load(built / "backbone.onnx")) == {BAD}
 
 
 def test_the_engine_says_what_was_searched_and_what_stays_in_float(built):
-    manifest = read_manifest(built, "engine")
-    assert manifest["float_nodes"] == manifest["spec"]["exclude_nodes"] == [BAD]
-    assert "budget.json" in manifest["files"]
-    assert manifest["audit"]["Conv"] == {"total": 4, "int8": 3}
+    manifest = open_engine(built).manifest
+    assert manifest.float_nodes == manifest.spec.exclude_nodes == (BAD,)
+    assert manifest.audit["backbone"].multiplications["int8"].built == 3
     told = describe_engine(built)
-    assert "<- chosen" in told["summary"]
-    assert told["budget"]["held_out"]["images"] == 24
+    assert "<- chosen" in str(told)
+    assert told.budget.held_out.images == 24
+    assert EngineSummary.from_json(told.to_json()) == told
     with open_model(built) as runner:
         self_test(runner)
 
 
-def test_the_search_as_json_has_every_field_that_the_report_draws(built):
+def test_a_search_becomes_json_and_back_and_its_table_names_what_costs_most(built):
     found = searched(built)
-    assert {"kind", "version", "model", "backend", "max_map_drop", "held_out", "float", "nodes", "frontier", "chosen",
-            "seconds"} <= found.keys()  # fmt: skip
-    assert {"mAP", "rank1", "latency_ms", "size_mb"} <= found["float"].keys()
-    assert {"identities", "queries", "images"} <= found["held_out"].keys()
-    for point in found["frontier"]:
-        assert {"float_nodes", "mAP", "rank1", "map_drop", "latency_ms", "size_mb"} <= point.keys()
-        assert point["mAP"] == pytest.approx(found["float"]["mAP"] - point["map_drop"])
-    assert {row["node"] for row in found["nodes"]} == {BAD, *GOOD, "pool"}
+    assert BudgetSearch.from_json(found.to_json()) == found
+    for point in found.frontier:
+        assert found.score(point).mAP == pytest.approx(found.score(found.fp32).mAP - found.score(point).map_drop)
+    assert {row.node for row in found.nodes} == {BAD, *GOOD, "pool"}
+    assert f"Conv {BAD}" in str(found)
 
 
 def test_a_finished_search_is_not_measured_again(built, bundle, people, scored):
     first = searched(built)
-    again = searched(build_engine(bundle, built, spec(), people, budget=BUDGET))
+    again = searched(build_engine(bundle, built, spec(), CalibrationData(people, budget=BUDGET)))
     assert not scored
-    for told in (first, again):
-        for name in ("seconds", "measured", "reused"):
-            told.pop(name)
-    assert again == first
+    assert (again.measured, again.reused) == (0, first.measured + first.reused)
+    assert replace(again, seconds=first.seconds, measured=first.measured, reused=first.reused) == first
 
 
 def test_another_budget_measures_nothing_that_is_known(built, bundle, people, scored, tmp_path):
     known = built.with_name("e.measured.jsonl")
     (tmp_path / "f.measured.jsonl").write_bytes(known.read_bytes())
-    loose = build_engine(bundle, tmp_path / "f", spec(), people, budget=BudgetSpec(100.0, images=24))
+    loose = build_engine(bundle, tmp_path / "f", spec(), CalibrationData(people, budget=BudgetSpec(100.0, images=24)))
     assert not scored
-    assert searched(loose)["chosen"] == 0
-    assert read_manifest(loose, "engine")["float_nodes"] == []
+    assert searched(loose).chosen == 0
+    assert open_engine(loose).manifest.float_nodes == ()
 
 
 def test_a_killed_search_goes_on_to_the_same_engine(built, bundle, people, scored, tmp_path, monkeypatch):
-    score = Judge.score
+    score = Evaluator.score
 
-    def killed(self, model):
+    def killed(self, model=None):
         if len(scored) == 5:
             raise KeyboardInterrupt
         return score(self, model)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Judge, "score", killed)
-        build_engine(bundle, tmp_path / "e", spec(), people, budget=BUDGET)
+        patch.setattr(Evaluator, "score", killed)
+        build_engine(bundle, tmp_path / "e", spec(), CalibrationData(people, budget=BUDGET))
     assert not (tmp_path / "e").exists()
     journal = tmp_path / "e.measured.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"key": "half-writ')
-    engine = build_engine(bundle, tmp_path / "e", spec(), people, budget=BUDGET)
-    sets = 11 + len(searched(engine)["frontier"]) - 2  # whole, alone and left out; two sets of the frontier are known
-    assert len(scored) == sets
-    assert searched(engine)["frontier"][searched(engine)["chosen"]]["float_nodes"] == [BAD]
+    engine = build_engine(bundle, tmp_path / "e", spec(), CalibrationData(people, budget=BUDGET))
+    sets = 11 + len(searched(engine).frontier) - 2  # whole, alone and left out; two sets of the frontier are known
+    assert len(scored) == sets + 1  # and FP32
+    assert searched(engine).float_nodes == (BAD,)
 
 
 def test_a_budget_that_cannot_be_kept_says_the_best_and_keeps_the_search(bundle, people, tmp_path, monkeypatch):
-    monkeypatch.setattr("nformer_edge.quantize.score.rank_agreement", lambda *args: (1.0, 0.98))
+    monkeypatch.setattr(
+        "nformer_edge.quantize.evaluator.rank_agreement",
+        lambda *args: RankAgreement(1.0, 0.98, 1, 0, True, np.empty((0, 3), int)),
+    )
     impossible = BudgetSpec(0.0, min_overlap=0.99, images=24)
-    with pytest.raises(GateError, match=r"budget: got .* at best .*0.980 of the neighbors kept.*at most 0 points"):
-        build_engine(bundle, tmp_path / "e", spec(), people, budget=impossible)
+    with pytest.raises(GateError, match=r"budget: got .* at best .*overlap@10 0.980.*at most 0 points"):
+        build_engine(bundle, tmp_path / "e", spec(), CalibrationData(people, budget=impossible))
     assert not (tmp_path / "e").exists()
     assert json.loads((tmp_path / "e.budget.json").read_text())["chosen"] is None
 
@@ -164,26 +172,26 @@ def test_the_list_that_one_engine_chose_serves_another_build(built, bundle, peop
 
 
 def test_tensorrt_leaves_the_same_nodes_unquantized(built, bundle, tmp_path):
-    ranges = read_ranges((built / "calibration.json").read_bytes(), "t")
+    ranges = read_ranges(built / "calibration.json")
     graph = prepare_backbone(open_bundle(bundle), tmp_path, "int8", ranges, exclude=(BAD,))
     assert {name: graph.asked[name] for name in (BAD, *GOOD)} == {BAD: "fp16"} | dict.fromkeys(GOOD, "int8")
-    assert audit(onnx.load(graph.path))["Conv"] == {"total": 4, "int8": 3}
+    assert list(product_types(onnx.load(graph.path)).values()).count("int8") == 3
 
 
 def test_a_node_that_is_not_there_is_refused_with_the_nearest_name(bundle, people, tmp_path):
     with pytest.raises(UsageError, match=r"exclude_nodes: got 'secnd'.*Did you mean 'second'"):
         build_engine(bundle, tmp_path / "e", spec(exclude_nodes=("secnd",)), people)
-    ranges = measure_ranges(bundle / "backbone.onnx", images(people), SPEC.preprocess, "minmax")
+    ranges = measured(bundle, people)
     with pytest.raises(UsageError, match="Did you mean 'second'"):
         prepare_backbone(open_bundle(bundle), tmp_path, "int8", ranges, exclude=("secnd",))
 
 
 def test_a_budget_may_ask_for_neighbors_alone_but_not_for_nothing():
-    score = {"map_drop_upper": 0.5, "overlap_at_10": 0.96}
+    score = Score(0.9, 0.9, 0.4, 0.5, 0.96)
     assert BudgetSpec(min_overlap=0.95).holds(score)
     assert not BudgetSpec(min_overlap=0.97).holds(score)
     assert not BudgetSpec(max_map_drop=1.0, min_overlap=0.95).holds(score)
-    assert str(BudgetSpec(0.5, 0.95)) == "at most 0.5 points of mAP lost and 0.95 of the neighbors kept"
+    assert str(BudgetSpec(0.5, 0.95)) == "at most 0.5 points of mAP lost and overlap@10 at least 0.95"
     for wrong in ({}, {"max_map_drop": -1.0}, {"min_overlap": 1.5}, {"max_map_drop": float("nan")}):
         with pytest.raises(UsageError):
             BudgetSpec(**wrong)
@@ -200,21 +208,21 @@ def test_names_to_exclude_are_read_from_text_and_json(tmp_path):
 
 
 def test_all_methods_are_measured_in_one_go_and_stay_within_what_was_seen(bundle, people):
-    tables = measure_all_ranges(bundle / "backbone.onnx", images(people), SPEC.preprocess, METHODS)
+    tables = measured(bundle, people, *METHODS)
     assert set(tables) == set(METHODS)
     for name, (low, high) in tables["minmax"].table.items():
         for method in ("percentile", "mse"):
             found = tables[method].table[name]
             assert min(low, 0) - 1e-5 <= found[0] <= found[1] <= max(high, 0) + 1e-5
-    alone = measure_ranges(bundle / "backbone.onnx", images(people), SPEC.preprocess, "minmax").table
+    alone = measured(bundle, people).table
     assert all(tables["minmax"].table[name] == pytest.approx(found) for name, found in alone.items())
     assert tables["mse"].table != tables["minmax"].table
 
 
 def test_onnxruntime_does_not_quantize_again_what_was_left_in_float(bundle, people):
     """Its own exclusion is where it does, from 1.21 on: such a graph comes out worse than INT8."""
-    ranges = measure_ranges(bundle / "backbone.onnx", images(people), SPEC.preprocess, "minmax")
-    model = place_for_cpu(bundle / "backbone.onnx", ranges).without([BAD])
+    ranges = measured(bundle, people)
+    model = place_for_cpu((bundle / "backbone.onnx").read_bytes(), ranges).without([BAD])
     pixels = preprocess_files(images(people), SPEC.preprocess)
     found = []
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
@@ -229,27 +237,27 @@ def test_auto_keeps_the_method_that_ranks_held_out_people_best(bundle, people, t
     worth = {"minmax": 0.2, "entropy": 0.3, "percentile": 0.9, "mse": 0.4}
     order = []
 
-    def score(self, model):
+    def score(self, model=None):
         order.append(model)
-        return {"backbone": {"mAP": list(worth.values())[len(order) - 1], "rank1": 0.0, "overlap_at_10": 0.5}}
+        return {"backbone": Score(list(worth.values())[len(order) - 1], 0.0, 0.0, 0.0, 0.5)}
 
-    monkeypatch.setattr(Judge, "score", score)
+    monkeypatch.setattr(Evaluator, "score", score)
     settings = EngineSpec(backend="onnxruntime", precision="int8", calib_num=8, calib_method="auto")
     engine = build_engine(bundle, tmp_path / "e", settings, people)
-    told = read_manifest(engine, "engine")["calibration"]
-    assert told["method"] == "percentile"
-    assert {m: s["backbone"]["mAP"] for m, s in told["auto"]["scores"].items()} == worth
+    told = open_engine(engine).manifest.calibration
+    assert told.method == "percentile"
+    assert {m: s["backbone"].mAP for m, s in told.auto.scores.items()} == worth
     assert json.loads((engine / "calibration.json").read_text())["method"] == "percentile"
-    assert "chosen by mAP" in describe_engine(engine)["summary"]
+    assert "chosen by mAP" in str(describe_engine(engine))
 
 
 def test_auto_breaks_a_tie_of_map_by_the_overlap_at_10(monkeypatch):
     kept = {"minmax": (0.9991, 0.8), "entropy": (0.9988, 0.9), "percentile": (0.9989, 0.7), "mse": (0.5, 1.0)}
-    scores = iter([{"backbone": {"mAP": m, "rank1": 1.0, "overlap_at_10": n}} for m, n in kept.values()])
+    scores = iter([{"backbone": Score(m, 1.0, 0.0, 0.0, n)} for m, n in kept.values()])
 
     class Asked:
-        stages = ("backbone",)
-        held_out = type("H", (), {"describe": staticmethod(dict)})
+        scopes = ("backbone",)
+        held_out = type("H", (), {"facts": HeldOutFacts(2, 4, 4, "")})
 
         def facts(self):
             return {}
@@ -258,11 +266,11 @@ def test_auto_breaks_a_tie_of_map_by_the_overlap_at_10(monkeypatch):
             return next(scores)
 
     monkeypatch.setattr(
-        "nformer_edge.quantize.place_cpu.place_for_cpu", lambda *a, **k: type("P", (), {"without": dict})()
+        "nformer_edge.quantize.placement_cpu.place_for_cpu", lambda *a, **k: type("P", (), {"without": dict})()
     )
-    ranges = {m: type("R", (), {"to_json": lambda self, m=m: {"method": m}})() for m in kept}
-    chosen = calibrate.Calibration(judge=Asked())._choose(type("B", (), {"folder": Path()})(), ranges)
-    assert chosen["method"] == "entropy"
+    ranges = {m: Ranges(m, {}) for m in kept}
+    bundle = type("B", (), {"backbone": b""})()
+    assert prepared.choose_method(bundle, ranges, Asked(), Journal(), reduced=False)[0] == "entropy"
 
 
 def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
@@ -280,9 +288,11 @@ def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
 
 def test_images_that_calibrate_and_images_that_judge_show_different_people(bundle, people, tmp_path):
     settings = EngineSpec(backend="onnxruntime", precision="int8", calib_method="auto")
-    decided = decide(open_bundle(bundle), tmp_path / "e", settings, people, budget_data=f"{people}/")
-    judged = {r.pid for r in decided.calibration.judge.held_out.records}
-    calibrated = {int(Path(path).name[:4]) for path in decided.calibration.images}
+    evaluator, rest = prepared._evaluator(
+        open_bundle(bundle), resolve(settings).quantize, CalibrationData(people, budget_data=f"{people}/")
+    )
+    judged = {r.pid for r in evaluator.held_out.records}
+    calibrated = {r.pid for r in rest.train}
     assert len(judged) == 4
     assert judged | calibrated == set(range(1, 21))
     assert not judged & calibrated
@@ -295,30 +305,33 @@ def test_too_few_people_to_hold_out_is_said(tiny_market):
 
 def test_a_budget_needs_a_dataset_int8_and_the_stage_it_names(bundle, people, built, tmp_path):
     with pytest.raises(UsageError, match="budget_data: got no dataset"):
-        build_engine(bundle, tmp_path / "e", spec(), built / "calibration.json", budget=BUDGET)
-    with pytest.raises(UsageError, match="budget_stage: got 'end_to_end', expected backbone"):
-        build_engine(bundle, tmp_path / "e", spec(), people, budget=BudgetSpec(1.0, images=24, stage="end_to_end"))
+        build_engine(bundle, tmp_path / "e", spec(), CalibrationData(built / "calibration.json", budget=BUDGET))
+    with pytest.raises(UsageError, match="budget_scope: got 'end_to_end', expected backbone"):
+        build_engine(
+            bundle,
+            tmp_path / "e",
+            spec(),
+            CalibrationData(people, budget=BudgetSpec(1.0, images=24, scope="end_to_end")),
+        )
     with pytest.raises(UsageError, match="max_map_drop: got a budget for fp32"):
-        build_engine(bundle, tmp_path / "e", EngineSpec(backend="onnxruntime"), budget=BUDGET)
+        build_engine(bundle, tmp_path / "e", EngineSpec(backend="onnxruntime"), CalibrationData(budget=BUDGET))
     with pytest.raises(UsageError, match="exclude_nodes: got names with fp32"):
-        EngineSpec(exclude_nodes=("a",))
+        resolve(EngineSpec(exclude_nodes=("a",)))
 
 
 def test_a_table_of_ranges_can_be_searched_with_a_dataset_beside_it(bundle, people, built, tmp_path):
     table = built / "calibration.json"
-    engine = build_engine(bundle, tmp_path / "e", spec(), table, budget=BUDGET, budget_data=people)
-    assert read_manifest(engine, "engine")["float_nodes"] == [BAD]
+    engine = build_engine(bundle, tmp_path / "e", spec(), CalibrationData(table, budget=BUDGET, budget_data=people))
+    assert open_engine(engine).manifest.float_nodes == (BAD,)
 
 
 def test_the_head_is_judged_with_the_backbone_and_without(tiny_bundle, people):
     _, held_out = hold_out(read_dataset(people), 12, seed=0)
-    judge = Judge(open_bundle(tiny_bundle), held_out, threads=1)
+    judge = Evaluator(open_bundle(tiny_bundle), held_out, intra_op_threads=1)
     found = judge.score(onnx.load(tiny_bundle / "backbone.onnx"))
     assert set(found) == {"backbone", "end_to_end"}
-    for stage, score in found.items():
-        assert score["map_drop"] == 0
-        assert score["overlap_at_10"] == 1
-        assert score["mAP"] == judge.reference()[stage]["mAP"]
+    assert found == judge.score()
+    assert {score.map_drop for score in found.values()} == {0}
 
 
 def test_a_backbone_that_gives_no_features_is_worth_nothing(bundle, people):
@@ -327,8 +340,8 @@ def test_a_backbone_that_gives_no_features_is_worth_nothing(bundle, people):
     for constant in model.graph.initializer:
         if constant.name.startswith("neck"):
             constant.CopyFrom(onnx.numpy_helper.from_array(np.zeros(list(constant.dims), np.float32), constant.name))
-    score = Judge(open_bundle(bundle), held_out, threads=1).score(model)["backbone"]
-    assert (score["mAP"], score["overlap_at_10"]) == (0, 0)
+    score = Evaluator(open_bundle(bundle), held_out, intra_op_threads=1).score(model)["backbone"]
+    assert (score.mAP, score.overlap_at_10) == (0, 0)
 
 
 def test_a_journal_survives_half_written_lines_and_knows_nothing_of_other_facts(tmp_path):

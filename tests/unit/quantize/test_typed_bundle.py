@@ -8,14 +8,14 @@ import onnx
 import pytest
 
 from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.backends.tensorrt.graphs import prepare_backbone
 from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, open_bundle
 from nformer_edge.quantize.fp16 import backbone_float32, to_half
-from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
-from nformer_edge.quantize.ranges import Ranges
-from nformer_edge.quantize.spec import EngineSpec, open_bundle
+from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.values import Ranges
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_an_engine_for_onnxruntime_says_what_its_backbone_is_in(quantized, tmp_p
 def test_tensorrt_rtx_builds_every_product_in_the_type_that_stands_there(quantized, tmp_path):
     spec = EngineSpec("tensorrt-rtx", batch=(1, 2, 4), capabilities=("8.6",))
     manifest = read_manifest(build_engine(quantized, tmp_path / "engine", spec), "engine")
-    products = manifest["audit"]["backbone"]["products"]
+    products = manifest["audit"]["backbone"]["multiplications"]
     assert manifest["precision"] == {"backbone": "int8"}
     assert all(counts["built"] == counts["asked"] for counts in products.values())
     assert products["int8"]["asked"] > 100

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from nformer_edge.backends.engine import EngineManifest
+from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.graphs import prepare_head
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.values import to_table
+from nformer_edge.exporting.bundle import ModelManifest, open_bundle
 from nformer_edge.exporting.session import open_session
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.quantize.fp16 import backbone_float32, to_half
-from nformer_edge.quantize.place_cpu import quantize_backbone
-from nformer_edge.quantize.place_tensorrt import place_for_tensorrt
-from nformer_edge.quantize.ranges import Ranges
-from nformer_edge.quantize.spec import open_bundle
+from nformer_edge.quantize.placement_cpu import quantize_backbone
+from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
+from nformer_edge.quantize.values import Ranges
 from nformer_edge.report.graph import Graph
 from nformer_edge.report.layers import compare_graphs, difference, read_graphs
 from nformer_edge.report.rounding import is_rounded, steps
@@ -124,23 +128,21 @@ def test_a_product_that_overflows_in_float16_is_named_though_float32_kernels_wou
     assert first is None or (first.inputs_inside and not np.isfinite(first.own_error))
 
 
-def test_int8_without_float16_is_looked_at_in_the_kernels_that_would_run(bundle, backbone, images, ranges, tmp_path):
-    quantize_backbone(bundle / "backbone.onnx", tmp_path / "int8.onnx", ranges)
-    (served,) = open_session((tmp_path / "int8.onnx").read_bytes(), "int8").run(["features"], images)
-    graph = Graph(onnx.load(tmp_path / "int8.onnx"), backbone)
+def test_int8_without_float16_is_looked_at_in_the_kernels_that_would_run(bundle, backbone, images, ranges):
+    model = quantize_backbone((bundle / "backbone.onnx").read_bytes(), ranges)
+    (served,) = open_session(model.SerializeToString(), "int8").run(["features"], images)
+    graph = Graph(model, backbone)
     np.testing.assert_array_equal(graph.values(["features"], images)["features"], served)
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "tensorrt"])
-def quantize(request, bundle, backbone, tmp_path_factory):
+def quantize(request, bundle, backbone):
     """A float backbone with Q/DQ nodes, by either placement."""
 
     def place(ranges):
         if request.param == "tensorrt":
             return place_for_tensorrt(backbone, ranges)
-        out = tmp_path_factory.mktemp("int8") / "backbone.onnx"
-        quantize_backbone(bundle / "backbone.onnx", out, ranges)
-        return onnx.load(out)
+        return quantize_backbone((bundle / "backbone.onnx").read_bytes(), ranges)
 
     return place
 
@@ -226,12 +228,15 @@ def test_a_tensor_that_differs_without_a_trace_in_the_output_is_counted_and_nobo
 
 
 def test_a_plan_alone_cannot_be_compared_and_the_graph_that_was_parsed_can(tiny_bundle, tmp_path):
+    bundle = open_bundle(tiny_bundle).manifest
+    model = {field.name: getattr(bundle, field.name) for field in fields(ModelManifest)}
+    manifest = EngineManifest(**model, versions={}, backend="tensorrt", why="", spec=BuildSpec(), bundle_sha256="")
     (tmp_path / "backbone.engine").write_bytes(b"plan")
-    write_manifest(tmp_path, "engine", {"backend": "tensorrt"})
+    write_manifest(tmp_path, "engine", to_table(manifest))
     with pytest.raises(ArtifactError, match=r"a plan for tensorrt.*prepared-backbone\.onnx.*--keep-graphs"):
         read_graphs(tmp_path, ("backbone",))
     shutil.copy(tiny_bundle / "backbone.onnx", tmp_path / "prepared-backbone.onnx")
-    write_manifest(tmp_path, "engine", {"backend": "tensorrt"})
+    write_manifest(tmp_path, "engine", to_table(manifest))
     assert read_graphs(tmp_path, ("backbone",))["backbone"].graph.node
 
 

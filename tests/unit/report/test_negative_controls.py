@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -11,13 +10,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from nformer_edge.backends.build import EngineSpec, build_engine
+from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
 from nformer_edge.core.machine import saturates_int8
-from nformer_edge.core.spec import PreprocessSpec, from_dict
 from nformer_edge.data.calibration import calibration_images
-from nformer_edge.quantize.place_cpu import measure_ranges
+from nformer_edge.exporting.bundle import open_bundle
+from nformer_edge.quantize.calibrate import measure_ranges
+from nformer_edge.quantize.values import read_ranges
 from nformer_edge.report.parity import parity
 from nformer_edge.report.table import format_table
 
@@ -185,17 +186,15 @@ def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the
     judge, int8, bundle, tiny_bundle, tiny_market, tmp_path
 ):
     sound = build_engine(bundle, tmp_path / "sound", int8, calib_data=tiny_market)
-    images = calibration_images(tiny_market, int8.calib_num, int8.seed)
-    preprocess = from_dict(PreprocessSpec, read_manifest(tiny_bundle, "bundle")["preprocess"])
-    ranges = measure_ranges(tiny_bundle / "backbone.onnx", images, preprocess, int8.calib_method).to_json()
-    table = json.loads((sound / "calibration.json").read_text())
+    images, source = calibration_images(tiny_market, int8.calib_num, 0), open_bundle(tiny_bundle)
+    ranges = measure_ranges(source.backbone, images, source.spec.preprocess, ["minmax"])["minmax"]
+    right = read_ranges(sound / "calibration.json")
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(ranges | {"backbone_sha256": "0" * 64, "calibration": table["calibration"]}))
+    replace(right, table=ranges.table, backbone_sha256="0" * 64).save(other)
     with pytest.raises(ArtifactError, match="ranges of another backbone"):
         build_engine(bundle, tmp_path / "refused", int8, calib_data=other)
-    table |= ranges
     forged = tmp_path / "calibration.json"
-    forged.write_text(json.dumps(table))
+    replace(right, table=ranges.table).save(forged)
 
     engine = build_engine(bundle, tmp_path / "forged", int8, calib_data=forged)
     result = judge(engine)
@@ -208,5 +207,4 @@ def test_int8_ranges_of_another_model_are_refused_and_where_forged_blamed_on_the
     # Named is the first node in the graph, whose range is too narrow by a quarter and more: it cuts.
     assert first(result, "backbone") == "/trunk/conv1/conv/Conv"
     tensor = result.layers[0].first.tensor
-    right, wrong = (t["ranges"][tensor][1] for t in (json.loads((sound / "calibration.json").read_text()), table))
-    assert wrong < 0.75 * right
+    assert ranges.table[tensor][1] < 0.75 * right.table[tensor][1]

@@ -12,16 +12,14 @@ import numpy as np
 import onnx
 import pytest
 
+from nformer_edge.backends.spec import BuildSpec, EngineSpec
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import UsageError
 from nformer_edge.exporting.session import open_session
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.ops.bodies import functions
-from nformer_edge.quantize.spec import EngineSpec
-from nformer_edge.targets.build import with_target
-from nformer_edge.targets.recipe import read_target
-from nformer_edge.targets.trtexec import prepare_for_trtexec
+from nformer_edge.targets.trtexec import prepare_for_target, prepare_for_trtexec
 
 KNOWN = set((Path(__file__).parents[2] / "helpers" / "operators_of_tensorrt_8.5.txt").read_text().split())
 
@@ -29,8 +27,8 @@ KNOWN = set((Path(__file__).parents[2] / "helpers" / "operators_of_tensorrt_8.5.
 @pytest.fixture(scope="module")
 def xavier(tiny_bundle, tiny_market, tmp_path_factory):
     """By the recipe: INT8."""
-    wanted = with_target(EngineSpec(calib_num=4, calib_method="minmax"), read_target("jetson-xavier-jp51"))
-    return prepare_for_trtexec(tiny_bundle, tmp_path_factory.mktemp("xavier") / "graphs", wanted, tiny_market)
+    spec, out = EngineSpec(calib_num=4, calib_method="minmax"), tmp_path_factory.mktemp("xavier") / "graphs"
+    return Path(prepare_for_target(tiny_bundle, out, "jetson-xavier-jp51", spec, tiny_market).graphs)
 
 
 @pytest.fixture
@@ -118,9 +116,10 @@ def test_the_folder_says_what_it_is_and_that_overflow_was_searched(xavier):
 
 def test_int8_without_images_is_refused_and_float32_needs_no_precision_flags(tiny_bundle, tmp_path):
     with pytest.raises(UsageError, match="calib_data"):
-        prepare_for_trtexec(tiny_bundle, tmp_path / "a", EngineSpec(precision="int8"))
+        prepare_for_trtexec(tiny_bundle, tmp_path / "a", BuildSpec(precision="int8"))
     assert not (tmp_path / "a").exists()
-    script = (prepare_for_trtexec(tiny_bundle, tmp_path / "b", EngineSpec()) / "build.sh").read_text()
+    prepare_for_trtexec(tiny_bundle, tmp_path / "b", BuildSpec())
+    script = (tmp_path / "b" / "build.sh").read_text()
     assert not any(flag in script for flag in ("--fp16", "--int8", "layerPrecisions", "memPoolSize"))
 
 

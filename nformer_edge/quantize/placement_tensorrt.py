@@ -17,10 +17,10 @@ from collections.abc import Collection
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from nformer_edge.quantize.fp16 import PRODUCTS, makers
-from nformer_edge.quantize.place_cpu import audit, excluded_products, float_nodes, require_quantized
+from nformer_edge.quantize.fp16 import PRODUCTS, makers, product_types
 from nformer_edge.quantize.placement import require_nodes
-from nformer_edge.quantize.ranges import Ranges
+from nformer_edge.quantize.placement_cpu import excluded_products, float_nodes, require_quantized
+from nformer_edge.quantize.values import Ranges
 
 #: The largest INT8 of a symmetric range.
 _STEPS = 127.0
@@ -41,7 +41,7 @@ def place_for_tensorrt(model: ModelProto, ranges: Ranges, exclude: Collection[st
     """
     require_nodes(model, exclude)
     placed = _Placement(model, ranges, exclude).run()
-    require_quantized("backbone", audit(placed), excluded_products(model, exclude))
+    require_quantized(product_types(placed), excluded_products(model, exclude))
     return placed
 
 
