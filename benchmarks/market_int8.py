@@ -151,7 +151,7 @@ def facts_of(built: dict[str, Path]) -> dict[str, Any]:
     for precision, path in built.items():
         manifest = read_manifest(path, "engine")
         size = manifest["files"]["backbone.onnx"]["bytes"] / 1e6
-        kept = ("precision", "audit", "calibration", "float_nodes", "built_on")
+        kept = ("precision", "audit", "calibration", "float_nodes", "built_for")
         facts[precision] = {"backbone_mb": size, **{k: manifest[k] for k in kept if k in manifest}}
     return facts
 

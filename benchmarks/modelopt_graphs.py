@@ -35,7 +35,7 @@ from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.exporting.bundle import BACKBONE, model_spec
+from nformer_edge.exporting.bundle import BACKBONE, open_bundle
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.metrics.bootstrap import TWO_SIDED, paired_ratio
 from nformer_edge.metrics.ranking import evaluate
@@ -55,7 +55,8 @@ def embed(graph: Path, dataset: Dataset, spec: PreprocessSpec) -> Pair:
     sets = []
     for records in (dataset.query, dataset.gallery):
         paths = [r.path for r in records]
-        features = np.concatenate([plain_features(graph, images) for images in iter_batches(paths, spec, BATCH)])
+        batches = iter_batches(paths, spec, BATCH)
+        features = np.concatenate([plain_features(graph.read_bytes(), images) for images in batches])
         pids, camids = (np.array([getattr(r, key) for r in records], np.int64) for key in ("pid", "camid"))
         sets.append(Features(features, pids, camids, tuple(paths)))
     return sets[0], sets[1]
@@ -70,7 +71,7 @@ def build(bundle: Path, out: Path, precision: str, args: argparse.Namespace) -> 
     start = time.perf_counter()
     build_engine(bundle, out, spec, args.data if precision == "int8" else None)
     manifest = read_manifest(out, "engine")
-    products = manifest["audit"]["backbone"]["products"]
+    products = manifest["audit"]["backbone"]["multiplications"]
     return {
         "seconds": time.perf_counter() - start,
         "products": {kind: f"{counts['built']} of {counts['asked']}" for kind, counts in products.items()},
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--capability", default="8.6", help="to compile for (default 8.6)")
     parser.add_argument("-o", "--output", metavar="FILE", default="modelopt_graphs.json")
     args = parser.parse_args()
-    preprocess = model_spec(args.bundle, read_manifest(args.bundle, "bundle")).preprocess
+    preprocess = open_bundle(args.bundle).spec.preprocess
     dataset = some_people(read_dataset(args.data), args.people)
     asked = [(f"ours, {p.upper()}", Path(args.bundle), p) for p in ("fp32", "fp16", "int8")]
     asked += [(f"ModelOpt: {Path(folder).name}", Path(folder), "fp32") for folder in args.modelopt]  # its own types
