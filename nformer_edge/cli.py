@@ -320,7 +320,7 @@ CALIBRATION = (
         "--calib-method",
         type=_choice(spec.CalibrationChoice),
         metavar="NAME",
-        help="minmax | entropy | percentile (default) | mse; auto takes the one that ranks held-out training people best",
+        help="minmax | entropy | percentile (default) | mse | auto: the one that ranks held-out people best",
     ),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
     _option(
