@@ -350,7 +350,7 @@ CALIBRATION = (
         metavar="NAME",
         help="nodes that stay in float: names, a file of names, or the budget.json of another engine",
     ),
-    _option("--seed", type=int, help="everything random follows from it (default 0)"),
+    _option("--seed", type=int, help="random seed (default 0)"),
 )
 
 
@@ -385,28 +385,27 @@ def _calibration_data(args: Args) -> CalibrationData:
     _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
     *PRECISION,
     *CALIBRATION,
-    _option(
-        "--batch",
-        type=_sizes,
-        metavar="MIN:OPT:MAX",
-        help="images the backbone sees at once: min, opt, max (TensorRT; default 1:8:32)",
-    ),
+    _option("--batch", type=_sizes, metavar="MIN:OPT:MAX", help="batch of the backbone (TensorRT; default 1:8:32)"),
     _option(
         "--gallery-size",
         type=_sizes,
         metavar="MIN:OPT:MAX",
-        help="images the head sees together, likewise (TensorRT; default 20:2000:50000)",
+        help="images in one pass of the head (TensorRT; default 20:2000:50000)",
     ),
-    _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
-    _option("--timing-cache", metavar="FILE", help="kernels measured before, kept for the next build"),
+    _option("--workspace", type=float, help="memory for the builder, in GiB (TensorRT)"),
+    _option("--timing-cache", metavar="FILE", help="kernel timings, read and updated (TensorRT)"),
     _option(
         "--hardware-compat",
         choices=("none", "same_compute_capability", "ampere_plus"),
-        help="the plan runs on more GPUs, and slower (TensorRT)",
+        help="build a plan that runs on more GPUs, but slower (TensorRT)",
     ),
-    _option("--version-compat", action="store_true", default=None, help="the plan runs on later versions (TensorRT)"),
+    _option(
+        "--version-compat", action="store_true", default=None, help="the plan also runs on later versions (TensorRT)"
+    ),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
-    _option("--keep-graphs", action="store_true", default=None, help="leave the parsed ONNX files there (TensorRT)"),
+    _option(
+        "--keep-graphs", action="store_true", default=None, help="keep the parsed ONNX files in the engine (TensorRT)"
+    ),
     _option("--capabilities", nargs="+", metavar="C", help="compute capabilities, such as 8.9 (RTX)"),
     _option("--device", help="the GPU to build on, such as cuda:0 (TensorRT)"),
 )
