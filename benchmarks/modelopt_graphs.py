@@ -71,10 +71,12 @@ def build(bundle: Path, out: Path, precision: str, args: argparse.Namespace) -> 
     start = time.perf_counter()
     build_engine(bundle, out, spec, args.data if precision == "int8" else None)
     manifest = read_manifest(out, "engine")
-    products = manifest["audit"]["backbone"]["multiplications"]
+    multiplications = manifest["audit"]["backbone"]["multiplications"]
     return {
         "seconds": time.perf_counter() - start,
-        "products": {kind: f"{counts['built']} of {counts['asked']}" for kind, counts in products.items()},
+        "multiplications": {
+            kind: f"{counts['built']} of {counts['asked']}" for kind, counts in multiplications.items()
+        },
         "graph_mb": manifest["files"][PARSED]["bytes"] / 1e6,
         "plan_mb": manifest["files"]["backbone.engine"]["bytes"] / 1e6,
     }
@@ -94,12 +96,12 @@ def judge(found: Pair, reference: Pair) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> list[str]:
     kept, cosine = row["mAP_kept"], row["cosine"]
-    products = ", ".join(f"{count} {kind.upper()}" for kind, count in row["products"].items())
+    multiplications = ", ".join(f"{count} {kind.upper()}" for kind, count in row["multiplications"].items())
     return [
         row["name"], f"{cosine['min']:.4f} / {cosine['mean']:.4f}", f"{100 * row['mAP']:.2f}",
         f"{100 * row['rank1']:.2f}",
         f"{100 * kept['value']:.2f} % ({100 * kept['lower']:.2f} to {100 * kept['upper']:.2f})",
-        products, f"{row['graph_mb']:.2f}", f"{row['plan_mb']:.2f}",
+        multiplications, f"{row['graph_mb']:.2f}", f"{row['plan_mb']:.2f}",
     ]  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def main() -> None:
         document["rows"].append(row)
         atomic_write_json(args.output, document)
         print("  ".join(_line(row)), flush=True)
-    headers = ["", "cosine to FP32, min / mean", "mAP", "Rank-1", "mAP kept", "products as built", "graph, MB",
+    headers = ["", "cosine to FP32, min / mean", "mAP", "Rank-1", "mAP kept", "multiplications as built", "graph, MB",
                "plan, MB"]  # fmt: skip
     print(format_table(headers, [_line(row) for row in document["rows"]]))
 

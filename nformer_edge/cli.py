@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nformer_edge import __version__
+from nformer_edge.backends.base import get, names
 from nformer_edge.core import spec
 from nformer_edge.core.errors import Error, UsageError
 from nformer_edge.core.values import Result
@@ -25,7 +26,7 @@ Args = argparse.Namespace
 Option = Callable[[argparse._ActionsContainer], object]
 
 #: Which extra brings a package that a command needs.
-_EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train", "onnxruntime": "cpu"}
+_EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train"}
 
 _COMMANDS: dict[str, tuple[str, tuple[Option, ...], Callable[[Args], None]]] = {}
 
@@ -691,7 +692,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as e:
         return _fail(args, str(e), e.exit_code)
     except ModuleNotFoundError as e:
-        extra = _EXTRAS.get((e.name or "").partition(".")[0])
+        package = (e.name or "").partition(".")[0]
+        extra = get(package).EXTRA if package in names() else _EXTRAS.get(package)
         if extra is None:
             raise
         return _fail(args, f"{args.command}: got no {e.name}. Install it: pip install 'nformer-edge[{extra}]'", 2)

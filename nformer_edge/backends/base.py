@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: module `build` that is a `Backend`; the package's own name, with hyphens, is the backend's.
 PACKAGES = ["nformer_edge.backends.tensorrt", "nformer_edge.backends.tensorrt_rtx", "nformer_edge.backends.onnxruntime"]
 
+#: What runs a checkpoint. It builds nothing, so it is no `Backend`.
+PYTORCH = "pytorch"
+
 
 class Backend(Protocol):
     """What a backend's module `build` has: two words, build and run, and what this machine is missing for them.

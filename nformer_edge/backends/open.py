@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nformer_edge.backends.base import get, names
+from nformer_edge.backends.base import PYTORCH, get, names
 from nformer_edge.backends.engine import KIND as ENGINE
 from nformer_edge.backends.engine import Engine, open_engine
 from nformer_edge.backends.runner import Runner
@@ -56,7 +56,7 @@ def open_model(
         hint = "Make one with `nformer-edge train`, `export` or `build-engine`."
         raise ArtifactError(str(path), got, "a checkpoint (.safetensors), a bundle or an engine", hint)
     if not path.is_dir():
-        _refuse_other(path, "checkpoint", "pytorch", backend)
+        _refuse_other(path, "checkpoint", PYTORCH, backend)
         if contexts is not None:
             hint = "Set intra_op_threads: CPU threads of one forward pass."
             raise UsageError("contexts", contexts, "nothing for a checkpoint", hint)

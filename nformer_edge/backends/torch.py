@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nformer_edge.backends.base import PYTORCH
 from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import ModelSpec
@@ -43,7 +44,7 @@ class TorchRunner:
         BackendError: if the device is not there.
     """
 
-    backend = "pytorch"
+    backend = PYTORCH
 
     def __init__(
         self,

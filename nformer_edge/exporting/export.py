@@ -16,6 +16,7 @@ from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.values import JSON, to_table
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
+from nformer_edge.exporting.session import ONNXRUNTIME
 from nformer_edge.exporting.trace import trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
@@ -163,7 +164,7 @@ def _manifest(loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float]
         landmark_seed=seed,
         opset=opset,
         ir_version=IR_VERSION,
-        versions=versions("torch", "onnx", "onnxruntime", "numpy"),
+        versions=versions("torch", "onnx", ONNXRUNTIME, "numpy"),
         checkpoint_sha256=loaded.sha256,
         self_check={"worst_error_in_fp32_tolerances": worst},
         accuracy=accuracy,

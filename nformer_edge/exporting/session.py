@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.ops import onnx_ops
+
+#: The package, and the backend of the same name.
+ONNXRUNTIME: Final = "onnxruntime"
 
 
 def open_session(

@@ -26,7 +26,7 @@ from nformer_edge.data.holdout import split_holdout
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.data.spread import over_people
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, Bundle
-from nformer_edge.exporting.session import open_session
+from nformer_edge.exporting.session import ONNXRUNTIME, open_session
 from nformer_edge.metrics.agreement import rank_agreement
 from nformer_edge.metrics.bootstrap import ONE_SIDED, paired_difference
 from nformer_edge.metrics.ranking import RankingResult, evaluate
@@ -119,7 +119,7 @@ class Evaluator:
             "files": {name: self._bundle.files.digest(name) for name in self._bundle.files.files if "onnx" in name},
             "held_out": self.held_out.facts.sha256,
             "landmark_seed": self._bundle.manifest.landmark_seed,
-            "onnxruntime": onnxruntime.__version__,
+            ONNXRUNTIME: onnxruntime.__version__,
             "cpu": list(instruction_sets()),
             "native": onnx_ops.available(),
         }

@@ -1,9 +1,10 @@
 """FP16 as types in the graph: what a strongly typed network of TensorRT 10, 11 or TensorRT-RTX takes as it stands.
 
 The policy. In the backbone everything is FP16 but the norms that stayed nodes of their own (IBN's), the last pooling
-and the neck: a neck subtracts a mean that is large against what it leaves. In the head the products with a constant
-weight are FP16, and all else is FP32: L2 norm, layer norms, the affinities and their factors, both custom operators
-(softmax among them), residual sums, and GELU, whose cube leaves FP16's range at 40. Products accumulate in float32.
+and the neck: a neck subtracts a mean that is large against what it leaves. In the head the multiplications
+with a constant weight are FP16, and all else is FP32: L2 norm, layer norms, the affinities and their factors, both
+custom operators (softmax among them), residual sums, and GELU, whose cube leaves FP16's range at 40. Multiplications
+accumulate in float32.
 That is the least: `quantize.overflow` finds what else FP16 would not hold, on real images.
 
 The pass is ours: `onnxconverter-common` and `onnxruntime.transformers.float16` know no local functions, cast around
@@ -22,8 +23,8 @@ from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.exporting.session import open_session
 from nformer_edge.ops.contract import DOMAIN
 
-#: What is a product, and so what precision is about.
-PRODUCTS = ("Conv", "Gemm", "MatMul")
+#: Convolutions and matrix multiplications: what precision is about.
+MULTIPLICATIONS = ("Conv", "Gemm", "MatMul")
 
 #: From the backbone's output back to its last pooling.
 _TAIL = ("Flatten", "Gemm", "MatMul", "Relu", "Identity", "BatchNormalization", "Reshape", "Squeeze", "Add", "Mul")
@@ -56,7 +57,7 @@ def backbone_float32(model: ModelProto) -> set[str]:
 
 
 def head_float16(model: ModelProto) -> set[str]:
-    """Names of the head's nodes that become FP16: products with a constant weight."""
+    """Names of the head's nodes that become FP16: multiplications with a constant weight."""
     constants = {t.name for t in model.graph.initializer}
     return {n.name for n in model.graph.node if n.op_type in ("Gemm", "MatMul") and set(n.input[:2]) & constants}
 
@@ -72,13 +73,13 @@ def unfit_weights(model: ModelProto) -> dict[str, str]:
     return {n.name: beyond[name] for n in model.graph.node for name in n.input if name in beyond}
 
 
-def product_types(model: ModelProto) -> dict[str, str]:
-    """``int8``, ``fp16`` or ``fp32`` of each product and each custom node, by its name, as the graph's types say."""
+def multiplication_types(model: ModelProto) -> dict[str, str]:
+    """``int8``, ``fp16`` or ``fp32`` of each multiplication and custom node, by its name, as the graph's types say."""
     typed = {**_types(model), **{t.name: t.data_type for t in model.graph.initializer}}
     made_by = makers(model)
     found = {}
     for node in model.graph.node:
-        if node.op_type in PRODUCTS or node.domain == DOMAIN:
+        if node.op_type in MULTIPLICATIONS or node.domain == DOMAIN:
             quantized = all(n in made_by and made_by[n].op_type == "DequantizeLinear" for n in node.input[:2])
             half = typed.get(node.input[0]) == TensorProto.FLOAT16
             found[node.name] = "int8" if quantized else "fp16" if half else "fp32"
@@ -115,7 +116,7 @@ def for_cpu(model: ModelProto) -> ModelProto:
 
     It has few FP16 kernels there: it casts around the others, then drops casts that follow one another, and with them
     the rounding; where FP16 overflows, such a run shows nothing. Two Identities behind each FP16 tensor keep them
-    apart: one alone, between nodes that it casts around, it would compute in float32 too. The products are still
+    apart: one alone, between nodes that it casts around, it would compute in float32 too. The multiplications are still
     summed in float32. To be run with onnxruntime's optimizations switched off.
     """
     held = ModelProto()

@@ -32,7 +32,7 @@ from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.calibration import calibration_images, calibration_sha256
 from nformer_edge.data.records import Dataset
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, open_bundle
-from nformer_edge.quantize.fp16 import backbone_float32, plain_features, product_types
+from nformer_edge.quantize.fp16 import backbone_float32, multiplication_types, plain_features
 from nformer_edge.quantize.placement_cpu import float_nodes
 from nformer_edge.quantize.values import CalibrationFacts
 
@@ -208,7 +208,7 @@ def _patterns(names: Collection[str]) -> list[str]:
 
 
 def _require_float32(where: str, model: onnx.ModelProto) -> None:
-    other = sorted(set(product_types(model).values()) - {"fp32"})
+    other = sorted(set(multiplication_types(model).values()) - {"fp32"})
     if other:
         hint = "Pass the bundle that this one was made from."
         raise UsageError(where, f"a backbone in {' and '.join(other)}", "the FP32 one that `export` wrote", hint)
@@ -222,7 +222,7 @@ def describe_bundle(path: str | os.PathLike[str]) -> ModelOptBundle:
     """
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    counts = Counter(product_types(onnx.load_from_string(bundle.backbone)).values())
+    counts = Counter(multiplication_types(onnx.load_from_string(bundle.backbone)).values())
     return ModelOptBundle(
         bundle=str(path),
         precision=manifest.precision,

@@ -24,7 +24,7 @@ from nformer_edge.data.spread import evenly
 from nformer_edge.exporting.bundle import BACKBONE, Bundle
 from nformer_edge.exporting.session import open_session
 from nformer_edge.ops.contract import DOMAIN, draw_landmarks
-from nformer_edge.quantize.fp16 import PRODUCTS, tensor_types
+from nformer_edge.quantize.fp16 import MULTIPLICATIONS, tensor_types
 from nformer_edge.quantize.values import Overflow, Reach, Searched
 
 #: Images searched at most, spread evenly over those given: `MARGIN` stands for the others.
@@ -168,7 +168,7 @@ class _Watched:
             return self._scores(node, made)
         if node.output[0] not in self._ranks:
             return ""
-        if node.op_type in PRODUCTS:
+        if node.op_type in MULTIPLICATIONS:
             inputs = [self._magnitude(name) for name in node.input]
             copy = helper.make_node(node.op_type, inputs, [made], name=made)
             copy.attribute.extend(node.attribute)

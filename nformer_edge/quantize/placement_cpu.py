@@ -1,6 +1,6 @@
 """Static INT8 for the backbone as Q/DQ nodes, in the form that onnxruntime's CPU kernels want; what stays in float.
 
-Unsigned activations (the kernels' products are u8 x s8), quantized biases, signed weights with one scale a channel.
+Unsigned activations (the kernels multiply u8 by s8), quantized biases, signed weights with one scale a channel.
 TensorRT wants another form of the same ranges: `placement_tensorrt`. The head stays as it is: Q/DQ next to a Scan body
 ends onnxruntime.
 """
@@ -20,7 +20,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.quantize.calibrate import CALIBRATED, with_shapes
-from nformer_edge.quantize.fp16 import PRODUCTS, product_types
+from nformer_edge.quantize.fp16 import MULTIPLICATIONS, multiplication_types
 from nformer_edge.quantize.placement import Placement
 from nformer_edge.quantize.values import Ranges
 
@@ -37,11 +37,11 @@ def quantize_backbone(
         exclude: names of nodes that stay in float, beside those that always do.
 
     Raises:
-        ArtifactError: if less than half of the products, not counting the excluded ones, came out quantized.
+        ArtifactError: if less than half of the multiplications, not counting the excluded ones, came out quantized.
         UsageError: for a name in `exclude` that no node has.
     """
     model = place_for_cpu(backbone, ranges, reduce_range=reduce_range).without(exclude)
-    require_quantized(product_types(model), excluded_products(model, exclude))
+    require_quantized(multiplication_types(model), excluded_multiplications(model, exclude))
     return model
 
 
@@ -71,37 +71,37 @@ def quantized_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def require_quantized(types: Mapping[str, str], excluded: int = 0) -> None:
-    """Raises ArtifactError unless at least half of the products are in INT8, `excluded` ones not counted.
+    """Raises ArtifactError unless at least half of the multiplications are in INT8, `excluded` ones not counted.
 
     Args:
-        types: of each product, by its name: `fp16.product_types`.
+        types: of each multiplication, by its name: `fp16.multiplication_types`.
         excluded: how many were left in float on purpose.
     """
     total, quantized = len(types), Counter(types.values())["int8"]
     if not 2 * quantized >= total - excluded > 0:
         expected = "at least half of those not excluded"
         hint = "Exclude fewer nodes, or build FP16 or FP32." if excluded else "Report this with the version of onnx."
-        raise ArtifactError("backbone", f"{quantized} of {total} products in INT8", expected, hint)
+        raise ArtifactError("backbone", f"{quantized} of {total} multiplications in INT8", expected, hint)
 
 
-def excluded_products(model: onnx.ModelProto, exclude: Collection[str]) -> int:
-    """How many of the nodes named are products."""
-    return sum(n.op_type in PRODUCTS and n.name in exclude for n in model.graph.node)
+def excluded_multiplications(model: onnx.ModelProto, exclude: Collection[str]) -> int:
+    """How many of the nodes named are multiplications."""
+    return sum(n.op_type in MULTIPLICATIONS and n.name in exclude for n in model.graph.node)
 
 
 def float_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes that stay in float: the channel gates, and the neck after the global pooling.
 
-    The neck's batch norm, folded into its product, subtracts a mean that is large against what is left of it, so each
-    step of an INT8 range is felt. On the demo's ResNet-18 (256 calibration images, percentile) the cosine to FP32 over
-    134 queries is 0.925 at the lowest and 0.964 on average with the neck in INT8, 0.987 and 0.995 without. It is one
-    product of a pooled vector: it costs nothing.
+    The neck's batch norm, folded into the Gemm before it, subtracts a mean that is large against what is left of it, so
+    each step of an INT8 range is felt. On the demo's ResNet-18 (256 calibration images, percentile) the cosine to FP32
+    over 134 queries is 0.925 at the lowest and 0.964 on average with the neck in INT8, 0.987 and 0.995 without. It is
+    one Gemm of a pooled vector: it costs nothing.
     """
     return channel_gates(model) + [n.name for n in model.graph.node if n.op_type in ("Gemm", "MatMul")]
 
 
 def channel_gates(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes from a global pooling to a sigmoid, and of the products with it: OSNet's channel gates.
+    """Names of the nodes from a global pooling to a sigmoid, and of the multiplications with it: OSNet's channel gates.
 
     They stay in float. A gate is a handful of numbers that scale whole channels, so it costs nothing and errs
     everywhere: on Market-1501 with the published OSNet x0.25 (64 calibration images, percentile) the lowest cosine to

@@ -219,7 +219,7 @@ def _within_budget(
     found: LowPrecision, bundle: Bundle, budget: BudgetSpec, evaluator: Evaluator, journal: Journal, out: Path
 ) -> LowPrecision:
     from nformer_edge.quantize.placement import node_groups
-    from nformer_edge.quantize.placement_cpu import excluded_products, place_for_cpu, quantized_nodes
+    from nformer_edge.quantize.placement_cpu import excluded_multiplications, place_for_cpu, quantized_nodes
     from nformer_edge.quantize.search import Search, run_search
 
     assert found.ranges is not None, "measured before"
@@ -232,7 +232,7 @@ def _within_budget(
     search = run_search(
         Search(placement, groups, evaluator, journal, facts, found.exclude_nodes),
         budget,
-        excluded_products(placement.plain, nodes) // 2,
+        excluded_multiplications(placement.plain, nodes) // 2,
         model=f"{bundle.spec.backbone.arch}_{size.height}x{size.width}",
         calibration=plain.method,
     )

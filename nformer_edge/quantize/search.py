@@ -24,7 +24,7 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import JSON, Table, from_json, to_table
 from nformer_edge.quantize.evaluator import Evaluator
 from nformer_edge.quantize.placement import Placement
-from nformer_edge.quantize.placement_cpu import excluded_products
+from nformer_edge.quantize.placement_cpu import excluded_multiplications
 from nformer_edge.quantize.spec import BudgetSpec
 from nformer_edge.quantize.values import BudgetSearch, NodeCost, Point, Score
 
@@ -85,7 +85,7 @@ def run_search(search: Search, budget: BudgetSpec, limit: int, *, model: str, ca
     Args:
         search: what to measure with.
         budget: what must hold.
-        limit: products that may stay in float at most: beyond them it is no INT8 engine any more.
+        limit: multiplications that may stay in float at most: beyond them it is no INT8 engine any more.
         model: the bundle's name.
         calibration: the ranges' method.
 
@@ -133,9 +133,12 @@ def _cost(search: Search, name: str, alone: Score, left_out: Score, whole: Score
 
 
 def _within(search: Search, order: Sequence[str], limit: int) -> int:
-    """How many groups, the worst first, can be in float without more than `limit` products among them."""
+    """How many groups, the worst first, can be in float without more than `limit` multiplications among them."""
     count = 0
-    while count < len(order) and excluded_products(search.placement.plain, search.members(order[: count + 1])) <= limit:
+    while (
+        count < len(order)
+        and excluded_multiplications(search.placement.plain, search.members(order[: count + 1])) <= limit
+    ):
         count += 1
     return count
 

@@ -20,10 +20,10 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import instruction_sets, versions
 from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, Bundle, ModelFiles
-from nformer_edge.exporting.session import open_session
+from nformer_edge.exporting.session import ONNXRUNTIME, open_session
 from nformer_edge.quantize.values import LowPrecision
 
-NAME: Final = "onnxruntime"
+NAME: Final = ONNXRUNTIME
 EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 
@@ -88,7 +88,7 @@ def _quantize(bundle: Bundle, folder: Path, low: LowPrecision) -> PartAudit:
     """Replaces the backbone in `folder`, and in the self-test its features: INT8 is not compared with FP32."""
     import onnx
 
-    from nformer_edge.quantize.fp16 import product_types
+    from nformer_edge.quantize.fp16 import multiplication_types
     from nformer_edge.quantize.placement_cpu import quantize_backbone
 
     assert low.ranges is not None, "asked for"
@@ -97,5 +97,5 @@ def _quantize(bundle: Bundle, folder: Path, low: LowPrecision) -> PartAudit:
     session = open_session((folder / BACKBONE).read_bytes(), BACKBONE)
     (features,) = session.run(["features"], {"images": bundle.golden["images"]})
     np.savez(folder / GOLDEN, **{**bundle.golden, "features": features})  # type: ignore[arg-type]
-    counts = Counter(product_types(model).values())
+    counts = Counter(multiplication_types(model).values())
     return PartAudit({kind: Counts(counts[kind], counts[kind]) for kind in ("int8", "fp32") if counts[kind]})

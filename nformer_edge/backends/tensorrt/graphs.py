@@ -19,7 +19,7 @@ from nformer_edge.quantize.fp16 import (
     backbone_float32,
     head_float16,
     makers,
-    product_types,
+    multiplication_types,
     tensor_types,
     to_half,
     unfit_weights,
@@ -103,7 +103,7 @@ def _as_it_stands(model: ModelProto, bundle: Bundle, folder: Path, typed: bool) 
         raise BackendError("bundle", got, "an FP32 one, which its flags quantize or halve", hint)
     path = folder / f"prepared-{BACKBONE}"
     onnx.save(model, path)
-    return PreparedGraph(path, product_types(model))
+    return PreparedGraph(path, multiplication_types(model))
 
 
 def prepare_head(
@@ -144,7 +144,7 @@ def _written(
     beyond = {name: unfit[name] for name in sorted(half & unfit.keys())}
     half = half - beyond.keys() - _dequantizers(model, set(beyond))
     halved = to_half(model, half) if half else model
-    asked = product_types(halved)
+    asked = multiplication_types(halved)
     if typed:
         onnx.save(halved, path)
         return PreparedGraph(path, asked, beyond=beyond)

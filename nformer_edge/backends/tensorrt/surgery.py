@@ -89,7 +89,7 @@ def split_l2_norms(graph: Any) -> None:
 
 
 def split_gemms(names: Collection[str]) -> Edit:
-    """The edit that makes each of these Gemms a product, which keeps the name, and a sum with the bias.
+    """The edit that makes each of these Gemms a MatMul, which keeps the name, and an Add of the bias.
 
     Only those of a constant weight and factors of 1 are touched, as layers of a network are.
     """
@@ -104,9 +104,9 @@ def split_gemms(names: Collection[str]) -> Edit:
             if attributes.get("transB"):
                 weight = gs.Constant(f"{weight.name}/transposed", np.ascontiguousarray(weight.values.T))
             split = _Split(graph, node)
-            product = split("MatMul", x, weight)
-            product.inputs[0].name = node.name
-            split.ends_in(split("Add", product, bias[0]))
+            multiplied = split("MatMul", x, weight)
+            multiplied.inputs[0].name = node.name
+            split.ends_in(split("Add", multiplied, bias[0]))
 
     return edit
 

@@ -20,7 +20,7 @@ from nformer_edge.core import machine as cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.placement_cpu import channel_gates
 
 
@@ -179,7 +179,7 @@ def test_the_audit_counts_only_products_that_take_int8_from_both_sides():
         helper.make_node("MatMul", ["x", "float_weights"], ["z"], name="z"),
     ]
     model = helper.make_model(helper.make_graph(nodes, "g", [], []))
-    assert list(product_types(model).values()) == ["int8", "fp32", "fp32", "fp32"]
+    assert list(multiplication_types(model).values()) == ["int8", "fp32", "fp32", "fp32"]
 
 
 @pytest.mark.parametrize(

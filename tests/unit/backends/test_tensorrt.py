@@ -21,7 +21,7 @@ from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.exporting.bundle import open_bundle
-from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.prepare import prepare
 from nformer_edge.quantize.spec import QuantizeSpec
 from nformer_edge.quantize.values import HalfFacts
@@ -309,7 +309,7 @@ def test_what_leaves_fp16_stays_in_float32_and_manifest_and_log_say_which_and_wh
     if version == "8.6":
         assert kept.keys() <= b.machine.built[0]["held"]
     else:
-        types = product_types(b.machine.built[0]["model"])
+        types = multiplication_types(b.machine.built[0]["model"])
         assert {types[name] for name in kept if name in types} == {"fp32"}
 
 

@@ -105,8 +105,8 @@ def test_names_of_split_nodes_begin_with_the_old_ones_and_products_keep_theirs(s
     old = {n.name: n.op_type for n in head.graph.node}
     for node in split.graph.node:
         assert node.name in old or node.name.rpartition("/")[0] in old
-    products = {n.name for n in split.graph.node if n.op_type == "MatMul"}
-    assert products == {name for name, kind in old.items() if kind in ("Gemm", "MatMul")}
+    multiplications = {n.name for n in split.graph.node if n.op_type == "MatMul"}
+    assert multiplications == {name for name, kind in old.items() if kind in ("Gemm", "MatMul")}
 
 
 def small(node, shape, *constants):

@@ -21,7 +21,7 @@ from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, open_bundle
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.quantize.fp16 import backbone_float32, product_types, to_half
+from nformer_edge.quantize.fp16 import backbone_float32, multiplication_types, to_half
 from nformer_edge.quantize.modelopt import bundle_by_modelopt
 from nformer_edge.quantize.placement_cpu import float_nodes
 from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
@@ -83,7 +83,7 @@ def test_a_quantized_bundle_says_so_and_runs_and_keeps_the_head(tool, tiny_bundl
     assert manifest["calibration"]["num"] == 6
     assert manifest["landmark_seed"] == 7
     assert manifest["self_check"] == {}
-    assert "int8" in product_types(plain(out)).values()
+    assert "int8" in multiplication_types(plain(out)).values()
     with open_model(out) as runner:
         assert runner.precision["backbone"] == "int8"
         assert set(self_test(runner)) == {"backbone", "head"}
@@ -112,7 +112,7 @@ def test_what_our_int8_leaves_in_float_is_excluded_by_name_unless_it_chooses_alo
 
 def test_a_halved_bundle_keeps_our_float_nodes_and_float_ends(tool, tiny_bundle, tiny_market, tmp_path):
     out = bundle_by_modelopt(tiny_bundle, tmp_path / "out", tiny_market, precision="fp16", calib_num=2)
-    kinds = product_types(plain(out))
+    kinds = multiplication_types(plain(out))
     assert {kind for name, kind in kinds.items() if name not in backbone_float32(plain(tiny_bundle))} == {"fp16"}
     found, before = (open_bundle(folder).golden for folder in (out, tiny_bundle))
     assert found["features"].dtype == np.float32
@@ -137,5 +137,5 @@ def test_modelopt_itself_makes_a_bundle_that_ranks_alike(tiny_bundle, tiny_marke
     out = bundle_by_modelopt(tiny_bundle, tmp_path / "out", tiny_market, precision=precision, calib_num=8)
     found, before = (open_bundle(folder).golden for folder in (out, tiny_bundle))
     assert cosines(found["features"], before["features"]).min() >= {"int8": 0.97, "fp16": 0.998}[precision]
-    counts = list(product_types(plain(out)).values())
+    counts = list(multiplication_types(plain(out)).values())
     assert 2 * counts.count(precision) >= len(counts)

@@ -14,10 +14,10 @@ from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.quantize.calibrate import CALIBRATED, measure_ranges
-from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.placement import FOLLOWERS, node_groups
 from nformer_edge.quantize.placement_cpu import (
-    excluded_products,
+    excluded_multiplications,
     float_nodes,
     for_onnxruntime,
     place_for_cpu,
@@ -76,7 +76,7 @@ def test_without_some_nodes_it_computes_what_onnxruntimes_quantizer_makes(placem
     members = list(chain.from_iterable(list(groups.values())[4:80]))
     ours, theirs = placement.without(members), excluding(placement, ranges, members)
     onnx.checker.check_model(ours, full_check=True)
-    assert product_types(ours) == product_types(theirs)
+    assert multiplication_types(ours) == multiplication_types(theirs)
     np.testing.assert_allclose(features(ours), features(theirs), rtol=1e-5, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_a_node_left_out_has_its_float_weights_and_fewer_bytes_are_int8(placemen
     for node in model.graph.node:
         if node.name in groups[name]:
             assert constants[node.input[1]].data_type == onnx.TensorProto.FLOAT
-    fewer, all_of_them = (list(product_types(m).values()) for m in (model, placement.without()))
+    fewer, all_of_them = (list(multiplication_types(m).values()) for m in (model, placement.without()))
     assert fewer.count("int8") == all_of_them.count("int8") - 2
 
 
@@ -118,7 +118,7 @@ def test_both_placements_refuse_a_name_that_is_not_there(placement, ranges):
 def test_an_engine_with_nothing_left_in_int8_is_refused(placement, ranges):
     everything = quantized_nodes(placement.plain)
     model = placement.without(everything)
-    with pytest.raises(ArtifactError, match=r"got 0 of 188 products in INT8.*Exclude fewer nodes"):
-        require_quantized(product_types(model), excluded_products(model, everything))
+    with pytest.raises(ArtifactError, match=r"got 0 of 188 multiplications in INT8.*Exclude fewer nodes"):
+        require_quantized(multiplication_types(model), excluded_multiplications(model, everything))
     with pytest.raises(ArtifactError, match="Exclude fewer nodes"):
         place_for_tensorrt(placement.plain, ranges, everything)

@@ -15,7 +15,7 @@ from nformer_edge.exporting.session import open_session
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.ops.contract import DOMAIN
 from nformer_edge.quantize.calibrate import measure_ranges
-from nformer_edge.quantize.fp16 import backbone_float32, head_float16, product_types, to_half
+from nformer_edge.quantize.fp16 import backbone_float32, head_float16, multiplication_types, to_half
 from nformer_edge.quantize.placement_cpu import channel_gates
 from nformer_edge.quantize.placement_tensorrt import half_scale, place_for_tensorrt, quantized_sums
 from nformer_edge.quantize.values import Ranges, read_ranges
@@ -58,7 +58,7 @@ def halved(backbone):
 def test_a_backbone_in_fp16_keeps_float32_inputs_outputs_pooling_and_neck(backbone, golden):
     model = halved(backbone)
     onnx.checker.check_model(model, full_check=True)
-    types = product_types(model)
+    types = multiplication_types(model)
     assert {types[n.name] for n in model.graph.node if n.op_type == "Conv"} == {"fp16"}
     assert {types[n.name] for n in model.graph.node if n.op_type == "Gemm"} == {"fp32"}
     ends = (*model.graph.input, *model.graph.output)
@@ -71,7 +71,7 @@ def test_a_backbone_in_fp16_keeps_float32_inputs_outputs_pooling_and_neck(backbo
 def test_a_head_in_fp16_has_its_projections_there_and_everything_else_in_float32(head, golden):
     model = to_half(head, head_float16(head))
     onnx.checker.check_model(model, full_check=True)
-    types = product_types(model)
+    types = multiplication_types(model)
     projections = {n for n in types if n.endswith("/Gemm")}
     assert len(projections) == 8
     assert {types[n] for n in projections} == {"fp16"}
@@ -119,7 +119,7 @@ def test_q_dq_for_tensorrt_is_symmetric_signed_and_leaves_biases_alone(backbone,
     assert constants[weights.input[0]].dtype == np.int8
     assert constants[weights.input[1]].shape == (constants[weights.input[0]].shape[0],)
     assert constants[conv.input[2]].dtype == np.float32
-    assert list(product_types(model).values()).count("int8") == 139
+    assert list(multiplication_types(model).values()).count("int8") == 139
 
 
 def test_both_branches_of_a_residual_sum_are_quantized_and_no_products_own_output(backbone, ranges):
@@ -150,7 +150,7 @@ def test_an_int8_backbone_of_fp16_types_agrees_with_float32(backbone, ranges, go
     placed = place_for_tensorrt(backbone, ranges)
     model = to_half(placed, {n.name for n in placed.graph.node} - backbone_float32(backbone))
     onnx.checker.check_model(model, full_check=True)
-    assert set(product_types(model).values()) == {"int8", "fp16", "fp32"}
+    assert set(multiplication_types(model).values()) == {"int8", "fp16", "fp32"}
     paths = [str(p) for p in sorted((tiny_market / "query").iterdir())]
     images = np.concatenate(list(iter_batches(paths, PreprocessSpec(64, 32), 8)))
     assert cosines(run(model, {"images": images}), run(backbone, {"images": images})).min() >= 0.95

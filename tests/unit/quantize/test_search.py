@@ -25,7 +25,7 @@ from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.quantize import prepare as prepared
 from nformer_edge.quantize.calibrate import METHODS, measure_ranges
 from nformer_edge.quantize.evaluator import Evaluator, hold_out
-from nformer_edge.quantize.fp16 import product_types
+from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.placement_cpu import place_for_cpu
 from nformer_edge.quantize.prepare import CalibrationData
 from nformer_edge.quantize.spec import BudgetSpec, read_exclude
@@ -175,7 +175,7 @@ def test_tensorrt_leaves_the_same_nodes_unquantized(built, bundle, tmp_path):
     ranges = read_ranges(built / "calibration.json")
     graph = prepare_backbone(open_bundle(bundle), tmp_path, "int8", ranges, exclude=(BAD,))
     assert {name: graph.asked[name] for name in (BAD, *GOOD)} == {BAD: "fp16"} | dict.fromkeys(GOOD, "int8")
-    assert list(product_types(onnx.load(graph.path)).values()).count("int8") == 3
+    assert list(multiplication_types(onnx.load(graph.path)).values()).count("int8") == 3
 
 
 def test_a_node_that_is_not_there_is_refused_with_the_nearest_name(bundle, people, tmp_path):

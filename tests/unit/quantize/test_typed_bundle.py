@@ -62,7 +62,7 @@ def test_an_engine_for_onnxruntime_says_what_its_backbone_is_in(quantized, tmp_p
 def test_tensorrt_rtx_builds_every_product_in_the_type_that_stands_there(quantized, tmp_path):
     spec = EngineSpec("tensorrt-rtx", batch=(1, 2, 4), capabilities=("8.6",))
     manifest = read_manifest(build_engine(quantized, tmp_path / "engine", spec), "engine")
-    products = manifest["audit"]["backbone"]["multiplications"]
+    multiplications = manifest["audit"]["backbone"]["multiplications"]
     assert manifest["precision"] == {"backbone": "int8"}
-    assert all(counts["built"] == counts["asked"] for counts in products.values())
-    assert products["int8"]["asked"] > 100
+    assert all(counts["built"] == counts["asked"] for counts in multiplications.values())
+    assert multiplications["int8"]["asked"] > 100
