@@ -190,6 +190,22 @@ class Result:
         atomic_write_json(path, self.to_json())
 
 
+@dataclass(frozen=True)
+class Written(Result):
+    """A file or folder that was written, where there is no more to say.
+
+    Args:
+        path: where.
+    """
+
+    kind: ClassVar[str] = "written"
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"wrote {self.path}"
+
+
 def descriptions(cls: type) -> dict[str, str]:
     """What the ``Args:`` section of the docstring says of each field, in one line; the bases' docstrings count too."""
     found: dict[str, str] = {}

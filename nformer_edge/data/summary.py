@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
+from nformer_edge.core.values import Result
 from nformer_edge.data.records import DISTRACTOR, Dataset, cameras, identities
 
 
-def summarize(dataset: Dataset) -> list[dict[str, Any]]:
-    """One row a split, as plain data: ``split``, ``identities`` (None where it means nothing), ``images``, ``cameras``.
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
 
-    The gallery's row counts its distractors as images but not as an identity; the row below it counts them alone.
+    Args:
+        split: of which images.
+        identities: people among them; None where it means nothing.
+        images: files.
+        cameras: known ones.
     """
-    distractors = tuple(r for r in dataset.gallery if r.pid == DISTRACTOR)
-    rows = (
-        ("train", dataset.train),
-        ("query", dataset.query),
-        ("gallery", dataset.gallery),
-        ("of these distractors", distractors),
-        ("junk", dataset.junk),
+
+    split: str
+    identities: int | None
+    images: int
+    cameras: int
+
+
+@dataclass(frozen=True)
+class Summary(Result):
+    """What a dataset holds.
+
+    Args:
+        name: of the dataset.
+        rows: train, query, gallery, its distractors (images but no identity in the gallery's row), and junk.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    name: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = [f"  {'split':<22}{'identities':>10}{'images':>10}{'cameras':>9}"]
+        for row in self.rows:
+            people = "-" if row.identities is None else f"{row.identities:,}"
+            lines.append(f"  {row.split:<22}{people:>10}{row.images:>10,}{row.cameras:>9}")
+        return "\n".join([self.name, *lines])
+
+
+def summarize(dataset: Dataset) -> Summary:
+    """The table of a dataset."""
+    splits = {"train": dataset.train, "query": dataset.query, "gallery": dataset.gallery}
+    more = {"of these distractors": tuple(r for r in dataset.gallery if r.pid == DISTRACTOR), "junk": dataset.junk}
+    rows = tuple(
+        Row(name, len(identities(records)) if name in splits else None, len(records), len(cameras(records)))
+        for name, records in (splits | more).items()
     )
-    return [
-        {
-            "split": name,
-            "identities": len(identities(records)) if name in ("train", "query", "gallery") else None,
-            "images": len(records),
-            "cameras": len(cameras(records)),
-        }
-        for name, records in rows
-    ]
-
-
-def format_summary(dataset: Dataset) -> str:
-    """`summarize` as text, one line a row, numbers aligned."""
-    lines = [dataset.name, f"  {'split':<22}{'identities':>10}{'images':>10}{'cameras':>9}"]
-    for row in summarize(dataset):
-        people = "-" if row["identities"] is None else f"{row['identities']:,}"
-        lines.append(f"  {row['split']:<22}{people:>10}{row['images']:>10,}{row['cameras']:>9}")
-    return "\n".join(lines)
+    return Summary(dataset.name, rows)

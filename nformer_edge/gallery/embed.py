@@ -192,7 +192,7 @@ class Embedding(Result):
 def embed_files(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     batch: int = 32,
     decoders: int | None = None,
@@ -203,7 +203,7 @@ def embed_files(
     augment: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Embedding:
-    """Embeds a dataset's images, or a folder of images, into the feature store `output`.
+    """Embeds a dataset's images, or a folder of images, into the feature store `out`.
 
     An interrupted run leaves its finished batches in ``OUTPUT.journal``: the next one goes on there, and removes it.
     A folder of images is one split, ``gallery``.
@@ -220,17 +220,17 @@ def embed_files(
     if views > 1 and "train" not in records:
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")
     start = time.perf_counter()
-    journal = Journal(Path(f"{os.fspath(output)}.journal"))
+    journal = Journal(Path(f"{os.fspath(out)}.journal"))
     with open_model(model, intra_op_threads=intra_op_threads) as runner:
         sets = {}
         for split, chosen in records.items():
             count = views if split == "train" else 1
             sets[split] = embed_records(runner, chosen, batch, decoders, count, augment, seed, journal=journal)
-        save_features(output, sets)
+        save_features(out, sets)
         journal.remove()
         seconds = time.perf_counter() - start
         counts = {split: len(s) for split, s in sets.items()}, {split: s.views for split, s in sets.items()}
-        return Embedding(runner.name, runner.backend, runner.sha256, str(output), seconds, *counts)
+        return Embedding(runner.name, runner.backend, runner.sha256, str(out), seconds, *counts)
 
 
 def _split_records(

@@ -58,11 +58,11 @@ def build(
 
 def build_for_target(
     bundle: str | os.PathLike[str] | Bundle,
-    out: str | os.PathLike[str] | None,
-    spec: EngineSpec,
+    out: str | os.PathLike[str] | None = None,
+    spec: EngineSpec | None = None,
     calib_data: CalibrationData | Data | None = None,
     *,
-    target: str | None,
+    target: str | None = None,
 ) -> Path:
     """`build_engine` by a recipe, where one is named.
 

@@ -8,7 +8,7 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.data.readers import LAYOUTS, read_dataset
 from nformer_edge.data.records import cameras, identities
-from nformer_edge.data.summary import format_summary, summarize
+from nformer_edge.data.summary import summarize
 
 MARKET = {
     "bounding_box_train": ("0002_c1s1_000451_03.jpg", "0007_c3s2_010203_01.jpg", "Thumbs.db"),
@@ -267,12 +267,12 @@ def test_an_msmt17_without_a_list_is_refused(tmp_path: Path) -> None:
 
 def test_the_summary_counts_people_images_and_cameras(tmp_path: Path) -> None:
     dataset = read_dataset(_tree(tmp_path, MARKET))
-    rows = {r["split"]: (r["identities"], r["images"], r["cameras"]) for r in summarize(dataset)}
+    rows = {r.split: (r.identities, r.images, r.cameras) for r in summarize(dataset).rows}
     assert rows == {
         "train": (2, 2, 2), "query": (2, 2, 2), "gallery": (2, 3, 3), "of these distractors": (None, 1, 1),
         "junk": (None, 1, 1),
     }  # fmt: skip
-    text = format_summary(dataset)
+    text = str(summarize(dataset))
     assert len({len(line) for line in text.splitlines()[1:]}) == 1, "columns are aligned"
 
 

@@ -1,0 +1,68 @@
+"""The command line: no flag that nothing reads, no default that the functions do not have."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+
+import pytest
+
+from nformer_edge import cli
+
+ENGINE = ("backends.spec:EngineSpec", "quantize.spec:BudgetSpec", "quantize.prepare:CalibrationData")
+
+#: The functions that read a command's flags, where it is more than one call.
+CALLED = {
+    "make-data": ("data.generate:generate_dataset", "data.generate:GenerateSpec"),
+    "summary": ("data.readers:read_dataset", "data.summary:summarize"),
+    "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train",
+              "training.stored:train_from_features"),
+    "import": ("model.weights:import_checkpoint", "core.spec:HeadSpec"),
+    "export": ("exporting.export:export_bundle",),
+    "modelopt": ("quantize.modelopt:bundle_by_modelopt",),
+    "build-engine": ("targets.build:build_for_target", *ENGINE),
+    "prepare": ("targets.trtexec:prepare_for_target", *ENGINE),
+    "embed": ("gallery.embed:embed_files",),
+    "parity": ("report.parity:parity",),
+    "benchmark": ("report.benchmark:benchmark",),
+    "report": ("report.html.page:write_report",),
+    "demo": ("demo:run_demo",),
+}  # fmt: skip
+
+#: Flags that a command reads itself.
+OWN = {"json", "verbose", "out_json", "help"}
+READ = {
+    "summary": {"data"}, "train": {"features", "preset", "config"}, "benchmark": {"models"},
+    "build-engine": {"calib_data", "force_calibration", "budget_images", "budget_scope"},
+    "prepare": {"calib_data", "force_calibration", "budget_images", "budget_scope"},
+}  # fmt: skip
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def parameters(where: str) -> set[str]:
+    module, _, name = where.partition(":")
+    return set(inspect.signature(getattr(importlib.import_module(f"nformer_edge.{module}"), name)).parameters)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_flag_is_a_parameter_of_what_the_command_calls(name: str) -> None:
+    command, parser = cli.COMMANDS[name], parsers()[name]
+    known = set().union(*map(parameters, (command.calls,) if command.calls else CALLED[name]))
+    flags = {action.dest for action in parser._actions} - OWN - READ.get(name, set())
+    assert flags <= known, f"nothing reads {sorted(flags - known)}"
+
+
+def test_a_flag_that_was_not_given_is_not_passed_on() -> None:
+    args = cli.parser().parse_args(["evaluate", "model", "--data", "d"])
+    assert set(vars(args)) == {"command", "model", "data", "json", "verbose"}
+
+
+def test_the_check_sees_a_flag_that_nothing_reads() -> None:
+    assert not {"nonsense"} <= parameters("report.accuracy:evaluate")
+    with pytest.raises(AttributeError):
+        parameters("report.accuracy:nothing")
