@@ -236,16 +236,20 @@ def _train(args: Args) -> None:
 
 @_command(
     "import", "published weights -> checkpoint; prints what matched",
-    _option("path", metavar="FILE", help="weights of torchreid, torchvision, reid-strong-baseline, NFormer or FastReID;"
-            " nothing in the file is run"),
+    _option("path", metavar="FILE", help=".pth or .safetensors of torchreid, torchvision, reid-strong-baseline, "
+            "NFormer, FastReID or Person_reID_baseline_pytorch; nothing in the file is run"),
     _new("FILE.safetensors"), IMGSZ, ARCH, HEADS, K, LANDMARKS,
     _option("--features", type=int, help="replace the file's neck by a projection to so many features"),
     _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
+    _option("--last-stride", type=int, choices=(1, 2), help="of a ResNet, where the file does not say it"),
+    _option("--pooling", type=_choice(spec.Pooling), metavar="NAME", help="avg | gem, where the file does not say it"),
+    _flag("--ema", "take the averaged weights, where the file has both"),
+    _option("--sha256", metavar="HEX", help="refuse any other file than this one"),
     _option("--partial", "--allow-partial", action="store_true", help="accept missing or left-over tensors"),
 )
 def _import(args: Args) -> None:
-    head = {name: v for name in ("heads", "k", "landmarks") if (v := getattr(args, name, None)) is not None}
-    _show(args, _call(args, "model.weights:import_checkpoint", head=head))
+    wanted = _call(args, "model.importers.plan:Wanted")
+    _show(args, _call(args, "model.weights:import_checkpoint", wanted=wanted))
 
 
 _calls(

@@ -15,6 +15,7 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.backends.spec import AUTO
 from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.filekind import FileKind, file_kind
 from nformer_edge.exporting.bundle import KIND as BUNDLE
 from nformer_edge.exporting.bundle import Bundle, open_bundle
 
@@ -52,9 +53,9 @@ def open_model(
     """
     path = Path(path)
     if not path.is_dir() and path.suffix != ".safetensors":
-        got = "a file of another kind" if path.exists() else "no such file or folder"
-        hint = "Make one with `nformer-edge train`, `export` or `build-engine`."
-        raise ArtifactError(str(path), got, "a checkpoint (.safetensors), a bundle or an engine", hint)
+        found = FileKind("no such file or folder", "Make one with `nformer-edge train`, `export` or `build-engine`.")
+        found = file_kind(path) if path.exists() else found
+        raise ArtifactError(str(path), found.name, "a checkpoint (.safetensors), a bundle or an engine", found.hint)
     if not path.is_dir():
         _refuse_other(path, "checkpoint", PYTORCH, backend)
         if contexts is not None:

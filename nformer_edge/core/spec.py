@@ -10,7 +10,9 @@ from typing import Literal, TypeVar
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.values import Table, from_json, to_table
 
-Neck = Literal["bnneck", "bn", "fc"]
+Neck = Literal["bnneck", "bn", "fc", "none"]
+Pooling = Literal["avg", "gem"]
+LastStride = Literal[1, 2]
 Stem = Literal["standard", "no_relu", "ceil_pool"]
 NeighborRule = Literal["features", "affinity"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
@@ -29,6 +31,11 @@ TRUNKS = {
     "osnet_x0_75": "osnet:osnet_x0_75",
     "osnet_x0_5": "osnet:osnet_x0_5",
     "osnet_x0_25": "osnet:osnet_x0_25",
+    "osnet_ibn_x1_0": "osnet:osnet_ibn_x1_0",
+    "osnet_ain_x1_0": "osnet:osnet_ain_x1_0",
+    "osnet_ain_x0_75": "osnet:osnet_ain_x0_75",
+    "osnet_ain_x0_5": "osnet:osnet_ain_x0_5",
+    "osnet_ain_x0_25": "osnet:osnet_ain_x0_25",
 }
 
 
@@ -78,29 +85,45 @@ class BackboneSpec:
     """One image to one feature. Weights trained with one neck or stem are wrong under another.
 
     Args:
-        arch: of the trunk.
-        features: numbers in one feature.
+        arch: the trunk: ResNet (He et al. 2016), with IBN-a (Pan et al. 2018), OSNet (Zhou et al. 2019), OSNet-IBN or
+            OSNet-AIN (Zhou et al. 2021).
+        features: how many numbers a feature has.
         neck: ``bnneck`` (projection to `features`, then batch norm), ``bn`` (batch norm alone, on as many features as
-            the trunk has channels: Luo et al. 2019) or ``fc`` (OSNet's own fully connected layer with batch norm and
-            ReLU: Zhou et al. 2019, as torchreid trains it).
-        stem: how a ResNet begins: ``standard``, ``no_relu`` (reid-strong-baseline and the published NFormer have no
-            first ReLU) or ``ceil_pool`` (FastReID's pooling is padded at the end alone, which shifts it by a pixel).
+            the trunk has channels: Luo et al. 2019), ``fc`` (linear, batch norm, ReLU, as torchreid trains it) or
+            ``none`` (the pooled feature itself).
+        stem: how a ResNet begins: ``standard``, ``no_relu`` (reid-strong-baseline and the published NFormer leave out
+            the first ReLU) or ``ceil_pool`` (FastReID's pooling is padded at the end alone, which shifts it by a
+            pixel).
+        pooling: ``avg``, or ``gem``: the mean of powers with a learned exponent, then the root (Radenovic et al. 2019).
+        last_stride: of a ResNet's layer4. The feature map is a sixteenth of the image's sides with 1, else a 32nd.
+        non_local: a ResNet-50 with FastReID's five non-local blocks in layer2 and layer3 (Wang et al. 2018).
     """
 
     arch: str = "resnet50"
     features: int = 256
     neck: Neck = "bnneck"
     stem: Stem = "standard"
+    pooling: Pooling = "avg"
+    last_stride: LastStride = 1
+    non_local: bool = False
 
     def __post_init__(self) -> None:
         check_choice("arch", self.arch, tuple(TRUNKS))
-        check_choice("neck", self.neck, typing.get_args(Neck))
-        check_choice("stem", self.stem, typing.get_args(Stem))
+        for name, kind in (("neck", Neck), ("stem", Stem), ("pooling", Pooling)):
+            check_choice(name, getattr(self, name), typing.get_args(kind))
         check_at_least("features", self.features, 1)
-        if self.neck == "fc" and not self.arch.startswith("osnet"):
-            raise UsageError("neck", f"fc with {self.arch}", "fc with an OSNet", "Use bnneck.")
-        if self.stem != "standard" and not self.arch.startswith("resnet"):
-            raise UsageError("stem", f"{self.stem} with {self.arch}", f"{self.stem} with a ResNet", "Leave stem out.")
+        if self.last_stride not in (1, 2):
+            raise UsageError("last_stride", self.last_stride, "1 or 2", "Choose one of these.")
+        for name, value in self.trunk_options().items():
+            if not self.arch.startswith("resnet"):
+                raise UsageError(name, f"{value} with {self.arch}", f"{value} with a ResNet", f"Leave {name} out.")
+        if self.non_local and self.arch == "resnet18":
+            raise UsageError("non_local", "True with resnet18", "a ResNet-50", "Leave non_local out.")
+
+    def trunk_options(self) -> dict[str, str | int | bool]:
+        """What the trunk is made with, where it is not the default."""
+        options = {name: getattr(self, name) for name in ("stem", "last_stride", "non_local")}
+        return {name: value for name, value in options.items() if value != getattr(BackboneSpec, name)}
 
 
 @dataclass(frozen=True)

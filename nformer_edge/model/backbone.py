@@ -1,4 +1,4 @@
-"""One image to one feature: a trunk, global average pooling and a neck."""
+"""One image to one feature: a trunk, global pooling and a neck."""
 
 from __future__ import annotations
 
@@ -18,7 +18,21 @@ from nformer_edge.core.spec import TRUNKS, BackboneSpec
 def _trunk(spec: BackboneSpec) -> nn.Module:
     module, _, name = TRUNKS[spec.arch].partition(":")
     make = getattr(importlib.import_module(f"nformer_edge.model.{module}"), name)
-    return make(**({} if spec.stem == "standard" else {"stem": spec.stem}))
+    return make(**spec.trunk_options())
+
+
+class GeM(nn.Module):
+    """Generalized mean pooling (Radenovic et al., TPAMI 2019): powers, mean, root. The exponent is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, 1, 1]
+        return x.clamp(min=1e-6).pow(self.p).mean((2, 3), keepdim=True).pow(1 / self.p)
 
 
 class BNNeck(nn.Module):
@@ -36,18 +50,18 @@ class BNNeck(nn.Module):
         return before, self.bn(before)
 
 
+def _same(neck: str, inputs: int, features: int) -> None:
+    if inputs != features:
+        hint = "Give that number, or use bnneck, which projects."
+        raise UsageError("features", f"{features} with neck {neck}", f"{inputs}, the trunk's channels", hint)
+
+
 class BatchNormNeck(nn.Module):
     """Batch norm without shift on the pooled feature itself, as Luo et al. (2019) have it."""
 
     def __init__(self, inputs: int, features: int) -> None:
         super().__init__()
-        if inputs != features:
-            raise UsageError(
-                "features",
-                f"{features} with neck bn",
-                f"{inputs}, the trunk's channels",
-                "Give that number, or use bnneck, which projects.",
-            )
+        _same("bn", inputs, features)
         self.bn = nn.BatchNorm1d(features)
         self.bn.bias.requires_grad_(False)
 
@@ -56,7 +70,7 @@ class BatchNormNeck(nn.Module):
 
 
 class FCNeck(nn.Module):
-    """OSNet's own: linear, batch norm, ReLU. Its output serves every loss."""
+    """Torchreid's: linear, batch norm, ReLU. Its output serves every loss."""
 
     def __init__(self, inputs: int, features: int) -> None:
         super().__init__()
@@ -70,10 +84,22 @@ class FCNeck(nn.Module):
         return after, after
 
 
-_NECKS: dict[str, type[BNNeck] | type[BatchNormNeck] | type[FCNeck]] = {
+class NoNeck(nn.Module):
+    """The pooled feature itself, for every loss."""
+
+    def __init__(self, inputs: int, features: int) -> None:
+        super().__init__()
+        _same("none", inputs, features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+_NECKS: dict[str, type[BNNeck] | type[BatchNormNeck] | type[FCNeck] | type[NoNeck]] = {
     "bnneck": BNNeck,
     "bn": BatchNormNeck,
     "fc": FCNeck,
+    "none": NoNeck,
 }
 
 
@@ -84,7 +110,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.spec = spec
         self.trunk = _trunk(spec)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = GeM() if spec.pooling == "gem" else nn.AdaptiveAvgPool2d(1)
         channels: Any = self.trunk.channels
         self.neck = _NECKS[spec.neck](channels, spec.features)
 

@@ -1,21 +1,31 @@
-"""OSNet trunks (Zhou et al., ICCV 2019) under torchreid's parameter names, so that published weights load."""
+"""OSNet trunks (Zhou et al., ICCV 2019; OSNet-AIN: TPAMI 2021) under the parameter names of torchreid's OSNet."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
+Instance = Literal["", "after", "inside"]
+
 _CHANNELS = (64, 256, 384, 512)  # of x1.0
+_INSTANCE: dict[str, tuple[tuple[Instance, Instance], ...]] = {
+    "osnet": (("", ""), ("", ""), ("", "")),
+    "osnet_ibn": (("after", "after"), ("", ""), ("", "")),
+    "osnet_ain": (("inside", "inside"), ("", "inside"), ("inside", "")),
+}
 
 
 class ConvLayer(nn.Module):
-    """Convolution, batch norm, and ReLU unless `linear`."""
+    """Convolution, batch norm (instance norm with `instance`), and ReLU unless `linear`."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False, instance: bool = False
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn: nn.Module = nn.InstanceNorm2d(outputs, affine=True) if instance else nn.BatchNorm2d(outputs)
         self.relu: nn.Module = nn.Identity() if linear else nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,9 +62,14 @@ class ChannelGate(nn.Module):
 
 
 class OSBlock(nn.Module):
-    """Four streams of 1 to 4 light convolutions, summed after the shared gate."""
+    """Four streams of 1 to 4 light convolutions, summed after the shared gate.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    Args:
+        instance: where an instance norm stands: ``after`` the sum with the shortcut (IBN), ``inside``, in place of the
+            last batch norm (AIN), or nowhere.
+    """
+
+    def __init__(self, inputs: int, outputs: int, instance: Instance = "") -> None:
         super().__init__()
         middle = outputs // 4
         self.conv1 = ConvLayer(inputs, middle, 1)
@@ -64,6 +79,10 @@ class OSBlock(nn.Module):
         self.conv2d = nn.Sequential(*(LightConv3x3(middle) for _ in range(4)))
         self.gate = ChannelGate(middle)
         self.conv3 = ConvLayer(middle, outputs, 1, linear=True)
+        if instance == "inside":
+            self.conv3.bn = nn.Identity()
+        self.instance = instance
+        self.IN = nn.InstanceNorm2d(outputs, affine=True) if instance else nn.Identity()
         self.downsample = ConvLayer(inputs, outputs, 1, linear=True) if inputs != outputs else None
         self.relu = nn.ReLU(inplace=True)
 
@@ -71,11 +90,12 @@ class OSBlock(nn.Module):
         y = self.conv1(x)
         streams = (self.conv2a(y), self.conv2b(y), self.conv2c(y), self.conv2d(y))
         y = self.gate(streams[0]) + self.gate(streams[1]) + self.gate(streams[2]) + self.gate(streams[3])
-        return self.relu(self.conv3(y) + (x if self.downsample is None else self.downsample(x)))
+        y, shortcut = self.conv3(y), x if self.downsample is None else self.downsample(x)
+        return self.relu(self.IN(y) + shortcut if self.instance == "inside" else self.IN(y + shortcut))
 
 
-def _stage(inputs: int, outputs: int, shrink: bool) -> nn.Sequential:
-    blocks: list[nn.Module] = [OSBlock(inputs, outputs), OSBlock(outputs, outputs)]
+def _stage(inputs: int, outputs: int, shrink: bool, instance: tuple[Instance, Instance]) -> nn.Sequential:
+    blocks: list[nn.Module] = [OSBlock(inputs, outputs, instance[0]), OSBlock(outputs, outputs, instance[1])]
     if shrink:
         blocks.append(nn.Sequential(ConvLayer(outputs, outputs, 1), nn.AvgPool2d(2, 2)))
     return nn.Sequential(*blocks)
@@ -85,17 +105,19 @@ class OSNet(nn.Module):
     """Images to a feature map, a sixteenth of the image's sides.
 
     Args:
-        width: 1, 0.75, 0.5 or 0.25: the channels relative to x1.0.
+        arch: ``osnet``, ``osnet_ibn`` or ``osnet_ain``, then ``_x`` and the width, such as ``0_25``.
     """
 
-    def __init__(self, width: float) -> None:
+    def __init__(self, arch: str) -> None:
         super().__init__()
-        c = [int(channels * width) for channels in _CHANNELS]
-        self.conv1 = ConvLayer(3, c[0], 7, 2)
+        kind, _, width = arch.partition("_x")
+        c = [int(channels * float(width.replace("_", "."))) for channels in _CHANNELS]
+        first, second, third = _INSTANCE[kind]
+        self.conv1 = ConvLayer(3, c[0], 7, 2, instance=kind != "osnet")
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.conv2 = _stage(c[0], c[1], shrink=True)
-        self.conv3 = _stage(c[1], c[2], shrink=True)
-        self.conv4 = _stage(c[2], c[3], shrink=False)
+        self.conv2 = _stage(c[0], c[1], True, first)
+        self.conv3 = _stage(c[1], c[2], True, second)
+        self.conv4 = _stage(c[2], c[3], False, third)
         self.conv5 = ConvLayer(c[3], c[3], 1)
         self.channels = c[3]
         for module in self.modules():
@@ -112,7 +134,12 @@ class OSNet(nn.Module):
         return self.conv5(self.conv4(self.conv3(self.conv2(x))))
 
 
-osnet_x1_0 = partial(OSNet, 1.0)
-osnet_x0_75 = partial(OSNet, 0.75)
-osnet_x0_5 = partial(OSNet, 0.5)
-osnet_x0_25 = partial(OSNet, 0.25)
+osnet_x1_0 = partial(OSNet, "osnet_x1_0")
+osnet_x0_75 = partial(OSNet, "osnet_x0_75")
+osnet_x0_5 = partial(OSNet, "osnet_x0_5")
+osnet_x0_25 = partial(OSNet, "osnet_x0_25")
+osnet_ibn_x1_0 = partial(OSNet, "osnet_ibn_x1_0")
+osnet_ain_x1_0 = partial(OSNet, "osnet_ain_x1_0")
+osnet_ain_x0_75 = partial(OSNet, "osnet_ain_x0_75")
+osnet_ain_x0_5 = partial(OSNet, "osnet_ain_x0_5")
+osnet_ain_x0_25 = partial(OSNet, "osnet_ain_x0_25")

@@ -1,9 +1,12 @@
-"""ResNet trunks with last stride 1, under torchvision's parameter names, and IBN-a under those of its authors.
+"""ResNet trunks under torchvision's parameter names, IBN-a under those of its authors, non-local under FastReID's.
 
-Sources: He et al., CVPR 2016; Luo et al., 2019 (last stride 1); Pan et al., ECCV 2018 (IBN-a).
+Sources: He et al., CVPR 2016; Luo et al., 2019 (last stride 1); Pan et al., ECCV 2018 (IBN-a); Wang et al., CVPR 2018
+(non-local).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,24 +77,42 @@ class Bottleneck(nn.Module):
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
-    """Images to a feature map, a sixteenth of the image's sides."""
+class NonLocal(nn.Module):
+    """Every place gathers from all others: FastReID's block, whose inner width is 1.
 
-    def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        depths: tuple[int, ...],
-        ibn: bool = False,
-        stem: Stem = "standard",
-    ) -> None:
+    With one channel the affinity of two places is a product of two numbers, so that the sum over places stands alone
+    and no matrix of places by places is needed.
+    """
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
+        self.g = nn.Conv2d(channels, 1, 1)
+        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.W.get_parameter("1.weight"))
+        self.theta = nn.Conv2d(channels, 1, 1)
+        self.phi = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gathered = (self.phi(x) * self.g(x)).mean((2, 3), keepdim=True)
+        return x + self.W(self.theta(x) * gathered)
+
+
+_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet50_ibn_a": (3, 4, 6, 3)}
+
+
+class ResNet(nn.Module):
+    """Images to a feature map, of sides and details as `BackboneSpec` says."""
+
+    def __init__(self, arch: str, stem: Stem = "standard", last_stride: int = 1, non_local: bool = False) -> None:
+        super().__init__()
+        block = BasicBlock if arch == "resnet18" else Bottleneck
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.Identity() if stem == "no_relu" else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if stem == "ceil_pool" else nn.MaxPool2d(3, 2, 1)
         inputs = 64
-        for i, (depth, stride) in enumerate(zip(depths, (1, 2, 2, 1), strict=True)):
-            width, with_ibn = 64 << i, ibn and i < 3
+        for i, (depth, stride) in enumerate(zip(_DEPTHS[arch], (1, 2, 2, last_stride), strict=True)):
+            width, with_ibn = 64 << i, arch == "resnet50_ibn_a" and i < 3
             layers = []
             for j in range(depth):
                 layers.append(block(inputs, width, stride if j == 0 else 1, with_ibn))
@@ -101,27 +122,22 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.NL_2 = nn.ModuleList(NonLocal(512) for _ in range(2 * non_local))
+        self.NL_3 = nn.ModuleList(NonLocal(1024) for _ in range(3 * non_local))
 
     def forward(
         self,
         images: Tensor,  # [B, 3, H, W]
-    ) -> Tensor:  # [B, channels, H / 16, W / 16]
+    ) -> Tensor:  # [B, channels, H / 16, W / 16], or a 32nd of the sides
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for i in range(4):
-            x = self.get_submodule(f"layer{i + 1}")(x)
+        for i, blocks in enumerate((None, self.NL_2, self.NL_3, None)):
+            layers = list(self.get_submodule(f"layer{i + 1}").children())
+            after = [None] * (len(layers) - len(blocks or ())) + list(blocks or ())
+            for layer, gather in zip(layers, after, strict=True):
+                x = layer(x) if gather is None else gather(layer(x))
         return x
 
 
-def resnet18(stem: Stem = "standard") -> ResNet:
-    """ResNet-18, 512 channels."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), stem=stem)
-
-
-def resnet50(stem: Stem = "standard") -> ResNet:
-    """ResNet-50, 2048 channels."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), stem=stem)
-
-
-def resnet50_ibn_a(stem: Stem = "standard") -> ResNet:
-    """ResNet-50 with IBN-a in its first three stages, 2048 channels."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), ibn=True, stem=stem)
+resnet18 = partial(ResNet, "resnet18")
+resnet50 = partial(ResNet, "resnet50")
+resnet50_ibn_a = partial(ResNet, "resnet50_ibn_a")

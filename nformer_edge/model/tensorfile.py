@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nformer_edge.core.artifact import atomic_write
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.filekind import file_kind
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class TensorFile:
         if not path.is_file():
             got = "a folder" if path.is_dir() else "no such file"
             raise ArtifactError(str(path), got, self.expected, self.hint)
+        found = file_kind(path)
+        if "nformer-edge" not in found.name:
+            raise ArtifactError(str(path), found.name, self.expected, found.hint)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 if metadata.get("kind") != self.kind or "sha256" not in metadata:
-                    got = "another kind of .safetensors"
-                    raise ArtifactError(str(path), got, self.expected, self.hint)
+                    raise ArtifactError(str(path), found.name, self.expected, self.hint)
                 if metadata.get("version") != self.version:
                     got, wanted = f"version {metadata.get('version')}", f"version {self.version}"
                     raise ArtifactError(str(path), got, wanted, "Update nformer-edge.")

@@ -1,38 +1,50 @@
 """Weights that others published, brought into a checkpoint. Nothing in their files is run.
 
-`model.importers` has one module a layout: torchreid's OSNet, torchvision's ResNet, reid-strong-baseline, the published
-NFormer and FastReID's BoT.
+`model.unpickle` reads PyTorch's files, `model.importers` has one module a project.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nformer_edge.core.artifact import sha256_file
-from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.spec import BackboneSpec, PreprocessSpec, to_dict
+from nformer_edge.core.errors import ArtifactError, UsageError
+from nformer_edge.core.filekind import file_kind
+from nformer_edge.core.spec import ModelSpec
+from nformer_edge.core.values import Result
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import Checkpoint, save_checkpoint
-from nformer_edge.model.importers import fastreid, resnets, strong_baseline, torchreid
+from nformer_edge.model.importers import fastreid, foreign, person_reid_baseline, resnets, strong_baseline, torchreid
 from nformer_edge.model.importers.plan import Plan, Wanted
 from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.unpickle import Saved, Unreadable, mappings
 
-_LAYOUTS = (torchreid.plan, resnets.plan, strong_baseline.plan_nformer, strong_baseline.plan, fastreid.plan)
-_KNOWN = "torchreid's OSNet, torchvision's ResNet, reid-strong-baseline, the published NFormer or FastReID's BoT"
-_MEND = f"Pass a state dictionary of {_KNOWN}."
-_WRAPPERS = ("state_dict", "model", "net", "model_state_dict")
+_LAYOUTS: tuple[Callable[[Mapping[str, Tensor], Wanted], Plan | None], ...] = (
+    torchreid.plan,
+    torchreid.plan_resnet,
+    resnets.plan,
+    strong_baseline.plan_nformer,
+    strong_baseline.plan,
+    fastreid.plan,
+    person_reid_baseline.plan,
+)
+_KNOWN = (
+    "OSNet or ResNet of torchreid, torchvision's ResNet, reid-strong-baseline, NFormer, FastReID's BoT, AGW or SBS,"
+    " or ft_net of Person_reID_baseline_pytorch"
+)
 _COUNTER = "num_batches_tracked"
+_EMA = re.compile(r"(^|[._ ])(ema|swa|teacher|averaged?|shadow)([._, ]|$)")
+_NO_MODEL = re.compile(r"(^|\.)(optimizers?|optimizer_states|optim|schedulers?|lr_schedulers?|scaler|criterion|loss)")
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Match:
 
     Args:
         layout: whose names these are.
+        source: where in the file the tensors stood, and which prefix of their names was taken off; "" if neither.
         matched: tensors of the checkpoint that were filled.
         left: tensors of the file that have no place, or another shape.
         needless: those of `left` that inference does without, such as a training classifier.
@@ -50,6 +63,7 @@ class Match:
     """
 
     layout: str
+    source: str
     matched: tuple[str, ...]
     left: tuple[str, ...]
     needless: tuple[str, ...]
@@ -71,86 +85,208 @@ class Match:
         return f"{len(self.matched)} tensors matched, {len(self.left)} left over, {len(self.missing)} missing"
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a `.pth` (read with ``weights_only=True``) or `.safetensors` file, ``module.`` stripped.
+@dataclass(frozen=True)
+class Import(Result):
+    """Published weights that became a checkpoint.
+
+    Args:
+        checkpoint: the file that was written.
+        sha256: of that file.
+        source_sha256: of the file that was read.
+        model: what the checkpoint holds.
+        match: which tensors found a place.
+    """
+
+    kind: ClassVar[str] = "import"
+    version: ClassVar[int] = 2
+
+    checkpoint: str
+    sha256: str
+    source_sha256: str
+    model: ModelSpec
+    match: Match
+
+    def __str__(self) -> str:
+        match = self.match
+        lines = [f"wrote {self.checkpoint}: {self.model.backbone.arch} from {match.layout}, {match}"]
+        for what, names in (
+            ("left over, not needed", match.needless),
+            ("left over", match.stray),
+            ("missing", match.missing),
+            ("starts untrained", match.anew),
+        ):
+            if names:
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                lines.append(f"  {what}: {', '.join(names[:4])}{more}")
+        return "\n".join(
+            [*lines, *(f"  {note}" for note in match.notes), f"  sha256 of the source {self.source_sha256}"]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A file's tensors by name.
+
+    Args:
+        tensors: of the model, prefixes that all names shared taken off as far as a layout needs it.
+        plan: where they go.
+        source: as in `Match`.
+        notes: as in `Match`.
+        sha256: of the file.
+    """
+
+    tensors: dict[str, Tensor]
+    plan: Plan
+    source: str
+    notes: tuple[str, ...]
+    sha256: str
+
+
+def read_weights(
+    path: str | os.PathLike[str], wanted: Wanted | None = None, *, ema: bool = False, sha256: str | None = None
+) -> Weights:
+    """The one model that a `.pth` or `.safetensors` file of others holds, at any depth and behind any prefix.
+
+    Args:
+        path: the file. It is read once; what is hashed is what is used.
+        wanted: what the user says and the file cannot.
+        ema: take the averaged weights where the file holds both.
+        sha256: refuse another file than this one.
 
     Raises:
-        ArtifactError: if the file is missing, damaged, or holds more than tensors.
+        ArtifactError: for a file of another kind (named by its first bytes), a damaged one, another sha256, no model
+            or several, or a model that no layout knows.
     """
     if not Path(path).is_file():
-        raise ArtifactError(str(path), "no such file", "published weights", "Check the path.")
+        got = "a folder" if Path(path).is_dir() else "no such file"
+        raise ArtifactError(str(path), got, "published weights", "Check the path.")
+    data = Path(path).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and sha256.lower() != digest:
+        hint = "Download it again from a source that you trust; nothing in it was opened."
+        raise ArtifactError(str(path), f"sha256 {digest}", sha256, hint)
+    kind = file_kind(path, data)
+    if not kind.weights:
+        raise ArtifactError(str(path), kind.name, "published weights (.pth or .safetensors)", kind.hint)
     try:
-        if Path(path).suffix == ".safetensors":
-            data: object = safetensors.torch.load_file(path)
+        if kind.name.startswith("safetensors"):
+            found: dict[str, dict[str, Tensor]] = {"": safetensors.torch.load(data)}
         else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ArtifactError(
-            str(path),
-            f"a pickle of more than tensors, or none ({_first_line(e)})",
-            "tensors only",
-            "If it is a whole pickled model, load it with its own project and save its state_dict().",
-        ) from e
-    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, EOFError) as e:
-        raise ArtifactError(str(path), f"unreadable weights ({_first_line(e)})", "tensors only", _MEND) from e
-    for wrapper in _WRAPPERS:
-        if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
-            data = data[wrapper]
-            break
-    if not isinstance(data, Mapping):
-        raise ArtifactError(str(path), type(data).__name__, "a state dictionary", _MEND)
-    state = {re.sub(r"^module\.", "", str(k)): v for k, v in data.items() if isinstance(v, Tensor)}
-    if not state:
-        raise ArtifactError(str(path), "no tensors", "a state dictionary", _MEND)
-    return state
+            saved = Saved(data)
+            found = {
+                place: {name: saved.tensor(view) for name, view in views.items()}
+                for place, views in mappings(saved.root).items()
+                if not _NO_MODEL.search(place)
+            }
+    except (Unreadable, safetensors.SafetensorError, ValueError) as e:
+        hint = "Download or copy it again; if it stays so, save the model's state_dict() with its own project."
+        raise ArtifactError(str(path), str(e), "weights as torch.save or safetensors write them", hint) from e
+    return _choose(path, found, wanted or Wanted(), ema, digest)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _choose(
+    path: str | os.PathLike[str], found: dict[str, dict[str, Tensor]], wanted: Wanted, ema: bool, digest: str
+) -> Weights:
+    """The one mapping of tensors that is a model."""
+    models: list[Weights] = []
+    for place, tensors in found.items():
+        planned = _planned(path, tensors, wanted)
+        if planned is not None:
+            prefix, state, plan = planned
+            source = ", ".join(
+                [f"entry {place}"] * bool(place) + [f"prefix {prefix.rstrip('.')} taken off"] * bool(prefix)
+            )
+            models.append(Weights(state, plan, source, (f"From {source}.",) if source else (), digest))
+    if not models:
+        raise _unknown(path, found)
+    averaged = [m for m in models if _EMA.search(m.source)]
+    plain = [m for m in models if not _EMA.search(m.source)]
+    if ema and not averaged:
+        raise ArtifactError(str(path), "no averaged weights", "an entry such as ema or model_ema", "Leave --ema out.")
+    chosen = averaged if ema or not plain else plain
+    if len(chosen) > 1:
+        got = f"{len(chosen)} models ({'; '.join(m.source for m in chosen)})"
+        raise ArtifactError(str(path), got, "one", "Save the state dictionary of one of them alone.")
+    if plain and averaged and not ema:
+        note = f"The file also holds averaged weights ({averaged[0].source}): --ema takes those."
+        return replace(chosen[0], notes=(*chosen[0].notes, note))
+    return chosen[0]
+
+
+def _planned(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], wanted: Wanted
+) -> tuple[str, dict[str, Tensor], Plan] | None:
+    """The first layout that fits, with the prefix that had to go; None where none fits."""
+    state, prefix = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): t for name, t in tensors.items()}, ""
+    while True:
+        for layout in _LAYOUTS:
+            try:
+                plan = layout(state, wanted)
+            except ArtifactError as e:
+                raise ArtifactError(str(path), e.got, e.expected, e.hint) from e
+            if plan is not None:
+                return prefix, state, plan
+        shared = {name.partition(".")[0] for name in state}
+        if len(shared) != 1 or not all("." in name for name in state):
+            return None
+        (first,) = shared
+        prefix, state = f"{prefix}{first}.", {name.removeprefix(f"{first}."): t for name, t in state.items()}
+
+
+def _unknown(path: str | os.PathLike[str], found: dict[str, dict[str, Tensor]]) -> ArtifactError:
+    if not found:
+        hint = "Save the model's state dictionary: torch.save(model.state_dict(), 'weights.pth')"
+        return ArtifactError(str(path), "no tensors", f"weights of {_KNOWN}", hint)
+    state = max(found.values(), key=len)
+    named = foreign.name_of(state)
+    if named is not None:
+        hint = "Only ResNet and OSNet backbones are built here: export it with its own project."
+        return ArtifactError(str(path), f"weights of {named}", f"weights of {_KNOWN}", hint)
+    got = f"weights of an unknown layout ({len(state)} tensors: {', '.join(list(state)[:3])} ...)"
+    return ArtifactError(str(path), got, f"weights of {_KNOWN}", "Rename its tensors as one of these names them.")
 
 
 def import_weights(
     path: str | os.PathLike[str],
-    spec: BackboneSpec | None = None,
-    preprocess: PreprocessSpec | None = None,
+    wanted: Wanted | None = None,
+    *,
     partial: bool = False,
-    stem: str | None = None,
-    features: int | None = None,
-    head: Mapping[str, object] | None = None,
+    ema: bool = False,
+    sha256: str | None = None,
 ) -> tuple[Checkpoint, Match]:
     """Published weights as a checkpoint in memory; `save_checkpoint` writes it.
 
     Args:
         path: a file in one of the layouts that `model.importers` knows.
-        spec: the backbone to fill; None takes what the file holds.
-        preprocess: None for what the project tests with.
+        wanted: what the user says and the file cannot.
         partial: whether a file that fills the model in part, or holds more than the model takes, is acceptable. What
-            it does not fill is drawn from a fixed seed.
-        stem: of a ResNet, where the file does not tell (`core.spec.BackboneSpec`).
-        features: project to so many in a ``bnneck`` of our own, whatever neck the file holds.
-        head: fields of `HeadSpec` that are in no tensor, where they are not the published ones.
+            it does not fill is drawn from a fixed seed, and the notes say so.
+        ema: see `read_weights`.
+        sha256: see `read_weights`.
 
     Raises:
-        ArtifactError: if the file cannot be read or recognized, or matches in part and `partial` is False.
+        ArtifactError: if the file cannot be read or recognized, holds NaN or Inf, or matches in part and `partial` is
+            False.
     """
-    state = read_state(path)
-    plan = _plan(path, state, Wanted(spec, preprocess, stem, head or {}))
-    if features is not None:
-        own_neck = replace(plan.spec.backbone, neck="bnneck", features=features)
-        plan = _plan(path, state, Wanted(own_neck, preprocess, stem, head or {}))
+    weights = read_weights(path, wanted, ema=ema, sha256=sha256)
+    plan = weights.plan
     modules = _untrained(plan)
-    match = _fill(modules, plan, state)
+    match = _fill(modules, weights)
     if not match.matched:
-        raise ArtifactError(str(path), "no tensor that fits", plan.spec.backbone.arch, _MEND)
-    if not match.whole and not partial:
-        first = [f"{what} is {names[0]}" for what, names in _incomplete(match) if names]
-        raise ArtifactError(
-            str(path),
-            f"{match}; {'; '.join(first)}",
-            f"all of {plan.spec.backbone.arch} and nothing else",
-            "Check the architecture, or allow a partial match with --partial.",
+        raise ArtifactError(str(path), "no tensor that fits", plan.spec.backbone.arch, f"Pass weights of {_KNOWN}.")
+    _check_finite(path, plan, match)
+    if not match.whole:
+        if not partial:
+            first = [f"the first {what} is {names[0]}" for what, names in _incomplete(match) if names]
+            hint = "Check the architecture. --partial goes on without them, and then every feature differs."
+            expected = f"all of {plan.spec.backbone.arch} and nothing else"
+            raise ArtifactError(str(path), f"{match}; {'; '.join(first)}", expected, hint)
+        lacks = " and ".join(f"{len(names)} {what}" for what, names in _incomplete(match) if names)
+        note = (
+            f"Not the model of the file: {lacks}, so every feature differs from its own. Train before you rank by it."
         )
-    extra = {"imported": Path(path).name, "imported_sha256": sha256_file(path), "layout": match.layout}
+        match = replace(match, notes=(*match.notes, note))
+    extra = {"imported": Path(path).name, "imported_sha256": weights.sha256, "layout": match.layout}
     backbone, found_head = modules["backbone"], modules.get("head")
     assert isinstance(backbone, Backbone), "made above"
     assert found_head is None or isinstance(found_head, NFormer), "made above"
@@ -158,23 +294,15 @@ def import_weights(
 
 
 def _incomplete(match: Match) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return ("the first missing", match.missing), ("the first without a place", match.stray)
+    return ("missing", match.missing), ("without a place", match.stray)
 
 
-def _plan(path: str | os.PathLike[str], state: dict[str, Tensor], wanted: Wanted) -> Plan:
-    for layout in _LAYOUTS:
-        try:
-            plan = layout(state, wanted)
-        except ArtifactError as e:
-            raise ArtifactError(str(path), e.got, e.expected, e.hint) from e
-        if plan is not None:
-            return plan
-    raise ArtifactError(
-        str(path),
-        f"weights of an unknown layout (such as {next(iter(state))})",
-        _KNOWN,
-        "Rename its tensors as one of these names them.",
-    )
+def _check_finite(path: str | os.PathLike[str], plan: Plan, match: Match) -> None:
+    used = {name: plan.tensors[name] for name in match.matched}
+    bad = [plan.names.get(name, name) for name, t in used.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        hint = "The training diverged or the file is damaged: take an earlier or another copy."
+        raise ArtifactError(str(path), f"NaN or Inf in {len(bad)} tensors, first {bad[0]}", "finite weights", hint)
 
 
 def _untrained(plan: Plan) -> dict[str, nn.Module]:
@@ -186,8 +314,9 @@ def _untrained(plan: Plan) -> dict[str, nn.Module]:
     return modules
 
 
-def _fill(modules: Mapping[str, nn.Module], plan: Plan, state: Mapping[str, Tensor]) -> Match:
+def _fill(modules: Mapping[str, nn.Module], weights: Weights) -> Match:
     """Loads what fits by name and shape."""
+    plan, state = weights.plan, weights.tensors
     wanted = {f"{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()}
     found = {name: t for name, t in plan.tensors.items() if name in wanted and wanted[name].shape == t.shape}
     for part, module in modules.items():
@@ -195,80 +324,53 @@ def _fill(modules: Mapping[str, nn.Module], plan: Plan, state: Mapping[str, Tens
         module.load_state_dict(
             {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}, strict=False
         )
-    used = {plan.names[name] for name in found} | plan.folded
+    used = {plan.names[name] for name in found if name in plan.names} | plan.folded
     left = sorted(name for name in state if name not in used and not name.endswith(_COUNTER))
     open_ = sorted(name for name in wanted if name not in found and not name.endswith(_COUNTER))
     anew = tuple(name for name in open_ if name.startswith(plan.anew))
     return Match(
         plan.layout,
+        weights.source,
         tuple(sorted(name for name in found if not name.endswith(_COUNTER))),
         tuple(left),
         tuple(name for name in left if name.startswith(plan.aside)),
         tuple(n for n in open_ if n not in anew),
         anew,
-        plan.notes,
+        (*weights.notes, *plan.notes),
     )
 
 
 def import_checkpoint(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    wanted: Wanted | None = None,
     *,
     arch: str | None = None,
     imgsz: Sequence[int] | None = None,
     partial: bool = False,
-    stem: str | None = None,
-    features: int | None = None,
-    head: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
+    ema: bool = False,
+    sha256: str | None = None,
+) -> Import:
     """Writes published weights as the checkpoint `out`.
 
     Args:
+        path: see `import_weights`, as for `wanted`, `partial`, `ema` and `sha256`.
+        out: a `.safetensors` file.
         arch: what the file must hold; None takes what it holds.
         imgsz: height and width of the images; those that the project tests with if None.
-        partial, stem, features, head: see `import_weights`.
-
-    Returns:
-        JSON of kind ``import``: layout, what matched, what was left over in the file and which of it inference does
-        without, what the model misses, what starts anew, notes, and the checkpoint's sha256.
 
     Raises:
+        UsageError: if `out` is not named as a checkpoint.
         ArtifactError: as `import_weights` does, or if the file holds another architecture than `arch`.
     """
-    checkpoint, match = import_weights(path, None, None, partial, stem, features, head)
+    if Path(out).suffix != ".safetensors":
+        hint = f"Name it {Path(out).with_suffix('.safetensors')}."
+        raise UsageError("output", str(out), "a file that ends in .safetensors", hint)
+    checkpoint, match = import_weights(path, wanted, partial=partial, ema=ema, sha256=sha256)
     found = checkpoint.spec
     if arch is not None and found.backbone.arch != arch:
         raise ArtifactError(str(path), found.backbone.arch, arch, "Name what it holds.")
     if imgsz:
-        shape = replace(found.preprocess, height=imgsz[0], width=imgsz[1])
-        checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, preprocess=shape))
-    digest = save_checkpoint(out, checkpoint.spec, checkpoint.backbone, checkpoint.head, checkpoint.extra)
-    return {
-        "kind": "import",
-        "checkpoint": str(out),
-        "sha256": digest,
-        "layout": match.layout,
-        "model": to_dict(checkpoint.spec),
-        "matched": list(match.matched),
-        "left_over": list(match.left),
-        "not_needed": list(match.needless),
-        "missing": list(match.missing),
-        "starts_anew": list(match.anew),
-        "notes": list(match.notes),
-        "summary": f"wrote {out}: {found.backbone.arch} from {match.layout}, {match}",
-    }
-
-
-def format_import(result: dict[str, Any]) -> str:
-    """What `import_checkpoint` found, as text: a line for each kind of tensor, the first few by name."""
-    lines = [result["summary"]]
-    stray = [name for name in result["left_over"] if name not in result["not_needed"]]
-    for what, names in (
-        ("left over, not needed", result["not_needed"]),
-        ("left over", stray),
-        ("missing", result["missing"]),
-        ("starts untrained", result["starts_anew"]),
-    ):
-        if names:
-            lines.append(f"  {what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
-    return "\n".join([*lines, *(f"  {note}" for note in result["notes"])])
+        found = replace(found, preprocess=replace(found.preprocess, height=imgsz[0], width=imgsz[1]))
+    digest = save_checkpoint(out, found, checkpoint.backbone, checkpoint.head, checkpoint.extra)
+    return Import(str(out), digest, str(checkpoint.extra["imported_sha256"]), found, match)

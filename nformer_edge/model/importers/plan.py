@@ -7,26 +7,42 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, LastStride, ModelSpec, Pooling, PreprocessSpec, Stem
 
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user says and the file cannot; None and {} leave it to the layout.
+    """What the user says and the file cannot; None leaves it to the layout.
 
     Args:
         backbone: fill this one.
         preprocess: how images reach it.
-        stem: of a ResNet (`core.spec.BackboneSpec`).
-        head: fields of `HeadSpec` that are in no tensor: heads, k, landmarks, rule, input_scale.
+        features: project to so many in a ``bnneck`` of our own. A neck that the file holds is then left over.
+        stem: of a ResNet (`core.spec.BackboneSpec`), as are `last_stride` and `pooling`.
+        last_stride: see `stem`.
+        pooling: see `stem`.
+        heads: of an NFormer (`core.spec.HeadSpec`), as are `k` and `landmarks`.
+        k: see `heads`.
+        landmarks: see `heads`.
     """
 
     backbone: BackboneSpec | None = None
     preprocess: PreprocessSpec | None = None
-    stem: str | None = None
-    head: Mapping[str, object] = field(default_factory=dict)
+    features: int | None = None
+    stem: Stem | None = None
+    last_stride: LastStride | None = None
+    pooling: Pooling | None = None
+    heads: int | None = None
+    k: int | None = None
+    landmarks: int | None = None
+
+    def head(self, features: int, layers: int) -> HeadSpec:
+        """A head of these sizes; the rest as published, or as the user says."""
+        known = HeadSpec(features, layers)
+        chosen = {name: value for name in ("heads", "k", "landmarks") if (value := getattr(self, name)) is not None}
+        return replace(known, **chosen)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class Plan:
         layout: the project, for people.
         spec: the model that the file holds.
         tensors: by their names in a checkpoint, such as ``backbone.trunk.conv1.weight``.
-        names: the name in the file of each of `tensors`.
+        names: the name in the file of each of `tensors` that stands there.
         folded: further names in the file whose values went into `tensors` or `spec`.
         aside: prefixes in the file of what inference does not need, such as a training classifier.
         anew: prefixes in a checkpoint of parts that such a file never holds; they start untrained.
@@ -51,7 +67,7 @@ class Plan:
     folded: frozenset[str] = frozenset()
     aside: tuple[str, ...] = ()
     anew: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
 
 
 def renamed(state: State, prefixes: Sequence[tuple[str, str | None]]) -> dict[str, str]:
@@ -67,8 +83,22 @@ def renamed(state: State, prefixes: Sequence[tuple[str, str | None]]) -> dict[st
     return names
 
 
-def model_spec(backbone: BackboneSpec, preprocess: PreprocessSpec, wanted: Wanted, head: HeadSpec | None) -> ModelSpec:
+def model_spec(
+    backbone: BackboneSpec, preprocess: PreprocessSpec, wanted: Wanted, head: HeadSpec | None = None
+) -> ModelSpec:
     """What a layout found, with what the user said put in its place."""
-    if wanted.stem is not None:
-        backbone = replace(backbone, stem=wanted.stem)  # type: ignore[arg-type]
-    return ModelSpec(wanted.backbone or backbone, head, wanted.preprocess or preprocess)
+    options = ("stem", "last_stride", "pooling")
+    chosen = {name: value for name in options if (value := getattr(wanted, name)) is not None}
+    backbone = wanted.backbone or replace(backbone, **chosen)
+    if wanted.features is not None:
+        backbone = replace(backbone, neck="bnneck", features=wanted.features)
+    return ModelSpec(backbone, head, wanted.preprocess or preprocess)
+
+
+def fold_bias(tensors: dict[str, Tensor], state: State, name: str) -> frozenset[str]:
+    """Their projection has a bias and ours none: the batch norm that follows subtracts it with its mean. Exact."""
+    mean = tensors.get("backbone.neck.bn.running_mean")
+    if name not in state or mean is None or state[name].shape != mean.shape:
+        return frozenset()
+    tensors["backbone.neck.bn.running_mean"] = mean - state[name]
+    return frozenset({name})

@@ -39,13 +39,15 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
     if "layer1.0.conv1.weight" not in state or "conv1.weight" not in state:
         return None
     backbone = wanted.backbone or BackboneSpec(resnet_arch(state))
-    names = renamed(state, [("fc.", None), ("", "backbone.trunk.")])
+    classifier = ("fc.weight", "fc.bias")
+    names = renamed(state, [*((name, None) for name in classifier), ("", "backbone.trunk.")])
+    note = "Its last stride is {} here. The neck is untrained: train the backbone before you rank by it."
     return Plan(
         "torchvision ResNet",
-        model_spec(backbone, PreprocessSpec(), wanted, None),
+        model_spec(backbone, PreprocessSpec(), wanted),
         {ours: state[theirs] for ours, theirs in names.items()},
         names,
-        aside=("fc.",),
+        aside=classifier,
         anew=("backbone.neck.",),
-        notes=("Its last stride is 1 here. The neck is untrained: train the backbone before you rank by it.",),
+        notes=(note.format(wanted.last_stride or backbone.last_stride),),
     )

@@ -5,10 +5,8 @@ Their plain ResNets leave out the first ReLU; the IBN ones have it. Both test at
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, PreprocessSpec, Stem
-from nformer_edge.model.importers.plan import Plan, State, Wanted, model_spec, renamed
+from nformer_edge.model.importers.plan import Plan, State, Wanted, fold_bias, model_spec, renamed
 from nformer_edge.model.importers.resnets import CHANNELS, resnet_arch
 
 _HEAD_NOTE = (
@@ -19,13 +17,17 @@ _STEM_NOTE = "The stem has no ReLU, as that project trains it."
 
 
 def plan(state: State, wanted: Wanted) -> Plan | None:
-    """The baseline alone: ``base.*``, ``bottleneck.*`` (batch norm without projection) and a classifier."""
+    """The baseline alone: ``base.*``, ``bottleneck.*`` (batch norm without projection) and a classifier.
+
+    Without a neck (``MODEL.NECK 'no'``) its classifier has a bias.
+    """
     if "base.conv1.weight" not in state or "projection.weight" in state:
         return None
     arch = resnet_arch(state, "base.")
-    backbone = BackboneSpec(arch, CHANNELS[arch], "bn", _stem(arch))
+    bare = "classifier.bias" in state and "bottleneck.weight" not in state
+    backbone = BackboneSpec(arch, CHANNELS[arch], "none" if bare else "bn", _stem(arch))
     names = renamed(state, [("base.fc.", None), ("base.", "backbone.trunk."), ("bottleneck.", "backbone.neck.bn.")])
-    spec = model_spec(backbone, PreprocessSpec(), wanted, None)
+    spec = model_spec(backbone, PreprocessSpec(), wanted)
     return Plan(
         "reid-strong-baseline",
         spec,
@@ -56,7 +58,7 @@ def plan_nformer(state: State, wanted: Wanted) -> Plan | None:
         ],
     )
     tensors = {ours: state[theirs] for ours, theirs in names.items()}
-    folded = _fold_bias(tensors, state, f"{prefix}projection.bias")
+    folded = fold_bias(tensors, state, f"{prefix}projection.bias")
     backbone = BackboneSpec(arch, features, "bnneck", _stem(arch))
     spec = model_spec(backbone, PreprocessSpec(), wanted, head)
     notes: tuple[str, ...] = (_STEM_NOTE,) if spec.backbone.stem == "no_relu" else ()
@@ -73,13 +75,4 @@ def _stem(arch: str) -> Stem:
 def _head(state: State, features: int, wanted: Wanted) -> HeadSpec:
     """Sizes by the tensors; the rest as published: neighbors by features, which testing brings to unit length."""
     layers = len({name.split(".")[2] for name in state if name.startswith("nformer.h.")})
-    return HeadSpec(features, layers, **wanted.head)  # type: ignore[arg-type]
-
-
-def _fold_bias(tensors: dict[str, Tensor], state: State, name: str) -> frozenset[str]:
-    """Their projection has a bias and ours none: the batch norm that follows subtracts it with its mean. Exact."""
-    mean = tensors.get("backbone.neck.bn.running_mean")
-    if name not in state or mean is None or state[name].shape != mean.shape:
-        return frozenset()
-    tensors["backbone.neck.bn.running_mean"] = mean - state[name]
-    return frozenset({name})
+    return wanted.head(features, layers)

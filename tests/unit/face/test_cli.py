@@ -18,7 +18,7 @@ CALLED = {
     "summary": ("data.readers:read_dataset", "data.summary:summarize"),
     "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train",
               "training.stored:train_from_features"),
-    "import": ("model.weights:import_checkpoint", "core.spec:HeadSpec"),
+    "import": ("model.weights:import_checkpoint", "model.importers.plan:Wanted"),
     "export": ("exporting.export:export_bundle",),
     "modelopt": ("quantize.modelopt:bundle_by_modelopt",),
     "build-engine": ("targets.build:build_for_target", *ENGINE),

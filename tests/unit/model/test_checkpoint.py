@@ -81,7 +81,7 @@ def test_one_changed_byte_is_refused(file: Path, place: float) -> None:
 @pytest.mark.parametrize("size", [0, 4, 100, 20_000])
 def test_a_truncated_file_is_refused(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ArtifactError, match="truncated or damaged"):
+    with pytest.raises(ArtifactError, match=r"truncated|an empty file|unknown kind"):
         load_checkpoint(file)
 
 
@@ -122,6 +122,10 @@ def test_a_spec_that_does_not_match_its_parts_is_not_written(tmp_path: Path, par
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
-    for name, message in (("other.safetensors", "another kind"), ("none", "no such file"), (".", "a folder")):
+    for name, message in (
+        ("other.safetensors", "safetensors of another project"),
+        ("none", "no such file"),
+        (".", "a folder"),
+    ):
         with pytest.raises(ArtifactError, match=message):
             load_checkpoint(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, PreprocessSpec
 from nformer_edge.model.checkpoint import load_checkpoint
-from nformer_edge.model.weights import format_import, import_checkpoint, import_weights
+from nformer_edge.model.importers.plan import Wanted
+from nformer_edge.model.weights import import_checkpoint, import_weights
 
 LAYOUTS = Path(__file__).parent / "layouts"
 State = dict[str, Tensor]
@@ -111,16 +113,16 @@ def test_the_published_nformer_brings_backbone_and_head(write: Write, tmp_path: 
     assert checkpoint.head is not None
     assert torch.equal(checkpoint.head.h[3].attn.c_attn.w, state["nformer.h.3.attn.c_attn.w"])
     assert torch.equal(checkpoint.head.bottleneck.running_var, state["nformer.bottleneck.running_var"])
-    assert result["not_needed"] == ["backbone.classifier.weight", "nformer.classifier.weight"] == result["left_over"]
-    assert not result["missing"]
-    text = format_import(result)
+    assert result.match.needless == ("backbone.classifier.weight", "nformer.classifier.weight") == result.match.left
+    assert not result.match.missing
+    text = str(result)
     assert "resnet50 from published NFormer" in text
     assert "no ReLU" in text
     assert "2, 20 and 5 are taken" in text
 
 
 def test_what_the_nformer_file_cannot_say_is_taken_from_the_user(write: Write) -> None:
-    checkpoint, _ = import_weights(write(layout("nformer_resnet50")), head={"heads": 4, "k": 10})
+    checkpoint, _ = import_weights(write(layout("nformer_resnet50")), Wanted(heads=4, k=10))
     assert checkpoint.spec.head == HeadSpec(256, heads=4, k=10)
 
 
@@ -159,15 +161,13 @@ def test_a_fastreid_reduction_becomes_the_projection(write: Write) -> None:
 
 
 def test_parts_that_we_have_no_place_for_are_refused_unless_allowed(write: Write) -> None:
-    """A FastReID model with GeM pooling and a non-local block is no BoT."""
-    state = fastreid("1.3") | {
-        "heads.pool_layer.p": torch.ones(1),
-        "backbone.NL_2.0.g.weight": torch.rand(4, 512, 1, 1),
-    }
-    with pytest.raises(ArtifactError, match=r"the first without a place is backbone\.NL_2\.0\.g\.weight"):
+    """FastReID's squeeze-and-excitation is not built here."""
+    state = fastreid("1.3") | {"backbone.layer1.0.se.fc.0.weight": torch.rand(16, 256)}
+    with pytest.raises(ArtifactError, match=r"the first without a place is backbone\.layer1\.0\.se\.fc\.0\.weight"):
         import_weights(write(state))
     _, match = import_weights(write(state), partial=True)
-    assert match.stray == ("backbone.NL_2.0.g.weight", "heads.pool_layer.p")
+    assert match.stray == ("backbone.layer1.0.se.fc.0.weight",)
+    assert "1 without a place, so every feature differs from its own" in match.notes[-1]
 
 
 def test_a_missing_neck_is_refused_unless_allowed(write: Write, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_tensor_of_another_shape_counts_as_left_over_and_missing(write: Write)
 
 def test_an_imagenet_trunk_starts_with_an_untrained_neck_that_is_always_the_same(write: Write) -> None:
     path = write(layout("torchvision_resnet50"))
-    (first, match), (second, _) = (import_weights(path, features=128) for _ in range(2))
+    (first, match), (second, _) = (import_weights(path, Wanted(features=128)) for _ in range(2))
     assert first.spec.backbone == BackboneSpec("resnet50", 128)
     assert "backbone.neck.projection.weight" in match.anew
     assert match.whole
@@ -200,7 +200,7 @@ def test_an_imagenet_trunk_starts_with_an_untrained_neck_that_is_always_the_same
 
 def test_what_is_missing_or_starts_untrained_is_told_by_name(write: Write, tmp_path: Path) -> None:
     state = {n: t for n, t in layout("torchreid_osnet_x0_25").items() if not n.startswith("conv5.bn.")}
-    text = format_import(import_checkpoint(write(state), tmp_path / "m.safetensors", partial=True))
+    text = str(import_checkpoint(write(state), tmp_path / "m.safetensors", partial=True))
     assert "osnet_x0_25 from torchreid OSNet, 481 tensors matched, 2 left over, 4 missing" in text
     assert "missing: backbone.trunk.conv5.bn.bias, backbone.trunk.conv5.bn.running_mean" in text
     assert "left over, not needed: classifier.bias, classifier.weight" in text
@@ -213,3 +213,45 @@ def test_a_resnet_that_we_do_not_build_is_named(write: Write) -> None:
     }
     with pytest.raises(ArtifactError, match=r"w\.pth: got a ResNet of bottlenecks, \(3, 4, 23, 3\) a stage"):
         import_weights(write(state))
+
+
+@pytest.mark.parametrize("name", ["torchreid_resnet50_fc512", "torchreid_osnet_x0_25", "ft_net", "fastreid_sbs_r50"])
+def test_a_trained_neck_is_never_replaced_without_an_error(write: Write, name: str) -> None:
+    path = write(layout(name))
+    with pytest.raises(ArtifactError, match=r"missing; the first missing is backbone\.neck\.(projection|bn)"):
+        import_weights(path, Wanted(features=64))
+    _, match = import_weights(path, Wanted(features=64), partial=True)
+    assert "every feature differs" in match.notes[-1]
+
+
+def test_a_neck_under_an_unknown_name_is_refused(write: Write) -> None:
+    state = layout("torchvision_resnet50") | {"embedding.weight": torch.rand(128, 2048)}
+    with pytest.raises(ArtifactError, match=r"the first without a place is embedding\.weight"):
+        import_weights(write(state))
+
+
+def test_a_baseline_without_a_neck_has_a_classifier_with_a_bias(write: Write) -> None:
+    state = {n: t for n, t in strong_baseline().items() if not n.startswith("bottleneck.")}
+    checkpoint, match = import_weights(write(state | {"classifier.bias": torch.rand(751)}))
+    assert match.whole
+    assert checkpoint.spec.backbone == BackboneSpec("resnet50", 2048, "none", "no_relu")
+
+
+@pytest.mark.parametrize(
+    ("names", "model"),
+    [
+        (("base.cls_token", "base.pos_embed", "base.blocks.0.attn.qkv.weight", "bottleneck.weight"), "TransReID"),
+        (("base.sie_embed", "b1.0.norm1.weight"), "TransReID"),
+        (("image_encoder.conv1.weight", "prompt_learner.cls_ctx", "classifier_proj.weight"), "CLIP-ReID"),
+        (("image_encoder.transformer.resblocks.0.attn.in_proj_weight", "cv_embed"), "CLIP-ReID"),
+        (("base.semantic_embed_w.0.weight", "base.stages.0.blocks.0.attn.w_msa.qkv.weight"), "SOLIDER"),
+        (("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight",), "a Swin Transformer"),
+        (("cls_token", "blocks.0.attn.qkv.weight"), "a vision transformer"),
+        (("model.conv1.weight", "classifier0.add_block.0.weight"), "Person_reID_baseline_pytorch's PCB"),
+        (("backbone.cls_token", "heads.bottleneck.0.weight"), "a vision transformer"),
+        (("conv.0.weight", "layer1.0.conv1.weight"), "the network of Deep SORT"),
+    ],
+)
+def test_models_that_are_not_built_here_are_named_and_refused(write: Write, names: tuple[str, ...], model: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"got weights of {re.escape(model)}.* export it with its own project"):
+        import_weights(write({name: torch.ones(2, 2) for name in names}), partial=True)
