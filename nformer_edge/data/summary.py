@@ -1,40 +1,89 @@
-"""The table that papers print: identities, images and cameras of each split."""
+"""The table that papers print: identities, images and cameras of each split, and what to know about the labels."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from nformer_edge.data.records import DISTRACTOR, Dataset, cameras, identities
+from nformer_edge.core.values import Result
+from nformer_edge.data.files import BadImage, bad_images
+from nformer_edge.data.labels import LabelReport, judge_labels
+from nformer_edge.data.records import DISTRACTOR, SPLITS, Dataset, cameras, identities
 
 
-def summarize(dataset: Dataset) -> list[dict[str, Any]]:
-    """One row a split, as plain data: ``split``, ``identities`` (None where it means nothing), ``images``, ``cameras``.
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
 
-    The gallery's row counts its distractors as images but not as an identity; the row below it counts them alone.
+    Args:
+        split: of which images.
+        identities: people among them; None where it means nothing.
+        images: files.
+        cameras: known ones.
     """
+
+    split: str
+    identities: int | None
+    images: int
+    cameras: int
+
+
+@dataclass(frozen=True)
+class Summary(Result):
+    """What a dataset holds.
+
+    Args:
+        name: of the dataset.
+        rows: train, query, gallery, its distractors (images but no identity in the gallery's row), and junk.
+        passed_over: files in the folder that are no images.
+        labels: what is wrong or likely so with the labels.
+        notes: what the reader had to say, and the labels' warnings.
+        checked: whether every image was decoded.
+        bad: images that cannot be read, if checked.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    name: str
+    rows: tuple[Row, ...]
+    passed_over: int
+    labels: LabelReport
+    notes: tuple[str, ...]
+    checked: bool = False
+    bad: tuple[BadImage, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [self.name, f"  {'split':<22}{'identities':>10}{'images':>10}{'cameras':>9}"]
+        for row in self.rows:
+            people = "-" if row.identities is None else f"{row.identities:,}"
+            lines.append(f"  {row.split:<22}{people:>10}{row.images:>10,}{row.cameras:>9}")
+        if self.passed_over:
+            lines.append(f"  files passed over, no images: {self.passed_over:,}")
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.checked:
+            lines.append(f"  images that cannot be read: {len(self.bad)} of {self.labels.images:,}")
+            lines += [f"    {bad.path}: {bad.why}" for bad in self.bad]
+        return "\n".join(lines)
+
+
+def summarize(dataset: Dataset, check: bool = False) -> Summary:
+    """The table of a dataset. `check` decodes every image and names those that cannot be read."""
     distractors = tuple(r for r in dataset.gallery if r.pid == DISTRACTOR)
-    rows = (
-        ("train", dataset.train),
-        ("query", dataset.query),
-        ("gallery", dataset.gallery),
-        ("of these distractors", distractors),
-        ("junk", dataset.junk),
+    of = {s: dataset.split(s) for s in SPLITS[:-1]} | {"of these distractors": distractors, "junk": dataset.junk}
+    rows = tuple(
+        Row(name, len(identities(records)) if name in SPLITS[:-1] else None, len(records), len(cameras(records)))
+        for name, records in of.items()
     )
-    return [
-        {
-            "split": name,
-            "identities": len(identities(records)) if name in ("train", "query", "gallery") else None,
-            "images": len(records),
-            "cameras": len(cameras(records)),
-        }
-        for name, records in rows
-    ]
+    labels = judge_labels(dataset)
+    paths = [r.path for s in SPLITS for r in dataset.split(s)] if check else []
+    notes = (*dataset.notes, *labels.warnings)
+    return Summary(dataset.name, rows, dataset.passed_over, labels, notes, check, bad_images(paths, decode=True))
 
 
-def format_summary(dataset: Dataset) -> str:
-    """`summarize` as text, one line a row, numbers aligned."""
-    lines = [dataset.name, f"  {'split':<22}{'identities':>10}{'images':>10}{'cameras':>9}"]
-    for row in summarize(dataset):
-        people = "-" if row["identities"] is None else f"{row['identities']:,}"
-        lines.append(f"  {row['split']:<22}{people:>10}{row['images']:>10,}{row['cameras']:>9}")
-    return "\n".join(lines)
+def describe_images(dataset: Dataset) -> str:
+    """How many images and people a folder gave, and how many files were passed over: said before a search."""
+    records = dataset.gallery
+    known = len(identities(records))
+    people = f"{known:,} people" if known else "people not known"
+    passed = f", {dataset.passed_over:,} other files passed over" if dataset.passed_over else ""
+    return f"{dataset.root}: {len(records):,} images, {people}{passed}"
