@@ -29,6 +29,10 @@ def _option(*names: str, **settings: Any) -> Option:
     return lambda parser: parser.add_argument(*names, **settings)
 
 
+def _all(*options: Option) -> Option:
+    return lambda parser: [option(parser) for option in options]
+
+
 def _one_of(*options: Option) -> Option:
     def add(parser: argparse._ActionsContainer) -> None:
         group = parser.add_mutually_exclusive_group(required=True)
@@ -80,8 +84,17 @@ def _show(args: Args, result: Result | dict[str, Any], text: str | None = None) 
 
 
 MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")
-DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (layout found by itself)")
-LAYOUT = _option("--layout", default="auto", help="market1501 | dukemtmc | msmt17 | cuhk03-np | folders | csv")
+DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (the layout is detected)")
+LAYOUT = _all(
+    _option(
+        "--layout",
+        default="auto",
+        help="market1501 | dukemtmc | cuhk03-np | veri-776 | msmt17 | csv | folders | cameras (default auto)",
+    ),
+    _option("--pattern", metavar="REGEX", help=r"file names of any kind, such as '(?P<pid>\d+)_cam(?P<camid>\d+)'"),
+    _option("--root", metavar="DIR", help="folder that a CSV file's paths lie in (default: its own)"),
+    _option("--same-camera", action="store_true", help="count matches of the query's own camera"),
+)
 OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="keep the result as JSON, for `report`")
 SEED = _option("--seed", type=int, default=0, help="everything random follows from it (default 0)")
 BATCH = _option("--batch", type=int, default=32, help="images in one forward pass (default 32)")
@@ -96,6 +109,27 @@ def _out(what: str, **settings: Any) -> Option:
     return _option("-o", "--output", metavar=what, required=True, **settings)
 
 
+def _dataset(args: Args, source: str | None, whole: bool = False) -> Any:
+    """The dataset at a path, read as the flags say; what its user should know goes to standard error.
+
+    With `whole`, for searching, embedding and calibrating: every image where there are no splits. What is no dataset
+    (none, a feature store, a calibration table) is handed on.
+    """
+    if source is None or source.endswith((".npz", ".json")):
+        return source
+    from nformer_edge.data.labels import judge_labels
+    from nformer_edge.data.readers import read_dataset
+    from nformer_edge.data.summary import describe_images
+
+    dataset = read_dataset(source, args.layout, pattern=args.pattern, images=args.root, whole=whole)
+    dataset = dataset.same_camera() if args.same_camera else dataset
+    if os.environ.get("RANK", "0") == "0":
+        said = (describe_images(dataset),) if whole else judge_labels(dataset).warnings
+        for note in (*dataset.notes, *said):
+            print(f"nformer-edge {args.command}: note: {note}", file=sys.stderr)
+    return dataset
+
+
 @_command(
     "make-data",
     "draw a dataset of walking figures in Market-1501's layout",
@@ -107,27 +141,35 @@ def _out(what: str, **settings: Any) -> Option:
 )
 def _make_data(args: Args) -> None:
     from nformer_edge.data.generate import GenerateSpec, generate_dataset
-    from nformer_edge.data.summary import format_summary, summarize
+    from nformer_edge.data.summary import summarize
 
     sizes = {k: v for k in ("train_ids", "test_ids") if (v := getattr(args, k)) is not None}
     dataset = generate_dataset(args.output, GenerateSpec(seed=args.seed, **sizes), force=args.force)
-    _show(args, {"kind": "dataset", "rows": summarize(dataset)}, format_summary(dataset))
+    _show(args, summarize(dataset))
 
 
-@_command("summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT)
+@_command(
+    "summary",
+    "identities, images and cameras of a dataset, as the papers print them",
+    DATA,
+    LAYOUT,
+    _option("--check", action="store_true", help="decode every image and name all that cannot be read; exit code 1"),
+)
 def _summary(args: Args) -> None:
     from nformer_edge.data.readers import read_dataset
-    from nformer_edge.data.summary import format_summary, summarize
+    from nformer_edge.data.summary import require_readable, summarize
 
-    dataset = read_dataset(args.data, args.layout)
-    _show(args, {"kind": "dataset", "rows": summarize(dataset)}, format_summary(dataset))
+    dataset = read_dataset(args.data, args.layout, pattern=args.pattern, images=args.root)
+    summary = summarize(dataset.same_camera() if args.same_camera else dataset, args.check)
+    _show(args, summary)
+    require_readable(summary)
 
 
 @_command(
     "train",
     "both stages: backbone on images, then the NFormer head on its features; or the head alone on a store",
     _one_of(
-        _option("--data", metavar="DIR", help="dataset folder or CSV file (layout found by itself)"),
+        _option("--data", metavar="DIR", help="dataset folder or CSV file (the layout is detected)"),
         _option("--features", metavar="STORE.npz", help="train the head alone, on what `embed` wrote"),
     ),
     LAYOUT,
@@ -183,7 +225,7 @@ def _train(args: Args) -> None:
     if args.features:
         history = train_from_features(args.features, args.output, config, backbone=args.backbone, **how)
     else:
-        history = train(args.data, args.output, config, layout=args.layout, initial=args.initial, **how)
+        history = train(_dataset(args, args.data), args.output, config, initial=args.initial, **how)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
         _show(args, history)
 
@@ -240,12 +282,11 @@ def _evaluate(args: Args) -> None:
 
     result = evaluate(
         args.model,
-        args.data,
+        _dataset(args, args.data),
         batch=args.batch,
         rerank=args.rerank,
         seeds=args.seed,
         intra_op_threads=args.threads,
-        layout=args.layout,
     )
     _show(args, result)
 
@@ -272,6 +313,7 @@ def _export(args: Args) -> None:
     _out("DIR"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="int8", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers (default)"),
+    LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset whose training images calibrate"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), default="entropy", help="for INT8 (default entropy)"),
@@ -285,7 +327,7 @@ def _modelopt(args: Args) -> None:
     bundle = bundle_by_modelopt(
         args.bundle,
         args.output,
-        args.calib_data,
+        _dataset(args, args.calib_data, whole=True),
         precision=args.precision,
         calib_num=args.calib_num,
         calib_method=args.calib_method,
@@ -306,6 +348,7 @@ def _modelopt(args: Args) -> None:
     _option("--backend", type=_choice(spec.Backend), default="auto", metavar="NAME", help="onnxruntime | tensorrt ..."),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="8-bit integers; needs --calib-data"),
+    LAYOUT,
     _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option(
@@ -401,10 +444,10 @@ def _build_engine(args: Args) -> None:
     if args.max_map_drop is not None or args.min_overlap:
         budget = BudgetSpec(args.max_map_drop, args.min_overlap, args.budget_images, args.budget_stage)
     images = {
-        "calib_data": args.calib_data,
+        "calib_data": _dataset(args, args.calib_data, whole=True),
         "force_calibration": args.force_calib,
         "budget": budget,
-        "budget_data": args.budget_data,
+        "budget_data": _dataset(args, args.budget_data, whole=True),
     }
     if args.target:
         engine = build_for_target(args.bundle, args.output, chosen, target=args.target, **images)
@@ -421,6 +464,7 @@ def _build_engine(args: Args) -> None:
     _out("DIR"),
     _option("--target", metavar="NAME", default="jetson-xavier-jp51", help="recipe (default jetson-xavier-jp51)"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", default="fp32", help="half precision"),
+    LAYOUT,
     _option("--calib-data", metavar="DIR", help="dataset whose training images calibrate, or a calibration.json"),
     _option("--calib-num", type=int, default=256, help="calibration images (default 256)"),
     _option("--force-calib", action="store_true", help="accept query or gallery images for calibration"),
@@ -431,7 +475,7 @@ def _prepare(args: Args) -> None:
     from nformer_edge.targets.trtexec import prepare_for_target
 
     chosen = EngineSpec(precision=args.precision, calib_num=args.calib_num, seed=args.seed)
-    images = {"calib_data": args.calib_data, "force_calibration": args.force_calib}
+    images = {"calib_data": _dataset(args, args.calib_data, whole=True), "force_calibration": args.force_calib}
     graphs = prepare_for_target(args.bundle, args.output, args.target, chosen, **images)
     _show(args, {"kind": "graphs", "graphs": str(graphs)}, f"wrote {graphs}; on the device: {graphs}/build.sh")
 
@@ -483,12 +527,11 @@ def _embed(args: Args) -> None:
 
     result = embed_files(
         args.model,
-        args.data,
+        _dataset(args, args.data, whole=True),
         args.output,
         batch=args.batch,
         decoders=args.decoders,
         intra_op_threads=args.threads,
-        layout=args.layout,
         splits=args.splits,
         views=args.views,
         augment=_assignments(args.augment),
@@ -501,6 +544,7 @@ def _embed(args: Args) -> None:
     "search",
     "query images -> ranked gallery",
     MODEL,
+    LAYOUT,
     _option("--query", required=True, nargs="+", metavar="IMAGE", help="images of the people looked for"),
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     TOP,
@@ -517,7 +561,7 @@ def _search(args: Args) -> None:
     result = search(
         args.model,
         args.query,
-        args.gallery,
+        _dataset(args, args.gallery, whole=True),
         top=args.top,
         batch=args.batch,
         decoders=args.decoders,
@@ -558,10 +602,9 @@ def _parity(args: Args) -> None:
     result = parity(
         args.reference,
         args.engine,
-        args.data,
+        _dataset(args, args.data),
         batch=args.batch,
         intra_op_threads=args.threads,
-        layout=args.layout,
         limit=args.limit,
         landmark_seeds=args.landmark_seeds,
         layers=args.layers,
@@ -593,11 +636,10 @@ def _fleet(args: Args) -> None:
 
     result = cross_model(
         args.models,
-        args.data,
+        _dataset(args, args.data),
         false_match_rate=args.false_match_rate,
         batch=args.batch,
         intra_op_threads=args.threads,
-        layout=args.layout,
     )
     _show(args, result)
 
@@ -619,11 +661,12 @@ def _fleet(args: Args) -> None:
 def _benchmark(args: Args) -> None:
     from nformer_edge.report.benchmark import benchmark, compare
 
-    shared = {"gallery": args.gallery, "intra_op_threads": args.threads, "layout": args.layout}
+    shared = {"gallery": args.gallery, "intra_op_threads": args.threads}
+    dataset = _dataset(args, args.data)
     if len(args.models) > 1:
-        return _show(args, compare(args.models, args.data, rounds=args.single_stream, **shared))
+        return _show(args, compare(args.models, dataset, rounds=args.single_stream, **shared))
     counts = {"single_stream": args.single_stream, "multi_stream": args.multi_stream, "offline": args.offline}
-    return _show(args, benchmark(args.models[0], args.data, batch=args.batch, **counts, **shared))
+    return _show(args, benchmark(args.models[0], dataset, batch=args.batch, **counts, **shared))
 
 
 @_command(

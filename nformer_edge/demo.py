@@ -13,7 +13,7 @@ from typing import ClassVar
 from nformer_edge.core.values import Result
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.records import Dataset
-from nformer_edge.data.summary import format_summary
+from nformer_edge.data.summary import summarize
 from nformer_edge.report.accuracy import Evaluation
 from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.parity import Parity
@@ -78,7 +78,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, 
     clock = _Clock(say)
     with clock("make-data"):
         dataset = generate_dataset(out / "data", GenerateSpec.tiny(seed) if tiny else GenerateSpec(seed), force=True)
-    say(format_summary(dataset))
+    say(str(summarize(dataset)))
     models, training = _make_models(out, dataset, seed, tiny, clock)
     evaluations, parities, benchmarks = [], [], []
     for label, path in models.items():

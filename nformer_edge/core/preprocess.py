@@ -56,7 +56,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             pixels, or damaged.
     """
     with _open(path) as image:
-        return _as_seen(image, os.fspath(path))
+        return as_seen(image, os.fspath(path))
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
@@ -70,7 +70,7 @@ def check_image(path: str | os.PathLike[str]) -> None:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - last))
             if not last or mark not in file.read():
-                _as_seen(image, os.fspath(path))
+                as_seen(image, os.fspath(path))
 
 
 @contextmanager
@@ -101,13 +101,14 @@ def _check_size(path: str, image: Image.Image) -> None:
         raise DataError(path, f"{image.width} x {image.height} pixels", expected, "Crop the person first.")
 
 
-def _as_seen(image: Image.Image, path: str) -> Image.Image:
+def as_seen(image: Image.Image, name: str) -> Image.Image:
+    """An image of any mode as RGB, upright; `name` is what errors call it."""
     image.load()
     turn = _turn(image)
     if image.mode in _DEEP:
         values = np.asarray(image)
         if image.mode == "F" or (image.mode == "I" and values.size and not 0 <= values.min() <= values.max() < 1 << 16):
-            raise DataError(path, "32-bit pixels", "8-bit or 16-bit pixels", "Save it with 8 bits a channel.")
+            raise DataError(name, "32-bit pixels", "8-bit or 16-bit pixels", "Save it with 8 bits a channel.")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))

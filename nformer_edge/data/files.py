@@ -63,7 +63,8 @@ def has_images(folder: str | os.PathLike[str]) -> bool:
     """Whether `walk_images` would find one."""
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_left_behind(name)]
-        if any(map(is_image, files)) or any(has_images(p) for f in folders if os.path.islink(p := os.path.join(place, f))):
+        linked = (os.path.join(place, name) for name in folders)
+        if any(map(is_image, files)) or any(os.path.islink(path) and has_images(path) for path in linked):
             return True
     return False
 

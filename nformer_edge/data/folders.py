@@ -52,6 +52,7 @@ def read_folders(
     if pattern is not None:
         sightings = _by_pattern(root, pattern, splits, notes)
     elif splits:
+        _require_splits(root, splits, beside)
         sightings = [s for key, folder in splits.items() for s in _read_split(folder, key, notes)]
     else:
         sightings = _read_unsplit(root, notes, sure, cameras)
@@ -71,6 +72,15 @@ def _splits(root: Path) -> tuple[dict[Role, Path], list[Path]]:
             named[found].append(folder)
     chosen = {key: min(ps, key=lambda p: ("all" not in p.name.lower(), len(p.name))) for key, ps in named.items()}
     return chosen, [p for p in subfolders(root) if p not in chosen.values()]
+
+
+def _require_splits(root: Path, splits: dict[Role, Path], beside: Sequence[Path]) -> None:
+    """Raises DataError where most folders are no splits, so that those named like splits may be people."""
+    people = [p.name for p in beside if role(p.name) is None and has_images(p)]
+    if len(people) > len(splits):
+        got = f"{_some([p.name for p in splits.values()])}, named like splits, beside {_some(people)}"
+        hint = "Rename the folder if it is a person's, or move the splits into a folder of their own."
+        raise DataError(str(root), got, "splits alone, or people alone", hint)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -102,7 +112,8 @@ def _by_names(folder: Path, paths: Sequence[str], key: Role) -> list[Sighting]:
     if not all(found):
         bad = [name for name, hit in zip(names, found, strict=True) if hit is None]
         got = f"{len(bad)} of {len(names)} names that tell no person and camera, such as {bad[0]}"
-        guess = propose_pattern(names)
+        around = [os.path.basename(path) for path in walk_images(folder.parent).images]
+        guess = propose_pattern(names) or propose_pattern(around)
         hint = f"Try --pattern '{guess}'." if guess else "Say how they are named (--pattern), or list labels in a CSV."
         raise DataError(str(folder), got, "names like 0002_c003_00030600_0.jpg, or a folder a person", hint)
     return [Sighting(p, hit["pid"], hit["camid"], key) for p, hit in zip(paths, found, strict=True) if hit is not None]
@@ -112,17 +123,21 @@ def _person(folder: Path, name: str, key: Role | None = None) -> list[Sighting]:
     """A person's images; the camera is in the file's name, or in that of a folder between."""
     sightings = []
     for path in walk_images(folder).images:
-        between = Path(path).relative_to(folder).parts[:-1]
-        told = camera(os.path.splitext(os.path.basename(path))[0]) or next(filter(None, map(camera, between)), "")
-        sightings.append(Sighting(path, name, told, key))
+        sightings.append(Sighting(path, name, camera_below(folder, path), key))
     return sightings
+
+
+def camera_below(folder: Path, path: str) -> str:
+    """The camera that an image's name tells, or that of a folder between it and `folder`; "" for none."""
+    between = Path(path).relative_to(folder).parts[:-1]
+    return camera(os.path.splitext(os.path.basename(path))[0]) or next(filter(None, map(camera, between)), "")
 
 
 def _not_empty(root: Path, notes: list[str]) -> list[Path]:
     folders = {p: has_images(p) for p in subfolders(root)}
     empty = [p.name for p, full in folders.items() if not full]
     if empty:
-        notes.append(f"{len(empty)} folder{'s' * (len(empty) > 1)} in {root.name} without images passed over: {_some(empty)}")
+        notes.append(f"{len(empty)} folders of {root.name} hold no image and are passed over: {_some(empty)}")
     return [p for p, full in folders.items() if full]
 
 
@@ -134,6 +149,7 @@ def _read_unsplit(root: Path, notes: list[str], sure: bool, cameras: bool) -> li
         return _read_cameras(root, folders, cameras, notes)
     if not sure:
         _require_people(root, {p: walk_images(p) for p in folders})
+    notes.append(f"a folder a person: {len(folders)} people ({_some([p.name for p in folders])})")
     return [s for p in folders for s in _person(p, p.name)]
 
 
@@ -154,7 +170,8 @@ def _read_cameras(root: Path, folders: list[Path], sure: bool, notes: list[str])
         got = f"a folder a camera ({_some([p.name for p in folders])}), and names that tell no person"
         hint = "Say how they are named: --pattern '(?P<pid>...)'; if the first number is the person, --layout cameras."
         raise DataError(str(root), got, "names like 0001_45.bmp or person_0001.png, or a folder a person", hint)
-    notes.append(f"{_some([p.name for p in folders])} are cameras; names give {len(seen)} people, {shared} by two cameras")
+    names = _some([p.name for p in folders])
+    notes.append(f"{names} are cameras; {len(seen)} people, {shared} of them seen by more than one")
     return sightings
 
 
@@ -170,6 +187,8 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
     got = ""
     if len(folders) == 1:
         got, hint = f"one folder only ({most.name})", f"Did you mean {most}?"
+    elif inside := next((p for p in folders if any(role(q.name) for q in subfolders(p))), None):
+        got, hint = f"{inside.name}, a dataset with splits of its own", f"Did you mean {inside}?"
     elif len(names[most]) > MANY_IMAGES:
         got = f"{len(names[most])} images in {most.name}, more than a person's"
     elif sum(map(bool, told)) * 2 >= len(folders):

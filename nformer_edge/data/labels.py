@@ -47,15 +47,12 @@ class LabelReport:
         if self.copies:
             said.append(f"{self.copies} of {self.queries} query images are byte for byte in the gallery")
         if self.unknown_cameras:
-            said.append(
-                f"the camera of {self.unknown_cameras} of {self.images} images is unknown: matches of the same camera count"
-            )
+            unknown = f"the camera of {self.unknown_cameras} of {self.images} images is unknown"
+            said.append(f"{unknown}: matches of the same camera count")
         if self.one_camera is not None:
             said.append(f"all test images are of camera {self.one_camera}; --same-camera counts matches of one camera")
         elif self.unmatched:
-            said.append(
-                f"{self.unmatched} of {self.queries} queries have no match in the gallery from another camera"
-            )
+            said.append(f"{self.unmatched} of {self.queries} queries have no match from another camera in the gallery")
         return tuple(said)
 
     def require_matches(self) -> None:

@@ -24,10 +24,14 @@ _ROLES: tuple[tuple[Role, tuple[str, ...]], ...] = (
 _ROLE_WORDS = {word: role for role, words in _ROLES for word in words}
 
 #: Words that may stand beside these.
-_BESIDE = set("image images img imgs bounding box boxes boundingbox bbox mask data set split all crops multi gt".split())
+_BESIDE = set(
+    "image images img imgs bounding box boxes boundingbox bbox mask data set split all crops multi gt".split()  # noqa: SIM905
+)
 
 _CAMERA = re.compile(
-    r"(?<![A-Za-z0-9])c(\d+)(?=s\d|[^A-Za-z0-9]|$)|(?<![A-Za-z])cam(?:era)?[_\- ]?(\d+|[A-Za-z])(?=s\d|[^A-Za-z0-9]|$)",
+    r"(?<![A-Za-z0-9])c(\d+)(?=s\d|[^A-Za-z0-9]|$)"
+    r"|(?<![A-Za-z])cam(?:era)?[_\- ]?(\d+|[A-Za-z])(?=s\d|[^A-Za-z0-9]|$)"
+    r"|(?<=\d)C(\d+)(?=T\d)",  # MARS: 0001C1T0001F001.jpg
     re.IGNORECASE,
 )
 
@@ -41,6 +45,7 @@ _PROPOSED = (
     r"c(?:am|amera)?_?(?P<camid>\d+).*(?:id|pid|person)[_-]?(?P<pid>\d+)",
     r"(?:id|pid|person)[_-]?(?P<pid>\d+).*c(?:am|amera)?_?(?P<camid>\d+)",
     r"(?:id|pid|person)[_-]?(?P<pid>\d+)",
+    r"^(?P<pid>\d+)_(?P<camid>\d)_",
     r"^(?P<pid>\d+)[_-]",
 )
 
@@ -57,7 +62,7 @@ def role(name: str) -> Role | None:
 def camera(name: str) -> str:
     """The camera that a file's or folder's name tells (``c3``, ``cam3``, ``camera_03``, ``cam_a``), "" for none."""
     hit = _CAMERA.search(name)
-    return (hit[1] or hit[2]) if hit else ""
+    return next(filter(None, hit.groups()), "") if hit else ""
 
 
 def is_camera(folder: str) -> bool:
@@ -95,7 +100,9 @@ class NamePattern:
         except re.error as e:
             raise UsageError("pattern", f"{self.text!r} ({e})", f"a regular expression {example}", "Correct it.") from e
         if "pid" not in groups:
-            raise UsageError("pattern", f"{self.text!r} without a group pid", f"one {example}", "Name the person's part.")
+            raise UsageError(
+                "pattern", f"{self.text!r} without a group pid", f"one {example}", "Name the person's part."
+            )
 
     @cached_property
     def _compiled(self) -> re.Pattern[str]:

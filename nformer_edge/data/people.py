@@ -59,9 +59,12 @@ def make_dataset(
         roles[sighting.role].append(row)
     of = {key: tuple(records[row] for row in rows) for key, rows in roles.items()}
     explicit = None not in roles
+    train: tuple[ImageRecord, ...] = ()
+    query: tuple[ImageRecord, ...] = ()
+    gallery: tuple[ImageRecord, ...] = ()
     if not explicit:
         if whole:
-            train, query, gallery = (), (), tuple(records)
+            gallery = tuple(records)
         else:
             train, query, gallery = _split_all(sightings, records)
             said.append(f"no splits found: half of the people train, of the others {len(query)} images are queries")
@@ -69,10 +72,10 @@ def make_dataset(
         train, query, gallery = of.get("train", ()), of.get("query", ()), of.get("gallery", ())
         if not query and not gallery:
             source: Role = "test" if "test" in of else "val"
-            query, gallery = split_people(of.get(source, ()))
-            if source in of:
+            found = of.pop(source, ())
+            query, gallery = ((), found) if whole else split_people(found)
+            if query:
                 said.append(f"the people of {source} are split: {len(query)} images are queries, the rest gallery")
-                del of[source]
         elif not gallery and "test" in of:
             gallery = of.pop("test")
         unused = [f"{key} ({len(of[key])} images)" for key in ("val", "test") if key in of]  # type: ignore[index]
@@ -83,7 +86,7 @@ def make_dataset(
         root,
         train,
         query,
-        tuple(r for r in gallery if r.pid != JUNK or whole and not explicit),
+        tuple(r for r in gallery if r.pid != JUNK or (whole and not explicit)),
         () if whole and not explicit else tuple(r for r in gallery if r.pid == JUNK),
         explicit=explicit,
         notes=tuple(said),

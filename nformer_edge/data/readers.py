@@ -8,7 +8,7 @@ from pathlib import Path
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.spec import check_choice
 from nformer_edge.data import flat, folders, msmt17, table
-from nformer_edge.data.files import holds_images, walk_images
+from nformer_edge.data.files import has_images, holds_images, walk_images
 from nformer_edge.data.names import NamePattern, role
 from nformer_edge.data.people import Sighting, make_dataset
 from nformer_edge.data.records import DISTRACTOR, Dataset, identities
@@ -105,14 +105,14 @@ def _detect(root: Path, whole: bool) -> str:
             return name
     if table.looks_like_csv(root) and not (whole and root.is_dir() and holds_images(root)):
         return "csv"
-    if _has_splits(root) or (folders.looks_like_folders(root) and not holds_images(root)):
+    if _split_folders(root) or (folders.looks_like_folders(root) and not holds_images(root)):
         return "people"
     if whole and root.is_dir():
         return ""
     looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
     hint = "Check the path, or name the layout."
     if root.is_dir() and holds_images(root):
-        hint = "Images lie flat here: say how their names tell the person, --pattern '(?P<pid>...)', or list them in a CSV."
+        hint = "Images lie flat here: say how names tell the person (--pattern '(?P<pid>...)'), or list them in a CSV."
     raise DataError(str(root), "no known dataset layout", f"one of these ({looked_for})", hint)
 
 
@@ -120,8 +120,14 @@ def _marks() -> dict[str, str]:
     return {name: marks for name, (_, _, marks) in _PUBLISHED.items()} | _OWN
 
 
-def _has_splits(root: Path) -> bool:
-    return root.is_dir() and any(role(p.name) and p.is_dir() and folders.has_images(p) for p in root.iterdir())
+def _split_folders(root: Path) -> bool:
+    return root.is_dir() and any(role(p.name) and has_images(p) for p in root.iterdir() if p.is_dir())
+
+
+def has_splits(root: Path) -> bool:
+    """Whether `root` is a dataset with splits of its own, as far as names of files and folders tell at a glance."""
+    published = any(looks_like(root) for looks_like, _, _ in _PUBLISHED.values())
+    return published or table.looks_like_csv(root) or _split_folders(root)
 
 
 def _unlabeled(root: Path, why: str) -> Dataset:
@@ -129,7 +135,7 @@ def _unlabeled(root: Path, why: str) -> Dataset:
     if not found.images:
         raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
     notes = (f"who the images show is not read: {why}",) if why else ()
-    sightings = [Sighting(path) for path in found.images]
+    sightings = [Sighting(path, camera=folders.camera_below(root, path)) for path in found.images]
     return make_dataset(root.name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over)
 
 

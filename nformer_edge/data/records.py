@@ -54,10 +54,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
     passed_over: int = 0
 
+    def as_training(self) -> Dataset:
+        """With every image in training where there are no splits at all: for calibration and for holding people out."""
+        return self if self.explicit or self.train else replace(self, train=self.gallery, gallery=())
+
     def same_camera(self) -> Dataset:
         """The same without cameras, so that matches of the query's own camera count."""
-        blind = {s: tuple(replace(r, camid=UNKNOWN_CAMERA) for r in self.split(s)) for s in SPLITS}
-        return replace(self, **blind, notes=(*self.notes, "matches of the query's own camera count (--same-camera)"))
+        train, query, gallery, junk = (
+            tuple(replace(r, camid=UNKNOWN_CAMERA) for r in self.split(name)) for name in SPLITS
+        )
+        return replace(self, train=train, query=query, gallery=gallery, junk=junk)
 
     def split(self, name: str) -> tuple[ImageRecord, ...]:
         """The records of one of SPLITS."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nformer_edge.core.errors import GateError
 from nformer_edge.core.values import Result
 from nformer_edge.data.files import BadImage, bad_images
 from nformer_edge.data.labels import LabelReport, judge_labels
@@ -80,10 +81,20 @@ def summarize(dataset: Dataset, check: bool = False) -> Summary:
     return Summary(dataset.name, rows, dataset.passed_over, labels, notes, check, bad_images(paths, decode=True))
 
 
+def require_readable(summary: Summary) -> None:
+    """Raises GateError if a check found images that cannot be read."""
+    if summary.bad:
+        got, hint = f"{len(summary.bad)} images that cannot be read", "Remove them or put good copies in their place."
+        raise GateError(summary.name, got, "none", hint)
+
+
 def describe_images(dataset: Dataset) -> str:
-    """How many images and people a folder gave, and how many files were passed over: said before a search."""
-    records = dataset.gallery
-    known = len(identities(records))
-    people = f"{known:,} people" if known else "people not known"
-    passed = f", {dataset.passed_over:,} other files passed over" if dataset.passed_over else ""
-    return f"{dataset.root}: {len(records):,} images, {people}{passed}"
+    """How many images and people each split gave, and how many files were passed over: said before images are used."""
+    splits = [(name, dataset.split(name)) for name in SPLITS[:-1] if dataset.split(name)]
+    told = []
+    for name, records in splits:
+        known = len(identities(records))
+        people = f"{known:,} people" if known else "people not known"
+        told.append(f"{name + ' ' if dataset.explicit else ''}{len(records):,} images, {people}")
+    passed = f"; {dataset.passed_over:,} files that are no images passed over" if dataset.passed_over else ""
+    return f"{dataset.root}: {'; '.join(told)}{passed}"

@@ -65,7 +65,8 @@ def read_csv(root: Path, images: Path | None = None, whole: bool = False) -> Dat
     name = files[0].stem if len(files) == 1 else root.name
     notes = []
     if not all(s.person.lstrip("-").isdigit() for s in sightings):
-        notes.append(f"people are named, not numbered: {len({s.person for s in sightings})} are numbered by their names")
+        count = len({s.person for s in sightings})
+        notes.append(f"people are named, not numbered: {count} are numbered from 1 by their names")
     return make_dataset(name, str(images or files[0].parent), sightings, whole=whole, notes=notes)
 
 
@@ -119,8 +120,8 @@ def _sighting(
     pid = _label("pid", values["pid"], where, kinds)
     cam = values.get("camid", "")
     cam = "" if cam.lower() in _UNKNOWN or cam.startswith("-") else _label("camid", camera(cam) or cam, where, kinds)
-    unusable = pid == "" or (pid == "-1" and split not in ("gallery", "test")) or pid == "0" and split == "val"
-    if not values["path"] or unusable or re.fullmatch(r"-\d+", pid) and pid != "-1":
+    unusable = pid == "" or (pid == "-1" and split not in ("gallery", "test")) or (pid == "0" and split == "val")
+    if not values["path"] or unusable or (re.fullmatch(r"-\d+", pid) and pid != "-1"):
         got = f"path {values['path']!r} with pid {values['pid'] or repr('')} in {values.get('split') or 'no split'}"
         expected = "a path, and a person of 1 or more (in the gallery also 0 or -1)"
         raise DataError(where, got, expected, "Correct the row.")
@@ -131,6 +132,6 @@ def _label(column: str, text: str, where: str, kinds: dict[str, bool]) -> str:
     """A label as text; whole numbers without ``.0`` and zeros in front. All of a column are numbers, or none is."""
     whole = _WHOLE.fullmatch(text)
     if text and kinds.setdefault(column, whole is not None) != (whole is not None):
-        expected = "whole numbers in all rows, or names in all"
-        raise DataError(where, f"{column} {text!r} among {'numbers' if whole is None else 'names'}", expected, "Correct the row.")
+        got = f"{column} {text!r} among {'numbers' if whole is None else 'names'}"
+        raise DataError(where, got, "whole numbers in all rows, or names in all", "Correct the row.")
     return str(int(whole[1])) if whole else text

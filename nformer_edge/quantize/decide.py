@@ -118,8 +118,8 @@ def _held_out(
             "one to hold training people out of",
             "Name the dataset that the model was trained on: --budget-data DIR",
         )
-    dataset = source if isinstance(source, Dataset) else read_dataset(source)
-    rest, held_out = hold_out(dataset, images, seed)
+    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    rest, held_out = hold_out(dataset.as_training(), images, seed)
     return (rest if calib_data is not None and _place(calib_data) == _place(source) else None), held_out
 
 
