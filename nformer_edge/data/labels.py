@@ -97,20 +97,16 @@ def _copies(query: Sequence[ImageRecord], gallery: Sequence[ImageRecord]) -> int
 
     Contents are hashed only where the sizes agree.
     """
-    sizes: dict[int, list[ImageRecord]] = defaultdict(list)
+    asking = [r for r in query if os.path.isfile(r.path)]
+    sizes = {os.path.getsize(r.path) for r in asking}
+    contents: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for record in gallery:
-        if os.path.isfile(record.path):
-            sizes[os.path.getsize(record.path)].append(record)
-    hashes: dict[str, str] = {}
-
-    def digest(path: str) -> str:
-        if path not in hashes:
-            hashes[path] = sha256_file(path)
-        return hashes[path]
-
+        if os.path.isfile(record.path) and os.path.getsize(record.path) in sizes:
+            contents[sha256_file(record.path)].add((record.pid, record.camid))
+    if not contents:
+        return 0
     count = 0
-    for record in query:
-        alike = sizes.get(os.path.getsize(record.path), []) if os.path.isfile(record.path) else []
-        alike = [g for g in alike if g.pid != record.pid or g.camid != record.camid or g.camid == UNKNOWN_CAMERA]
-        count += any(digest(g.path) == digest(record.path) for g in alike)
+    for record in asking:
+        own = set() if record.camid == UNKNOWN_CAMERA else {(record.pid, record.camid)}
+        count += bool(contents.get(sha256_file(record.path), set()) - own)
     return count
