@@ -47,7 +47,6 @@ def read_folders(
         DataError: where folders do not look like people, with a guess at what they are.
     """
     splits, beside = _splits(root)
-    found = walk_images(root)
     notes: list[str] = []
     if pattern is not None:
         sightings = _by_pattern(root, pattern, splits, notes)
@@ -59,7 +58,9 @@ def read_folders(
     unread = [p.name for p in beside if has_images(p)] if splits else []
     if unread:
         notes.append(f"not read, because they are no splits or second ones: {_some(unread)}")
-    return make_dataset(root.name, str(root), sightings, whole=whole, notes=notes, passed_over=found.passed_over)
+    return make_dataset(
+        root.absolute().name, str(root), sightings, whole=whole, notes=notes, passed_over=found.passed_over
+    )
 
 
 def _splits(root: Path) -> tuple[dict[Role, Path], list[Path]]:
@@ -137,7 +138,7 @@ def _not_empty(root: Path, notes: list[str]) -> list[Path]:
     folders = {p: has_images(p) for p in subfolders(root)}
     empty = [p.name for p, full in folders.items() if not full]
     if empty:
-        notes.append(f"{len(empty)} folders of {root.name} hold no image and are passed over: {_some(empty)}")
+        notes.append(f"passed over, because they hold no image: {_some(empty)}")
     return [p for p, full in folders.items() if full]
 
 

@@ -134,9 +134,11 @@ def _unlabeled(root: Path, why: str) -> Dataset:
     found = walk_images(root)
     if not found.images:
         raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
-    notes = (f"who the images show is not read: {why}",) if why else ()
+    name, notes = root.absolute().name, (f"who the images show is not read: {why}",) if why else ()
     sightings = [Sighting(path, camera=folders.camera_below(root, path)) for path in found.images]
-    return make_dataset(root.name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over)
+    return make_dataset(
+        root.absolute().name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over
+    )
 
 
 def _check(dataset: Dataset) -> None:

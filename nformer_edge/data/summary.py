@@ -96,5 +96,5 @@ def describe_images(dataset: Dataset) -> str:
         known = len(identities(records))
         people = f"{known:,} people" if known else "people not known"
         told.append(f"{name + ' ' if dataset.explicit else ''}{len(records):,} images, {people}")
-    passed = f"; {dataset.passed_over:,} files that are no images passed over" if dataset.passed_over else ""
+    passed = f"; files passed over, no images: {dataset.passed_over:,}" if dataset.passed_over else ""
     return f"{dataset.root}: {'; '.join(told)}{passed}"

@@ -62,7 +62,7 @@ def read_csv(root: Path, images: Path | None = None, whole: bool = False) -> Dat
     if not sightings:
         raise DataError(str(files[0]), "zero images", "one image a line", "Write one line an image.")
     require_files([s.path for s in sightings], files[0].name)
-    name = files[0].stem if len(files) == 1 else root.name
+    name = files[0].stem if len(files) == 1 else root.absolute().name
     notes = []
     if not all(s.person.lstrip("-").isdigit() for s in sightings):
         count = len({s.person for s in sightings})

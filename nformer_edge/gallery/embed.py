@@ -91,7 +91,7 @@ def embed_records(
     journal = journal or BatchJournal()
     draw, recipe = _views(runner.spec.preprocess, views, augment, seed)
     paths = tuple(r.path for r in records)
-    if len(paths) > batch:
+    if len(paths) > 1:
         require_images(paths)
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
     hashes: list[str] = []

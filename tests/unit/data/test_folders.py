@@ -164,8 +164,8 @@ def test_without_splits_every_image_at_any_depth_is_searched_embedded_and_calibr
         read_dataset(root)
     dataset = read_dataset(root, "folders", whole=True)
     assert counts(dataset) == ((0, 0), (0, 0), (8, 24))
-    assert describe_images(dataset).endswith(": 24 images, 8 people; 4 files that are no images passed over")
-    assert any("1 folders" in note and "person99" in note for note in dataset.notes)
+    assert describe_images(dataset).endswith(": 24 images, 8 people; files passed over, no images: 4")
+    assert dataset.notes[0] == "passed over, because they hold no image: person99"
     assert len(calibration_images(root, 100, 0)) == 24
 
 
