@@ -58,9 +58,8 @@ def read_folders(
     unread = [p.name for p in beside if has_images(p)] if splits else []
     if unread:
         notes.append(f"not read, because they are no splits or second ones: {_some(unread)}")
-    return make_dataset(
-        root.absolute().name, str(root), sightings, whole=whole, notes=notes, passed_over=found.passed_over
-    )
+    passed = walk_images(root).passed_over
+    return make_dataset(root.absolute().name, str(root), sightings, whole=whole, notes=notes, passed_over=passed)
 
 
 def _splits(root: Path) -> tuple[dict[Role, Path], list[Path]]:

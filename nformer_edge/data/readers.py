@@ -136,9 +136,7 @@ def _unlabeled(root: Path, why: str) -> Dataset:
         raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
     name, notes = root.absolute().name, (f"who the images show is not read: {why}",) if why else ()
     sightings = [Sighting(path, camera=folders.camera_below(root, path)) for path in found.images]
-    return make_dataset(
-        root.absolute().name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over
-    )
+    return make_dataset(name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over)
 
 
 def _check(dataset: Dataset) -> None:
