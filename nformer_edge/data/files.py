@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,8 @@ class Found:
     passed_over: int
 
 
-def walk_images(folder: str | os.PathLike[str]) -> Found:
-    """The images under `folder` at any depth, through linked folders too, each folder once."""
-    images: list[str] = []
-    passed_over = 0
+def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[list[str], int]]:
+    """Of each folder under `folder`, linked ones too, each once: its images' paths, and how many files are none."""
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -53,20 +51,20 @@ def walk_images(folder: str | os.PathLike[str]) -> Found:
             continue
         seen.add(real)
         folders.sort()
-        chosen = [] if any(map(is_left_behind, Path(place).relative_to(folder).parts)) else [*filter(is_image, files)]
-        images += (os.path.join(place, name) for name in sorted(chosen))
-        passed_over += len(files) - len(chosen)
-    return Found(tuple(images), passed_over)
+        left = any(map(is_left_behind, Path(place).relative_to(folder).parts))
+        images = [] if left else sorted(filter(is_image, files))
+        yield [os.path.join(place, name) for name in images], len(files) - len(images)
+
+
+def walk_images(folder: str | os.PathLike[str]) -> Found:
+    """The images under `folder` at any depth, through linked folders too, each folder once."""
+    found = [*_walk(folder)]
+    return Found(tuple(path for images, _ in found for path in images), sum(others for _, others in found))
 
 
 def has_images(folder: str | os.PathLike[str]) -> bool:
     """Whether `walk_images` would find one."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_left_behind(name)]
-        linked = (os.path.join(place, name) for name in folders)
-        if any(map(is_image, files)) or any(os.path.islink(path) and has_images(path) for path in linked):
-            return True
-    return False
+    return any(images for images, _ in _walk(folder))
 
 
 def subfolders(folder: Path) -> list[Path]:

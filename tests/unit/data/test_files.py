@@ -38,7 +38,10 @@ def test_a_walk_passes_over_folders_of_other_programs_follows_links_once_and_cou
     ]
     assert found.passed_over == 4
     assert has_images(tmp_path / "x")
-    assert not has_images(tmp_path / "x" / "@eaDir" / "none")
+    (tmp_path / "none" / "a").mkdir(parents=True)
+    for name in "bcde":
+        (tmp_path / "none" / "a" / name).symlink_to(tmp_path / "none")
+    assert not has_images(tmp_path / "none")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.data.readers import LAYOUTS, read_dataset
 from nformer_edge.data.records import cameras, identities
-from nformer_edge.data.summary import summarize
+from nformer_edge.data.summary import Summary, summarize
 
 MARKET = {
     "bounding_box_train": ("0002_c1s1_000451_03.jpg", "0007_c3s2_010203_01.jpg", "Thumbs.db"),
@@ -273,6 +274,7 @@ def test_the_summary_counts_people_images_and_cameras(tmp_path: Path) -> None:
         "train": (2, 2, 2), "query": (2, 2, 2), "gallery": (2, 3, 3), "of these distractors": (None, 1, 1),
         "junk": (None, 1, 1),
     }  # fmt: skip
+    assert Summary.from_json(json.loads(json.dumps(summarize(dataset).to_json()))) == summarize(dataset)
     lines = str(summarize(dataset)).splitlines()[1:7]
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
 
