@@ -39,6 +39,10 @@ def _flag(name: str, help: str, **settings: Any) -> Option:
     return _option(name, action="store_true", help=help, **settings)
 
 
+def _all(*options: Option) -> Option:
+    return lambda parser: [option(parser) for option in options]
+
+
 def _one_of(*options: Option) -> Option:
     def add(parser: argparse._ActionsContainer) -> None:
         group = parser.add_mutually_exclusive_group(required=True)
@@ -88,6 +92,37 @@ def _assignment(text: str) -> tuple[str, float]:
         raise UsageError("augment", text, "name=number", "Such as pad=10 erase=0.5.") from None
 
 
+#: Flags that say how a dataset is read, with what holds where they are not given.
+_READING: tuple[tuple[str, Any], ...] = (("layout", "auto"), ("pattern", None), ("root", None))
+
+#: Flags that name a dataset, and whether all its images count where it has no splits: to search and to calibrate.
+_DATASETS = {"data": False, "calib_data": True, "budget_data": True, "gallery": True}
+
+
+def _read_datasets(args: Args) -> None:
+    """Puts datasets in the place of their paths, read as the flags say; what a user should know goes to standard error.
+
+    What is no dataset (a feature store, a calibration table) stays a path.
+    """
+    from nformer_edge.data.labels import judge_labels
+    from nformer_edge.data.readers import read_dataset
+    from nformer_edge.data.summary import describe_images
+
+    layout, pattern, root = (getattr(args, name, default) for name, default in _READING)
+    for name, whole in _DATASETS.items():
+        source = getattr(args, name, None)
+        if not isinstance(source, str) or source.endswith((".npz", ".json")):
+            continue
+        whole = whole or args.command == "embed"
+        dataset = read_dataset(source, layout, pattern=pattern, images=root, whole=whole)
+        dataset = dataset.same_camera() if hasattr(args, "same_camera") else dataset
+        setattr(args, name, dataset)
+        if os.environ.get("RANK", "0") == "0" and args.command != "summary":
+            said = (describe_images(dataset),) if whole else judge_labels(dataset).warnings
+            for note in (*dataset.notes, *said):
+                print(f"nformer-edge {args.command}: note: {note}", file=sys.stderr)
+
+
 def _call(args: Args, where: str, **more: Any) -> Any:
     """Calls a public function, ``module:name``, with the flags that were given and with `more`."""
     module, _, name = where.partition(":")
@@ -134,7 +169,13 @@ def _calls(where: str, name: str, summary: str, *options: Option) -> None:
 MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")
 BUNDLE = _option("bundle", help="folder that `export` wrote")
 DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (the layout is detected)")
-LAYOUT = _option("--layout", help="market1501 | dukemtmc | msmt17 | cuhk03-np | folders | csv (default: detected)")
+LAYOUT = _all(
+    _option("--layout", metavar="NAME",
+            help="market1501 | dukemtmc | cuhk03-np | veri-776 | msmt17 | csv | folders | cameras (default: detected)"),
+    _option("--pattern", metavar="REGEX", help=r"file names of any kind, such as '(?P<pid>\d+)_cam(?P<camid>\d+)'"),
+    _option("--root", metavar="DIR", help="folder that the paths of a CSV file are relative to (default: its own)"),
+    _flag("--same-camera", "count matches of the query's own camera"),
+)
 OUT_JSON = _option("-o", "--output", dest="out_json", metavar="FILE", help="write the result as JSON, for `report`")
 SEED = _option("--seed", type=int, help="random seed (default 0)")
 BATCH = _option("--batch", type=int, help="images in one forward pass (default 32)")
@@ -151,6 +192,7 @@ PRECISION = (
     _option("--int8", action="store_const", const="int8", dest="precision", help="short for --precision int8"),
 )
 CALIBRATION = (
+    LAYOUT,
     _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", type=_choice(spec.CalibrationChoice), metavar="NAME",
@@ -191,10 +233,14 @@ def _make_data(args: Args) -> None:
     _show(args, _call(args, "data.summary:summarize", dataset=dataset))
 
 
-@_command("summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT)
+@_command(
+    "summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT,
+    _flag("--check", "decode every image and name all that cannot be read; exit code 1"),
+)
 def _summary(args: Args) -> None:
-    dataset = _call(args, "data.readers:read_dataset", root=args.data)
-    _show(args, _call(args, "data.summary:summarize", dataset=dataset))
+    summary = _call(args, "data.summary:summarize", dataset=args.data)
+    _show(args, summary)
+    _call(args, "data.summary:require_readable", summary=summary)
 
 
 @_command(
@@ -273,11 +319,11 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt", "bundle -> bundle with a backbone quantized or halved by NVIDIA ModelOpt, for TensorRT",
-    BUNDLE, _new("DIR"), SEED, *PRECISION[1:],
+    BUNDLE, _new("DIR"), SEED, *PRECISION[1:], LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), help="for INT8 (default entropy)"),
-    CALIBRATION[3], _flag("--own-choice", "ModelOpt alone chooses the nodes that stay in float"),
+    CALIBRATION[4], _flag("--own-choice", "ModelOpt alone chooses the nodes that stay in float"),
 )
 def _modelopt(args: Args) -> None:
     _call(args, "quantize.modelopt:bundle_by_modelopt")
@@ -361,7 +407,7 @@ def _embed(args: Args) -> None:
 
 _calls(
     "gallery.model:search", "search", "query images -> ranked gallery images",
-    MODEL,
+    MODEL, LAYOUT,
     _option("--query", dest="queries", required=True, nargs="+", metavar="IMAGE", help="images of the people to find"),
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     _option("--top", type=int, help="gallery images per query (default 10)"), BATCH, DECODERS, THREADS, OUT_JSON,
@@ -462,6 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
+        _read_datasets(args)
         COMMANDS[args.command].run(args)
     except Error as e:
         return _fail(args, str(e), e.exit_code)

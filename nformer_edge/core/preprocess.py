@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -11,34 +13,76 @@ from PIL import Image, UnidentifiedImageError
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.spec import PreprocessSpec
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
-#: Pixels, checked from the header before any are decoded. A crop of one person is far smaller.
+#: Checked from the header before anything is decoded. A crop of one person is far smaller.
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 32_768
+MAX_DECODED_BYTES = 256 * 2**20
+
+#: What shows through transparent pixels: white, as in most viewers.
+BACKGROUND = (255, 255, 255)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
+#: EXIF orientation -> what turns the stored pixels upright.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: Bytes of one channel's value, where it is not 1.
+_DEEP = {"I": 4, "F": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+
+#: Formats whose last bytes show whether the file is whole: (the mark, in how many last bytes).
+_ENDS = {"JPEG": (b"\xff\xd9", 4096), "PNG": (b"IEND", 64)}
+
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decodes one image file to RGB.
+    """Decodes one image file to RGB, as a viewer shows it.
+
+    EXIF orientation is applied, 16-bit gray becomes its upper 8 bits, transparency is laid over `BACKGROUND`, and of
+    several pages or frames the first is taken.
 
     Raises:
-        DataError: if the file is missing, empty, not JPEG, PNG, BMP or WebP, over MAX_PIXELS, or damaged.
+        DataError: if the file is missing, empty, of another kind than FORMATS, over one of the limits, of 32-bit
+            pixels, or damaged.
     """
+    with _open(path) as image:
+        return as_seen(image, os.fspath(path))
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Looks at the header and the end of an image file; decodes it only where the end looks cut.
+
+    Raises:
+        DataError: as `load_image` does.
+    """
+    with _open(path) as image:
+        mark, last = _ENDS.get(image.format or "", (b"", 0))
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - last))
+            if not last or mark not in file.read():
+                as_seen(image, os.fspath(path))
+
+
+@contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file whose header is within the limits; errors of its decoder become DataError."""
     path = os.fspath(path)
-    expected = "a JPEG, PNG, BMP or WebP image"
+    expected = "a JPEG, PNG, BMP, WebP or TIFF image"
     hint = "Remove the file or put a good copy in its place."
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    path,
-                    f"{image.width} x {image.height} pixels",
-                    f"at most {MAX_PIXELS} in all",
-                    "Crop the person first.",
-                )
-            return image.convert("RGB")
+            _check_size(path, image)
+            yield image
     except FileNotFoundError as e:
         raise DataError(path, "no such file", expected, "Check the path.") from e
     except UnidentifiedImageError as e:
@@ -46,8 +90,39 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(path, got, expected, hint) from e
     except Image.DecompressionBombError as e:
         raise DataError(path, str(e), f"at most {MAX_PIXELS} pixels", "Crop the person first.") from e
-    except (OSError, ValueError, SyntaxError) as e:  # Pillow's decoders raise all three on damaged data
+    except (OSError, ValueError, SyntaxError, struct.error) as e:  # Pillow's decoders raise all of them
         raise DataError(path, f"a damaged or unreadable file ({e})", expected, hint) from e
+
+
+def _check_size(path: str, image: Image.Image) -> None:
+    decoded = image.width * image.height * len(image.getbands()) * _DEEP.get(image.mode, 1)
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE or decoded > MAX_DECODED_BYTES:
+        expected = f"at most {MAX_PIXELS} in all, {MAX_SIDE} a side and {MAX_DECODED_BYTES >> 20} MiB decoded"
+        raise DataError(path, f"{image.width} x {image.height} pixels", expected, "Crop the person first.")
+
+
+def as_seen(image: Image.Image, name: str) -> Image.Image:
+    """An image of any mode as RGB, upright; `name` is what errors call it."""
+    image.load()
+    turn = _turn(image)
+    if image.mode in _DEEP:
+        values = np.asarray(image)
+        if image.mode == "F" or (image.mode == "I" and values.size and not 0 <= values.min() <= values.max() < 1 << 16):
+            raise DataError(name, "32-bit pixels", "8-bit or 16-bit pixels", "Save it with 8 bits a channel.")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    seen = image.convert("RGB")
+    return seen if turn is None else seen.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the pixels upright; nothing where the EXIF data are damaged, as in viewers."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error):
+        return None
 
 
 def resize(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:

@@ -9,14 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.preprocess import SUFFIXES
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import JSON
-from nformer_edge.data.readers import read_dataset
+from nformer_edge.data.readers import has_splits, read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.data.spread import over_people
 
@@ -34,12 +31,8 @@ def calibration_set(dataset: Dataset, num: int, seed: int) -> tuple[ImageRecord,
     """
     check_at_least("calib_num", num, 1)
     if not dataset.train:
-        raise DataError(
-            f"{dataset.root}: train",
-            "no image",
-            "training images to calibrate with",
-            "Give the dataset that the model was trained on.",
-        )
+        hint = "Give the dataset that the model was trained on."
+        raise DataError(f"{dataset.root}: train", "no image", "training images to calibrate with", hint)
     return over_people(dataset.train, num, seed)
 
 
@@ -49,7 +42,7 @@ def calibration_images(
     """Paths of the images to calibrate with.
 
     Args:
-        source: a dataset, whose training images are taken, or a folder of images.
+        source: a dataset, whose training images are taken, or a folder; without splits of its own, any image in it.
         num: how many at most.
         seed: of the choice.
         force: accept images that queries or the gallery hold too.
@@ -57,31 +50,22 @@ def calibration_images(
     Raises:
         DataError: if there are none, or one of them is a query or gallery image (by its path or its content).
     """
-    dataset, paths = _resolve(source, num, seed)
-    if dataset is not None and not force:
-        refuse_test_images(paths, dataset)
+    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    paths = tuple(r.path for r in calibration_set(dataset.as_training(), num, seed))
+    tested = dataset if dataset.explicit else _dataset_around(Path(dataset.root))
+    if tested is not None and not force:
+        refuse_test_images(paths, tested)
     return paths
 
 
-def _resolve(source: Dataset | str | os.PathLike[str], num: int, seed: int) -> tuple[Dataset | None, tuple[str, ...]]:
-    if isinstance(source, Dataset):
-        return source, tuple(r.path for r in calibration_set(source, num, seed))
-    folder = Path(source)
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not files:
-        dataset = read_dataset(folder)
-        return dataset, tuple(r.path for r in calibration_set(dataset, num, seed))
-    order = np.random.default_rng(seed).permutation(len(files))[:num]
-    return _dataset_around(folder), tuple(str(files[i]) for i in sorted(order))
-
-
 def _dataset_around(folder: Path) -> Dataset | None:
-    """The dataset that `folder` lies in, if it lies in one."""
+    """The dataset with splits that `folder` lies in, if it lies in one."""
     for above in list(folder.resolve().parents)[:_LEVELS]:
-        try:
-            return read_dataset(above)
-        except DataError:
-            continue
+        if has_splits(above):
+            try:
+                return read_dataset(above)
+            except DataError:
+                continue
     return None
 
 
@@ -105,12 +89,9 @@ def refuse_test_images(paths: Sequence[str], dataset: Dataset) -> None:
 
 def _require_apart(path: str | None, split: str | None, test_path: str) -> None:
     if path is not None and split is not None:
-        raise DataError(
-            path,
-            f"a {split} image" if path == test_path else f"the content of the {split} image {test_path}",
-            "training images alone to calibrate with",
-            "Calibrate with the training split, or force it (--force-calib) and do not report the accuracy.",
-        )
+        got = f"a {split} image" if path == test_path else f"the content of the {split} image {test_path}"
+        hint = "Calibrate with the training split, or force it (--force-calib) and do not report the accuracy."
+        raise DataError(path, got, "training images alone to calibrate with", hint)
 
 
 def calibration_sha256(paths: Iterable[str], settings: Mapping[str, JSON]) -> str:

@@ -10,43 +10,37 @@ from pathlib import Path
 from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.preprocess import SUFFIXES
+from nformer_edge.data.files import is_image
 from nformer_edge.data.records import JUNK, Dataset, ImageRecord
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+_VERI_FOLDERS = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
 
 # Some files of the original Market-1501 archive end in .jpg.jpg.
-_IMAGE = r"(?:\.(?:jpg|jpeg|png|bmp|webp))+$"
+_IMAGE = r"(?:\.(?:jpg|jpeg|png|bmp|webp|tiff?))+$"
 MARKET1501 = re.compile(r"(-1|\d{4,})_c(\d+)s\d+_\d+_\d+" + _IMAGE, re.IGNORECASE)
 DUKEMTMC = re.compile(r"(\d{4,})_c(\d+)_f\d+" + _IMAGE, re.IGNORECASE)
+VERI776 = re.compile(r"(\d{4,})_c(\d+)_\d+_\d+" + _IMAGE, re.IGNORECASE)
 CUHK03_NP = re.compile(r"(\d{4,})_c(\d+)_\d+" + _IMAGE, re.IGNORECASE)
 
 
-def image_names(folder: Path) -> list[str]:
-    """The names of the image files in `folder`, sorted. Other files (Thumbs.db, notes) are passed over.
-
-    Raises:
-        DataError: if the folder is missing or holds no image.
-    """
+def _image_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(str(folder), "no such folder", "a folder of images", "Unpack the dataset again.")
-    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
+    names = sorted(filter(is_image, os.listdir(folder)))
     if not names:
         raise DataError(str(folder), "zero images", " ".join(SUFFIXES), "Unpack the dataset again.")
     return names
 
 
 def _read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[ImageRecord]:
-    names = image_names(folder)
+    names = _image_names(folder)
     matches = [pattern.match(name) for name in names]
     bad = [name for name, match in zip(names, matches, strict=True) if match is None]
     if bad:
         count = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise DataError(
-            str(folder / bad[0]),
-            f"a name that does not parse{count}",
-            f"one like {example}",
-            "Rename or remove it, or name the dataset's layout.",
-        )
+        got, hint = f"a name that does not parse{count}", "Rename or remove it, or name the dataset's layout."
+        raise DataError(str(folder / bad[0]), got, f"one like {example}", hint)
     return [
         ImageRecord(os.path.join(folder, name), int(match[1]), int(match[2]))
         for name, match in zip(names, matches, strict=True)
@@ -54,8 +48,8 @@ def _read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[I
     ]
 
 
-def _read(root: Path, name: str, pattern: re.Pattern[str], example: str) -> Dataset:
-    splits = {split: _read_folder(root / folder, pattern, example) for split, folder in FOLDERS.items()}
+def _read(root: Path, name: str, pattern: re.Pattern[str], example: str, folders: dict[str, str] = FOLDERS) -> Dataset:
+    splits = {split: _read_folder(root / folder, pattern, example) for split, folder in folders.items()}
     return Dataset(
         name,
         str(root),
@@ -96,8 +90,21 @@ def looks_like_dukemtmc(root: Path) -> bool:
 
 
 def read_dukemtmc(root: Path) -> Dataset:
-    """DukeMTMC-reID (Zheng et al., ICCV 2017). No junk; its 408 distractor identities keep their numbers."""
-    return _read(root, "DukeMTMC-reID", DUKEMTMC, "0001_c2_f0046182.jpg")
+    """DukeMTMC-reID (Zheng et al., ICCV 2017). No junk; its 408 distractor identities keep their numbers.
+
+    Occluded-Duke (Miao et al., ICCV 2019) is the same layout with other splits; its folder's name tells it apart.
+    """
+    name = "Occluded-Duke" if "occluded" in root.resolve().name.lower() else "DukeMTMC-reID"
+    return _read(root, name, DUKEMTMC, "0001_c2_f0046182.jpg")
+
+
+def looks_like_veri776(root: Path) -> bool:
+    return _has_names(root / _VERI_FOLDERS["train"], VERI776)
+
+
+def read_veri776(root: Path) -> Dataset:
+    """VeRi-776 (Liu et al., ECCV 2016), vehicles. No junk, no distractors."""
+    return _read(root, "VeRi-776", VERI776, "0002_c002_00030600_0.jpg", _VERI_FOLDERS)
 
 
 def _cuhk03_np_root(root: Path) -> Path:

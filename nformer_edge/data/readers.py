@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.spec import check_choice
-from nformer_edge.data import flat, listed
+from nformer_edge.data import flat, folders, msmt17, table
+from nformer_edge.data.files import has_images, holds_images, walk_images
+from nformer_edge.data.names import NamePattern, role
+from nformer_edge.data.people import Sighting, make_dataset
 from nformer_edge.data.records import DISTRACTOR, Dataset, identities
 
-#: Layout name -> (does this folder look like it?, reader, what was looked for). Order is the order of detection.
-_LAYOUTS = {
+#: Published layout -> (does this folder look like it?, reader, what was looked for). Order is the order of detection.
+_PUBLISHED = {
     "market1501": (
         flat.looks_like_market1501,
         flat.read_market1501,
@@ -27,27 +30,39 @@ _LAYOUTS = {
         flat.read_cuhk03_np,
         "detected/ or labeled/ with bounding_box_train/ and names like 0001_c1_2.png",
     ),
-    "msmt17": (listed.looks_like_msmt17, listed.read_msmt17, "list_train.txt beside train/ or mask_train_v2/"),
-    "csv": (listed.looks_like_csv, listed.read_csv, "a .csv file with the columns path,pid,camid,split"),
-    "folders": (
-        listed.looks_like_folders,
-        listed.read_folders,
-        "train/, query/ and gallery/ with one folder per identity, or identity folders alone",
-    ),
+    "veri-776": (flat.looks_like_veri776, flat.read_veri776, "image_train/ with names like 0002_c002_00030600_0.jpg"),
+    "msmt17": (msmt17.looks_like_msmt17, msmt17.read_msmt17, "list_train.txt beside train/ or mask_train_v2/"),
+}
+_OWN = {
+    "csv": "a .csv file with the columns path,pid,camid,split",
+    "folders": "train/ val/ test/ query/ gallery/, as far as there are any, with one folder per identity, or identity "
+    "folders alone",
+    "cameras": "one folder per camera with one folder per identity in it, or names that begin with the identity",
 }
 
-LAYOUTS = ("auto", *_LAYOUTS)
+LAYOUTS = ("auto", *_PUBLISHED, *_OWN)
 
 
-def read_dataset(root: str | os.PathLike[str], layout: str = "auto") -> Dataset:
+def read_dataset(
+    root: str | os.PathLike[str],
+    layout: str = "auto",
+    *,
+    pattern: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    whole: bool = False,
+) -> Dataset:
     """Reads a dataset's labels; no image is opened.
 
     Args:
         root: the dataset's folder, or a `.csv` file.
         layout: one of LAYOUTS; ``auto`` takes the first whose marks are there.
+        pattern: reads person and camera from file names of any kind (`names.NamePattern`).
+        images: for a CSV file, the folder that its paths lie in.
+        whole: for searching, embedding and calibrating. Where the dataset has no splits of its own, every image under
+            `root` is its gallery, whether or not its name or folder says who it shows.
 
     Raises:
-        UsageError: for a layout that does not exist.
+        UsageError: for a layout that does not exist, or a pattern that cannot be used.
         DataError: if the folder is missing or empty, no layout fits, a name does not parse, or the training split
             holds fewer than two people.
     """
@@ -57,21 +72,71 @@ def read_dataset(root: str | os.PathLike[str], layout: str = "auto") -> Dataset:
         raise DataError(str(path), "no such folder", "a dataset", "Check the path.")
     if path.is_dir() and not any(path.iterdir()):
         raise DataError(str(path), "an empty folder", "a dataset", "Unpack the dataset into it, or check the path.")
-    _, read, _ = _LAYOUTS[_detect(path) if layout == "auto" else layout]
-    dataset = read(path)
-    _check(dataset)
+    named = None if pattern is None else NamePattern(pattern)
+    chosen = _detect(path, whole) if layout == "auto" and named is None else layout
+    try:
+        dataset = _read(path, chosen, named, None if images is None else Path(images), whole)
+        _check(dataset)
+    except DataError as e:
+        if not (whole and path.is_dir() and layout == "auto" and named is None and chosen in ("csv", "people")):
+            raise
+        dataset = _unlabeled(path, f"{e.subject}: got {e.got}")
     return dataset
 
 
-def _detect(root: Path) -> str:
-    for name, (looks_like, _, _) in _LAYOUTS.items():
+def _read(path: Path, layout: str, pattern: NamePattern | None, images: Path | None, whole: bool) -> Dataset:
+    if pattern is not None:
+        if not path.is_dir() or layout not in ("auto", "folders"):
+            raise UsageError("pattern", f"{path} as {layout}", "a folder of images", "Leave --layout or --pattern out.")
+        return folders.read_folders(path, whole=whole, pattern=pattern)
+    if layout in _PUBLISHED:
+        return _PUBLISHED[layout][1](path)
+    if layout == "csv":
+        return table.read_csv(path, images, whole)
+    if layout == "":
+        return _unlabeled(path, "")
+    return folders.read_folders(path, whole=whole, sure=layout == "folders", cameras=layout == "cameras")
+
+
+def _detect(root: Path, whole: bool) -> str:
+    """A layout's name; "" for a plain folder of images; "people" for folders that may be people."""
+    for name, (looks_like, _, _) in _PUBLISHED.items():
         if looks_like(root):
             return name
-    looked_for = "; ".join(f"{name}: {marks}" for name, (_, _, marks) in _LAYOUTS.items())
-    inside = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    hit = next((p for p in inside for looks_like, _, _ in _LAYOUTS.values() if looks_like(p)), None)
-    hint = f"Did you mean {hit}?" if hit else "Check the path, or name the layout."
+    if table.looks_like_csv(root) and not (whole and root.is_dir() and holds_images(root)):
+        return "csv"
+    if _split_folders(root) or (folders.looks_like_folders(root) and not holds_images(root)):
+        return "people"
+    if whole and root.is_dir():
+        return ""
+    looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
+    hint = "Check the path, or name the layout."
+    if root.is_dir() and holds_images(root):
+        hint = "Images lie flat here: say how names tell the person (--pattern '(?P<pid>...)'), or list them in a CSV."
     raise DataError(str(root), "no known dataset layout", f"one of these ({looked_for})", hint)
+
+
+def _marks() -> dict[str, str]:
+    return {name: marks for name, (_, _, marks) in _PUBLISHED.items()} | _OWN
+
+
+def _split_folders(root: Path) -> bool:
+    return root.is_dir() and any(role(p.name) and has_images(p) for p in root.iterdir() if p.is_dir())
+
+
+def has_splits(root: Path) -> bool:
+    """Whether `root` is a dataset with splits of its own, as far as names of files and folders tell at a glance."""
+    published = any(looks_like(root) for looks_like, _, _ in _PUBLISHED.values())
+    return published or table.looks_like_csv(root) or _split_folders(root)
+
+
+def _unlabeled(root: Path, why: str) -> Dataset:
+    found = walk_images(root)
+    if not found.images:
+        raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
+    name, notes = root.absolute().name, (f"who the images show is not read: {why}",) if why else ()
+    sightings = [Sighting(path, camera=folders.camera_below(root, path)) for path in found.images]
+    return make_dataset(name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over)
 
 
 def _check(dataset: Dataset) -> None:
@@ -81,16 +146,9 @@ def _check(dataset: Dataset) -> None:
         people = identities(dataset.train)
         bad = next((r for r in dataset.train if r.pid <= DISTRACTOR), None)
         if bad is not None:
-            raise DataError(
-                bad.path,
-                f"identity {bad.pid} in the training split",
-                "1 or more (0 marks a distractor, -1 junk)",
-                "Number the people from 1.",
-            )
+            got, expected = f"identity {bad.pid} in the training split", "1 or more (0 marks a distractor, -1 junk)"
+            raise DataError(bad.path, got, expected, "Take it out of the training split.")
         if len(people) < 2:
-            raise DataError(
-                dataset.root,
-                f"one identity only ({people[0]}) in the training split",
-                "at least two",
-                "Add images of other people: telling them apart is what is learned.",
-            )
+            got = f"one identity only ({people[0]}) in the training split"
+            hint = "Add images of other people: telling them apart is what is learned."
+            raise DataError(dataset.root, got, "at least two", hint)

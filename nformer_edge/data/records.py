@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 JUNK = -1
 DISTRACTOR = 0
@@ -28,8 +28,20 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark on disk. `gallery` holds distractors but no junk; identities of `train` and the rest are disjoint
-    people even where a benchmark gives them the same numbers."""
+    """Labeled images of a benchmark or of one's own, in splits.
+
+    Args:
+        name: what tables call it.
+        root: the folder.
+        train: images to train on.
+        query: images that ask.
+        gallery: images that are searched; distractors among them, no junk.
+        junk: gallery images that count neither way.
+        explicit: whether the splits are the dataset's own. Without any, readers split people themselves.
+        apart: people of train and of the rest are others even where they have the same number (MSMT17).
+        notes: what its user should know about how it was read.
+        passed_over: files in it that are no images.
+    """
 
     name: str
     root: str
@@ -37,6 +49,21 @@ class Dataset:
     query: tuple[ImageRecord, ...] = ()
     gallery: tuple[ImageRecord, ...] = ()
     junk: tuple[ImageRecord, ...] = ()
+    explicit: bool = True
+    apart: bool = False
+    notes: tuple[str, ...] = ()
+    passed_over: int = 0
+
+    def as_training(self) -> Dataset:
+        """With every image in training where there are no splits at all: for calibration and for holding people out."""
+        return self if self.explicit or self.train else replace(self, train=self.gallery, gallery=())
+
+    def same_camera(self) -> Dataset:
+        """The same without cameras, so that matches of the query's own camera count."""
+        train, query, gallery, junk = (
+            tuple(replace(r, camid=UNKNOWN_CAMERA) for r in self.split(name)) for name in SPLITS
+        )
+        return replace(self, train=train, query=query, gallery=gallery, junk=junk)
 
     def split(self, name: str) -> tuple[ImageRecord, ...]:
         """The records of one of SPLITS."""

@@ -20,17 +20,18 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import BackendError, DataError, UsageError
-from nformer_edge.core.features import UNKNOWN, Features, save_features
+from nformer_edge.core.features import Features, save_features
 from nformer_edge.core.journal import Journal
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_choice, from_dict, to_dict
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.batches import iter_batches, iter_pixels
+from nformer_edge.data.files import require_images
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import Dataset, ImageRecord
-from nformer_edge.gallery.images import Images, image_files, image_sources, is_image
+from nformer_edge.gallery.images import Images, image_sources
 
 SPLITS = ("train", "query", "gallery")
 
@@ -90,6 +91,8 @@ def embed_records(
     journal = journal or Journal()
     draw, recipe = _views(runner.spec.preprocess, views, augment, seed)
     paths = tuple(r.path for r in records)
+    if len(paths) > 1:
+        require_images(paths)
     features = np.empty((views, len(paths), runner.spec.backbone.features), np.float32)
     hashes: list[str] = []
     with tqdm(total=len(paths) * views, desc="embedding", unit="img", **PROGRESS) as bar:
@@ -153,11 +156,6 @@ def embed_dataset(
     return {s: embed_records(runner, dataset.split(s), batch, decoders) for s in splits if dataset.split(s)}
 
 
-def holds_images(folder: str | os.PathLike[str]) -> bool:
-    """Whether image files lie directly in `folder`: then it is just that, not a dataset."""
-    return Path(folder).is_dir() and any(is_image(p) for p in Path(folder).iterdir())
-
-
 @dataclass(frozen=True)
 class Embedding(Result):
     """A feature store that was written.
@@ -191,7 +189,7 @@ class Embedding(Result):
 
 def embed_files(
     model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: Dataset | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     batch: int = 32,
@@ -234,16 +232,13 @@ def embed_files(
 
 
 def _split_records(
-    data: str | os.PathLike[str], layout: str, splits: Sequence[str] | None
+    data: Dataset | str | os.PathLike[str], layout: str, splits: Sequence[str] | None
 ) -> Mapping[str, tuple[ImageRecord, ...]]:
     for name in splits or ():
         check_choice("split", name, KNOWN_SPLITS)
-    if layout == "auto" and holds_images(data):
-        found = {"gallery": tuple(ImageRecord(p, UNKNOWN, UNKNOWN) for p in image_files(data))}
-    else:
-        dataset = read_dataset(data, layout)
-        found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
+    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout, whole=True)
+    found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
     for name in splits or ():
         if name not in found:
-            raise DataError(f"{data}: {name}", "no image", "at least one", "Leave that split out of --splits.")
+            raise DataError(f"{dataset.root}: {name}", "no image", "at least one", "Leave that split out of --splits.")
     return found if splits is None else {s: found[s] for s in splits}

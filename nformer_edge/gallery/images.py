@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.preprocess import SUFFIXES, load_image
+from nformer_edge.core.preprocess import SUFFIXES, as_seen, load_image
+from nformer_edge.data.files import walk_images
 
 OneImage = str | os.PathLike[str] | Image.Image | np.ndarray
 Images = OneImage | Sequence[OneImage]
@@ -54,15 +55,10 @@ def image_files(source: str | os.PathLike[str]) -> list[str]:
     """
     if not Path(source).is_dir():
         return [os.fspath(source)]
-    found = sorted(str(path) for path in Path(source).rglob("*") if is_image(path))
+    found = walk_images(source).images
     if not found:
         raise DataError(os.fspath(source), "zero images", f"{', '.join(SUFFIXES)} files", "Check the path.")
-    return found
-
-
-def is_image(path: Path) -> bool:
-    """Whether a path is a file with an image's suffix."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return [*found]
 
 
 def _sources(image: object, name: str) -> Sequence[Source]:
@@ -70,7 +66,7 @@ def _sources(image: object, name: str) -> Sequence[Source]:
         return image_files(image)
     if isinstance(image, Image.Image):
         try:
-            return [image.convert("RGB")]  # decoded here: several decoders may get the same image
+            return [as_seen(image, name)]  # decoded here: several decoders may get the same image
         except (OSError, ValueError, SyntaxError) as e:
             raise DataError(name, f"a damaged image ({e})", _EXPECTED, "Leave it out.") from e
     if not isinstance(image, np.ndarray):

@@ -17,7 +17,8 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import Result
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.gallery.embed import embed_images, embed_records, holds_images
+from nformer_edge.data.records import Dataset
+from nformer_edge.gallery.embed import embed_images, embed_records
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_sets
 from nformer_edge.metrics.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
@@ -139,7 +140,7 @@ def top_matches(
 def search(
     runner: Runner,
     queries: Images | Features,
-    gallery: Features | str | os.PathLike[str],
+    gallery: Features | Dataset | str | os.PathLike[str],
     top: int = 10,
     *,
     boxes: ArrayLike | None = None,
@@ -205,16 +206,14 @@ def check_model(runner: Runner, features: Features, subject: str) -> None:
 
 
 def open_gallery(
-    runner: Runner, source: str | os.PathLike[str], batch: int = 32, decoders: int | None = None
+    runner: Runner, source: Dataset | str | os.PathLike[str], batch: int = 32, decoders: int | None = None
 ) -> Features:
     """The features of a feature store, of a folder of images, or of a dataset's gallery.
 
     Raises:
         DataError: if an image cannot be read, or there is none.
     """
-    if Path(source).suffix == ".npz":
+    if not isinstance(source, Dataset) and Path(source).suffix == ".npz":
         return Features.load(source)
-    if holds_images(source):
-        return embed_images(runner, source, batch=batch, decoders=decoders)
-    dataset = read_dataset(source)
+    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
     return embed_records(runner, dataset.gallery or dataset.train, batch, decoders)

@@ -146,8 +146,8 @@ def _evaluator(bundle: Bundle, spec: QuantizeSpec, data: CalibrationData) -> tup
     if source is None or (not isinstance(source, Dataset) and Path(source).suffix == ".json"):
         hint = "Name the dataset that the model was trained on: --budget-data DIR"
         raise UsageError("budget_data", "no dataset", "one to hold training people out of", hint)
-    dataset = source if isinstance(source, Dataset) else read_dataset(source)
-    rest, held_out = hold_out(dataset, _IMAGES if data.budget is None else data.budget.images, spec.seed)
+    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    rest, held_out = hold_out(dataset.as_training(), _IMAGES if data.budget is None else data.budget.images, spec.seed)
     evaluator = Evaluator(bundle, held_out)
     if data.budget is not None:
         data.budget.counts(evaluator.scopes)  # refused before minutes are spent

@@ -16,6 +16,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.values import Result
+from nformer_edge.data.labels import judge_labels
 from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
@@ -209,6 +210,7 @@ def evaluate(
         else:
             start = time.perf_counter()
             data = open_dataset(data, layout)
+            judge_labels(data).require_matches()
             query, gallery = embed_dataset(runner, data, ("query", "gallery"), batch).values()
             seconds = time.perf_counter() - start
         rankings, lists = _score(runner, query, gallery, rerank, seeds, rank_lists, top, per_query)

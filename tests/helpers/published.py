@@ -1,52 +1,100 @@
-"""Weights in the layouts of other projects: drawn values under the names and shapes that each project's code lists."""
+"""Trees of tiny images with the names and counts of the published benchmarks, in full or scaled down."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+from PIL import Image
 
-LAYOUTS = Path(__file__).parents[1] / "unit" / "model" / "layouts"
+Counts = tuple[int, int]  # people, images
 
-
-def shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of ``layouts/NAME.txt``; a `-` is a scalar."""
-    lines = (line.split(" ") for line in (LAYOUTS / f"{name}.txt").read_text().splitlines())
-    return {tensor: () if shape == "-" else tuple(int(n) for n in shape.split("x")) for tensor, shape in lines}
+MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 
-def drawn(layout: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Values that follow from each tensor's name alone, sized so that signals neither die nor grow through the layers.
+@dataclass(frozen=True)
+class Published:
+    """A benchmark's table.
 
-    NumPy's PCG64, seeded by the first 8 bytes of the name's sha256, gives uniform numbers u in [0, 1). Filters have
-    mean 0: what is the same in all images would drown what tells them apart.
+    Args:
+        folder: where its tree lies.
+        train, query, gallery: people and images.
+        cameras: in each split.
+        name: of a file, from person, camera and a count.
+        folders: of the splits.
+        val: of the training images, those of MSMT17's list_val.txt.
     """
-    state = {}
-    for name, shape in layout.items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        u = np.random.default_rng(seed).random(shape, dtype=np.float64)
-        inputs = prod(shape[1:])
-        if name.endswith("pool_layer.p"):
-            value = 2.5 + u
-        elif name.endswith("running_var"):
-            value = 0.5 + u
-        elif len(shape) == 1:
-            value = 0.35 + 0.7 * u if name.endswith("weight") else 0.1 * u - 0.05
-        else:
-            value = (2 * u - 1) * (6 / inputs) ** 0.5  # variance 2 / inputs
-            if inputs > 1:
-                value = value - value.mean(axis=tuple(range(1, value.ndim)), keepdims=True)
-        state[name] = torch.from_numpy(np.asarray(value, np.float32)) if shape else torch.tensor(0)
-    return state
+
+    folder: str
+    train: Counts
+    query: Counts
+    gallery: Counts
+    cameras: int
+    name: Callable[[int, int, int], str]
+    folders: tuple[str, str, str] = MARKET_FOLDERS
+    val: int = 0
+
+    def scaled(self, by: int) -> Published:
+        """One `by`-th of everything but the cameras."""
+        counts = [(max(2, p // by), max(2, p // by, i // by)) for p, i in (self.train, self.query, self.gallery)]
+        return Published(self.folder, *counts, self.cameras, self.name, self.folders, self.val // by)
 
 
-def images() -> Tensor:
-    """Three drawn images of coarse patches under noise, float32 [3, 3, 96, 48]."""
-    rng = np.random.default_rng(0)
-    patches = rng.standard_normal((3, 3, 6, 3)).repeat(16, axis=2).repeat(16, axis=3)
-    return torch.from_numpy((patches + 0.3 * rng.standard_normal((3, 3, 96, 48))).astype(np.float32))
+def _duke(pid: int, cam: int, n: int) -> str:
+    return f"{pid:04d}_c{cam}_f{n:07d}.jpg"
+
+
+def _cuhk(pid: int, cam: int, n: int) -> str:
+    return f"{pid:04d}_c{cam}_{n}.png"
+
+
+def _veri(pid: int, cam: int, n: int) -> str:
+    return f"{pid:04d}_c{cam:03d}_{n:08d}_0.jpg"
+
+
+def _msmt(pid: int, cam: int, n: int) -> str:
+    return f"{pid - 1:04d}/{pid - 1:04d}_{n:03d}_{cam:02d}_0303morning_{n:04d}_0.jpg"
+
+
+_MSMT = ((1041, 32621), (3060, 11659), (3060, 82161), 15, _msmt)
+
+#: The tables of the papers and their archives. VeRi-776's own text says 576 training vehicles in 37,778 images.
+PUBLISHED = {
+    "DukeMTMC-reID": Published("DukeMTMC-reID", (702, 16522), (702, 2228), (1110, 17661), 8, _duke),
+    "Occluded-Duke": Published("Occluded_Duke", (702, 15618), (519, 2210), (1110, 17661), 8, _duke),
+    "CUHK03-NP (labeled)": Published("labeled", (767, 7368), (700, 1400), (700, 5328), 2, _cuhk),
+    "CUHK03-NP (detected)": Published("detected", (767, 7365), (700, 1400), (700, 5332), 2, _cuhk),
+    "VeRi-776": Published(
+        "VeRi", (576, 37778), (200, 1678), (200, 11579), 20, _veri, ("image_train", "image_query", "image_test")
+    ),
+    "MSMT17 V1": Published("MSMT17_V1", *_MSMT, ("train", "test", "test"), 2373),
+    "MSMT17 V2": Published("MSMT17_V2", *_MSMT, ("mask_train_v2", "mask_test_v2", "mask_test_v2"), 2373),
+}
+
+
+def write_published(root: Path, published: Published) -> Path:
+    """Writes the tree below `root`; every file is an image of one pixel with bytes of its own."""
+    packed = BytesIO()
+    Image.new("RGB", (1, 1)).save(packed, "PNG")
+    tree = root / published.folder
+    count = 0
+    for key, folder in zip(("train", "query", "gallery"), published.folders, strict=True):
+        people, images = getattr(published, key)
+        first = 1 if published.val or key == "train" else published.train[0] + 1  # MSMT17 counts anew
+        lines = []
+        for n in range(images):
+            pid, cam = first + n % people, 1 + (n // people + n) % published.cameras
+            count += 1
+            name = published.name(pid, cam, count)
+            file = tree / folder / name
+            if n < people or not published.val:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(packed.getvalue() + str(count).encode())
+            lines.append(f"{name} {pid - 1}\n")
+        if published.val:
+            lists = {key: lines} if key != "train" else {"train": lines[published.val :], "val": lines[: published.val]}
+            for name, part in lists.items():
+                (tree / f"list_{name}.txt").write_text("".join(part))
+    return tree

@@ -99,3 +99,74 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
 
 def test_no_files_give_an_empty_batch() -> None:
     assert preprocess.preprocess_files([], SPEC).shape == (0, 3, 32, 16)
+
+
+def upright(pixels: int = 16) -> np.ndarray:
+    image = np.zeros((2 * pixels, pixels, 3), np.uint8)
+    image[:pixels, :, 0], image[:, : pixels // 2, 1] = 200, 100
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_an_image_is_read_as_a_viewer_turns_it(tmp_path: Path, orientation: int, suffix: str) -> None:
+    seen = Image.fromarray(upright())
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that undoes each orientation
+    stored = seen if orientation == 1 else seen.transpose(Image.Transpose(back[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **({"quality": 100} if suffix in ("jpg", "webp") else {}))
+    read = np.asarray(preprocess.load_image(tmp_path / f"a.{suffix}"), int)
+    assert read.shape == (32, 16, 3)
+    assert np.abs(read - upright()).mean() <= 6, "JPEG and WebP blur the edges"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_becomes_its_upper_8_bits(tmp_path: Path, suffix: str) -> None:
+    values = np.arange(0, 65536, 32, dtype=np.uint16).reshape(32, 64)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    read = np.asarray(preprocess.load_image(tmp_path / f"a.{suffix}"))
+    assert np.array_equal(read, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_32_bit_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(tmp_path / "b.tif")
+    for name in "ab":
+        with pytest.raises(DataError, match="32-bit pixels"):
+            preprocess.load_image(tmp_path / f"{name}.tif")
+
+
+def test_the_first_page_of_a_tiff_is_read(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (8, 16), color) for color in ("red", "blue")]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert preprocess.load_image(tmp_path / "a.tif").getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_shows_the_stated_color(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (8, 8), (10, 10, 10, 0))
+    image.paste((10, 10, 10, 255), (0, 0, 4, 8))
+    image.convert(mode).save(tmp_path / "a.png")
+    read = preprocess.load_image(tmp_path / "a.png")
+    assert read.getpixel((6, 3)) == preprocess.BACKGROUND
+    assert read.getpixel((1, 3)) == (10, 10, 10)
+
+
+def test_cmyk_palette_and_1_bit_keep_their_colors(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    Image.new("RGB", (16, 16), (255, 0, 0)).quantize(4).save(tmp_path / "b.png")
+    Image.new("1", (16, 16), 1).save(tmp_path / "c.png")
+    for name, color in (("a.jpg", (255, 0, 0)), ("b.png", (255, 0, 0)), ("c.png", (255, 255, 255))):
+        assert np.abs(np.subtract(preprocess.load_image(tmp_path / name).getpixel((5, 5)), color)).max() <= 3, name
+
+
+def test_damaged_exif_does_not_refuse_the_picture(tmp_path: Path) -> None:
+    Image.fromarray(upright()).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert preprocess.load_image(tmp_path / "a.jpg").size == (16, 32)
+
+
+def test_a_side_over_the_limit_is_refused_before_decoding(tmp_path: Path) -> None:
+    Image.new("1", (preprocess.MAX_SIDE + 1, 1)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=f"{preprocess.MAX_SIDE} a side"):
+        preprocess.check_image(tmp_path / "a.png")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.data.readers import LAYOUTS, read_dataset
 from nformer_edge.data.records import cameras, identities
-from nformer_edge.data.summary import summarize
+from nformer_edge.data.summary import Summary, summarize
 
 MARKET = {
     "bounding_box_train": ("0002_c1s1_000451_03.jpg", "0007_c3s2_010203_01.jpg", "Thumbs.db"),
@@ -120,8 +121,9 @@ def test_identity_folders_alone_are_split_by_the_sha256_of_their_names(tmp_path:
     dataset = read_dataset(tmp_path)
     assert dataset == read_dataset(tmp_path)
     assert {Path(r.path).parent.name for r in dataset.train} == {"p0", "p2", "p3"}
-    assert [Path(r.path).name for r in dataset.query] == ["a_c1.jpg", "c_c2.jpg"] * 2
-    assert [Path(r.path).name for r in dataset.gallery] == ["b_c1.jpg"] * 2
+    assert [Path(r.path).name for r in dataset.query] == ["a_c1.jpg"] * 2
+    assert [Path(r.path).name for r in dataset.gallery] == ["b_c1.jpg", "c_c2.jpg"] * 2
+    assert not dataset.explicit
 
 
 def _csv(root: Path, *rows: str, header: str = "path,pid,camid,split") -> Path:
@@ -159,9 +161,9 @@ def test_csv_takes_quotes_other_column_orders_and_a_byte_order_mark(tmp_path: Pa
         ("elsewhere/secret.jpg,4,1,query", "a way out"),
         ("images/none.jpg,4,1,query", "no such file"),
         ("images/a.jpg,four,1,query", "'four'"),
-        ("images/a.jpg,4,1,val", "split 'val'"),
+        ("images/a.jpg,4,1,holiday", "split 'holiday'"),
         ("images/a.jpg,-1,1,query", "pid -1 in query"),
-        ("images/a.jpg,0,1,train", "identity 0"),
+        ("images/a.jpg,-1,1,train", "pid -1 in train"),
         ("images/a.jpg,4", "split ''"),
         (",4,1,query", "path ''"),
     ],
@@ -177,8 +179,8 @@ def test_a_csv_row_that_cannot_be_used_is_named(tmp_path: Path, row: str, says: 
 
 
 def test_a_csv_without_its_columns_says_which(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column camid, split"):
-        read_dataset(_csv(tmp_path, "images/a.jpg,1", header="path,pid"))
+    with pytest.raises(DataError, match=r"no column pid \(the first line is 'path,who'\)"):
+        read_dataset(_csv(tmp_path, "images/a.jpg,1", header="path,who"))
 
 
 def test_a_csv_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -272,8 +274,9 @@ def test_the_summary_counts_people_images_and_cameras(tmp_path: Path) -> None:
         "train": (2, 2, 2), "query": (2, 2, 2), "gallery": (2, 3, 3), "of these distractors": (None, 1, 1),
         "junk": (None, 1, 1),
     }  # fmt: skip
-    text = str(summarize(dataset))
-    assert len({len(line) for line in text.splitlines()[1:]}) == 1, "columns are aligned"
+    assert Summary.from_json(json.loads(json.dumps(summarize(dataset).to_json()))) == summarize(dataset)
+    lines = str(summarize(dataset)).splitlines()[1:7]
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
 
 
 def test_identities_and_cameras_leave_out_the_marks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ENGINE = ("backends.spec:EngineSpec", "quantize.spec:BudgetSpec", "quantize.prep
 #: The functions that read a command's flags, where it is more than one call.
 CALLED = {
     "make-data": ("data.generate:generate_dataset", "data.generate:GenerateSpec"),
-    "summary": ("data.readers:read_dataset", "data.summary:summarize"),
+    "summary": ("data.summary:summarize",),
     "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train",
               "training.stored:train_from_features"),
     "import": ("model.weights:import_checkpoint", "model.importers.plan:Wanted"),
@@ -31,7 +31,7 @@ CALLED = {
 }  # fmt: skip
 
 #: Flags that a command reads itself.
-OWN = {"json", "verbose", "out_json", "help"}
+OWN = {"json", "verbose", "out_json", "help"} | {"layout", "pattern", "root", "same_camera"}
 READ = {
     "summary": {"data"}, "train": {"features", "preset", "config"}, "benchmark": {"models"},
     "build-engine": {"calib_data", "force_calibration", "budget_images", "budget_scope"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.published import drawn, images, shapes
+from helpers.weights_of_others import drawn, images, shapes
 from torch import Tensor
 
 from nformer_edge.core.spec import BackboneSpec

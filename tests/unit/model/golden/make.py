@@ -4,8 +4,8 @@
 
 Arguments are checkouts. The file was made from KaiyangZhou/deep-person-reid f8cd150, JDAI-CV/fast-reid c9bc3ce and
 layumi/Person_reID_baseline_pytorch 82ff40f with torch 2.13, torchvision 0.29 on a CPU. Each model gets the weights of
-`helpers.published.drawn` (every tensor, strictly) and `helpers.published.images`; its feature in evaluation mode, the
-one that its own test script ranks by, is what the file holds.
+`helpers.weights_of_others.drawn` (every tensor, strictly) and its `images`; its feature in evaluation mode, the one
+that its own test script ranks by, is what the file holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from helpers.published import LAYOUTS, drawn, images
+from helpers.weights_of_others import LAYOUTS, drawn, images
 from torch import nn
 
 
