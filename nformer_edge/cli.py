@@ -226,10 +226,7 @@ def _train(args: Args) -> None:
     head = {k: v for k in ("rule", "k", "landmarks", "layers", "heads") if (v := getattr(args, k, None)) is not None}
     start = getattr(args, "config", getattr(args, "preset", "published"))
     config = _call(args, "training.config:configure", start=start, **head)
-    if hasattr(args, "features"):
-        history: Result = _call(args, "training.stored:train_from_features", store=args.features, config=config)
-    else:
-        history = _call(args, "training.train:train", config=config)
+    history: Result = _call(args, "training.train:train", config=config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
         _show(args, history)
 

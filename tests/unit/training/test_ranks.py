@@ -25,10 +25,9 @@ from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training import compute as compute_module
 from nformer_edge.training.backbone import train_backbone
-from nformer_edge.training.compute import Compute, FabricCompute, open_compute
+from nformer_edge.training.compute import Compute, FabricCompute, SharedBatchNorm, open_compute, share_batch_norm
 from nformer_edge.training.config import BackboneConfig, HeadConfig, TrainConfig
 from nformer_edge.training.head import train_head
-from nformer_edge.training.norms import SharedBatchNorm, share_batch_norm
 from nformer_edge.training.run import determinism
 from nformer_edge.training.stages import start_backbone
 from nformer_edge.training.train import train
