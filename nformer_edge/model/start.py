@@ -55,25 +55,23 @@ def start_as_reciprocal_mean(
     for block in head.h:
         if sharpness is not None:
             relate_by_cosine(block, x, strength, sharpness, spec.landmarks)
-            block.mlp.c_proj.w.zero_()
-            block.mlp.c_proj.b.zero_()
-            x = block.ln_1(x)
-            continue
-        w, b = block.attn.c_attn.w, block.attn.c_attn.b
-        b.zero_()
-        w[:, 2 * spec.features :] = math.sqrt(strength) * torch.eye(spec.features)
-        block.attn.c_proj.w.copy_(math.sqrt(strength) * torch.eye(spec.features))
-        block.attn.c_proj.b.zero_()
-        block.mlp.c_proj.w.zero_()
-        block.mlp.c_proj.b.zero_()
-        if spec.rule == "affinity":
-            whitening = _whitening(x, spec.landmarks, size)
-            for part in (0, spec.features):
-                for head_index in range(spec.heads):
-                    start = part + head_index * size
-                    w[:, start : start + size] = whitening[:, :size]
+        else:
+            w, identity = block.attn.c_attn.w, math.sqrt(strength) * torch.eye(spec.features)
+            w[:, 2 * spec.features :] = identity
+            block.attn.c_proj.w.copy_(identity)
+            _zero(block.attn.c_attn.b, block.attn.c_proj.b)
+            if spec.rule == "affinity":
+                whitening = _whitening(x, spec.landmarks, size)
+                for start in range(0, 2 * spec.features, size):
+                    w[:, start : start + size] = whitening
+        _zero(block.mlp.c_proj.w, block.mlp.c_proj.b)
         x = block.ln_1(x)
     head.bottleneck.reset_running_stats()
+
+
+def _zero(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.zero_()
 
 
 def _whitening(
@@ -84,7 +82,7 @@ def _whitening(
     second_moment = (x.T @ x / len(x)).double()
     values, vectors = torch.linalg.eigh(second_moment)
     order = values.argsort(descending=True)[:size]
-    kept = values[order].clamp_min(1e-3 * float(values.max()))
+    kept = values[order].clamp_min(FLOOR * float(values.max()))
     return (vectors[:, order] * kept**-0.25 / landmarks**0.25).to(x.dtype)
 
 
@@ -252,8 +250,7 @@ def start_as_discriminant(
         relates = layer > 0 or spec.rule == "features"
         relate_by_cosine(block, x, strength if relates else 0.0, sharpness, spec.landmarks)
         x = block.ln_1(x)
-        block.mlp.c_proj.w.zero_()
-        block.mlp.c_proj.b.zero_()
+        _zero(block.mlp.c_proj.w, block.mlp.c_proj.b)
         if layer == 0:
             bend = STRAIGHT if power == 1 else Bend.fit(x, power)
             _map(block, bend, *discriminant(bend(x), labels, cameras))
