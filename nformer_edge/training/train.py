@@ -136,9 +136,8 @@ def _images(data: StrPath | Dataset, config: TrainConfig, layout: str, initial: 
 def _features(store: StrPath, config: TrainConfig, checkpoint: StrPath | None) -> _Source:
     sets = load_features(store)
     if SPLIT not in sets:
-        raise ArtifactError(
-            str(store), f"splits {', '.join(sets)}", f"a split {SPLIT!r}", "Embed with `--splits train`."
-        )
+        got = f"splits {', '.join(sets)}"
+        raise ArtifactError(str(store), got, f"a split {SPLIT!r}", "Embed training images, with `--splits train`.")
     features = sets[SPLIT].take(sets[SPLIT].pids > 0)
     spec, backbone, made = _maker(checkpoint, features, str(store))
     if config.model.head is None:
