@@ -16,8 +16,7 @@ ENGINE = ("backends.spec:EngineSpec", "quantize.spec:BudgetSpec", "quantize.prep
 CALLED = {
     "make-data": ("data.generate:generate_dataset", "data.generate:GenerateSpec"),
     "summary": ("data.readers:read_dataset", "data.summary:summarize"),
-    "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train",
-              "training.stored:train_from_features"),
+    "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train"),
     "import": ("model.weights:import_checkpoint", "core.spec:HeadSpec"),
     "export": ("exporting.export:export_bundle",),
     "modelopt": ("quantize.modelopt:bundle_by_modelopt",),
