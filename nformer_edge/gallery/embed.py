@@ -31,6 +31,7 @@ from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.gallery.images import Images, image_files, image_sources, is_image
+from nformer_edge.metrics.distance import alike
 
 SPLITS = ("train", "query", "gallery")
 
@@ -170,9 +171,11 @@ class Embedding(Result):
         seconds: from opening the model to the last image.
         images: of each split, how many.
         views: of each split, views of an image.
+        notes: what is wrong with the features at a glance; none as a rule.
     """
 
     kind: ClassVar[str] = "embed"
+    version: ClassVar[int] = 2
 
     model: str
     backend: str
@@ -181,12 +184,14 @@ class Embedding(Result):
     seconds: float
     images: Mapping[str, int]
     views: Mapping[str, int]
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         views = self.views
         counts = [f"{s} {n:,}" + (f" x {views[s]} views" if views[s] > 1 else "") for s, n in self.images.items()]
         total = sum(n * views[s] for s, n in self.images.items())
-        return f"wrote {self.output}: {', '.join(counts)}; {total / self.seconds:.1f} images/s"
+        wrote = f"wrote {self.output}: {', '.join(counts)}; {total / self.seconds:.1f} images/s"
+        return "\n".join([wrote, *self.notes])
 
 
 def embed_files(
@@ -230,7 +235,8 @@ def embed_files(
         journal.remove()
         seconds = time.perf_counter() - start
         counts = {split: len(s) for split, s in sets.items()}, {split: s.views for split, s in sets.items()}
-        return Embedding(runner.name, runner.backend, runner.sha256, str(out), seconds, *counts)
+        notes = tuple(note for split, s in sets.items() for note in alike(s.features, split))
+        return Embedding(runner.name, runner.backend, runner.sha256, str(out), seconds, *counts, notes)
 
 
 def _split_records(

@@ -192,7 +192,7 @@ def reciprocal_jaccard(x: np.ndarray, reference: np.ndarray, k: int = 20) -> flo
     The image itself is in no set, so it cannot prop up the figure; two empty sets are alike.
     """
     _check_pair(x, reference)
-    lists = [nearest(unit_rows(rows), k) for rows in (reference, x)]
+    lists = [nearest(unit_rows(rows), k)[0] for rows in (reference, x)]
     ours, theirs = (np.where(reciprocal_mask(n), n, -1)[:, 1:] for n in lists)
     total = 0.0
     for rows in row_blocks(len(x), 4096):

@@ -21,6 +21,7 @@ from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
+from nformer_edge.metrics.distance import alike
 from nformer_edge.metrics.ranking import RankingResult
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
 from nformer_edge.report.models import (
@@ -126,18 +127,20 @@ class Evaluation(Result):
         data: what was ranked.
         embed_seconds: time to embed all images; null if a feature store was read.
         no_per_query: why the per-query protocol is missing; null where it is there.
+        notes: what is wrong with the features at a glance; none as a rule.
         rankings: one for each way to rank.
         rank_lists: some queries with their matches.
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     machine: MachineFacts
     model: MeasuredModel | None
     data: MeasuredData
     embed_seconds: float | None
     no_per_query: str | None
+    notes: tuple[str, ...]
     rankings: tuple[Ranking, ...]
     rank_lists: tuple[RankList, ...]
 
@@ -159,7 +162,7 @@ class Evaluation(Result):
         ranked = f"{self.data.query:,} queries{excluded}, {self.data.gallery:,} in the gallery"
         related = any(r.protocol for r in self.rankings)
         note = f"\nno per-query protocol: {self.no_per_query}" if self.no_per_query and related else ""
-        return f"{format_table(headers, body)}\n{model} on {self.data.name}: {ranked}{note}"
+        return "\n".join([format_table(headers, body), f"{model} on {self.data.name}: {ranked}{note}", *self.notes])
 
 
 def _bounded(fraction: float, interval: tuple[float, float]) -> str:
@@ -214,7 +217,8 @@ def evaluate(
         rankings, lists = _score(runner, query, gallery, rerank, seeds, rank_lists, top, per_query)
         measured = None if runner is None or model is None else describe_model(model, runner, label)
         told, why = describe_data(data, query, gallery), _no_per_query(runner, per_query)
-        return Evaluation(machine(), measured, told, seconds, why, rankings, lists)
+        notes = alike(query.features, "query") + alike(gallery.features, "gallery")
+        return Evaluation(machine(), measured, told, seconds, why, notes, rankings, lists)
 
 
 def _score(

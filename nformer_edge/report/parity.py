@@ -32,7 +32,7 @@ from nformer_edge.report.models import (
     open_model,
     part_precision,
 )
-from nformer_edge.report.part import Outputs, Pair, PartName, PartParity, Run, judge_part, stacked, usable
+from nformer_edge.report.part import Outputs, Pair, PartName, PartParity, PartRun, judge_part, stacked, usable
 from nformer_edge.report.table import format_table, percent
 
 #: Landmark seeds that the head is judged under, unless told otherwise: the engine's own and those after it.
@@ -155,7 +155,7 @@ def _notes(part: PartParity) -> list[str]:
     return lines
 
 
-def _scored(run: Run) -> str:
+def _scored(run: PartRun) -> str:
     if run.engine is None:
         return "no ranking"
     return f"mAP {percent(run.engine.mAP, 2)}, Rank-1 {percent(run.engine.rank1, 2)}"

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
@@ -13,6 +15,8 @@ from nformer_edge.gallery.model import Model
 from nformer_edge.report.accuracy import Evaluation, evaluate
 from nformer_edge.report.models import MeasuredData, model_sizes, part_precision
 from nformer_edge.report.summary import summary_rows
+
+SPLITS = ("query", "gallery")
 
 
 def by_name(result):
@@ -31,6 +35,15 @@ def test_backbone_and_head_and_baselines_are_scored(dataset, grid_runner):
 def test_a_model_without_head_has_no_nformer_row(dataset, grid_runner):
     result = evaluate(grid_runner(head=False), dataset)
     assert list(by_name(result)) == ["backbone"]
+
+
+def test_white_images_are_noted_and_a_sound_set_is_not(dataset, grid_runner, tmp_path):
+    assert evaluate(grid_runner(head=False), dataset).notes == ()
+    Image.new("RGB", (32, 64), "white").save(tmp_path / "white.png")
+    white = {s: tuple(replace(r, path=str(tmp_path / "white.png")) for r in dataset.split(s)) for s in SPLITS}
+    result = evaluate(grid_runner(head=False), replace(dataset, **white))
+    assert [note.partition(":")[0] for note in result.notes] == ["query", "gallery"]
+    assert str(result).endswith(result.notes[1])
 
 
 def test_several_seeds_give_each_draws_figures(dataset, grid_runner):
