@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -34,20 +35,21 @@ def missing(name: str) -> Iterator[str]:
 
 
 def _exists(name: str) -> bool:
-    parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError as e:
-            if not (e.name or "").startswith("nformer_edge"):
-                pytest.skip(f"needs {e.name}")
-            continue
-        for attribute in parts[cut:]:
-            if not hasattr(found, attribute):
+    """Attributes come before modules: to import a folder over a function of its name would replace the function."""
+    first, *rest = name.split(".")
+    found = importlib.import_module(first)
+    for part in rest:
+        if not hasattr(found, part) and not inspect.ismodule(found):
+            return False
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except ModuleNotFoundError as e:
+                if not (e.name or "").startswith("nformer_edge"):
+                    pytest.skip(f"needs {e.name}")
                 return False
-            found = getattr(found, attribute)
-        return True
-    return False
+        found = getattr(found, part)
+    return True
 
 
 def test_every_path_and_name_of_the_pages_exists() -> None:
@@ -57,7 +59,7 @@ def test_every_path_and_name_of_the_pages_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tests/unit/nothing.py", "nformer_edge.core.nothing", "nformer_edge.core.spec.Nothing"]
+    "name", ["tests/unit/nothing.py", "nformer_edge.core.nothing", "nformer_edge.core.errors.Error.nothing"]
 )
 def test_a_name_that_does_not_exist_is_found(name: str) -> None:
     assert list(missing(name))
