@@ -6,7 +6,7 @@ Both sides see the same images, preprocessing and landmarks; FP32, FP16 and INT8
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -204,8 +204,11 @@ def _sign(gate: str) -> int:
 
 
 def verdict(results: Sequence[GateResult]) -> Verdict:
-    """Failed if any gate failed, else undecided if any is, else passed. Alarms and reports decide nothing."""
-    statuses = {r.status for r in results if r.kind == "gate"}
-    if "failed" in statuses:
-        return "failed"
-    return "undecided" if "undecided" in statuses else "passed"
+    """Of the gates' statuses the worst. Alarms and reports decide nothing."""
+    return worst_verdict(r.status for r in results if r.kind == "gate")
+
+
+def worst_verdict(statuses: Iterable[Status]) -> Verdict:
+    """Failed if any is, else undecided if any is, else passed."""
+    found = set(statuses)
+    return "failed" if "failed" in found else "undecided" if "undecided" in found else "passed"

@@ -11,18 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from nformer_edge.core.features import Features
 from nformer_edge.core.spec import Precision
 from nformer_edge.metrics import agreement, gates
 from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.metrics.bootstrap import DRAWS, Interval, Ratio, paired_difference, paired_ratio
 from nformer_edge.metrics.gates import GateResult, Verdict
-from nformer_edge.metrics.ranking import JUNK, RankingResult, evaluate
+from nformer_edge.metrics.ranking import JUNK, Pair, RankingResult, evaluate
 
 PartName = Literal["backbone", "head", "end_to_end"]
-
-#: Query and gallery.
-Pair = tuple[Features, Features]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from nformer_edge.core.values import dumps
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.model import Model
 from nformer_edge.report.accuracy import Evaluation, evaluate
-from nformer_edge.report.models import MeasuredData, model_sizes, part_precision
+from nformer_edge.report.models import MeasuredData, model_sizes, precision_of
 from nformer_edge.report.summary import summary_rows
 
 SPLITS = ("query", "gallery")
@@ -94,10 +94,10 @@ def test_a_dataset_without_queries_is_refused(dataset, grid_runner):
 
 def test_precision_of_the_whole_is_that_of_its_coarsest_part(grid_runner):
     runner = grid_runner(precision={"backbone": "int8", "head": "fp16"})
-    assert [part_precision(runner, s) for s in ("backbone", "head", "end_to_end")] == ["int8", "fp16", "int8"]
-    assert part_precision(grid_runner(precision="fp16"), "head") == "fp16"
+    assert [precision_of(runner, s) for s in ("backbone", "head", "end_to_end")] == ["int8", "fp16", "int8"]
+    assert precision_of(grid_runner(precision="fp16"), "head") == "fp16"
     with pytest.raises(ArtifactError, match="precision"):
-        part_precision(grid_runner(precision="int4"), "head")
+        precision_of(grid_runner(precision="int4"), "head")
 
 
 def test_sizes_count_models_and_not_what_lies_beside_them(tmp_path):
