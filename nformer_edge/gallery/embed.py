@@ -48,7 +48,13 @@ def embed_images(
     features = np.concatenate([_no_rows(runner), *map(runner.embed, batches)])
     _check_finite(features[None], [s if isinstance(s, str) else f"images[{i}]" for i, s in enumerate(sources)])
     paths = tuple("" if isinstance(s, Image.Image) else s for s in sources)
-    return Features(features, paths=paths, model=runner.sha256, spec=_spec(runner), checkpoint=runner.checkpoint)
+    return made_by(runner, Features(features, paths=paths, spec=_spec(runner)))
+
+
+def made_by(runner: Runner, features: Features) -> Features:
+    """The same, which say what made them."""
+    precision = runner.precision["backbone"]
+    return replace(features, model=runner.sha256, checkpoint=runner.checkpoint, precision=precision)
 
 
 def _no_rows(runner: Runner) -> np.ndarray:
@@ -107,8 +113,8 @@ def embed_records(
         _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
-    labels = pids, camids, paths, runner.sha256, tuple(hashes)
-    return Features(features[0], *labels, further, recipe, _spec(runner), checkpoint=runner.checkpoint)
+    labels = pids, camids, paths, "", tuple(hashes)
+    return made_by(runner, Features(features[0], *labels, further, recipe, _spec(runner)))
 
 
 def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:

@@ -168,7 +168,7 @@ def _maker(path: StrPath | None, features: Features, store: str) -> tuple[ModelS
             raise ArtifactError(store, got, "the spec beside them", "Embed again, or pass --backbone.")
         return from_dict(ModelSpec, json.loads(features.spec), store), None, None
     made = load_checkpoint(path)
-    if made.backbone is None or not features.shares_model(made.sha256):
-        got = "no backbone" if made.backbone is None else f"sha256 {made.sha256[:12]}..."
+    if made.backbone is None or not features.shares_model(made.sha256, precision="fp32"):
+        got = "no backbone" if made.backbone is None else f"sha256 {made.sha256[:12]}... in fp32"
         raise ArtifactError(str(path), got, f"the model that made {store}", "Pass that checkpoint.")
     return made.spec, made.backbone, made.sha256

@@ -72,6 +72,8 @@ def test_the_checkpoint_that_a_bundle_came_from_goes_with_the_bundle_s_features(
     words = ("--features", tmp_path / "store.npz", "--backbone", folder / "backbone.safetensors")
     assert run("train", *words, "-o", tmp_path / "whole.safetensors", *FLAGS) == 0
     assert load_checkpoint(tmp_path / "whole.safetensors").backbone is not None
+    replace(by_bundle, precision="int8").save(tmp_path / "store.npz", "train")
+    assert run("train", *words, "-o", tmp_path / "other.safetensors", *FLAGS) == 2
 
 
 def test_another_backbone_than_that_of_the_features_is_refused(
