@@ -32,6 +32,7 @@ def test_the_sensitive_tests_pass_at_each_level(level: str) -> None:
 #: Debian's static package has the second name.
 QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
 INT8 = (
+    "backends/test_build.py::test_an_int8_engine_is_audited_and_agrees_with_fp32",
     "quantize/test_placement.py::test_with_every_node_quantized_it_is_what_onnxruntime_placed",
     "quantize/test_placement.py::test_without_some_nodes_it_computes_what_onnxruntimes_quantizer_makes",
 )
