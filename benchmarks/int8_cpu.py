@@ -43,7 +43,7 @@ from nformer_edge.data.generate import generate_dataset
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
 from nformer_edge.metrics.agreement import cosines
-from nformer_edge.report.latency import summarize
+from nformer_edge.report.benchmark import summarize
 from nformer_edge.report.table import format_table
 
 Run = Callable[[np.ndarray], np.ndarray]

@@ -40,7 +40,7 @@ from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.report.cross_model import cross_model
-from nformer_edge.report.models import open_features
+from nformer_edge.report.models import open_store
 from nformer_edge.report.table import format_table
 from nformer_edge.training.head import train_head
 
@@ -110,8 +110,8 @@ def engines(args: argparse.Namespace, work: Path) -> dict[str, Path]:
 def embedded(engine: Path, store: Path, dataset: Dataset, threads: int | None) -> Pair:
     """Features of queries and gallery: those in `store` where this engine made them of these images, else made now."""
     with open_model(engine, intra_op_threads=threads) as runner:
-        if store.exists():
-            query, gallery = open_features(store)
+        if store.exists() and (stored := open_store(store)):
+            query, gallery = stored
             same = (len(query), len(gallery)) == (len(dataset.query), len(dataset.gallery))
             if same and query.model == runner.sha256:
                 return query, gallery

@@ -234,7 +234,7 @@ def _make_data(args: Args) -> None:
 
 
 @_command(
-    "summary", "identities, images and cameras of a dataset, as the papers print them", DATA, LAYOUT,
+    "summary", "identities, images and cameras of a dataset, as papers print them", DATA, LAYOUT,
     _flag("--check", "decode every image and name all that cannot be read; exit code 1"),
 )
 def _summary(args: Args) -> None:
@@ -245,37 +245,34 @@ def _summary(args: Args) -> None:
 
 @_command(
     "train",
-    "both stages: backbone on images, then the NFormer head on its features; or the head alone on a feature store",
+    "train the backbone on images, then the NFormer head on its features; or the head alone on a feature store",
     _one_of(
         _option("--data", metavar="DIR", help="dataset folder or CSV file (the layout is detected)"),
-        _option("--features", metavar="STORE.npz", help="train the head alone, on what `embed` wrote"),
+        _option("--features", metavar="STORE.npz", help="train the head alone, on features that `embed` wrote"),
     ),
     LAYOUT, _new("FILE.safetensors"), IMGSZ, ARCH, K, LANDMARKS, HEADS, SEED,
     _option("--device", help="cpu (default), or a CUDA device such as cuda:0"),
-    _option("--backbone", metavar="CHECKPOINT", help="with --features: the model that made them, for the checkpoint"),
+    _option("--backbone", metavar="CHECKPOINT", help="with --features: the model that computed them"),
     _flag("--resume", "continue an interrupted run of this training"),
     _option("--preset", choices=("published", "demo"), help="configuration to start from (default published)"),
     _option("--config", metavar="FILE.toml", help="configuration file; flags override it"),
     _option("--epochs", type=int, help="epochs of stage one"),
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_false", dest="with_head", help="train the backbone alone"),
-    _option("--initial", metavar="CHECKPOINT", help="start from this checkpoint's backbone, such as `import` wrote"),
-    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbors by features | affinity"),
+    _option("--initial", metavar="CHECKPOINT", help="start from the backbone of this checkpoint"),
+    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbor rule: features | affinity"),
     _option("--layers", type=int, help="layers of the head"),
-    _option("--holdout", type=float, metavar="SHARE", help="share of the identities to evaluate on, not to train on"),
+    _option("--holdout", type=float, metavar="SHARE", help="share of the training identities held out for validation"),
     _option("--precision", metavar="NAME", help="fp32 | bf16 | fp16 (GPU) | fp64 (default fp32)"),
     _option("--accumulate", type=int, metavar="N", help="batches per optimizer step"),
-    _flag("--deterministic", "refuse operations that may differ by a bit"),
+    _flag("--deterministic", "allow only deterministic operations"),
     _option("--tensorboard", metavar="DIR", help="write event files for TensorBoard"),
 )
 def _train(args: Args) -> None:
     head = {k: v for k in ("rule", "k", "landmarks", "layers", "heads") if (v := getattr(args, k, None)) is not None}
     start = getattr(args, "config", getattr(args, "preset", "published"))
     config = _call(args, "training.config:configure", start=start, **head)
-    if hasattr(args, "features"):
-        history: Result = _call(args, "training.stored:train_from_features", store=args.features, config=config)
-    else:
-        history = _call(args, "training.train:train", config=config)
+    history: Result = _call(args, "training.train:train", config=config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
         _show(args, history)
 
@@ -283,15 +280,15 @@ def _train(args: Args) -> None:
 @_command(
     "import", "published weights -> checkpoint; prints what matched",
     _option("path", metavar="FILE", help=".pth or .safetensors of torchreid, torchvision, reid-strong-baseline, "
-            "NFormer, FastReID or Person_reID_baseline_pytorch; nothing in the file is run"),
+            "NFormer, FastReID or Person_reID_baseline_pytorch; no code in the file is run"),
     _new("FILE.safetensors"), IMGSZ, ARCH, HEADS, K, LANDMARKS,
-    _option("--features", type=int, help="replace the file's neck by a projection to so many features"),
-    _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="standard | no_relu | ceil_pool, of a ResNet"),
+    _option("--features", type=int, help="replace the file's neck by an untrained projection to this many features"),
+    _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="stem of a ResNet: standard | no_relu | ceil_pool"),
     _option("--last-stride", type=int, choices=(1, 2), help="of a ResNet, where the file does not say it"),
     _option("--pooling", type=_choice(spec.Pooling), metavar="NAME", help="avg | gem, where the file does not say it"),
     _flag("--ema", "take the averaged weights, where the file has both"),
     _option("--sha256", metavar="HEX", help="refuse any other file than this one"),
-    _option("--partial", "--allow-partial", action="store_true", help="accept missing or left-over tensors"),
+    _option("--partial", "--allow-partial", action="store_true", help="accept missing or unused tensors"),
 )
 def _import(args: Args) -> None:
     wanted = _call(args, "model.importers.plan:Wanted")
@@ -300,9 +297,9 @@ def _import(args: Args) -> None:
 
 _calls(
     "report.accuracy:evaluate", "evaluate",
-    "mAP, mINP and CMC of a checkpoint, bundle or engine; of the head by both query protocols",
+    "accuracy (mAP, mINP, CMC) of a checkpoint, bundle or engine; the head under both query protocols",
     MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
-    _option("--seed", dest="seeds", type=int, nargs="+", help="landmark seeds, a pass each (default: the model's own)"),
+    _option("--seed", dest="seeds", type=int, nargs="+", help="landmark seeds, a run each (default: the model's own)"),
     _flag("--rerank", "add k-reciprocal re-ranking (20/6/0.3) and other baselines"),
 )
 
@@ -318,7 +315,7 @@ def _export(args: Args) -> None:
 
 
 @_command(
-    "modelopt", "bundle -> bundle with a backbone quantized or halved by NVIDIA ModelOpt, for TensorRT",
+    "modelopt", "bundle -> bundle with a backbone quantized to INT8 or FP16 by NVIDIA ModelOpt, for TensorRT",
     BUNDLE, _new("DIR"), SEED, *PRECISION[1:], LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
@@ -354,14 +351,14 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
     _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,
     _option("--batch", type=_sizes, metavar="MIN:OPT:MAX",
-            help="images the backbone sees at once: min, opt, max (TensorRT; default 1:8:32)"),
+            help="batch of the backbone (TensorRT; default 1:8:32)"),
     _option("--gallery-size", type=_sizes, metavar="MIN:OPT:MAX",
-            help="images the head sees together: min, opt, max (TensorRT; default 20:2000:50000)"),
-    _option("--workspace", type=float, help="GiB the builder may use (TensorRT)"),
+            help="images in one pass of the head (TensorRT; default 20:2000:50000)"),
+    _option("--workspace", type=float, help="memory for the builder, in GiB (TensorRT)"),
     _option("--timing-cache", metavar="FILE", help="kernel times, read if present and written after the build"),
     _option("--hardware-compat", choices=("none", "same_compute_capability", "ampere_plus"),
-            help="the plan runs on more GPUs, and slower (TensorRT)"),
-    _flag("--version-compat", "the plan runs on later versions (TensorRT)"),
+            help="build a plan that runs on more GPUs, but slower (TensorRT)"),
+    _flag("--version-compat", "the plan also runs on later versions (TensorRT)"),
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
     _flag("--keep-graphs", "keep the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", metavar="C", help="compute capabilities, such as 8.9 (TensorRT-RTX)"),

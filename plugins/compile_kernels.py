@@ -79,7 +79,7 @@ def compile_source(nvcc: str, source: str, archs: list[int], out: Path) -> list[
 class Cuda12:
     """NVRTC and ptxas of CUDA 12, as pip brings them."""
 
-    nvrtc: Any  # nformer_edge.backends.tensorrt.plugin.ptx.Nvrtc
+    nvrtc: Any  # nformer_edge.backends.tensorrt.plugin.kernels.Nvrtc
     ptxas: Path
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class Cuda12:
 def find_cuda12(arch: int = OLDEST) -> Cuda12 | None:
     """Compilers from pip that know `arch`; None if any part is missing."""
     sys.path.append(str(PLUGINS.parent))  # from a checkout; elsewhere the package is installed
-    from nformer_edge.backends.tensorrt.plugin.ptx import find_nvrtc
+    from nformer_edge.backends.tensorrt.plugin.kernels import find_nvrtc
 
     for nvrtc in find_nvrtc():
         ptxas = nvrtc.library.parents[2] / "cuda_nvcc" / "bin" / "ptxas"

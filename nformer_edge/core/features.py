@@ -42,6 +42,7 @@ class Features(Result):
             alone goes into a checkpoint with it.
         ids: N names that the caller gave the images, several images a name where they show the same; empty for none.
         checkpoint: sha256 of the checkpoint that the model was made from, or "" where that is not known.
+        precision: of the backbone that computed: ``fp32``, ``fp16`` or ``int8``; "" where that is not known.
     """
 
     kind: ClassVar[str] = "features"
@@ -57,6 +58,7 @@ class Features(Result):
     spec: str = ""
     ids: tuple[str, ...] = ()
     checkpoint: str = ""
+    precision: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", np.asarray(self.features, np.float32))
@@ -112,9 +114,16 @@ class Features(Result):
         """The same images under other features, such as the head's output; augmented views are not kept."""
         return replace(self, features=features, augmented=None, augmentation="")
 
-    def shares_model(self, model: str, checkpoint: str = "") -> bool:
-        """Whether a model, by its sha256 and its checkpoint's, made these features or shares their checkpoint."""
-        return bool({self.model, self.checkpoint} & {model, checkpoint} - {""})
+    def shares_model(self, model: str, checkpoint: str = "", precision: str = "") -> bool:
+        """Whether a model made these features, or another of the same checkpoint and the same precision did.
+
+        Args:
+            model: its sha256.
+            checkpoint: sha256 of its checkpoint, or "".
+            precision: of its backbone; "" on either side is not compared.
+        """
+        same = "" in (precision, self.precision) or precision == self.precision
+        return model == self.model != "" or (same and bool({self.model, self.checkpoint} & {model, checkpoint} - {""}))
 
     @property
     def views(self) -> int:
@@ -171,8 +180,8 @@ def save_features(path: str | os.PathLike[str], sets: Mapping[str, Features]) ->
         found |= {"paths": np.array(s.paths, np.str_), "model": np.array(s.model)}
         for name, values in (("sha256", s.hashes), ("ids", s.ids)):
             found[name] = np.array(values, np.str_) if values else None
-        for name, text in (("augmentation", s.augmentation), ("spec", s.spec), ("checkpoint", s.checkpoint)):
-            found[name] = np.array(text) if text else None
+        for name in ("augmentation", "spec", "checkpoint", "precision"):
+            found[name] = np.array(getattr(s, name)) if getattr(s, name) else None
         arrays |= {f"{split}/{name}": array for name, array in found.items() if array is not None}
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -215,4 +224,5 @@ def _read_split(z: Mapping[str, np.ndarray], split: str) -> Features:
         spec=text("spec"),
         ids=texts("ids"),
         checkpoint=text("checkpoint"),
+        precision=text("precision"),
     )

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from nformer_edge.core.errors import ArtifactError
+
 #: Names in /proc/cpuinfo.
 _X86 = "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16"
 _ARM = "asimd asimdhp fphp asimddp i8mm bf16 sve"
@@ -191,6 +193,19 @@ def version_key(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", text.partition(".post")[0]))
 
 
+def shipped(folder: str) -> Path:
+    """A folder that comes with this package: inside it once installed, beside it in a checkout.
+
+    Raises:
+        ArtifactError: if it is in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / folder, package.parent / folder):
+        if place.is_dir():
+            return place
+    raise ArtifactError(str(package / folder), "no such folder", "a part of this package", "Install it again.")
+
+
 def nvidia_driver() -> str:
     """The NVIDIA driver's own line about itself, on a PC, a server or a Jetson; "" where there is none."""
     for place in ("/proc/driver/nvidia/version", "/sys/module/nvidia/version", "/sys/module/nvgpu/version"):
@@ -198,6 +213,13 @@ def nvidia_driver() -> str:
         if text:
             return text.splitlines()[0].strip()
     return "nvgpu" if Path("/dev/nvhost-gpu").exists() else ""
+
+
+def nvcc_version(nvcc: str | Path) -> str:
+    """Of CUDA's compiler, such as ``12.4.131``."""
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"V([\d.]+)", said)
+    return found[1] if found else ""
 
 
 def _read(path: Path) -> str:
@@ -224,9 +246,7 @@ def _cuda_toolkit(root: Path) -> str:
         return str(json.loads(_read(root / "usr/local/cuda/version.json"))["cuda"]["version"])
     except (ValueError, KeyError, TypeError):
         nvcc = shutil.which("nvcc") if root == Path("/") else None
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
-        found = re.search(r"V([\d.]+)", said)
-        return found[1] if found else ""
+        return nvcc_version(nvcc) if nvcc else ""
 
 
 def _power_mode(root: Path) -> str:

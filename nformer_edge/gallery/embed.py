@@ -32,6 +32,7 @@ from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.gallery.images import Images, image_sources
+from nformer_edge.metrics.distance import alike
 
 SPLITS = ("train", "query", "gallery")
 
@@ -48,7 +49,13 @@ def embed_images(
     features = np.concatenate([_no_rows(runner), *map(runner.embed, batches)])
     _check_finite(features[None], [s if isinstance(s, str) else f"images[{i}]" for i, s in enumerate(sources)])
     paths = tuple("" if isinstance(s, Image.Image) else s for s in sources)
-    return Features(features, paths=paths, model=runner.sha256, spec=_spec(runner), checkpoint=runner.checkpoint)
+    return made_by(runner, Features(features, paths=paths, spec=_spec(runner)))
+
+
+def made_by(runner: Runner, features: Features) -> Features:
+    """The same, which say what made them."""
+    precision = runner.precision["backbone"]
+    return replace(features, model=runner.sha256, checkpoint=runner.checkpoint, precision=precision)
 
 
 def _no_rows(runner: Runner) -> np.ndarray:
@@ -109,8 +116,8 @@ def embed_records(
         _check_finite(features, paths)
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
-    labels = pids, camids, paths, runner.sha256, tuple(hashes)
-    return Features(features[0], *labels, further, recipe, _spec(runner), checkpoint=runner.checkpoint)
+    labels = pids, camids, paths, "", tuple(hashes)
+    return made_by(runner, Features(features[0], *labels, further, recipe, _spec(runner)))
 
 
 def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
@@ -168,9 +175,11 @@ class Embedding(Result):
         seconds: from opening the model to the last image.
         images: of each split, how many.
         views: of each split, views of an image.
+        notes: what is wrong with the features at a glance; none as a rule.
     """
 
     kind: ClassVar[str] = "embed"
+    version: ClassVar[int] = 2
 
     model: str
     backend: str
@@ -179,12 +188,14 @@ class Embedding(Result):
     seconds: float
     images: Mapping[str, int]
     views: Mapping[str, int]
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         views = self.views
         counts = [f"{s} {n:,}" + (f" x {views[s]} views" if views[s] > 1 else "") for s, n in self.images.items()]
         total = sum(n * views[s] for s, n in self.images.items())
-        return f"wrote {self.output}: {', '.join(counts)}; {total / self.seconds:.1f} images/s"
+        wrote = f"wrote {self.output}: {', '.join(counts)}; {total / self.seconds:.1f} images/s"
+        return "\n".join([wrote, *self.notes])
 
 
 def embed_files(
@@ -228,7 +239,8 @@ def embed_files(
         journal.remove()
         seconds = time.perf_counter() - start
         counts = {split: len(s) for split, s in sets.items()}, {split: s.views for split, s in sets.items()}
-        return Embedding(runner.name, runner.backend, runner.sha256, str(out), seconds, *counts)
+        notes = tuple(note for split, s in sets.items() for note in alike(s.features, split))
+        return Embedding(runner.name, runner.backend, runner.sha256, str(out), seconds, *counts, notes)
 
 
 def _split_records(

@@ -18,7 +18,7 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.values import Result, Table
-from nformer_edge.gallery.embed import embed_images
+from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.search import Matches, check_model
 from nformer_edge.gallery.search import search as ranked
@@ -66,7 +66,7 @@ class Gallery:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._added = 0
-        none = Features(np.empty((0, runner.spec.backbone.features), np.float32), model=runner.sha256)
+        none = made_by(runner, Features(np.empty((0, runner.spec.backbone.features), np.float32)))
         self._parts, self._units = [none], [none.features]
 
     def __len__(self) -> int:
@@ -130,8 +130,7 @@ class Gallery:
                 hint = f"Pass one of the {name} for each image, or one for all."
                 raise DataError(name, f"{len(values)} for {len(new)} images", f"{len(new)}", hint)
         # views, hashes and the spec belong to a store for training, not to a gallery
-        labels = new.pids, camids, new.paths, self._runner.sha256
-        part = Features(new.features, *labels, ids=tuple(given), checkpoint=self._runner.checkpoint)
+        part = made_by(self._runner, Features(new.features, new.pids, camids, new.paths, ids=tuple(given)))
         self._units.append(unit_rows(part.features, "images"))
         self._parts.append(part)
         self._added += len(new)

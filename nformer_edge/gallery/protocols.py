@@ -24,7 +24,7 @@ from nformer_edge.core.errors import BackendError, DataError
 from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
-from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.ops.contract import draw_landmarks, relate_jointly
 
 if TYPE_CHECKING:
     from nformer_edge.model.nformer import NFormer
@@ -71,12 +71,7 @@ def relate_sets(
         DataError: for a feature that is not finite or is all zeros.
     """
     head = require_head(runner.spec)
-    rows = np.concatenate([query.features, gallery.features])
-    if not len(rows):
-        return query, gallery
-    chosen = runner.landmark_seed if seed is None else seed
-    related = runner.relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, chosen))
-    return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
+    return relate_jointly(runner.relate, head, query, gallery, runner.landmark_seed if seed is None else seed)
 
 
 def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> PerQuery:

@@ -199,10 +199,16 @@ def search(
 
 
 def check_model(runner: Runner, features: Features, subject: str) -> None:
-    """Raises DataError for features of another model that is not from the same checkpoint."""
-    if features.model and not features.shares_model(runner.sha256, runner.checkpoint):
-        got, hint = f"features of another model ({features.model[:12]}...)", "Embed the images again with this model."
-        raise DataError(subject, got, f"of this one ({runner.sha256[:12]}...)", hint)
+    """Raises DataError for features of another model, unless it is of the same checkpoint and precision."""
+    precision = runner.precision["backbone"]
+    if not features.model or features.shares_model(runner.sha256, runner.checkpoint, precision):
+        return
+    hint = "Embed the images again with this model."
+    if features.shares_model(runner.sha256, runner.checkpoint):
+        hint += " `nformer-edge fleet` measures what a mix of models costs."
+        raise DataError(subject, f"features computed in {features.precision}", f"{precision}, as here", hint)
+    got = f"features of another model ({features.model[:12]}...)"
+    raise DataError(subject, got, f"of this one ({runner.sha256[:12]}...)", hint)
 
 
 def open_gallery(

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.features import Features
 from nformer_edge.metrics.distance import cosine_distances, nearest, reciprocal_mask, row_blocks, unit_rows
-from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, rank
+from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, Pair, rank
 
 #: What the FP32 gate allows a row: so many times the float32 reference's own error, or so much of its norm.
 OWN_ERRORS, ROUNDING = 4.0, 1e-5
@@ -125,9 +124,7 @@ class RankAgreement:
         return bool(pids[ours] == pids[theirs] != DISTRACTOR) if self.by_person else None
 
 
-def rank_agreement(
-    reference: tuple[Features, Features], engine: tuple[Features, Features], top: int = 10
-) -> RankAgreement:
+def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreement:
     """First matches and the `top` best gallery images of an engine against its reference's.
 
     With labels, the first match agrees when it is the same person; Market's protocol leaves out what it leaves out.
@@ -176,7 +173,7 @@ def rank_agreement(
     )
 
 
-def score_difference(reference: tuple[Features, Features], engine: tuple[Features, Features]) -> float:
+def score_difference(reference: Pair, engine: Pair) -> float:
     """Root mean square difference of two models' cosines, over all pairs of a query and a gallery image."""
     q, g, x_q, x_g = (unit_rows(s.features) for s in (*reference, *engine))
     total = 0.0
@@ -192,7 +189,7 @@ def reciprocal_jaccard(x: np.ndarray, reference: np.ndarray, k: int = 20) -> flo
     The image itself is in no set, so it cannot prop up the figure; two empty sets are alike.
     """
     _check_pair(x, reference)
-    lists = [nearest(unit_rows(rows), k) for rows in (reference, x)]
+    lists = [nearest(unit_rows(rows), k)[0] for rows in (reference, x)]
     ours, theirs = (np.where(reciprocal_mask(n), n, -1)[:, 1:] for n in lists)
     total = 0.0
     for rows in row_blocks(len(x), 4096):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from nformer_edge.core.errors import DataError
+from nformer_edge.metrics.distance import row_blocks
 
 DRAWS = 10_000
 ONE_SIDED = (0.05, 0.95)  # each bound holds with 95 %
@@ -15,33 +17,37 @@ _DRAWN_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Engine's mean over reference's mean.
-
-    `lower` and `upper` are, if nothing else was asked for, one-sided 95 % bounds: the 5th and 95th percentile of the
-    draws. Both and `value` are NaN where the reference's mean is zero, `lower` and `upper` also where it is zero in any
-    draw: nothing can be said.
+class Interval:
+    """A mean over queries, or a difference of two, with two-sided 95 % bounds if nothing else was asked for.
 
     Args:
-        unseen: how large a share of all queries may score worse with the engine although none of these does, with 95 %
-            confidence: 1 - 0.05 ** (1 / queries). No draw shows that. 0 where one of these scores worse.
+        value: of these queries.
+        lower: bound.
+        upper: bound.
     """
 
     value: float
     lower: float
     upper: float
-    queries: int
-    draws: int
-    unseen: float = 0.0
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over queries, or a difference of two, with two-sided 95 % bounds if nothing else was asked for."""
+class Ratio(Interval):
+    """Engine's mean over reference's mean, with one-sided 95 % bounds if nothing else was asked for.
 
-    value: float
-    lower: float
-    upper: float
+    Args:
+        value: null where the reference's mean is zero.
+        lower: 5th percentile of the draws; null where the reference's mean is zero in any draw.
+        upper: 95th percentile; null likewise.
+        queries: that were scored.
+        draws: of the bootstrap.
+        unseen: how large a share of all queries may score worse with the engine although none of these does, with 95 %
+            confidence: 1 - 0.05 ** (1 / queries). No draw shows that. 0 where one of these scores worse.
+    """
+
+    queries: int
+    draws: int
+    unseen: float = 0.0
 
 
 def paired_ratio(
@@ -66,14 +72,14 @@ def paired_ratio(
     pairs = _checked(engine, reference)
     queries = len(engine)
     if not pairs[1].sum() > 0:
-        return Ratio(float("nan"), float("nan"), float("nan"), queries, draws)
+        return Ratio(math.nan, math.nan, math.nan, queries, draws)
     unseen = 0.0 if (pairs[0] < pairs[1]).any() else 1 - 0.05 ** (1 / queries)
     if (pairs[0] == pairs[1]).all():
         return Ratio(1.0, 1.0, 1.0, queries, draws, unseen)  # also where a draw would leave the reference without a hit
     value = float(pairs[0].sum() / pairs[1].sum())
     sums = _drawn_sums(pairs, draws, seed)
     if not (sums[1] > 0).all():
-        return Ratio(value, float("nan"), float("nan"), queries, draws)
+        return Ratio(value, math.nan, math.nan, queries, draws)
     lower, upper = np.quantile(sums[0] / sums[1], quantiles)
     return Ratio(value, float(lower), float(upper), queries, draws, unseen)
 
@@ -107,12 +113,8 @@ def mean_interval(
 def _checked(engine: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Both scores as float64 [2, Q]."""
     if engine.shape != reference.shape or engine.ndim != 1 or not len(engine):
-        raise DataError(
-            "scores",
-            f"shapes {engine.shape} and {reference.shape}",
-            "the same [Q] with Q >= 1",
-            "Score the same queries with both models.",
-        )
+        got, hint = f"shapes {engine.shape} and {reference.shape}", "Score the same queries with both models."
+        raise DataError("scores", got, "the same [Q] with Q >= 1", hint)
     if not (np.isfinite(engine).all() and np.isfinite(reference).all()):
         raise DataError("scores", "NaN or infinity", "finite numbers", "Leave such queries out.")
     return np.stack([engine, reference]).astype(np.float64)
@@ -123,9 +125,7 @@ def _drawn_sums(rows: np.ndarray, draws: int, seed: int) -> np.ndarray:
     queries = rows.shape[1]
     generator = np.random.default_rng(seed)
     sums = np.empty((len(rows), draws))
-    block = max(1, _DRAWN_AT_ONCE // queries)
-    for start in range(0, draws, block):
-        stop = min(start + block, draws)
-        drawn = generator.integers(queries, size=(stop - start, queries))
-        sums[:, start:stop] = rows[:, drawn].sum(axis=2)
+    for block in row_blocks(draws, max(1, _DRAWN_AT_ONCE // queries)):
+        drawn = generator.integers(queries, size=(block.stop - block.start, queries))
+        sums[:, block] = rows[:, drawn].sum(axis=2)
     return sums

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import check_features
+from nformer_edge.core.terminal import PROGRESS
 
 #: Rows of the left side, and of the right side, that are held in float64 at once: 256 x 20,000 takes 40 MB.
 ROW_BLOCK = 256
 COLUMN_BLOCK = 8192
+
+#: Mean cosine of two images from which `alike` speaks. Only what a model cannot tell apart comes so near.
+ALIKE = 0.99
 
 
 def unit_rows(features: np.ndarray, subject: str = "features") -> np.ndarray:
@@ -26,15 +31,27 @@ def unit_rows(features: np.ndarray, subject: str = "features") -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def alike(features: np.ndarray, subject: str) -> tuple[str, ...]:
+    """A note where the rows of [N, D] are nearly all alike: where their mean cosine to each other is ALIKE or more.
+
+    Blank images do that, and inputs that are normalized otherwise than in training. 256 rows, evenly spaced, stand for
+    all; rows that are zero or not finite are left out, and of fewer than 8 nothing is said.
+    """
+    rows = features[np.isfinite(features).all(axis=1) & features.any(axis=1)]
+    rows = unit_rows(rows[:: -(-len(rows) // 256) or 1]).astype(np.float64)
+    count = len(rows)
+    if count < 8:
+        return ()
+    mean = (np.square(rows.sum(axis=0)).sum() - count) / (count * (count - 1))
+    cause = "look at the images and at how they are normalized"
+    return (f"{subject}: nearly all features are alike (mean cosine {mean:.4f}): {cause}",) if mean >= ALIKE else ()
+
+
 def check_same_size(query: np.ndarray, gallery: np.ndarray) -> None:
     """Raises DataError unless [Q, D] and [G, D] have the same D."""
     if query.shape[1] != gallery.shape[1]:
-        raise DataError(
-            "gallery features",
-            f"{gallery.shape[1]} numbers a row",
-            f"{query.shape[1]}, as the query's",
-            "Embed both with the same model.",
-        )
+        got, expected = f"{gallery.shape[1]} numbers a row", f"{query.shape[1]}, as the query's"
+        raise DataError("gallery features", got, expected, "Embed both with the same model.")
 
 
 def cosine_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -76,17 +93,20 @@ def smallest(distances: np.ndarray, k: int) -> np.ndarray:
     return result
 
 
-def nearest(unit: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest rows of each unit row of [N, D], itself among them. Returns int64 [N, min(k, N)].
+def nearest(unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of each unit row of [N, D], itself first even where others equal it; and how far others are.
 
-    A row comes first in its own list even where others equal it.
+    Returns:
+        int64 [N, min(k, N)], and float32 [N], each row's largest distance.
     """
     lists = np.empty((len(unit), min(k, len(unit))), dtype=np.int64)
-    for rows in row_blocks(len(unit)):
+    largest = np.empty(len(unit), dtype=np.float32)
+    for rows in tqdm(list(row_blocks(len(unit))), desc="neighbors", unit="block", **PROGRESS):
         distances = cosine_distances(unit[rows], unit)
+        largest[rows] = distances.max(axis=1)
         distances[np.arange(rows.stop - rows.start), np.arange(rows.start, rows.stop)] = -1.0
         lists[rows] = smallest(distances, k)
-    return lists
+    return lists, largest
 
 
 def reciprocal_mask(neighbors: np.ndarray) -> np.ndarray:

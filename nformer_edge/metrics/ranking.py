@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, smallest, unit_rows
+
+#: Query and gallery.
+Pair: TypeAlias = tuple[Features, Features]
 
 JUNK = -1
 DISTRACTOR = 0

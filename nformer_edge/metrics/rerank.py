@@ -16,6 +16,7 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import (
     check_same_size,
     cosine_distances,
+    nearest,
     reciprocal_mask,
     row_blocks,
     smallest,
@@ -62,9 +63,9 @@ def k_reciprocal_distances(
     check_at_least("k2", k2, 1)
     check_at_least("lambda", lambda_, 0)
     check_at_least("1 - lambda", 1 - lambda_, 0)
-    check_same_size(query, gallery)
-    unit = np.concatenate([unit_rows(query, "query features"), unit_rows(gallery, "gallery features")])
-    neighbors, largest = _neighbors(unit, k1 + 1)
+    unit = _together(query, gallery)
+    neighbors, largest = nearest(unit, k1 + 1)
+    largest = np.where(largest > 0, 2 * largest, 1)
     encoding = _expand_queries(_encode(unit, neighbors, largest, k1), neighbors[:, :k2])
     jaccard = _jaccard_distances(encoding, len(query), len(gallery))
     result = np.empty((len(query), len(gallery)), dtype=np.float32)
@@ -74,16 +75,10 @@ def k_reciprocal_distances(
     return result
 
 
-def _neighbors(unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each image's k nearest, itself first [N, k], and its largest squared Euclidean distance [N]."""
-    lists = np.empty((len(unit), min(k, len(unit))), dtype=np.int64)
-    largest = np.empty(len(unit), dtype=np.float32)
-    for rows in tqdm(list(row_blocks(len(unit))), desc="neighbors", unit="block", **PROGRESS):
-        distances = cosine_distances(unit[rows], unit)
-        largest[rows] = 2 * distances.max(axis=1)
-        distances[np.arange(rows.stop - rows.start), np.arange(rows.start, rows.stop)] = -1.0
-        lists[rows] = smallest(distances, k)
-    return lists, np.where(largest > 0, largest, 1)
+def _together(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Unit rows of both, [Q + G, D]."""
+    check_same_size(query, gallery)
+    return np.concatenate([unit_rows(query, "query features"), unit_rows(gallery, "gallery features")])
 
 
 def _encode(unit: np.ndarray, neighbors: np.ndarray, largest: np.ndarray, k1: int) -> _SparseRows:
@@ -173,9 +168,8 @@ def reciprocal_mean(query: np.ndarray, gallery: np.ndarray, k: int = 20) -> tupl
     Returns:
         float32 [Q, D] and [G, D].
     """
-    check_same_size(query, gallery)
-    unit = np.concatenate([unit_rows(query, "query features"), unit_rows(gallery, "gallery features")])
-    neighbors, _ = _neighbors(unit, k)
+    unit = _together(query, gallery)
+    neighbors, _ = nearest(unit, k)
     mutual = reciprocal_mask(neighbors)
     means = np.empty_like(unit)
     for rows in row_blocks(len(unit)):

@@ -21,7 +21,12 @@ from nformer_edge.metrics.ranking import JUNK, UNKNOWN_CAMERA
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of impostor and of genuine pairs that a threshold accepts, 0 to 1."""
+    """What a threshold accepts, 0 to 1.
+
+    Args:
+        false_match: share of impostor pairs.
+        true_match: share of genuine pairs.
+    """
 
     false_match: float
     true_match: float
@@ -63,13 +68,6 @@ def _distances(query: Features, gallery: Features, block: int) -> Iterator[tuple
         yield found[genuine], found[impostor]
 
 
-def _count(query: Features, gallery: Features, block: int) -> tuple[int, int]:
-    counts = np.zeros(2, np.int64)
-    for rows in row_blocks(len(query), block):
-        counts += [int(mask.sum()) for mask in _pairs(query, gallery, rows)]
-    return int(counts[0]), int(counts[1])
-
-
 def fit_threshold(
     query: Features, gallery: Features, false_match_rate: float, *, also_at: float | None = None, block: int = ROW_BLOCK
 ) -> Operating:
@@ -89,22 +87,18 @@ def fit_threshold(
     """
     if not 0 < false_match_rate < 1:
         raise UsageError("false-match rate", false_match_rate, "above 0, below 1", "Such as 0.001.")
-    genuine_count, impostor_count = _count(query, gallery, block)
+    pairs = (_pairs(query, gallery, rows) for rows in row_blocks(len(query), block))
+    counts = np.array([[int(mask.sum()) for mask in both] for both in pairs], np.int64).reshape(-1, 2)
+    genuine_count, impostor_count = counts.sum(axis=0).tolist()
     if not (genuine_count and impostor_count):
-        raise DataError(
-            "pairs",
-            f"{genuine_count} of one identity and {impostor_count} of two",
-            "some of both",
-            "Give queries and gallery images of several people from different cameras.",
-        )
+        got = f"{genuine_count} of one identity and {impostor_count} of two"
+        hint = "Give queries and gallery images of several people from different cameras."
+        raise DataError("pairs", got, "some of both", hint)
     accept = min(int(false_match_rate * impostor_count * (1 + 1e-12)), impostor_count - 1)
     if accept < 1:
-        raise UsageError(
-            "false-match rate",
-            f"{false_match_rate:g} of {impostor_count:,} pairs",
-            f"at least one pair: {1 / impostor_count:.3g}",
-            "Raise the rate or give more images.",
-        )
+        got = f"{false_match_rate:g} of {impostor_count:,} pairs"
+        expected = f"at least one pair: {1 / impostor_count:.3g}"
+        raise UsageError("false-match rate", got, expected, "Raise the rate or give more images.")
     lowest, genuine, elsewhere = np.empty(0, np.float32), [], 0
     for same, other in _distances(query, gallery, block):
         genuine.append(same)

@@ -78,9 +78,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         spec = from_dict(ModelSpec, json.loads(metadata["spec"]))
         extra = json.loads(metadata["extra"])
     except (Error, KeyError, ValueError) as e:
-        raise ArtifactError(
-            str(path), f"an unreadable spec ({e})", "this version's", "Train again with this version."
-        ) from e
+        got, hint = f"an unreadable spec ({e})", "Train again with this version."
+        raise ArtifactError(str(path), got, "this version's", hint) from e
     backbone = head = None
     if any(name.startswith("backbone.") for name in tensors):
         backbone = Backbone(spec.backbone).eval()
@@ -99,10 +98,6 @@ def _fill(path: str | os.PathLike[str], module: nn.Module, tensors: dict[str, Te
     wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
     for what, names in (("no tensor", missing), ("an unknown tensor", unknown), ("another shape for", wrong)):
         if names:
-            raise ArtifactError(
-                str(path),
-                f"{what} {prefix}{names[0]} ({len(names)} such)",
-                "its spec's tensors",
-                "Train or import it again.",
-            )
+            got = f"{what} {prefix}{names[0]} ({len(names)} such)"
+            raise ArtifactError(str(path), got, "its spec's tensors", "Train or import it again.")
     module.load_state_dict(state)

@@ -19,7 +19,6 @@ from nformer_edge.ops.operators import operators
 #: cache (1024 x 1024 floats) instead of going to memory and back.
 _ROWS = 1024
 
-
 #: What queries [H, N, D / H] are multiplied by, and what keys are: [H, D / H, R] each, None for the keys as they are.
 Agents = tuple[Tensor, Tensor | None]
 
@@ -224,25 +223,13 @@ class NFormer(nn.Module):
 
     def _check(self, features: Tensor, landmarks: Tensor) -> None:
         if features.dim() != 2 or features.shape[1] != self.spec.features:
-            raise UsageError(
-                "features",
-                f"shape {tuple(features.shape)}",
-                f"[N, {self.spec.features}]",
-                "Embed with this head's own backbone.",
-            )
+            got, expected = f"shape {tuple(features.shape)}", f"[N, {self.spec.features}]"
+            raise UsageError("features", got, expected, "Embed with this head's own backbone.")
         rows = features.shape[0]
         fits = landmarks.dim() == 2 and landmarks.shape[0] == self.spec.layers and landmarks.shape[1] >= 1
         if not fits or landmarks.dtype not in (torch.int32, torch.int64):
-            raise UsageError(
-                "landmarks",
-                f"shape {tuple(landmarks.shape)} {landmarks.dtype}",
-                f"int32 [{self.spec.layers}, l]",
-                "Call ops.contract.draw_landmarks.",
-            )
+            got, expected = f"shape {tuple(landmarks.shape)} {landmarks.dtype}", f"int32 [{self.spec.layers}, l]"
+            raise UsageError("landmarks", got, expected, "Call ops.contract.draw_landmarks.")
         if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
-            raise UsageError(
-                "landmarks",
-                f"{int(landmarks.min())}..{int(landmarks.max())}",
-                f"0..{rows - 1}",
-                "Draw them for N images.",
-            )
+            got = f"{int(landmarks.min())}..{int(landmarks.max())}"
+            raise UsageError("landmarks", got, f"0..{rows - 1}", "Draw them for N images.")

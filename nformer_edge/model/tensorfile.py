@@ -56,9 +56,8 @@ class TensorFile:
         """
         tensors, metadata = self._open(Path(path))
         if _digest(tensors, metadata) != metadata["sha256"]:
-            raise ArtifactError(
-                str(path), "contents of another sha256", "the file as it was written", "Copy it again or train again."
-            )
+            got, hint = "contents of another sha256", "Copy it again or train again."
+            raise ArtifactError(str(path), got, "the file as it was written", hint)
         return tensors, metadata
 
     def _open(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,16 +1,18 @@
-"""The two custom operators as data, what they refuse, and the rule that draws landmarks.
+"""The two custom operators as data, what they refuse, the rule that draws landmarks, and the sets that a head sees.
 
 `docs/operators.md` is the contract; every backend reads names, domain and attributes from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import numpy as np
 
 from nformer_edge.core.errors import UsageError
+from nformer_edge.core.features import Features
+from nformer_edge.core.spec import HeadSpec
 
 DOMAIN = "nformer"
 OPSET_VERSION = 1
@@ -75,6 +77,26 @@ def draw_landmarks(num_images: int, layers: int, count: int, seed: int) -> np.nd
             places[j] = places.get(i, i)
         landmarks[layer] = [order[i % len(order)] for i in range(count)]
     return landmarks
+
+
+def relate_jointly(
+    relate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    head: HeadSpec,
+    query: Features,
+    gallery: Features,
+    seed: int,
+) -> tuple[Features, Features]:
+    """Query and gallery through a head in one set, as the published code evaluates: every image sees every other.
+
+    Args:
+        relate: the head: features [N, D] and landmarks int32 [layers, l] in, embeddings [N, D] out.
+        seed: of the landmarks.
+    """
+    rows = np.concatenate([query.features, gallery.features])
+    if not len(rows):
+        return query, gallery
+    related = relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, seed))
+    return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
 
 
 class Array(Protocol):

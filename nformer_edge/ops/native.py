@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -24,11 +25,9 @@ from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_neighbor
 
 _native: ModuleType | None
 try:
-    import nformer_edge.ops._native as _compiled
-except ImportError:  # a tree that was copied, not installed: the plain twin still works there
+    _native = import_module("nformer_edge.ops._native")
+except ImportError:  # a tree that was copied, not installed: plain torch still works there
     _native = None
-else:
-    _native = _compiled
 
 #: Names the instruction set for every call that does not, here and in onnxruntime: one of `instruction_sets`.
 ISA_VARIABLE = "NFORMER_EDGE_ISA"
@@ -204,7 +203,7 @@ def reciprocal_neighbor_attention_backward(
     count = _threads(threads)
     scale = _check_attention(a, b, v, neighbors, scale, count)
     if gradient.shape != v.shape:
-        raise UsageError("gradient", f"shape {gradient.shape}", f"{v.shape}", "Pass that of y.")
+        raise UsageError("gradient", f"shape {gradient.shape}", v.shape, "Pass that of y.")
     out = tuple(np.zeros(x.shape, dtype=np.float32) for x in (a, b, v))
     if v.size and a.size and neighbors.shape[2]:
         inputs = (_wide(gradient), _wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors))
@@ -215,9 +214,8 @@ def reciprocal_neighbor_attention_backward(
 
 def _library() -> ModuleType:
     if _native is None:
-        raise BackendError(
-            "native kernels", "no compiled module", "nformer_edge.ops._native", "Run pip install ., which compiles it."
-        )
+        hint = "Run pip install ., which compiles it."
+        raise BackendError("native kernels", "no compiled module", "nformer_edge.ops._native", hint)
     return _native
 
 
@@ -244,9 +242,8 @@ def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
     bad = _library().first_bad_row(x, threads)
     if bad >= 0:
         head, row = divmod(bad, x.shape[1])
-        raise DataError(
-            name, f"NaN or infinity in row {row} of head {head}", "finite numbers", "Look at what these images show."
-        )
+        got = f"NaN or infinity in row {row} of head {head}"
+        raise DataError(name, got, "finite numbers", "Look at what these images show.")
 
 
 def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: int) -> None:
@@ -254,12 +251,8 @@ def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: in
     bad = _library().first_bad_list(np.ascontiguousarray(neighbors), columns, threads) if neighbors.size else -1
     if bad >= 0:
         head, row = divmod(bad, a.shape[1])
-        raise UsageError(
-            "neighbors",
-            f"{neighbors[head, row].tolist()} in row {row}",
-            f"-1..{columns - 1}",
-            "Pass what row_top_k gave.",
-        )
+        got = f"{neighbors[head, row].tolist()} in row {row}"
+        raise UsageError("neighbors", got, f"-1..{columns - 1}", "Pass what row_top_k gave.")
 
 
 def _check_factors(a: np.ndarray, b: np.ndarray) -> None:

@@ -54,20 +54,12 @@ def register(
     """
     path = library_path()
     if path is None:
-        raise BackendError(
-            "native kernels for onnxruntime",
-            f"no {_NAME}",
-            "it beside ops._native",
-            "Run pip install ., which compiles it.",
-        )
+        hint = "Run pip install ., which compiles it."
+        raise BackendError("native kernels for onnxruntime", f"no {_NAME}", "it beside ops._native", hint)
     with _lock:  # the number of threads is read while the library registers itself
         ctypes.CDLL(os.fspath(path)).NFormerSetThreads(native.default_threads() if threads is None else threads)
         try:
             options.register_custom_ops_library(path)
         except Exception as e:  # onnxruntime's exceptions share no base class of their own
-            raise BackendError(
-                "native kernels for onnxruntime",
-                str(e).splitlines()[0],
-                "onnxruntime to take them",
-                "Install 1.18 or newer.",
-            ) from e
+            got, hint = str(e).splitlines()[0], "Install 1.18 or newer."
+            raise BackendError("native kernels for onnxruntime", got, "onnxruntime to take them", hint) from e

@@ -90,7 +90,11 @@ def reciprocal_neighbor_attention(
         DataError: if an input is not finite, naming the first bad row.
     """
     _check_factors(a, b)
-    _check_attention(a, b, v, neighbors)
+    check_values(a, b, v)
+    check_neighbors(neighbors, a, torch.int32)
+    if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < a.shape[1]):
+        got, expected = f"{int(neighbors.min())}..{int(neighbors.max())}", f"-1..{a.shape[1] - 1}"
+        raise UsageError("neighbors", got, expected, "Pass what row_top_k gave for the same images.")
     for name, x in (("a", a), ("b", b), ("v", v)):
         check_finite(name, x)
     heads, rows, size = v.shape
@@ -138,21 +142,9 @@ def check_finite(name: str, x: Tensor) -> None:
     bad = ~x.detach().isfinite().all(dim=-1)
     bad = bad.flatten(0, -2).any(dim=0) if bad.dim() > 1 else bad
     row = int(bad.nonzero()[0, 0])
-    raise DataError(
-        name,
-        f"NaN or infinity in row {row} ({int(bad.sum())} such)",
-        "finite numbers",
-        "Look at what these images show.",
-    )
+    got = f"NaN or infinity in row {row} ({int(bad.sum())} such)"
+    raise DataError(name, got, "finite numbers", "Look at what these images show.")
 
 
 def _check_factors(a: Tensor, b: Tensor) -> None:
     check_factors(a, b, _WIDE, "float32, float16 or float64")
-
-
-def _check_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor) -> None:
-    check_values(a, b, v)
-    check_neighbors(neighbors, a, torch.int32)
-    if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < a.shape[1]):
-        got, expected = f"{int(neighbors.min())}..{int(neighbors.max())}", f"-1..{a.shape[1] - 1}"
-        raise UsageError("neighbors", got, expected, "Pass what row_top_k gave for the same images.")

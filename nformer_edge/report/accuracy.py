@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,20 +21,10 @@ from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
-from nformer_edge.metrics.ranking import RankingResult
+from nformer_edge.metrics.distance import alike
+from nformer_edge.metrics.ranking import Pair, RankingResult
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
-from nformer_edge.report.models import (
-    Data,
-    MeasuredData,
-    MeasuredModel,
-    Source,
-    describe_data,
-    describe_model,
-    is_feature_store,
-    open_dataset,
-    open_features,
-    open_model,
-)
+from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, open_store
 from nformer_edge.report.table import format_table, number, percent
 
 BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
@@ -127,18 +116,20 @@ class Evaluation(Result):
         data: what was ranked.
         embed_seconds: time to embed all images; null if a feature store was read.
         no_per_query: why the per-query protocol is missing; null where it is there.
+        notes: what is wrong with the features at a glance; none as a rule.
         rankings: one for each way to rank.
         rank_lists: some queries with their matches.
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     machine: MachineFacts
     model: MeasuredModel | None
     data: MeasuredData
     embed_seconds: float | None
     no_per_query: str | None
+    notes: tuple[str, ...]
     rankings: tuple[Ranking, ...]
     rank_lists: tuple[RankList, ...]
 
@@ -160,7 +151,7 @@ class Evaluation(Result):
         ranked = f"{self.data.query:,} queries{excluded}, {self.data.gallery:,} in the gallery"
         related = any(r.protocol for r in self.rankings)
         note = f"\nno per-query protocol: {self.no_per_query}" if self.no_per_query and related else ""
-        return f"{format_table(headers, body)}\n{model} on {self.data.name}: {ranked}{note}"
+        return "\n".join([format_table(headers, body), f"{model} on {self.data.name}: {ranked}{note}", *self.notes])
 
 
 def _bounded(fraction: float, interval: tuple[float, float]) -> str:
@@ -202,9 +193,9 @@ def evaluate(
         DataError: if the data cannot be read, or lacks queries or a gallery.
     """
     with nullcontext() if model is None else open_model(model, intra_op_threads) as runner:
-        seconds = None
-        if isinstance(data, (str, os.PathLike)) and is_feature_store(data):
-            query, gallery = open_features(data)
+        seconds, store = None, open_store(data)
+        if store is not None:
+            query, gallery = store
         elif runner is None:
             raise UsageError("model", "none", "a model, or a feature store", "Name a model.")
         else:
@@ -213,44 +204,24 @@ def evaluate(
             judge_labels(data).require_matches()
             query, gallery = embed_dataset(runner, data, ("query", "gallery"), batch).values()
             seconds = time.perf_counter() - start
-        rankings, lists = _score(runner, query, gallery, rerank, seeds, rank_lists, top, per_query)
-        measured = None if runner is None or model is None else describe_model(model, runner, label)
-        told, why = describe_data(data, query, gallery), _no_per_query(runner, per_query)
-        return Evaluation(machine(), measured, told, seconds, why, rankings, lists)
-
-
-def _score(
-    runner: Runner | None,
-    query: Features,
-    gallery: Features,
-    rerank: bool,
-    seeds: Sequence[int] | None,
-    rank_lists: int,
-    top: int,
-    per_query: bool,
-) -> tuple[tuple[Ranking, ...], tuple[RankList, ...]]:
-    backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
-    rankings = [found]
-    matched = np.flatnonzero(backbone.valid)
-    shown = matched[evenly(rank_lists, len(matched))]
-    lists = _rank_lists(BACKBONE, query, gallery, shown, top)
-    if runner is not None and runner.has_head:
-        model, chosen = runner, tuple(seeds or (runner.landmark_seed,))
-        first: list[tuple[Features, Features]] = []
-
-        def joint(seed: int) -> RankingResult:
-            related = relate_sets(model, query, gallery, seed=seed)
-            first[:] = first or [related]
-            return ranking.evaluate(*related)
-
-        _, found = _ranked(NFORMER, joint, chosen)
-        rankings.append(replace(found, protocol=JOINT))
-        lists += _rank_lists(NFORMER, *first[0], shown, top)
-        if _no_per_query(runner, per_query) is None:
-            rankings.append(_per_query(runner, query, gallery, chosen))
-    if rerank:
-        rankings += _baselines(query, gallery)
-    return tuple(rankings), tuple(lists)
+        backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
+        matched = np.flatnonzero(backbone.valid)
+        shown = matched[evenly(rank_lists, len(matched))]
+        rankings, lists = [found], _rank_lists(BACKBONE, query, gallery, shown, top)
+        why = _no_per_query(runner, per_query)
+        if runner is not None and runner.has_head:
+            chosen = tuple(seeds or (runner.landmark_seed,))
+            first, found = _joint(runner, query, gallery, chosen)
+            rankings.append(found)
+            lists += _rank_lists(NFORMER, *first, shown, top)
+            if why is None:
+                rankings.append(_per_query(runner, query, gallery, chosen))
+        if rerank:
+            rankings += _baselines(query, gallery)
+        measured = None if runner is None or model is None else MeasuredModel.of(model, runner, label)
+        notes = alike(query.features, "query") + alike(gallery.features, "gallery")
+        about = MeasuredData.of(data, query, gallery), seconds, why, notes
+        return Evaluation(machine(), measured, *about, tuple(rankings), tuple(lists))
 
 
 def _ranked(
@@ -286,6 +257,19 @@ def _no_per_query(runner: Runner | None, wanted: bool) -> str | None:
     if not hasattr(runner, "with_head"):
         return f"{runner.backend} runs the head as one graph: evaluate the checkpoint that it was made from"
     return None if wanted else "not asked for"
+
+
+def _joint(runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> tuple[Pair, Ranking]:
+    """What the head makes of both with the first seed, and the ranking."""
+    related: list[Pair] = []
+
+    def together(seed: int) -> RankingResult:
+        found = relate_sets(runner, query, gallery, seed=seed)
+        related[:] = related or [found]
+        return ranking.evaluate(*found)
+
+    _, scored = _ranked(NFORMER, together, seeds)
+    return related[0], replace(scored, protocol=JOINT)
 
 
 def _per_query(runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> Ranking:

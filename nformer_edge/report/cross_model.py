@@ -5,32 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import Features
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.values import Result
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.metrics.bootstrap import DRAWS, TWO_SIDED, Ratio, paired_ratio
-from nformer_edge.metrics.ranking import RankingResult, evaluate
+from nformer_edge.metrics.ranking import Pair, evaluate
 from nformer_edge.metrics.verification import Operating, Rates, fit_threshold
-from nformer_edge.report.models import (
-    Data,
-    MeasuredData,
-    MeasuredModel,
-    Source,
-    describe_data,
-    describe_model,
-    is_feature_store,
-    open_dataset,
-    open_features,
-    open_model,
-)
+from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, open_store
 from nformer_edge.report.table import format_table, number, percent
-
-Pair = tuple[Features, Features]
 
 HEADERS = ("query", "gallery", "mAP", "Rank-1", "mAP kept", "Rank-1 kept", "threshold", "TMR", "FMR, shared")
 
@@ -152,34 +139,34 @@ def cross_model(
     """
     if len(models) < 2:
         raise UsageError("models", len(models), "at least two", "Name one for each kind of device.")
-    stores = all(map(is_feature_store, models))
-    dataset = None if stores or data is None else open_dataset(data, layout)
+    stores = [open_store(model) for model in models]
+    dataset = None if all(stores) or data is None else open_dataset(data, layout)
     described: list[MeasuredModel] = []
     embedded: list[Pair] = []
-    for source in models:
-        model, pair = _embedded(source, dataset, batch, intra_op_threads)
+    for source, store in zip(models, stores, strict=True):
+        model, pair = _embedded(source, store, dataset, batch, intra_op_threads)
         described.append(model)
         embedded.append(pair)
         _check_same_images(described[0].label, embedded[0], model.label, pair)
     described = _with_own_labels(described)
     pairings, first = _pairings([m.label for m in described], embedded, false_match_rate, draws, seed)
-    told = describe_data(described[0].path if dataset is None else dataset, *embedded[0])
+    told = MeasuredData.of(described[0].path if dataset is None else dataset, *embedded[0])
     pairs = first.genuine, first.impostor
     return CrossModel(machine(), tuple(described), told, false_match_rate, *pairs, tuple(pairings))
 
 
 def _embedded(
-    source: Source, dataset: Dataset | None, batch: int, intra_op_threads: int | None
+    source: Source, store: Pair | None, dataset: Dataset | None, batch: int, intra_op_threads: int | None
 ) -> tuple[MeasuredModel, Pair]:
     """A model's description and its features of queries and gallery; the model is closed again."""
-    if isinstance(source, (str, os.PathLike)) and is_feature_store(source):
-        path = os.fspath(source)
-        return MeasuredModel(os.path.basename(path).removesuffix(".npz"), path), open_features(path)
+    if store is not None:
+        path = str(source)
+        return MeasuredModel(Path(path).stem, path), store
     if dataset is None:
         raise UsageError(str(source), "a model and no data", "a dataset", "Name it with --data.")
     with open_model(source, intra_op_threads) as runner:
         query, gallery = embed_dataset(runner, dataset, ("query", "gallery"), batch).values()
-        return describe_model(source, runner), (query, gallery)
+        return MeasuredModel.of(source, runner), (query, gallery)
 
 
 def _check_same_images(name: str, reference: Pair, other_name: str, other: Pair) -> None:
@@ -209,28 +196,18 @@ def _pairings(
     labels: list[str], embedded: list[Pair], rate: float, draws: int, seed: int
 ) -> tuple[list[Pairing], Operating]:
     """Each query model with each gallery model, the reference's own first; and the reference's threshold."""
-    reference: tuple[RankingResult, Operating] | None = None
-    results = []
-    for i, (query, _) in enumerate(embedded):
-        for j, (_, gallery) in enumerate(embedded):
-            ranked = evaluate(query, gallery)
-            fitted = fit_threshold(query, gallery, rate, also_at=reference[1].threshold if reference else None)
-            reference = reference or (ranked, fitted)
-            valid = reference[0].valid  # labels alone decide it: the same in every pairing
-            hits = ranked.hits(1)[valid], reference[0].hits(1)[valid]
-            results.append(
-                Pairing(
-                    query=labels[i],
-                    gallery=labels[j],
-                    mAP=float(ranked.mAP),
-                    rank1=float(ranked.rank(1)),
-                    queries=int(ranked.valid.sum()),
-                    mAP_kept=paired_ratio(ranked.ap[valid], reference[0].ap[valid], draws, seed, TWO_SIDED),
-                    rank1_kept=paired_ratio(*hits, draws, seed, TWO_SIDED),
-                    threshold=float(fitted.threshold),
-                    rates=fitted.rates,
-                    shared_rates=fitted.elsewhere or fitted.rates,
-                )
-            )
-    assert reference is not None, "there are at least two models"
-    return results, reference[1]
+    own = evaluate(*embedded[0])
+    fit = fit_threshold(*embedded[0], rate)
+    valid = own.valid  # labels alone decide it: the same in every pairing
+    results: list[Pairing] = []
+    for query, (queries, _) in zip(labels, embedded, strict=True):
+        for gallery, (_, images) in zip(labels, embedded, strict=True):
+            ranked, fitted = own, fit
+            if results:
+                ranked, fitted = evaluate(queries, images), fit_threshold(queries, images, rate, also_at=fit.threshold)
+            ap = paired_ratio(ranked.ap[valid], own.ap[valid], draws, seed, TWO_SIDED)
+            hits = paired_ratio(ranked.hits(1)[valid], own.hits(1)[valid], draws, seed, TWO_SIDED)
+            scores = ranked.mAP, ranked.rank(1), int(ranked.valid.sum()), ap, hits
+            rates = fitted.rates, fitted.elsewhere or fitted.rates
+            results.append(Pairing(query, gallery, *scores, fitted.threshold, *rates))
+    return results, fit

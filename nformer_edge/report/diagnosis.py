@@ -75,7 +75,12 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeInput:
-    """A tensor that a node reads; `inside` is null where it was not compared."""
+    """A tensor that a node reads.
+
+    Args:
+        tensor: its name.
+        inside: whether its error is at most its band; null where it was not compared.
+    """
 
     tensor: str
     inside: bool | None

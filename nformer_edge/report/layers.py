@@ -4,7 +4,7 @@ Both run in stock onnxruntime, each tensor compared as its readers see it (behin
 the difference over that of the reference; of whole numbers, the share that differ. Its band is the larger of two:
 
 - 1e-3: float32 itself may lose so much where sums cancel;
-- `allowed` for the error of `rounding.fake_quantized`, which is rounded like the engine and sound otherwise: three
+- `allowed` for the error of `graph.fake_quantized`, which is rounded like the engine and sound otherwise: three
   times as much, and more for a tensor of few numbers.
 
 Where that says three, builds with nothing wrong stayed below 1.9, in every tensor: of a ResNet-18 trained on generated
@@ -33,9 +33,8 @@ from nformer_edge.exporting.bundle import BACKBONE, HEAD
 from nformer_edge.metrics import gates
 from nformer_edge.ops.contract import OPSETS
 from nformer_edge.report.diagnosis import FirstOutside, Layers, Node, NodeInput
-from nformer_edge.report.graph import Graph
+from nformer_edge.report.graph import Graph, fake_quantized, is_rounded
 from nformer_edge.report.part import PartName
-from nformer_edge.report.rounding import fake_quantized, is_rounded
 
 #: How far beyond the fake-quantized reference's error a tensor may be: 10 dB.
 FACTOR = 3.0

@@ -18,6 +18,7 @@ from nformer_edge.core.spec import Precision
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.model import Model
+from nformer_edge.metrics.ranking import Pair
 
 Data: TypeAlias = "Dataset | str | os.PathLike[str]"
 #: An open model, which stays open, or the path of a checkpoint, bundle or engine.
@@ -49,6 +50,15 @@ class MeasuredModel:
     size_mb: Mapping[str, float] = field(default_factory=dict)
     landmark_seed: int | None = None
 
+    @classmethod
+    def of(cls, model: Source, runner: Runner, label: str | None = None) -> MeasuredModel:
+        """Of the model that `open_model` opened."""
+        path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
+        precision = {p: precision_of(runner, p) for p in (("backbone", "head") if runner.has_head else ("backbone",))}
+        label = label or f"{runner.name} {runner.backend} {runner.precision['backbone']}"
+        sizes = model_sizes(path) if path else {}
+        return cls(label, path, runner.name, runner.backend, precision, sizes, runner.landmark_seed)
+
 
 @dataclass(frozen=True)
 class MeasuredData:
@@ -65,6 +75,13 @@ class MeasuredData:
     query: int
     gallery: int
     source: Literal["images", "features"] = "images"
+
+    @classmethod
+    def of(cls, data: Data, query: Features, gallery: Features) -> MeasuredData:
+        """Of a dataset, or of a feature store by its file name."""
+        if isinstance(data, Dataset):
+            return cls(data.name, len(query), len(gallery))
+        return cls(os.path.basename(data), len(query), len(gallery), "features")
 
 
 def open_model(
@@ -90,33 +107,23 @@ def open_dataset(data: Data, layout: str = "auto") -> Dataset:
     return dataset
 
 
-def is_feature_store(data: object) -> bool:
-    """Whether `data` is the path of a feature store."""
-    return isinstance(data, (str, os.PathLike)) and Path(data).suffix == ".npz"
-
-
-def open_features(path: str | os.PathLike[str]) -> tuple[Features, Features]:
-    """Query and gallery of a feature store.
+def open_store(data: object) -> Pair | None:
+    """Query and gallery of a feature store (`.npz`) at a path; None for anything else.
 
     Raises:
         ArtifactError: if it lacks either.
     """
-    sets = load_features(path)
+    if not isinstance(data, (str, os.PathLike)) or Path(data).suffix != ".npz":
+        return None
+    sets = load_features(data)
     for split in ("query", "gallery"):
         if split not in sets:
             hint = "Embed a whole dataset with `nformer-edge embed`."
-            raise ArtifactError(str(path), f"splits {', '.join(sets)}", f"a split {split}", hint)
+            raise ArtifactError(str(data), f"splits {', '.join(sets)}", f"a split {split}", hint)
     return sets["query"], sets["gallery"]
 
 
-def describe_data(data: Data, query: Features, gallery: Features) -> MeasuredData:
-    """What was ranked: a dataset, or a feature store by its file name."""
-    if isinstance(data, Dataset):
-        return MeasuredData(data.name, len(query), len(gallery), "images")
-    return MeasuredData(os.path.basename(data), len(query), len(gallery), "features")
-
-
-def part_precision(runner: Runner, part: str) -> Precision:
+def precision_of(runner: Runner, part: str) -> Precision:
     """The precision of ``backbone`` or ``head`` as built; of ``end_to_end``, the coarser of the two."""
     coarseness: tuple[Precision, ...] = get_args(Precision)
     names = runner.precision.values() if part == "end_to_end" else (runner.precision[part],)
@@ -154,17 +161,3 @@ def model_sizes(path: str | os.PathLike[str]) -> dict[str, float]:
                 part = "head" if file.name.startswith("nformer") else "backbone"
                 sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return {part: size / 1e6 for part, size in (sizes | {"total": sum(sizes.values())}).items()}
-
-
-def describe_model(model: Source, runner: Runner, label: str | None = None) -> MeasuredModel:
-    """What a result says of the model that `open_model` opened."""
-    path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
-    return MeasuredModel(
-        label=label or f"{runner.name} {runner.backend} {runner.precision['backbone']}",
-        path=path,
-        name=runner.name,
-        backend=runner.backend,
-        precision={p: part_precision(runner, p) for p in (("backbone", "head") if runner.has_head else ("backbone",))},
-        size_mb=model_sizes(path) if path else {},
-        landmark_seed=runner.landmark_seed,
-    )

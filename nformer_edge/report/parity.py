@@ -20,19 +20,11 @@ from nformer_edge.metrics import gates
 from nformer_edge.metrics.agreement import row_errors
 from nformer_edge.metrics.bootstrap import DRAWS
 from nformer_edge.metrics.gates import GateResult, Verdict
+from nformer_edge.metrics.ranking import Pair
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.diagnosis import InputDifference, Layers, compare_inputs, compare_layers
-from nformer_edge.report.models import (
-    Data,
-    MeasuredData,
-    MeasuredModel,
-    Source,
-    describe_model,
-    open_dataset,
-    open_model,
-    part_precision,
-)
-from nformer_edge.report.part import Outputs, Pair, PartName, PartParity, Run, judge_part, stacked, usable
+from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, precision_of
+from nformer_edge.report.part import Outputs, PartName, PartParity, PartRun, judge_part, stacked, usable
 from nformer_edge.report.table import format_table, percent
 
 #: Landmark seeds that the head is judged under, unless told otherwise: the engine's own and those after it.
@@ -155,7 +147,7 @@ def _notes(part: PartParity) -> list[str]:
     return lines
 
 
-def _scored(run: Run) -> str:
+def _scored(run: PartRun) -> str:
     if run.engine is None:
         return "no ranking"
     return f"mAP {percent(run.engine.mAP, 2)}, Rank-1 {percent(run.engine.rank1, 2)}"
@@ -238,7 +230,10 @@ def parity(
             if double is not None:
                 judged.use(double, embed(double) if judged.needs_backbone else None)
             parts = judged.judge(seeds, draws, seed)
-            models = describe_model(reference, original, reference_label), describe_model(engine, built, engine_label)
+            models = (
+                MeasuredModel.of(reference, original, reference_label),
+                MeasuredModel.of(engine, built, engine_label),
+            )
             spec, seen = original.spec, compare_inputs(original.spec.preprocess, built.spec.preprocess, query)
     asked = [p for p in parts if p.part != "end_to_end" and (layers or _unexplained(p, seen))]
     return Parity(
@@ -250,7 +245,7 @@ def parity(
         parts,
         seen,
         compare_layers(reference, engine, asked, spec, query, judged.ours),
-        _worst([p.status for p in parts]),
+        gates.worst_verdict(p.status for p in parts),
         blame(parts),
     )
 
@@ -261,17 +256,15 @@ class _Parts:
     def __init__(self, reference: Runner, engine: Runner, ours: Pair, theirs: Pair) -> None:
         self.reference, self.engine, self.ours, self.theirs = reference, engine, ours, theirs
         names: tuple[PartName, ...] = ("backbone", "head", "end_to_end") if engine.has_head else ("backbone",)
-        self.precision = {part: part_precision(engine, part) for part in names}
+        self.precision = {part: precision_of(engine, part) for part in names}
+        self._gated = {p for p, precision in self.precision.items() if gates.rule(precision, "tensor").kind == "gate"}
         self._double: _Float64 | None = None
         self._exact: np.ndarray | None = None
 
     @property
     def needs_backbone(self) -> bool:
         """Whether a gate asks for the float64 backbone; a head in FP32 behind INT8 has the float32 features."""
-        return self._gated("backbone") or ("end_to_end" in self.precision and self._gated("end_to_end"))
-
-    def _gated(self, part: PartName) -> bool:
-        return gates.rule(self.precision[part], "tensor").kind == "gate"
+        return bool({"backbone", "end_to_end"} & self._gated)
 
     def use(self, double: _Float64, features: Pair | None) -> None:
         """Errors of tensors are from now on against this float64 run, and its backbone's features."""
@@ -279,28 +272,28 @@ class _Parts:
 
     def judge(self, seeds: Sequence[int], draws: int, seed: int) -> tuple[PartParity, ...]:
         """All parts against their gates."""
-        parts = [judge_part("backbone", self.precision["backbone"], self._backbone, draws=draws, seed=seed)]
-        if "head" in self.precision:
-            parts.append(judge_part("head", self.precision["head"], self._head, seeds, draws, seed))
-            parts.append(judge_part("end_to_end", self.precision["end_to_end"], self._end_to_end, seeds, draws, seed))
-        return tuple(parts)
+        runs = {"backbone": self._backbone, "head": self._head, "end_to_end": self._end_to_end}
+        return tuple(
+            judge_part(part, precision, runs[part], (None,) if part == "backbone" else seeds, draws, seed)
+            for part, precision in self.precision.items()
+        )
 
     def _backbone(self, _: int | None) -> Outputs:
         outputs = Outputs(self.ours, self.theirs)
-        if self._exact is None or not self._gated("backbone"):
+        if self._exact is None or "backbone" not in self._gated:
             return outputs
         return replace(outputs, exact=self._exact, own=row_errors(stacked(self.ours), self._exact))
 
     def _head(self, seed: int | None) -> Outputs:
         outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.ours, seed))
-        if self._double is None or not self._gated("head"):
+        if self._double is None or "head" not in self._gated:
             return outputs
         exact = self._related_exactly(stacked(self.ours), self.ours, seed)
         return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), exact))
 
     def _end_to_end(self, seed: int | None) -> Outputs:
         outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.theirs, seed))
-        if self._exact is None or not self._gated("end_to_end"):
+        if self._exact is None or "end_to_end" not in self._gated:
             return outputs
         ours = self._related_exactly(self._exact, self.ours, seed)
         exact = self._related_exactly(self._exact, self.theirs, seed) if usable(self.theirs) else ours
@@ -349,11 +342,6 @@ def _thin(records: tuple[ImageRecord, ...], limit: int | None) -> tuple[ImageRec
     if limit < 1:
         raise UsageError("limit", limit, "at least 1", "Raise it or leave it out.")
     return tuple(records[i] for i in evenly(limit, len(records)))
-
-
-def _worst(statuses: list[Verdict]) -> Verdict:
-    order: tuple[Verdict, ...] = ("failed", "undecided")
-    return next((s for s in order if s in statuses), "passed")
 
 
 def blame(parts: Sequence[PartParity]) -> str | None:

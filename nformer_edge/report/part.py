@@ -11,18 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from nformer_edge.core.features import Features
 from nformer_edge.core.spec import Precision
 from nformer_edge.metrics import agreement, gates
 from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.metrics.bootstrap import DRAWS, Interval, Ratio, paired_difference, paired_ratio
 from nformer_edge.metrics.gates import GateResult, Verdict
-from nformer_edge.metrics.ranking import JUNK, RankingResult, evaluate
+from nformer_edge.metrics.ranking import JUNK, Pair, RankingResult, evaluate
 
 PartName = Literal["backbone", "head", "end_to_end"]
-
-#: Query and gallery.
-Pair = tuple[Features, Features]
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,14 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a model ranks like: fractions over the queries that have a match."""
+class RankScore:
+    """What a model ranks like: fractions over the queries that have a match.
+
+    Args:
+        mAP: mean average precision.
+        rank1: share of queries whose first match is correct.
+        queries: how many have a match.
+    """
 
     mAP: float
     rank1: float
@@ -53,7 +55,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Differences:
-    """The engine's scores less the reference's, with two-sided 95 % bounds by the paired bootstrap."""
+    """The engine's scores less the reference's, with two-sided 95 % bounds by the paired bootstrap.
+
+    Args:
+        mAP: mean average precision.
+        rank1: share of queries whose first match is correct.
+    """
 
     mAP: Interval
     rank1: Interval
@@ -77,7 +84,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Run:
+class PartRun:
     """A part under one landmark seed.
 
     Args:
@@ -93,8 +100,8 @@ class Run:
     landmark_seed: int | None
     status: Verdict
     gates: tuple[GateResult, ...]
-    reference: Score | None
-    engine: Score | None
+    reference: RankScore | None
+    engine: RankScore | None
     differences: Differences | None
     moved: tuple[Moved, ...]
 
@@ -136,7 +143,7 @@ class PartParity:
     seconds: float
     gates: tuple[GateResult, ...]
     cosines: Cosines
-    runs: tuple[Run, ...]
+    runs: tuple[PartRun, ...]
 
     @property
     def title(self) -> str:
@@ -161,7 +168,7 @@ def judge_run(
     draws: int = DRAWS,
     seed: int = 0,
     landmark_seed: int | None = None,
-) -> tuple[Run, np.ndarray]:
+) -> tuple[PartRun, np.ndarray]:
     """One run against the gates of `precision`, and its cosines [N].
 
     Reciprocal neighbors are a gate of the backbone alone: its features choose them. Without labels nothing can be said
@@ -200,7 +207,7 @@ def judge_run(
     judged = tuple(dataclasses.replace(r, landmark_seed=landmark_seed) for r in results)
     moved = () if found is None else _moved(found, outputs.reference)
     scores = (_score(ours), _score(theirs))
-    return Run(landmark_seed, gates.verdict(judged), judged, *scores, differences, moved), cosines
+    return PartRun(landmark_seed, gates.verdict(judged), judged, *scores, differences, moved), cosines
 
 
 def judge_part(
@@ -240,8 +247,8 @@ def _kept(ours: RankingResult, theirs: RankingResult, draws: int, seed: int) -> 
     return ratios, Differences(**{name: paired_difference(*pair, draws, seed) for name, pair in found.items()})
 
 
-def _score(result: RankingResult | None) -> Score | None:
-    return None if result is None else Score(result.mAP, result.rank(1), int(result.valid.sum()))
+def _score(result: RankingResult | None) -> RankScore | None:
+    return None if result is None else RankScore(result.mAP, result.rank(1), int(result.valid.sum()))
 
 
 def _moved(found: RankAgreement, reference: Pair) -> tuple[Moved, ...]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nformer_edge.backends import base
 from nformer_edge.backends.spec import EngineSpec
-from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.core.machine import version_key
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.machine import shipped, version_key
 from nformer_edge.core.spec import check_choice
 from nformer_edge.core.values import from_json
 
@@ -20,30 +20,19 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_HERE = Path(__file__).resolve()
-
-#: In an installed package, and in a checkout.
-_PLACES = (_HERE.parents[1] / "export" / "recipes", _HERE.parents[2] / "export" / "recipes")
-
 #: Jetson Linux, the system under JetPack, and the CUDA toolkit, which compiles the plugin library.
 L4T, CUDA = "l4t", "cuda"
 
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What the device must have; empty means that any will do.
+    """What the device must have; empty means that any will do."""
 
-    Args:
-        architecture: as ``uname -m`` says.
-        versions: of `L4T`, of `CUDA` and of the packages of backends: from the first version on, and below the second.
-        compute_capability: of the GPU.
-        power_mode: of a Jetson, best first.
-    """
-
-    architecture: str = ""
+    architecture: str = ""  # as `uname -m` says
+    #: Of `L4T`, of `CUDA` and of the packages of backends: from the first version on, and below the second.
     versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    compute_capability: tuple[str, ...] = ()
-    power_mode: tuple[str, ...] = ()
+    compute_capability: tuple[str, ...] = ()  # of the GPU
+    power_mode: tuple[str, ...] = ()  # of a Jetson, best first
 
     def __post_init__(self) -> None:
         for name, found in self.versions.items():
@@ -54,21 +43,13 @@ class MachineSpec:
 
 @dataclass(frozen=True)
 class Target:
-    """One recipe.
+    """One recipe."""
 
-    Args:
-        name: of the recipe's file.
-        summary: the device.
-        engine: what is built: fields of `EngineSpec`, the backend and the precision among them.
-        machine: what the device must have.
-        note: what else its user must know.
-    """
-
-    name: str
-    summary: str
-    engine: EngineSpec
+    name: str  # of the recipe's file
+    summary: str  # the device
+    engine: EngineSpec  # what is built; the backend and the precision are given
     machine: MachineSpec = field(default_factory=MachineSpec)
-    note: str = ""
+    note: str = ""  # what else its user must know
 
     def __post_init__(self) -> None:
         if None in (self.engine.backend, self.engine.precision):
@@ -76,15 +57,8 @@ class Target:
 
 
 def recipes_folder() -> Path:
-    """Where the recipes lie.
-
-    Raises:
-        ArtifactError: if they are neither in a checkout nor in the installed package.
-    """
-    for place in _PLACES:
-        if place.is_dir():
-            return place
-    raise ArtifactError(str(_PLACES[0]), "no such folder", "the recipes of this package", "Install it again.")
+    """Where the recipes lie."""
+    return shipped("export/recipes")
 
 
 def target_names() -> tuple[str, ...]:

@@ -17,11 +17,10 @@ from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, aug
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.training.compute import Compute
+from nformer_edge.training.compute import Compute, share_batch_norm
 from nformer_edge.training.config import BackboneConfig
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import Criterion
-from nformer_edge.training.norms import share_batch_norm
 from nformer_edge.training.optimize import Optimizer
 from nformer_edge.training.state import TrainingState
 

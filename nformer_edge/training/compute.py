@@ -7,9 +7,10 @@ looked for in the whole batch, and R ranks do what one rank does with the same b
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.values import JSON, Table, to_table
+from nformer_edge.ops.operators import FastestOperators, using
 from nformer_edge.training.config import Precision
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,9 +76,7 @@ class Compute:
             UsageError: if they cannot be shared out evenly.
         """
         if count % self.world:
-            raise UsageError(
-                what, f"{count} for {self.world} ranks", f"a multiple of {self.world}", "Change either number."
-            )
+            raise UsageError(what, f"{count} for {self.world} ranks", f"a multiple of {self.world}", "Change either.")
         return count // self.world
 
     def state(self) -> Table:
@@ -100,7 +100,11 @@ class FabricCompute(Compute):
     """
 
     def __init__(self, device: str, precision: Precision) -> None:
-        fabric = _import_fabric()
+        try:
+            import lightning_fabric
+        except ImportError as e:
+            hint = "Run pip install 'nformer-edge[scale]'."
+            raise BackendError("several ranks or low precision", "no lightning-fabric", "lightning-fabric", hint) from e
         kind = torch.device(device).type
         if precision == "fp16" and kind == "cpu":
             raise UsageError("precision", "fp16 on cpu", "a GPU", "Use bf16 on a CPU.")
@@ -109,7 +113,7 @@ class FabricCompute(Compute):
         mode = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(precision, "32-true")
         index = torch.device(device).index
         devices: Any = local if self.world > 1 or kind == "cpu" or index is None else [index]
-        self.fabric = fabric.Fabric(
+        self.fabric: Any = lightning_fabric.Fabric(
             accelerator=kind,
             devices=devices,
             num_nodes=self.world // local,
@@ -129,8 +133,6 @@ class FabricCompute(Compute):
         return super().adopt(model, criterion, adam)
 
     def forward(self, function: Callable[[Any], T], sync: bool = True) -> T:
-        from nformer_edge.ops.operators import using
-
         out: list[T] = []
         delayed = self.fabric.no_backward_sync(self.wrapped, enabled=not sync and self.world > 1)
         with delayed, using(_Float32Operators(self.device.type)) if self.low else nullcontext():
@@ -173,19 +175,6 @@ def open_compute(device: str = "cpu", precision: Precision = "fp32") -> Compute:
     return FabricCompute(device, precision)
 
 
-def _import_fabric() -> Any:
-    try:
-        import lightning_fabric
-    except ImportError as e:
-        raise BackendError(
-            "lightning-fabric",
-            "not installed",
-            "it for several ranks and for low precision",
-            "pip install 'nformer-edge[scale]'.",
-        ) from e
-    return lightning_fabric
-
-
 class _Whole(nn.Module):
     """A model whose forward runs any function of it, so that Fabric sees no tensor that it would round on its way."""
 
@@ -216,25 +205,85 @@ class _Gather(torch.autograd.Function):
         return gradients[0][start : start + ctx.rows] * ctx.world, None, None
 
 
-class _Float32Operators:
+class _Float32Operators(FastestOperators):
     """The head's operators under autocast: neighbors are chosen and weighed in float32, never in half precision."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
-    def _plainly(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device, enabled=False)
-
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
-        from nformer_edge.ops.operators import FastestOperators
-
-        with self._plainly():
-            return FastestOperators().row_top_k(a.float(), b.float(), k)
+        with torch.autocast(self.device, enabled=False):
+            return super().row_top_k(a.float(), b.float(), k)
 
     def reciprocal_neighbor_attention(
         self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
     ) -> Tensor:
-        from nformer_edge.ops.operators import FastestOperators
+        with torch.autocast(self.device, enabled=False):
+            return super().reciprocal_neighbor_attention(a.float(), b.float(), v.float(), neighbors, scale)
 
-        with self._plainly():
-            return FastestOperators().reciprocal_neighbor_attention(a.float(), b.float(), v.float(), neighbors, scale)
+
+def share_batch_norm(model: M, device: torch.device) -> M:
+    """A copy of `model` whose batch norms take their statistics over all ranks, under the same parameter names.
+
+    On a GPU that is `torch.nn.SyncBatchNorm`, which knows no CPU; there `SharedBatchNorm` does the same.
+    """
+    model = copy.deepcopy(model)
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call,no-any-return]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], SharedBatchNorm(module))
+    return model
+
+
+class SharedBatchNorm(nn.Module):
+    """`BatchNorm1d` or `BatchNorm2d` over the images of all ranks, which hold equally many; on any device.
+
+    Args:
+        source: gives its parameters and statistics, which are shared with it.
+    """
+
+    def __init__(self, source: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps, self.momentum = source.eps, source.momentum
+        self.weight, self.bias = source.weight, source.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(source, name))
+        self.train(source.training)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C] or [B, C, H, W]
+    ) -> Tensor:  # as x
+        if not self.training:
+            known = self.get_buffer("running_mean"), self.get_buffer("running_var")
+            return nn.functional.batch_norm(x, *known, self.weight, self.bias, False, 0.0, self.eps)
+        axes = [0, *range(2, x.dim())]
+        wide = [1, -1, *[1] * (x.dim() - 2)]
+        count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+        mean: Tensor = _Sum.apply(x.sum(axes)) / count  # type: ignore[no-untyped-call]
+        centered = x - mean.view(wide)
+        variance: Tensor = _Sum.apply(centered.square().sum(axes)) / count  # type: ignore[no-untyped-call]
+        self.get_buffer("num_batches_tracked").add_(1)
+        assert self.momentum is not None
+        self.get_buffer("running_mean").lerp_(mean.detach(), self.momentum)
+        self.get_buffer("running_var").lerp_(variance.detach() * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centered * scale.view(wide) + self.bias.view(wide)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. What every rank's loss asks of it flows back to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient

@@ -33,6 +33,11 @@ Start = Literal["reciprocal_mean", "discriminant", "camera_discriminant", "rando
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        check_at_least(name, getattr(config, name), least)
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the three losses, as Luo et al. (2019) and the published NFormer set them.
@@ -51,8 +56,7 @@ class LossConfig:
     center_lr: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "margin", "triplet_weight", "center_weight", "center_lr"):
-            check_at_least(name, getattr(self, name), 0)
+        _at_least(self, 0, "label_smoothing", "margin", "triplet_weight", "center_weight", "center_lr")
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,9 @@ class BackboneConfig:
     augment: AugmentSpec = field(default_factory=AugmentSpec)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 0),
-            ("p", 2),
-            ("k", 2),
-            ("accumulate", 1),
-            ("lr", 0),
-            ("weight_decay", 0),
-            ("warmup", 0),
-            ("warmup_factor", 0),
-        ):
-            check_at_least(name, getattr(self, name), least)
+        _at_least(self, 0, "epochs", "lr", "weight_decay", "warmup", "warmup_factor")
+        _at_least(self, 1, "accumulate")
+        _at_least(self, 2, "p", "k")
         check_choice("schedule", self.schedule, ("steps", "cosine"))
 
 
@@ -109,7 +105,7 @@ class HeadConfig:
         accumulate: batches whose gradients make one step.
         views: how many times the training images are extracted, each time with another augmentation; features of
             images that the backbone has learnt by heart teach the head nothing.
-        start: ``reciprocal_mean`` (`model.start`), ``discriminant`` (`model.discriminant`), ``camera_discriminant``
+        start: ``reciprocal_mean`` (`model.start`), ``discriminant``, ``camera_discriminant``
             (the same, fitted to what varies from camera to camera), ``random`` (as published).
         spread: each image's features are moved so many times as far from its person's mean, as those of people whom
             the backbone never saw lie; 1 leaves them.
@@ -142,22 +138,9 @@ class HeadConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 0),
-            ("sets", 1),
-            ("set_size", 2),
-            ("batch", 1),
-            ("accumulate", 1),
-            ("views", 1),
-            ("spread", 0),
-            ("strength", 0),
-            ("lr", 0),
-            ("weight_decay", 0),
-            ("warmup", 0),
-            ("warmup_factor", 0),
-            ("power", 0),
-        ):
-            check_at_least(name, getattr(self, name), least)
+        _at_least(self, 0, "epochs", "spread", "strength", "lr", "weight_decay", "warmup", "warmup_factor", "power")
+        _at_least(self, 1, "sets", "batch", "accumulate", "views")
+        _at_least(self, 2, "set_size")
         check_choice("schedule", self.schedule, ("steps", "cosine"))
         check_choice("start", self.start, get_args(Start))
 
@@ -188,8 +171,7 @@ class TrainConfig:
     save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("seed", "cache_mib", "save_minutes"):
-            check_at_least(name, getattr(self, name), 0)
+        _at_least(self, 0, "seed", "cache_mib", "save_minutes")
         check_choice("precision", self.precision, get_args(Precision))
         if not 0 <= self.holdout < 1:
             raise UsageError("holdout", self.holdout, "0 <= holdout < 1", "Keep out fewer people.")

@@ -13,10 +13,9 @@ from torch import Tensor
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model.discriminant import start_as_discriminant
 from nformer_edge.model.nformer import NFormer
-from nformer_edge.model.start import start_as_reciprocal_mean
-from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.model.start import start_as_discriminant, start_as_reciprocal_mean
+from nformer_edge.ops.contract import draw_landmarks, relate_jointly
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import HeadConfig
 from nformer_edge.training.history import Epoch
@@ -109,12 +108,8 @@ def _stack(views: Sequence[Features], spec: HeadSpec, factor: float) -> tuple[Te
     for view in views:
         check_features(view.features, "training features", spec.features)
         if not np.array_equal(view.pids, views[0].pids):
-            raise DataError(
-                "training features",
-                "views of other images",
-                "the same images in one order",
-                "Extract all from one list.",
-            )
+            got, expected = "views of other images", "the same images in one order"
+            raise DataError("training features", got, expected, "Extract all from one list.")
     classes, labels = np.unique(views[0].pids, return_inverse=True)
     if len(classes) < 2:
         raise DataError("training features", f"{len(classes)} identities", "at least two", "Add people.")
@@ -208,9 +203,12 @@ def _epoch(state: TrainingState, stack: Tensor, labels: Tensor, head: NFormer, c
 
 @torch.inference_mode()
 def relate(head: NFormer, query: Features, gallery: Features, seed: int = 0) -> tuple[Features, Features]:
-    """Query and gallery through the head together, as published: the held-out evaluation's way."""
-    joint = torch.from_numpy(np.concatenate([query.features, gallery.features]).astype(np.float32))
+    """`relate_jointly` with a head of PyTorch: the held-out evaluation's way."""
     device, dtype = head.bottleneck.weight.device, head.bottleneck.weight.dtype
-    drawn = draw_landmarks(len(joint), head.spec.layers, head.spec.landmarks, seed)
-    out = head(joint.to(device, dtype), torch.from_numpy(drawn).to(device)).float().cpu().numpy()
-    return query.with_features(out[: len(query)]), gallery.with_features(out[len(query) :])
+
+    def run(rows: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+        features = torch.from_numpy(rows.astype(np.float32)).to(device, dtype)
+        related: np.ndarray = head(features, torch.from_numpy(landmarks).to(device)).float().cpu().numpy()
+        return related
+
+    return relate_jointly(run, head.spec, query, gallery, seed)

@@ -77,12 +77,8 @@ def _summary_writer() -> type[SummaryWriter]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise BackendError(
-            "tensorboard",
-            "not installed",
-            "it for --tensorboard",
-            "pip install 'nformer-edge[logs]', or read the CSV file.",
-        ) from e
+        hint = "pip install 'nformer-edge[logs]', or read the CSV file."
+        raise BackendError("tensorboard", "not installed", "it for --tensorboard", hint) from e
     return SummaryWriter
 
 

@@ -56,7 +56,9 @@ def first_stage(
     if done is not None and path.is_file() and sha256_file(path) == done["sha256"]:
         record = from_json(Stage, done["record"])
         run.logs.rows["backbone"] = record.epochs
-        return _loaded(load_checkpoint(path).backbone), record, sha256_file(path)
+        kept = load_checkpoint(path)
+        assert kept.backbone is not None
+        return kept.backbone, record, kept.sha256
     backbone, device = start_backbone(config, initial), str(run.compute.device)
     if holdout is None:
         run.clean(BEST_BACKBONE)  # an earlier run's
@@ -192,8 +194,3 @@ def start_backbone(config: TrainConfig, initial: str | os.PathLike[str] | None) 
         got = "no backbone" if checkpoint.backbone is None else checkpoint.spec.backbone
         raise ArtifactError(str(initial), got, config.model.backbone, "Train the model that it holds.")
     return checkpoint.backbone
-
-
-def _loaded(backbone: Backbone | None) -> Backbone:
-    assert backbone is not None
-    return backbone

@@ -24,9 +24,8 @@ from nformer_edge.training.history import Epoch, Identity
 from nformer_edge.training.losses import Criterion
 from nformer_edge.training.optimize import Optimizer
 
-_FILE = TensorFile(
-    "nformer-edge-training-state", "the state of an interrupted training", "Train again without --resume."
-)
+_WHAT = "the state of an interrupted training"
+_FILE = TensorFile("nformer-edge-training-state", _WHAT, "Train again without --resume.")
 
 
 class StateFile:
@@ -59,10 +58,8 @@ class StateFile:
     def write(self, tensors: dict[str, Tensor], counters: Table) -> None:
         """Replaces the state, atomically."""
         if self.writes:
-            text = json.dumps(
-                {"identity": to_json(self.identity), "counters": counters}, sort_keys=True, allow_nan=False
-            )
-            _FILE.write(self.path, tensors, {"state": text})
+            state = {"identity": to_json(self.identity), "counters": counters}
+            _FILE.write(self.path, tensors, {"state": json.dumps(state, sort_keys=True, allow_nan=False)})
         self._last = time.monotonic()
 
     def finish(self, result: Table) -> None:
@@ -91,12 +88,8 @@ class StateFile:
         tensors, texts = _FILE.read(self.path)
         state = json.loads(texts["state"])
         for where, was, now in _differences(state["identity"], to_json(self.identity)):
-            raise UsageError(
-                f"--resume: {where}",
-                now,
-                f"{was}, as in {self.path}",
-                "Pass what that run was given, or leave out --resume.",
-            )
+            hint = "Pass what that run was given, or leave out --resume."
+            raise UsageError(f"--resume: {where}", now, f"{was}, as in {self.path}", hint)
         return tensors, state["counters"]
 
 

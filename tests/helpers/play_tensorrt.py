@@ -75,7 +75,7 @@ trt.IDimensionExpr, trt.ISymExpr = Expr, SymExpr
 trt.get_plugin_registry = Registry
 
 from nformer_edge.backends.tensorrt.plugin.ahead import AheadOfTime  # noqa: E402
-from nformer_edge.backends.tensorrt.plugin.ptx import find_compilers  # noqa: E402
+from nformer_edge.backends.tensorrt.plugin.kernels import find_compilers  # noqa: E402
 
 
 class Recorded:

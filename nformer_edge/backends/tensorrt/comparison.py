@@ -61,13 +61,8 @@ def write_comparison(
 ) -> None:
     """Writes `SCRIPT`, `INPUTS` and, for a head with plugin nodes, its graph for onnxruntime into `folder`.
 
-    Args:
-        folder: where the prepared graphs lie.
-        bundle: which they are of.
-        graphs: by part.
-        profiles: by part.
-        rtx: whether it is TensorRT-RTX that is compared.
-        typed: whether precision stands in the graphs' types.
+    The prepared `graphs`, by part, lie there. `rtx`: it is TensorRT-RTX that is compared. `typed`: precision stands in
+    the graphs' types.
     """
     inputs, lines = _INPUTS, _HEADER
     if rtx:
@@ -106,13 +101,8 @@ def _flags(graph: PreparedGraph) -> list[str]:
     if not graph.flags:
         return []
     held = [f"{name}:float32" for name in graph.float_layers()[0]]
-    return [
-        *(f"--{flag.lower()}" for flag in graph.flags),
-        "--precision-constraints",
-        "obey",
-        "--layer-precisions",
-        *held,
-    ]
+    allowed = [f"--{flag.lower()}" for flag in graph.flags]
+    return [*allowed, "--precision-constraints", "obey", "--layer-precisions", *held]
 
 
 def _for_onnxruntime(bundle: Bundle, graph: Path) -> Path:

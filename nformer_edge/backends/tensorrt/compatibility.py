@@ -10,6 +10,7 @@ from pathlib import Path
 from nformer_edge.backends.engine import BuiltFor, EngineManifest
 from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.cuda import Gpu
+from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, LIBRARY
 from nformer_edge.core.artifact import MANIFEST
 from nformer_edge.core.errors import ArtifactError, BackendError, Error
 from nformer_edge.core.machine import version_key
@@ -22,9 +23,9 @@ _REPEATED = (
 )
 
 
-def rebuild_command(where: str, manifest: EngineManifest | None) -> str:
-    """The command that builds this engine again, here: BUNDLE is the bundle that it came from."""
-    words = ["nformer-edge build-engine BUNDLE"]
+def how_to_rebuild(where: str, manifest: EngineManifest | None) -> str:
+    """The hint to build this engine again, here: BUNDLE is the bundle that it came from."""
+    words = ["Build it here: nformer-edge build-engine BUNDLE"]
     if manifest is not None:
         spec, default = manifest.spec, BuildSpec()
         words += [f"--backend {manifest.backend}"] + ([] if spec.precision == "fp32" else [f"--{spec.precision}"])
@@ -51,7 +52,7 @@ def telling_rebuild(where: str, manifest: EngineManifest | None = None) -> Itera
     try:
         yield
     except ArtifactError as e:
-        hint = f"{e.hint.rstrip('.')}. {_again(where, manifest or _unverified_manifest(where))}"
+        hint = f"{e.hint.rstrip('.')}. {how_to_rebuild(where, manifest or _unverified_manifest(where))}"
         raise ArtifactError(e.subject, e.got, e.expected, hint) from e
 
 
@@ -65,13 +66,7 @@ def _unverified_manifest(where: str) -> EngineManifest | None:
 
 
 def check_version(where: str, manifest: EngineManifest, package: str, version: str) -> None:
-    """Refuses an engine of another TensorRT.
-
-    Args:
-        where: the engine's folder.
-        manifest: its manifest.
-        package: the Python module that runs it.
-        version: of that module here.
+    """Refuses an engine of another TensorRT: `package` is the Python module that runs it, of `version` here.
 
     Raises:
         BackendError: naming both versions and the command that rebuilds the engine.
@@ -80,7 +75,7 @@ def check_version(where: str, manifest: EngineManifest, package: str, version: s
     if built and (_same_version(built, version) or (manifest.spec.version_compat and _later_minor(built, version))):
         return
     got = f"an engine built with {built or 'a version that its manifest does not have'}"
-    raise BackendError(f"{where}: {package}", got, f"{version}, which is installed here", _again(where, manifest))
+    raise BackendError(f"{where}: {package}", got, f"{version}, as installed", how_to_rebuild(where, manifest))
 
 
 def _same_version(built: str, here: str) -> bool:
@@ -109,7 +104,7 @@ def check_gpu(where: str, manifest: EngineManifest, gpu: Gpu) -> None:
     if wrong:
         got = f"an engine for {', '.join(wrong)}"
         expected = f"one for {gpu.name}, compute capability {gpu.compute_capability}"
-        raise BackendError(f"{where}: GPU", got, expected, _again(where, manifest))
+        raise BackendError(f"{where}: GPU", got, expected, how_to_rebuild(where, manifest))
 
 
 def _differences(built: BuiltFor, gpu: Gpu) -> list[str]:
@@ -131,11 +126,7 @@ def _differences(built: BuiltFor, gpu: Gpu) -> list[str]:
 
 def no_plugin(where: str, manifest: EngineManifest, found: str) -> BackendError:
     """The refusal of a head whose plugin library is not here; `found` is the library that is here instead, or ""."""
-    got = f"another library, {found}" if found else "no libnformer_plugins.so"
+    got = f"another library, {found}" if found else f"no {LIBRARY}"
     expected = f"the library that the engine was built with, sha256 {str(manifest.plugin_sha256)[:12]}..."
-    hint = "Name it in NFORMER_EDGE_PLUGINS; or run `nformer-edge build-plugin`, then build the engine again: "
-    return BackendError(f"{where}: plugin", got, expected, hint + rebuild_command(where, manifest))
-
-
-def _again(where: str, manifest: EngineManifest | None) -> str:
-    return f"Build it here: {rebuild_command(where, manifest)}"
+    hint = f"Name it in {ENVIRONMENT}; or run `nformer-edge build-plugin`. {how_to_rebuild(where, manifest)}"
+    return BackendError(f"{where}: plugin", got, expected, hint)

@@ -224,9 +224,8 @@ def driver_cuda() -> tuple[int, int]:
     Raises:
         BackendError: if there is no driver.
     """
-    cuda, number = driver_library(), ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(number)) != 0:
-        raise BackendError("NVIDIA driver", "no answer to cuDriverGetVersion", "its version", "`nvidia-smi` must work.")
+    number = ctypes.c_int()
+    _ask_driver("cuDriverGetVersion", ctypes.byref(number))
     return number.value // 1000, number.value % 1000 // 10
 
 
@@ -236,21 +235,19 @@ def gpu_facts(ordinal: int = 0) -> Gpu:
     Raises:
         BackendError: if the driver has no such GPU.
     """
-    cuda = driver_library()
     device, name, number = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
+    _ask_driver("cuInit", 0)
+    _ask_driver("cuDeviceGet", ctypes.byref(device), ordinal)
+    _ask_driver("cuDeviceGetName", name, len(name), device)
+    found = []
+    for attribute in (_MAJOR, _MINOR, _MULTIPROCESSORS):
+        _ask_driver("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+        found.append(number.value)
+    return Gpu(name.value.decode(errors="replace"), f"{found[0]}.{found[1]}", found[2])
 
-    def call(function: str, *arguments: Any) -> None:
-        code = getattr(cuda, function)(*arguments)
-        if code != 0:
-            got = f"CUDA error {code} from {function}"
-            raise BackendError(f"GPU {ordinal}", got, "a GPU", "`nvidia-smi` must show it.")
 
-    def attribute(which: int) -> int:
-        call("cuDeviceGetAttribute", ctypes.byref(number), which, device)
-        return number.value
-
-    call("cuInit", 0)
-    call("cuDeviceGet", ctypes.byref(device), ordinal)
-    call("cuDeviceGetName", name, len(name), device)
-    capability = f"{attribute(_MAJOR)}.{attribute(_MINOR)}"
-    return Gpu(name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS))
+def _ask_driver(function: str, *arguments: Any) -> None:
+    code = getattr(driver_library(), function)(*arguments)
+    if code != 0:
+        got = f"CUDA error {code} from {function}"
+        raise BackendError("NVIDIA driver", got, "success", "`nvidia-smi` must show a GPU.")

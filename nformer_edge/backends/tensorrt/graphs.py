@@ -33,20 +33,13 @@ _OPSET_OF_8 = 17
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """One part, ready to be parsed.
+    """One part, ready to be parsed."""
 
-    Args:
-        path: the ONNX file.
-        asked: ``int8``, ``fp16`` or ``fp32`` of each multiplication and custom node.
-        flags: for TensorRT 8, which precisions must be allowed.
-        float32: for TensorRT 8, nodes that must not lose FP32.
-        beyond: nodes that are FP32 because FP16 would not hold their numbers and not by policy, with the reason.
-    """
-
-    path: Path
-    asked: dict[str, str]
-    flags: tuple[str, ...] = ()
-    float32: tuple[str, ...] = ()
+    path: Path  # the ONNX file
+    asked: dict[str, str]  # "int8", "fp16" or "fp32" of each multiplication and custom node
+    flags: tuple[str, ...] = ()  # for TensorRT 8, which precisions must be allowed
+    float32: tuple[str, ...] = ()  # for TensorRT 8, nodes that must not lose FP32
+    #: Nodes that are FP32 because FP16 would not hold their numbers and not by policy, with the reason.
     beyond: dict[str, str] = field(default_factory=dict)
 
     def float_layers(self) -> tuple[list[str], list[str]]:
@@ -86,24 +79,19 @@ def prepare_backbone(
         BackendError: for another tool's graph without `typed`.
     """
     model = onnx.load_from_string(bundle.backbone)
+    path = folder / f"prepared-{BACKBONE}"
+    if bundle.backbone_precision != "fp32" and not typed:
+        got, expected = f"a backbone in {bundle.backbone_precision}, for TensorRT 8", "FP32, which its flags reduce"
+        raise BackendError("bundle", got, expected, "Build the bundle that this was made from.")
     if bundle.backbone_precision != "fp32":
-        return _as_it_stands(model, bundle, folder, typed)
+        onnx.save(model, path)
+        return PreparedGraph(path, multiplication_types(model))
     policy, unfit = backbone_float32(model), {**(unfit or {}), **unfit_weights(model)}
     if precision == "int8":
         assert ranges is not None, "build_engine measured them"
         model = place_for_tensorrt(model, ranges, exclude)
     half = {n.name for n in model.graph.node} - policy if precision != "fp32" else set()
-    return _written(model, half, unfit, folder / f"prepared-{BACKBONE}", precision, typed)
-
-
-def _as_it_stands(model: ModelProto, bundle: Bundle, folder: Path, typed: bool) -> PreparedGraph:
-    if not typed:
-        got = f"a backbone whose graph is in {bundle.backbone_precision}, for TensorRT 8"
-        hint = "Build the bundle that this was made from."
-        raise BackendError("bundle", got, "an FP32 one, which its flags quantize or halve", hint)
-    path = folder / f"prepared-{BACKBONE}"
-    onnx.save(model, path)
-    return PreparedGraph(path, multiplication_types(model))
+    return _written(model, half, unfit, path, precision, typed)
 
 
 def prepare_head(
@@ -127,12 +115,11 @@ def prepare_head(
         unfit: as for the backbone.
     """
     model = onnx.load_from_string(bundle.head)
+    edits: list[surgery.Edit] = [surgery.fold]
     if operators != "inlined":
         del model.functions[:]
-    named = {"library": [surgery.name_plugins("")], "ahead-of-time": [surgery.name_plugins(DOMAIN)], "inlined": []}[
-        operators
-    ]
-    model = surgery.operate(model, surgery.fold, *named)
+        edits.append(surgery.name_plugins("" if operators == "library" else DOMAIN))
+    model = surgery.operate(model, *edits)
     reduced: Precision = "fp32" if precision == "fp32" else "fp16"
     half = head_float16(model) if reduced == "fp16" else set()
     return _written(model, half, {**(unfit or {}), **unfit_weights(model)}, folder / f"prepared-{HEAD}", reduced, typed)
@@ -149,10 +136,8 @@ def _written(
         onnx.save(halved, path)
         return PreparedGraph(path, asked, beyond=beyond)
     model = version_converter.convert_version(model, _OPSET_OF_8)
-    kept = {n.name for n in model.graph.node} - half
-    model = surgery.operate(
-        model, surgery.split_layer_norms, surgery.split_l2_norms, surgery.split_gemms(kept)
-    )  # FP32 is held layer by layer, by name
+    kept = {n.name for n in model.graph.node} - half  # FP32 is held layer by layer, by name
+    model = surgery.operate(model, surgery.split_layer_norms, surgery.split_l2_norms, surgery.split_gemms(kept))
     onnx.save(model, path)
     flags = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}[precision]
     float32 = sorted(n.name for n in model.graph.node if n.name not in half) if flags else ()
@@ -164,8 +149,5 @@ def _dequantizers(model: ModelProto, nodes: set[str]) -> set[str]:
     made_by = makers(model)
     read = {made_by[name].name for n in model.graph.node if n.name in nodes for name in n.input if name in made_by}
     others = {name for n in model.graph.node if n.name not in nodes for name in n.input}
-    return {
-        n.name
-        for n in model.graph.node
-        if n.op_type == "DequantizeLinear" and n.name in read and n.output[0] not in others
-    }
+    found = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.output[0] not in others]
+    return {n.name for n in found if n.name in read}

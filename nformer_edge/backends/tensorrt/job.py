@@ -23,66 +23,37 @@ TAIL = 8
 
 @dataclass(frozen=True)
 class PlanJob:
-    """Everything that a builder must know; it sees no other file of ours.
+    """Everything that a builder must know; it sees no other file of ours."""
 
-    Args:
-        package: the Python module of TensorRT or TensorRT-RTX.
-        part: ``backbone`` or ``head``, for messages.
-        graph: the prepared ONNX file.
-        plan: where the plan goes.
-        log: file to which every line of the builder is appended.
-        profile: of each input with a free size, its min, opt and max shape.
-        workspace: bytes that the builder may use; None leaves that to TensorRT.
-        timing_cache: file with measured kernels, read if it is there and written afterwards; "" for none.
-        hardware_compat: ``none``, ``same_compute_capability`` or ``ampere_plus``.
-        version_compat: the plan carries a runtime that later versions of TensorRT can open.
-        dla: core of the deep learning accelerator, or None for the GPU.
-        capabilities: for TensorRT-RTX, compute capabilities to compile for, such as ``8.9``; empty for the GPU here.
-        plugin: the plugin library, or "" where the graph needs none.
-        plugin_sha256: what that file must be.
-        ahead_of_time: the graph's custom nodes are plugins in Python, whose kernels go into the plan.
-        flags: for TensorRT 8, builder flags such as ``FP16``.
-        float32: for TensorRT 8, layers that must not lose FP32.
-        device: ordinal of the GPU.
-        verbose: keep the builder's verbose lines in the log too.
-    """
-
-    package: str
-    part: str = ""
-    graph: str = ""
-    plan: str = ""
-    log: str = ""
-    profile: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
-    workspace: int | None = None
-    timing_cache: str = ""
-    hardware_compat: str = "none"
-    version_compat: bool = False
-    dla: int | None = None
-    capabilities: tuple[str, ...] = ()
-    plugin: str = ""
-    plugin_sha256: str = ""
-    ahead_of_time: bool = False
-    flags: tuple[str, ...] = ()
-    float32: tuple[str, ...] = ()
-    device: int = 0
-    verbose: bool = False
+    package: str  # the Python module of TensorRT or TensorRT-RTX
+    part: str = ""  # "backbone" or "head", for messages
+    graph: str = ""  # the prepared ONNX file
+    plan: str = ""  # where the plan goes
+    log: str = ""  # file to which every line of the builder is appended
+    profile: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)  # min, opt and max shape of each input
+    workspace: int | None = None  # bytes that the builder may use; None leaves that to TensorRT
+    timing_cache: str = ""  # file with measured kernels, read if it is there and written afterwards; "" for none
+    hardware_compat: str = "none"  # or "same_compute_capability" or "ampere_plus"
+    version_compat: bool = False  # the plan carries a runtime that later versions of TensorRT can open
+    dla: int | None = None  # core of the deep learning accelerator, or None for the GPU
+    capabilities: tuple[str, ...] = ()  # for TensorRT-RTX, such as 8.9, to compile for; empty for the GPU here
+    plugin: str = ""  # the plugin library, or "" where the graph needs none
+    plugin_sha256: str = ""  # what that file must be
+    ahead_of_time: bool = False  # the graph's custom nodes are plugins in Python, whose kernels go into the plan
+    flags: tuple[str, ...] = ()  # for TensorRT 8, builder flags such as FP16
+    float32: tuple[str, ...] = ()  # for TensorRT 8, layers that must not lose FP32
+    device: int = 0  # ordinal of the GPU
+    verbose: bool = False  # keep the builder's verbose lines in the log too
 
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """What a builder tells of its plan.
+    """What a builder tells of its plan."""
 
-    Args:
-        version: of the package.
-        layers: of the plan.
-        built_for: the GPU, or the compute capabilities.
-        kernels: those of ours in the plan.
-    """
-
-    version: str
+    version: str  # of the package
     layers: tuple[Layer, ...]
     built_for: BuiltFor
-    kernels: tuple[KernelInPlan, ...] = ()
+    kernels: tuple[KernelInPlan, ...] = ()  # those of ours in the plan
 
 
 @dataclass(frozen=True)

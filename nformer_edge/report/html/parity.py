@@ -10,7 +10,7 @@ from nformer_edge.report.diagnosis import Layers
 from nformer_edge.report.html.sections import NONE, Results, group, picked, pill, row, section, table, text
 from nformer_edge.report.html.svg import Axis, Dot, Line, chart, decades, legend, linear, whole
 from nformer_edge.report.parity import Parity
-from nformer_edge.report.part import Cosines, Score
+from nformer_edge.report.part import Cosines, RankScore
 from nformer_edge.report.table import percent
 
 _SHORT = {
@@ -92,7 +92,7 @@ def _runs(result: Parity) -> str:
     return table(["run", *scores, "other first image", "status"], cells, wide=True)
 
 
-def _score(score: Score | None, figure: str) -> str:
+def _score(score: RankScore | None, figure: str) -> str:
     return NONE if score is None else percent(getattr(score, figure), 2)
 
 

@@ -18,10 +18,9 @@ from nformer_edge.core.machine import MachineFacts
 from nformer_edge.core.preprocess import load_image
 from nformer_edge.core.values import Result
 from nformer_edge.report.accuracy import BACKBONE, NFORMER, Evaluation, RankList
-from nformer_edge.report.benchmark import Benchmark, Comparison
+from nformer_edge.report.benchmark import PERCENTILES, Benchmark, Comparison
 from nformer_edge.report.cross_model import HEADERS, CrossModel
 from nformer_edge.report.html.svg import Bar, Line, line_chart, stacked_bars
-from nformer_edge.report.latency import PERCENTILES
 from nformer_edge.report.pipeline import STEPS
 from nformer_edge.report.summary import Row, summary_rows
 from nformer_edge.report.table import number, percent

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not POLYGRAPHY.is_file(), reason="no polygraphy:
 
 def prepared(bundle_path, folder, *, typed=True, operators="library"):
     bundle = open_bundle(bundle_path)
-    bundle.copy("golden.npz", folder)
+    bundle.files.copy("golden.npz", folder)
     graphs = {
         "backbone": prepare_backbone(bundle, folder, "fp16", typed=typed),
         "head": prepare_head(bundle, folder, "fp16", typed=typed, operators=operators),

@@ -110,6 +110,7 @@ def tools(tmp_path, monkeypatch):
     return found
 
 
+@pytest.mark.optional
 def test_a_failed_build_tells_the_compilers_words_and_keeps_the_log(tmp_path, tools, monkeypatch):
     project = fake_project(tmp_path / "project", 'message(FATAL_ERROR "the words")\n')
     monkeypatch.setattr(plugin_build, "sources_folder", lambda: project)
@@ -121,6 +122,7 @@ def test_a_failed_build_tells_the_compilers_words_and_keeps_the_log(tmp_path, to
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.optional
 def test_a_library_that_does_not_open_is_refused_and_nothing_is_left(tmp_path, tools, monkeypatch):
     listing = """cmake_minimum_required(VERSION 3.20)
 project(fake LANGUAGES NONE)
@@ -133,6 +135,7 @@ add_custom_target(all_of_it ALL COMMAND ${CMAKE_COMMAND} -E touch libnformer_plu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.optional
 def test_the_library_is_really_built_and_found(tmp_path, monkeypatch):
     roots = [*os.environ.get("NFORMER_TENSORRT_ROOTS", "").split(os.pathsep), os.environ.get("TENSORRT_ROOT", "")]
     root = next((r for r in roots if r and find_headers(r)), None)

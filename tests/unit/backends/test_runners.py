@@ -245,10 +245,10 @@ def test_a_closed_checkpoint_says_so(tiny_checkpoint):
 
 
 def test_plain_operators_are_used_where_asked_for(tiny_checkpoint, monkeypatch):
-    from nformer_edge.ops import torch_ops
+    from nformer_edge.ops import operators
 
     calls = []
-    monkeypatch.setattr(torch_ops, "supports", lambda *_: calls.append(1))
+    monkeypatch.setattr(operators, "supports", lambda *_: calls.append(1))
     features = np.random.default_rng(0).standard_normal((9, 32), dtype=np.float32)
     with open_model(tiny_checkpoint, native=False) as plain, open_model(tiny_checkpoint) as fast:
         reference = plain.relate(features)

@@ -11,8 +11,8 @@ from helpers.tensorrt_bench import GPU, Bench
 
 from nformer_edge.backends.tensorrt import cuda
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
+from nformer_edge.backends.tensorrt.plugin import kernels
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
-from nformer_edge.backends.tensorrt.plugin import ptx
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import MachineFacts
 from nformer_edge.targets import doctor, preflight
@@ -166,4 +166,4 @@ def test_the_drivers_cuda_is_asked_of_the_driver(monkeypatch):
 
     monkeypatch.setattr(cuda, "driver_library", Driver)
     assert cuda.driver_cuda() == (12, 4)
-    assert ptx.newest_for([Compiler()], cuda.driver_cuda()) is None
+    assert kernels.newest_for([Compiler()], cuda.driver_cuda()) is None

@@ -124,13 +124,13 @@ def test_an_image_is_called_by_its_id_then_by_its_person_then_by_its_path() -> N
 
 
 def test_features_become_json_and_a_store_and_come_back(tmp_path: Path) -> None:
-    s = replace(make(), ids=("a", "b", "c", "d"), checkpoint="def", hashes=tuple("wxyz"))
+    s = replace(make(), ids=("a", "b", "c", "d"), checkpoint="def", hashes=tuple("wxyz"), precision="int8")
     s.save(tmp_path / "f.npz")
     for back in (Features.from_json(s.to_json()), Features.load(tmp_path / "f.npz")):
         np.testing.assert_array_equal(back.features, s.features)
         assert back.features.dtype == np.float32
         assert (back.ids, back.names, back.paths) == (s.ids, s.ids, s.paths)
-        assert (back.hashes, back.model, back.checkpoint) == (s.hashes, "abc", "def")
+        assert (back.hashes, back.model, back.checkpoint, back.precision) == (s.hashes, "abc", "def", "int8")
         assert str(back) == str(s) == "4 images, 8 numbers each, 4 people, 2 cameras, model abc"
     with pytest.raises(ArtifactError, match="got splits gallery, expected a split query"):
         Features.load(tmp_path / "f.npz", "query")
@@ -143,3 +143,12 @@ def test_features_belong_to_a_model_or_to_another_of_the_same_checkpoint() -> No
     assert s.shares_model("engine", "checkpoint")
     assert not s.shares_model("engine", "another")
     assert not replace(s, checkpoint="").shares_model("engine")
+
+
+def test_features_of_the_same_checkpoint_in_another_precision_are_not_those_of_the_model() -> None:
+    s = replace(make(), model="engine", checkpoint="checkpoint", precision="int8")
+    assert s.shares_model("another engine", "checkpoint", "int8")
+    assert not s.shares_model("bundle", "checkpoint", "fp32")
+    assert not s.shares_model("checkpoint", precision="fp32")
+    assert s.shares_model("engine", "checkpoint", "int8")
+    assert replace(s, precision="").shares_model("bundle", "checkpoint", "fp32"), "an older store does not say"

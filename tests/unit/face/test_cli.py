@@ -16,8 +16,7 @@ ENGINE = ("backends.spec:EngineSpec", "quantize.spec:BudgetSpec", "quantize.prep
 CALLED = {
     "make-data": ("data.generate:generate_dataset", "data.generate:GenerateSpec"),
     "summary": ("data.summary:summarize",),
-    "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train",
-              "training.stored:train_from_features"),
+    "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train"),
     "import": ("model.weights:import_checkpoint", "model.importers.plan:Wanted"),
     "export": ("exporting.export:export_bundle",),
     "modelopt": ("quantize.modelopt:bundle_by_modelopt",),

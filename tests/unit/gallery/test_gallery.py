@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from nformer_edge.core.features import Features
 from nformer_edge.gallery import model as face
 from nformer_edge.gallery.model import GalleryStats, search
 from nformer_edge.gallery.search import Matches
+from nformer_edge.targets.build import build
 
 CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
 
@@ -155,6 +158,22 @@ def test_features_of_bundle_and_checkpoint_are_taken_by_each_other(model, tiny_c
         expected = [(0,), (1,), (2,), (3,), (4,)]
         assert [tuple(r) for r in search(model, CROPS, theirs, top=1, head=False).indices] == expected
         assert [tuple(r) for r in search(checkpoint, CROPS, ours, top=1, head=False).indices] == expected
+
+
+def test_features_of_an_int8_engine_are_refused_beside_the_fp32_bundle(model, tiny_bundle, tiny_market, tmp_path):
+    images = tiny_market / "bounding_box_train"
+    build(tiny_bundle, tmp_path / "int8", precision="int8", backend="onnxruntime", calib_data=images)
+    with face.open(tmp_path / "int8", intra_op_threads=1) as engine:
+        engine.embed(CROPS).save(tmp_path / "int8.npz")
+        assert len(search(engine, CROPS[:1], tmp_path / "int8.npz")) == 1
+        with pytest.raises(DataError, match=r"queries: got features computed in fp32, expected int8, as here"):
+            search(engine, model.embed(CROPS), tmp_path / "int8.npz")
+    with pytest.raises(DataError, match=r"gallery: got features computed in int8, .*`nformer-edge fleet` measures"):
+        search(model, CROPS[:1], tmp_path / "int8.npz")
+    with pytest.raises(DataError, match=r"images: got features computed in int8, expected fp32"):
+        model.gallery().add(Features.load(tmp_path / "int8.npz"))
+    old = replace(Features.load(tmp_path / "int8.npz"), precision="")
+    assert len(search(model, CROPS[:1], old, head=False)) == 1, "an older store does not say"
 
 
 def test_a_path_may_stand_for_the_model(model, tiny_bundle):

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.metrics.distance import nearest, reciprocal_mask, smallest, unit_rows
+from nformer_edge.metrics.distance import alike, nearest, reciprocal_mask, smallest, unit_rows
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
 
 
@@ -59,12 +61,12 @@ def test_smallest_breaks_ties_by_lower_column():
 
 
 def test_an_image_leads_its_own_list_though_another_equals_it():
-    assert nearest(unit_rows(np.ones((5, 3))), 2).tolist() == [[0, 1], [1, 0], [2, 0], [3, 0], [4, 0]]
+    assert nearest(unit_rows(np.ones((5, 3))), 2)[0].tolist() == [[0, 1], [1, 0], [2, 0], [3, 0], [4, 0]]
 
 
 def test_reciprocal_mask_is_the_topk_mask_times_its_transpose():
     rng = np.random.default_rng(1)
-    lists = nearest(unit_rows(rng.normal(size=(90, 5))), 8)
+    lists, _ = nearest(unit_rows(rng.normal(size=(90, 5))), 8)
     mask = np.zeros((90, 90), dtype=bool)
     np.put_along_axis(mask, lists, True, axis=1)
     assert (reciprocal_mask(lists) == np.take_along_axis(mask & mask.T, lists, axis=1)).all()
@@ -88,3 +90,28 @@ def test_query_expansion_moves_a_query_to_its_nearest_gallery_images():
     expanded = average_query_expansion(query, gallery, k=2)
     expected = np.array([2.6, 1.2]) / np.hypot(2.6, 1.2)
     assert np.abs(expanded[0] - expected).max() <= 1e-6
+
+
+@given(st.lists(st.integers(-38, 37), min_size=1, max_size=6), st.integers(0, 99))
+def test_unit_rows_do_not_depend_on_how_large_or_small_rows_are(powers, seed):
+    rows = np.random.default_rng(seed).uniform(0.5, 1, size=(len(powers), 16)) * [[1], [-1]][seed % 2]
+    scaled = (rows * 10.0 ** np.array(powers)[:, None]).astype(np.float32)
+    np.testing.assert_allclose(unit_rows(scaled), unit_rows(rows), rtol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(unit_rows(scaled), axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**60, 2.0**120])
+def test_a_scaled_row_keeps_its_bits_and_its_rank(scale):
+    rows = np.random.default_rng(0).normal(size=(30, 64)).astype(np.float32)
+    scaled = rows * np.where(np.arange(30) % 2, np.float32(scale), np.float32(1))[:, None]
+    assert (unit_rows(scaled) == unit_rows(rows)).all()
+
+
+def test_features_that_are_nearly_all_alike_are_noted_and_sound_ones_are_not():
+    rng = np.random.default_rng(0)
+    sound, white = rng.normal(size=(600, 32)), np.ones((600, 32)) + rng.normal(scale=0.01, size=(600, 32))
+    assert alike(sound, "gallery") == alike(white[:7], "gallery") == alike(np.zeros((9, 4)), "gallery") == ()
+    (note,) = alike(white, "gallery")
+    assert note.startswith("gallery: nearly all features are alike (mean cosine 0.9999)")
+    white[::2] = np.nan
+    assert alike(white, "gallery")

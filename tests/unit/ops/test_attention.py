@@ -11,7 +11,7 @@ from nformer_edge.ops import native
 
 torch = pytest.importorskip("torch")
 
-from nformer_edge.ops import torch_ops  # noqa: E402
+from nformer_edge.ops import operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
 
@@ -31,7 +31,7 @@ def dense(a, b, v, neighbors, scale):  # type: ignore[no-untyped-def]
 def case(heads: int, rows: int, length: int, size: int, k: int, seed: int, shared: bool = False):  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(seed)
     a, b, v = (torch.randn(heads, rows, d, generator=generator) for d in (length, length, size))
-    neighbors = torch_ops.row_top_k(a[:1] if shared else a, b[:1] if shared else b, k)
+    neighbors = operators.row_top_k(a[:1] if shared else a, b[:1] if shared else b, k)
     return a, b, v, neighbors
 
 
@@ -54,7 +54,7 @@ def test_values_and_gradients_err_at_most_twice_as_much_as_plain_torch(
     a, b, v, neighbors = case(heads, rows, length, size, k, seed=1, shared=shared)
     truth = results(dense, a.double(), b.double(), v.double(), neighbors, 0.3)
     plain = results(dense, a, b, v, neighbors, 0.3)
-    ours = results(torch_ops.reciprocal_neighbor_attention, a, b, v, neighbors, 0.3)
+    ours = results(operators.reciprocal_neighbor_attention, a, b, v, neighbors, 0.3)
     for exact, torchs, got in zip(truth, plain, ours, strict=True):
         error = (got - exact).abs().max().item()
         assert error <= 2 * (torchs - exact).abs().max().item() + 1e-6 * exact.abs().max().item()
@@ -141,7 +141,7 @@ def test_torch_operators_are_seen_by_compile() -> None:
     a, b, v, _ = case(2, 30, 5, 16, 4, seed=5)
 
     def attend(a, b, v):  # type: ignore[no-untyped-def]
-        return torch_ops.reciprocal_neighbor_attention(a, b, v, torch_ops.row_top_k(a, b, 4)) * 2
+        return operators.reciprocal_neighbor_attention(a, b, v, operators.row_top_k(a, b, 4)) * 2
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(a, b, v), attend(a, b, v))
@@ -152,6 +152,6 @@ def test_torch_operators_refuse_what_only_the_twin_takes() -> None:
 
     a, b, v, neighbors = (x.double() if x.is_floating_point() else x for x in case(1, 5, 3, 4, 2, seed=6))
     with pytest.raises(UsageError, match=r"ops\.reference"):
-        torch_ops.row_top_k(a, b, 2)
+        operators.row_top_k(a, b, 2)
     with pytest.raises(UsageError, match=r"ops\.reference"):
-        torch_ops.reciprocal_neighbor_attention(a, b, v, neighbors)
+        operators.reciprocal_neighbor_attention(a, b, v, neighbors)

@@ -26,7 +26,6 @@ from helpers.tensorrt_names import collect
 from nformer_edge.backends.engine import KernelInPlan
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import kernels as plugin_kernels
-from nformer_edge.backends.tensorrt.plugin import ptx
 from nformer_edge.backends.tensorrt.plugin.ahead import AheadOfTime
 from nformer_edge.core.errors import BackendError
 
@@ -35,7 +34,7 @@ PLUGINS = HERE.parents[2] / "plugins"
 WHEELS = "NFORMER_EDGE_TENSORRT_WHEELS"
 
 
-COMPILERS = ptx.find_compilers()
+COMPILERS = plugin_kernels.find_compilers()
 needs_compiler = pytest.mark.skipif(
     not COMPILERS, reason="no NVRTC and no nvcc: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
 )
@@ -88,16 +87,16 @@ def test_a_refusal_of_the_compiler_is_told_in_its_words(compiler, tmp_path):
 
 
 def test_a_compiler_is_taken_that_the_driver_can_follow():
-    old, new = (ptx.Nvcc(Path("nvcc"), version, (89,)) for version in ((12, 4), (13, 0)))
-    assert ptx.newest_for([old, new], (13, 1)) is new
-    assert ptx.newest_for([old, new], (12, 8)) is old
-    assert ptx.newest_for([old, new], (12, 2)) is None
+    old, new = (plugin_kernels.Nvcc(Path("nvcc"), version, (89,)) for version in ((12, 4), (13, 0)))
+    assert plugin_kernels.newest_for([old, new], (13, 1)) is new
+    assert plugin_kernels.newest_for([old, new], (12, 8)) is old
+    assert plugin_kernels.newest_for([old, new], (12, 2)) is None
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("k", (5, 129)), ("k", (5, 0)), ("R", (1 << 21, 20))])
 def test_numbers_beyond_the_kernels_are_refused(name, numbers):
     with pytest.raises(BackendError, match=f"got {name} = .*, expected 1.."):
-        plugin_kernels.compile_row_top_k(ptx.Nvcc(Path("nvcc"), (13, 0), (89,)), 89, "fp32", *numbers)
+        plugin_kernels.compile_row_top_k(plugin_kernels.Nvcc(Path("nvcc"), (13, 0), (89,)), 89, "fp32", *numbers)
 
 
 @pytest.mark.parametrize("bounds", ["256, 1, 1", "256"])

@@ -16,6 +16,7 @@ NVCC = compile_kernels.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to compile the kernels")
 
 
+@pytest.mark.optional
 @needs_nvcc
 def test_every_kernel_compiles_for_every_architecture_of_this_nvcc(tmp_path: Path) -> None:
     archs = compile_kernels.architectures(NVCC)
@@ -49,6 +50,7 @@ def assert_figures_are_as_written(found: list) -> None:
     )
 
 
+@pytest.mark.optional
 def test_every_kernel_compiles_for_xavier_by_a_compiler_of_cuda_12(tmp_path: Path) -> None:
     cuda12 = compile_kernels.find_cuda12()
     if cuda12 is None:
@@ -78,6 +80,7 @@ def assert_refuses_bad_numbers(library: ctypes.CDLL) -> None:
     assert row_top_k(1, 0, 5, 5, 20, kind=2) == invalid
 
 
+@pytest.mark.optional
 @needs_nvcc
 def test_a_compile_error_is_told_in_the_compilers_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "src").mkdir()
@@ -113,6 +116,7 @@ def cuda_headers() -> Path | None:
     return next((folder for folder in beside + home if (folder / "cuda_runtime_api.h").is_file()), None)
 
 
+@pytest.mark.optional
 def test_both_adapters_do_what_tensorrt_asks_of_them(compiler: str, tmp_path: Path) -> None:
     found, cuda = tensorrt_headers(), cuda_headers()
     if not found:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
@@ -11,8 +13,10 @@ from nformer_edge.core.values import dumps
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.model import Model
 from nformer_edge.report.accuracy import Evaluation, evaluate
-from nformer_edge.report.models import MeasuredData, model_sizes, part_precision
+from nformer_edge.report.models import MeasuredData, model_sizes, precision_of
 from nformer_edge.report.summary import summary_rows
+
+SPLITS = ("query", "gallery")
 
 
 def by_name(result):
@@ -31,6 +35,15 @@ def test_backbone_and_head_and_baselines_are_scored(dataset, grid_runner):
 def test_a_model_without_head_has_no_nformer_row(dataset, grid_runner):
     result = evaluate(grid_runner(head=False), dataset)
     assert list(by_name(result)) == ["backbone"]
+
+
+def test_white_images_are_noted_and_a_sound_set_is_not(dataset, grid_runner, tmp_path):
+    assert evaluate(grid_runner(head=False), dataset).notes == ()
+    Image.new("RGB", (32, 64), "white").save(tmp_path / "white.png")
+    white = {s: tuple(replace(r, path=str(tmp_path / "white.png")) for r in dataset.split(s)) for s in SPLITS}
+    result = evaluate(grid_runner(head=False), replace(dataset, **white))
+    assert [note.partition(":")[0] for note in result.notes] == ["query", "gallery"]
+    assert str(result).endswith(result.notes[1])
 
 
 def test_several_seeds_give_each_draws_figures(dataset, grid_runner):
@@ -81,10 +94,10 @@ def test_a_dataset_without_queries_is_refused(dataset, grid_runner):
 
 def test_precision_of_the_whole_is_that_of_its_coarsest_part(grid_runner):
     runner = grid_runner(precision={"backbone": "int8", "head": "fp16"})
-    assert [part_precision(runner, s) for s in ("backbone", "head", "end_to_end")] == ["int8", "fp16", "int8"]
-    assert part_precision(grid_runner(precision="fp16"), "head") == "fp16"
+    assert [precision_of(runner, s) for s in ("backbone", "head", "end_to_end")] == ["int8", "fp16", "int8"]
+    assert precision_of(grid_runner(precision="fp16"), "head") == "fp16"
     with pytest.raises(ArtifactError, match="precision"):
-        part_precision(grid_runner(precision="int4"), "head")
+        precision_of(grid_runner(precision="int4"), "head")
 
 
 def test_sizes_count_models_and_not_what_lies_beside_them(tmp_path):

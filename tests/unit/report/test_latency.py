@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nformer_edge.report.latency import (
+from nformer_edge.report.benchmark import (
     Latency,
     allowed_overlatency,
     early_stopping_estimate,

@@ -25,9 +25,8 @@ from nformer_edge.quantize.fp16 import backbone_float32, to_half
 from nformer_edge.quantize.placement_cpu import quantize_backbone
 from nformer_edge.quantize.placement_tensorrt import place_for_tensorrt
 from nformer_edge.quantize.values import Ranges
-from nformer_edge.report.graph import Graph
+from nformer_edge.report.graph import Graph, is_rounded, steps
 from nformer_edge.report.layers import compare_graphs, difference, read_graphs
-from nformer_edge.report.rounding import is_rounded, steps
 
 
 @pytest.fixture(scope="module")

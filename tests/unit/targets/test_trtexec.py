@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from helpers.planted import BAD, colored_people, planted_bundle
 
 from nformer_edge.backends.spec import BuildSpec, EngineSpec
 from nformer_edge.cli import main
@@ -19,6 +20,9 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.exporting.session import open_session
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.ops.bodies import functions
+from nformer_edge.quantize.prepare import CalibrationData
+from nformer_edge.quantize.spec import BudgetSpec
+from nformer_edge.quantize.values import BudgetSearch
 from nformer_edge.targets.trtexec import prepare_for_target, prepare_for_trtexec
 
 KNOWN = set((Path(__file__).parents[2] / "helpers" / "operators_of_tensorrt_8.5.txt").read_text().split())
@@ -129,3 +133,62 @@ def test_the_command_prepares_for_xavier_unless_told_otherwise(tiny_bundle, tmp_
     assert read_manifest(tmp_path / "g", "graphs")["spec"]["workspace"] == 1.0
     assert main(["prepare", str(tiny_bundle), "--target", "jetson-xaver", "-o", str(tmp_path / "h")]) == 2
     assert "Did you mean 'jetson-xavier-jp51'?" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return planted_bundle(tmp_path_factory.mktemp("planted") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return colored_people(tmp_path_factory.mktemp("people") / "data")
+
+
+@pytest.fixture(params=["function", "command"])
+def prepared(request, planted, people, tmp_path):
+    """Prepares the planted bundle in INT8 by keyword arguments: its manifest's fields and its folder."""
+
+    def prepare(method, *, budget=None, exclude=()):
+        out = tmp_path / "graphs"
+        if request.param == "function":
+            spec = EngineSpec(precision="int8", calib_num=16, calib_method=method, exclude_nodes=exclude or None)
+            prepare_for_target(planted, out, "jetson-xavier-jp51", spec, CalibrationData(people, budget=budget))
+        else:
+            words = ["--int8", "--calib-num", "16", "--calib-method", method, "--calib-data", people]
+            words += ["--max-map-drop", budget.max_map_drop, "--budget-images", budget.images] if budget else []
+            words += ["--exclude-nodes", *exclude] if exclude else []
+            assert main(["prepare", str(planted), *map(str, words), "-o", str(out)]) == 0
+        return read_manifest(out, "graphs"), out
+
+    return prepare
+
+
+def test_the_calibration_method_is_chosen_by_people_held_out(prepared):
+    manifest, folder = prepared("auto")
+    chosen = manifest["calibration"]
+    assert set(chosen["auto"]["scores"]) == {"minmax", "entropy", "percentile", "mse"}
+    assert (
+        chosen["method"] == json.loads((folder / "calibration.json").read_text())["method"] in chosen["auto"]["scores"]
+    )
+    assert manifest["spec"]["calib_method"] == "auto"
+
+
+def test_a_budget_leaves_the_planted_node_in_float(prepared):
+    manifest, folder = prepared("minmax", budget=BudgetSpec(max_map_drop=1.0, images=24))
+    assert manifest["float_nodes"] == manifest["spec"]["exclude_nodes"] == [BAD]
+    search = BudgetSearch.from_json(json.loads((folder / "budget.json").read_text()))
+    assert (search.float_nodes, search.budget.images) == ((BAD,), 24)
+    assert float_convolutions(folder) == {BAD}
+
+
+def test_excluded_nodes_stay_in_float(prepared):
+    manifest, folder = prepared("minmax", exclude=("third",))
+    assert manifest["float_nodes"] == ["third"]
+    assert float_convolutions(folder) == {"third"}
+
+
+def float_convolutions(folder):
+    graph = onnx.load(folder / "prepared-backbone.onnx").graph
+    makers = {name: n.op_type for n in graph.node for name in n.output}
+    return {n.name for n in graph.node if n.op_type == "Conv" and makers.get(n.input[1]) != "DequantizeLinear"}

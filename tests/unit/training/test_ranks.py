@@ -23,12 +23,10 @@ from nformer_edge.data.loaders import AugmentSpec, TrainImages, TrainLoader, aug
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.checkpoint import load_checkpoint
-from nformer_edge.training import compute as compute_module
 from nformer_edge.training.backbone import train_backbone
-from nformer_edge.training.compute import Compute, FabricCompute, open_compute
+from nformer_edge.training.compute import Compute, FabricCompute, SharedBatchNorm, open_compute, share_batch_norm
 from nformer_edge.training.config import BackboneConfig, HeadConfig, TrainConfig
 from nformer_edge.training.head import train_head
-from nformer_edge.training.norms import SharedBatchNorm, share_batch_norm
 from nformer_edge.training.run import determinism
 from nformer_edge.training.stages import start_backbone
 from nformer_edge.training.train import train
@@ -136,7 +134,7 @@ def test_without_fabric_the_message_names_the_extra(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_process_in_fp32_loads_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_module, "_import_fabric", lambda: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert type(open_compute("cpu", "fp32")) is Compute
 
 

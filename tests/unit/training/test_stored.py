@@ -20,7 +20,7 @@ from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.training.config import HeadConfig, TrainConfig
 from nformer_edge.training.history import History
 from nformer_edge.training.state import StateFile
-from nformer_edge.training.stored import train_from_features
+from nformer_edge.training.train import train
 
 SPEC = ModelSpec(BackboneSpec("osnet_x0_25", 16), None, PreprocessSpec(32, 16))
 CONFIG = TrainConfig(
@@ -72,6 +72,8 @@ def test_the_checkpoint_that_a_bundle_came_from_goes_with_the_bundle_s_features(
     words = ("--features", tmp_path / "store.npz", "--backbone", folder / "backbone.safetensors")
     assert run("train", *words, "-o", tmp_path / "whole.safetensors", *FLAGS) == 0
     assert load_checkpoint(tmp_path / "whole.safetensors").backbone is not None
+    replace(by_bundle, precision="int8").save(tmp_path / "store.npz", "train")
+    assert run("train", *words, "-o", tmp_path / "other.safetensors", *FLAGS) == 2
 
 
 def test_another_backbone_than_that_of_the_features_is_refused(
@@ -113,18 +115,18 @@ def test_distractors_and_junk_are_nobody_to_learn(folder: Path, tmp_path: Path) 
     rows = np.arange(len(features))
     pids = np.where(rows % 7 == 0, 0, np.where(rows % 11 == 0, -1, features.pids))
     save_features(tmp_path / "s.npz", {"train": replace(features, pids=pids)})
-    history = train_from_features(tmp_path / "s.npz", tmp_path / "m.safetensors", replace(CONFIG, holdout=0))
+    history = train(None, tmp_path / "m.safetensors", replace(CONFIG, holdout=0), features=tmp_path / "s.npz")
     assert history.images == int((pids > 0).sum())
 
 
 def test_held_out_people_are_not_trained_on_and_are_watched(folder: Path, tmp_path: Path) -> None:
-    history = train_from_features(folder / "store.npz", tmp_path / "m.safetensors", CONFIG)
+    history = train(None, tmp_path / "m.safetensors", CONFIG, features=folder / "store.npz")
     assert history.identities == 6
     assert all(0 <= row.held_out_map <= 1 for row in history.stages["head"].epochs)
 
 
 def test_a_killed_head_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train_from_features(folder / "store.npz", tmp_path / "whole.safetensors", CONFIG)
+    whole = train(None, tmp_path / "whole.safetensors", CONFIG, features=folder / "store.npz")
     original, left = StateFile.write, [4]
 
     def write(self: StateFile, tensors: Any, counters: Any) -> None:
@@ -136,8 +138,8 @@ def test_a_killed_head_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, mo
     monkeypatch.setattr(StateFile, "write", write)
     saving = replace(CONFIG, save_minutes=0)
     with pytest.raises(KeyboardInterrupt):
-        train_from_features(folder / "store.npz", tmp_path / "m.safetensors", saving)
-    again = train_from_features(folder / "store.npz", tmp_path / "m.safetensors", CONFIG, resume=True)
+        train(None, tmp_path / "m.safetensors", saving, features=folder / "store.npz")
+    again = train(None, tmp_path / "m.safetensors", CONFIG, features=folder / "store.npz", resume=True)
     assert again.sha256 == whole.sha256
 
 
@@ -147,5 +149,5 @@ def test_features_of_another_length_choose_the_heads_size(tmp_path: Path) -> Non
     pids = np.repeat(np.arange(1, 7), 4)
     features = Features(rng.normal(size=(24, 12)).astype(np.float32), pids, pids % 2, ("",) * 24, spec=spec)
     save_features(tmp_path / "s.npz", {"train": features})
-    train_from_features(tmp_path / "s.npz", tmp_path / "m.safetensors", replace(CONFIG, holdout=0))
+    train(None, tmp_path / "m.safetensors", replace(CONFIG, holdout=0), features=tmp_path / "s.npz")
     assert load_checkpoint(tmp_path / "m.safetensors").spec.head == HeadSpec(12, layers=1, k=4, landmarks=4)

@@ -17,12 +17,15 @@ from nformer_edge.backends.engine import KernelInPlan
 from nformer_edge.backends.tensorrt.cuda import driver_cuda, gpu_facts
 from nformer_edge.backends.tensorrt.plugin.kernels import (
     MAX_NEIGHBORS,
+    OLDEST_NVRTC,
     Kernel,
+    PtxCompiler,
     compile_attention,
     compile_row_top_k,
+    find_compilers,
     float_halves,
+    newest_for,
 )
-from nformer_edge.backends.tensorrt.plugin.ptx import OLDEST_NVRTC, PtxCompiler, find_compilers, newest_for
 from nformer_edge.core.errors import BackendError
 from nformer_edge.ops.contract import DOMAIN, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
 
@@ -81,15 +84,10 @@ def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> Ahe
 
 
 class AheadOfTime:
-    """Registers both operators in this process, and keeps what was compiled.
+    """Registers both operators in this process, and keeps what was compiled: see `register_operators`.
 
     TensorRT prints an error out of a callback and then refuses the network; `errors` has it for whoever asks why.
-
-    Args:
-        trt: the module tensorrt, of `SINCE` or later.
-        compiler: of CUDA.
-        architecture: the lowest compute capability that the plan is to run on, times ten.
-        errors: gets what goes wrong in a callback.
+    `architecture` is the lowest compute capability that the plan is to run on, times ten.
 
     Raises:
         BackendError: if this TensorRT has no such interface, or has these operators from elsewhere.
@@ -157,10 +155,10 @@ class AheadOfTime:
     def _register(self, name: str, shape: Callable, types: Callable, kernel: Callable, parameters: _Types) -> None:
         """TensorRT reads a function's parameters and annotations, which here follow the version that is installed."""
         trtp = self._plugin
-        types_of_kernel: Any = tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[name-defined]
+        returned: Any = tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[name-defined]
         shape.__annotations__ = {**parameters, "return": trtp.TensorDesc}
         types.__annotations__ = {}
-        kernel.__annotations__ = {"return": types_of_kernel}
+        kernel.__annotations__ = {"return": returned}
         trtp.register(f"{NAMESPACE}::{name}")(shape)
         trtp.autotune(f"{NAMESPACE}::{name}")(types)
         trtp.aot_impl(f"{NAMESPACE}::{name}")(self._noting(kernel))

@@ -17,16 +17,13 @@ from tqdm import tqdm
 from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, KIND, LIBRARY, PluginManifest, default_folder
 from nformer_edge.core.artifact import atomic_folder, sha256_file, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import machine, usable_cores, version_key
+from nformer_edge.core.machine import machine, nvcc_version, shipped, usable_cores, version_key
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result, to_table
 
-_HERE = Path(__file__).resolve()
-
-#: The CMake project: in an installed package, and in a checkout.
-_SOURCES = (_HERE.parents[3] / "plugins", _HERE.parents[4] / "plugins")
-
 _OLDEST_CMAKE = "3.20"
+
+Named = str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,7 @@ class Plugin(Result):
 
 
 def build_plugin(
-    out: str | os.PathLike[str] | None = None,
-    *,
-    tensorrt_root: str | os.PathLike[str] | None = None,
-    nvcc: str | os.PathLike[str] | None = None,
-    architectures: str = "auto",
+    out: Named = None, *, tensorrt_root: Named = None, nvcc: Named = None, architectures: str = "auto"
 ) -> Plugin:
     """Builds `libnformer_plugins.so` into a folder with its manifest and the build's log.
 
@@ -102,86 +95,68 @@ def build_plugin(
         shutil.copyfile(Path(scratch) / "build" / LIBRARY, new / LIBRARY)
         shutil.copyfile(log, new / log.name)
         _opens(new / LIBRARY)
-        facts = PluginManifest(tools.tensorrt, _nvcc_version(tools.nvcc), architectures_built, ptx)
+        facts = PluginManifest(tools.tensorrt, nvcc_version(tools.nvcc), architectures_built, ptx)
         write_manifest(new, KIND, to_table(facts))
     found = out is None
     return Plugin(folder / LIBRARY, sha256_file(folder / LIBRARY), facts, folder / "build.log", found)
 
 
-def find_tools(
-    tensorrt_root: str | os.PathLike[str] | None = None, nvcc: str | os.PathLike[str] | None = None
-) -> Tools:
+def find_tools(tensorrt_root: Named = None, nvcc: Named = None) -> Tools:
     """CMake, compilers and headers.
 
     Raises:
         BackendError: naming everything that is missing and where it comes from.
     """
     compiler, cmake, headers = find_nvcc(nvcc), _find_cmake(), find_headers(tensorrt_root)
-    missing = []
-    if cmake is None:
-        missing.append(f"CMake {_OLDEST_CMAKE} or newer (pip install cmake)")
-    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
-        missing.append("C++17 compiler (apt install g++)")
-    if compiler is None:
-        missing.append("nvcc (JetPack: apt install nvidia-jetpack; a PC: the CUDA toolkit; or --nvcc PATH)")
-    if headers is None:
-        where = f" under {tensorrt_root}" if tensorrt_root else ""
-        missing.append(
-            f"TensorRT's headers{where}, NvInferVersion.h (JetPack: apt install nvidia-jetpack; a PC: apt install "
-            "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; without them: nformer-edge doctor)"
-        )
+    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    where = f" under {tensorrt_root}" if tensorrt_root else ""
+    needed = {
+        f"CMake {_OLDEST_CMAKE} or newer (pip install cmake)": cmake,
+        "C++17 compiler (apt install g++)": cxx,
+        "nvcc (JetPack: apt install nvidia-jetpack; a PC: the CUDA toolkit; or --nvcc PATH)": compiler,
+        f"TensorRT's headers{where}, NvInferVersion.h (JetPack: apt install nvidia-jetpack; a PC: apt install "
+        "libnvinfer-dev, or unpack the tarball and give --tensorrt-root DIR; without: nformer-edge doctor)": headers,
+    }
+    missing = [name for name, found in needed.items() if not found]
     if cmake is None or compiler is None or headers is None or missing:
         hint = "Install what is missing and run it again."
         raise BackendError("build-plugin", "no " + "; no ".join(missing), "all of it on this machine", hint)
     return Tools(cmake, compiler, headers, headers_version(headers))
 
 
-def find_nvcc(named: str | os.PathLike[str] | None = None) -> Path | None:
+def find_nvcc(named: Named = None) -> Path | None:
     """nvcc as named, or by $CUDACXX, $PATH, $CUDA_HOME, /usr/local/cuda, in this order."""
-    for candidate in (named, os.environ.get("CUDACXX")):
-        if candidate:
-            found = shutil.which(str(candidate))
-            return Path(found) if found else None
+    asked = named or os.environ.get("CUDACXX")
     home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(home))
+    found = shutil.which(str(asked)) if asked else shutil.which("nvcc") or shutil.which("nvcc", path=str(home))
     return Path(found) if found else None
 
 
-def find_headers(root: str | os.PathLike[str] | None = None) -> Path | None:
+def find_headers(root: Named = None) -> Path | None:
     """The folder of TensorRT's headers: below `root` or $TENSORRT_ROOT if one is given, else the system's."""
     named = root or os.environ.get("TENSORRT_ROOT")
     if named:
         places = [Path(named) / "include", Path(named)]
     else:
-        places = [
-            Path("/usr/include"),
-            Path(f"/usr/include/{platform.machine()}-linux-gnu"),
-            *sorted(Path("/usr/include").glob("*-linux-gnu")),
-        ]
+        system = Path("/usr/include")
+        places = [system, system / f"{platform.machine()}-linux-gnu", *sorted(system.glob("*-linux-gnu"))]
     return next((place for place in places if (place / "NvInferVersion.h").is_file()), None)
 
 
 def headers_version(folder: Path) -> str:
     """Such as ``10.13.3.9``. Since 10.13 the numbers stand behind a second name."""
-    defined: dict[str, str] = dict(
-        re.findall(r"#define\s+(\w+)\s+(\w+)", (folder / "NvInferVersion.h").read_text(errors="replace"))
-    )
-    numbers: list[str] = []
-    for part in ("MAJOR", "MINOR", "PATCH", "BUILD"):
-        value = defined.get(f"NV_TENSORRT_{part}", "")
-        numbers.append(defined.get(value, value))
+    header = folder / "NvInferVersion.h"
+    defined = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", header.read_text(errors="replace")))
+    values = [defined.get(f"NV_TENSORRT_{part}", "") for part in ("MAJOR", "MINOR", "PATCH", "BUILD")]
+    numbers = [defined.get(value, value) for value in values]
     if not all(n.isdecimal() for n in numbers):
-        hint = "Name another folder in --tensorrt-root."
-        raise BackendError(str(folder / "NvInferVersion.h"), "no version in it", "TensorRT's own header", hint)
+        raise BackendError(str(header), "no version in it", "TensorRT's own", "Name another folder in --tensorrt-root.")
     return ".".join(numbers)
 
 
 def sources_folder() -> Path:
     """The CMake project of the kernels and adapters."""
-    for place in _SOURCES:
-        if (place / "CMakeLists.txt").is_file():
-            return place
-    raise BackendError(str(_SOURCES[0]), "no such folder", "the sources of this package", "Install it again.")
+    return shipped("plugins")
 
 
 def _architectures(said: str) -> list[str]:
@@ -205,9 +180,7 @@ def _find_cmake() -> Path | None:
     return None
 
 
-def _cmake(
-    tools: Tools, build: Path, log: Path, wanted: list[str], root: str | os.PathLike[str] | None
-) -> tuple[tuple[str, ...], str]:
+def _cmake(tools: Tools, build: Path, log: Path, wanted: list[str], root: Named) -> tuple[tuple[str, ...], str]:
     """Configures and builds. Returns the architectures and that of the PTX, as CMake settled them."""
     command = [str(tools.cmake), "-S", str(sources_folder()), "-B", str(build)]
     command += [f"-DTENSORRT_INCLUDE={tools.headers}", f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"]
@@ -255,9 +228,3 @@ def _opens(library: Path) -> None:
     if done.returncode != 0:
         hint = "Use the compiler and the TensorRT of this machine."
         raise BackendError("build-plugin", done.stderr.strip().splitlines()[-1], "a library that opens", hint)
-
-
-def _nvcc_version(nvcc: Path) -> str:
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"V([\d.]+)", said)
-    return found[1] if found else ""

@@ -32,7 +32,7 @@ ENVIRONMENT = "NFORMER_EDGE_PLUGINS"
 NO_LIBRARY = "none"
 
 # TensorRT's registry is one a process, and so is what we know of it: sha256 of the library -> what keeps it there.
-_loaded: dict[str, Any] = {}
+_loaded: dict[str, object] = {}
 _lock = threading.Lock()
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model import discriminant as module
-from nformer_edge.model.discriminant import Bend, discriminant, start_as_discriminant
+from nformer_edge.model import start as module
 from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.start import Bend, discriminant, start_as_discriminant
 from nformer_edge.ops.contract import draw_landmarks
 
 
