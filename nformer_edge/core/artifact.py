@@ -44,7 +44,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def _temporary(folder: Path, directory: bool = False) -> Path:
-    """A new file or folder beside the target, named after this process, so that another one can tell whether it lives."""
+    """A new file or folder beside the target, named after this process: another one can tell whether it lives."""
     prefix = f"{_TEMPORARY}{_HOST}-{os.getpid()}-"
     if directory:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
@@ -86,7 +86,7 @@ def _prepare(path: Path) -> None:
 
 
 def _write_failed(path: Path, error: OSError, placed: bool) -> ArtifactError:
-    """The error in words that are true at this instant. `placed`: whether the new file or folder has its name already."""
+    """The error in words that are true at this instant. `placed`: whether the new one has its name already."""
     hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written to"
     there = f"The earlier {path.name} is untouched." if path.exists() else f"There is no {path.name} now."
     if placed:
