@@ -22,7 +22,10 @@ from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import Table
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: Fields of a manifest that this module writes and reads.
+OWN_FIELDS = ("kind", "format_version", "files", "sha256")
 
 _TEMPORARY = ".nformer-edge-tmp-"
 _REPLACING = ".nformer-edge-replacing-"
@@ -227,11 +230,21 @@ def _may_replace(path: Path, kind: str) -> bool:
 
 
 def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
-    """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256."""
+    """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256.
+
+    The last field, ``sha256``, is over all others: a manifest is verified like the files that it lists.
+    """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-    atomic_write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries})
+    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries}
+    atomic_write_json(folder / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The sha256 over every field but ``sha256``, whatever their order: JSON with sorted keys and no spaces."""
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class Artifact:
     Args:
         folder: where it was read.
         kind: ``bundle``, ``engine`` ...
-        fields: the manifest without ``kind``, ``format_version`` and ``files``.
+        fields: the manifest without `OWN_FIELDS`.
         files: of every file that the manifest lists, its bytes.
         sha256: of the manifest, which lists the files' hashes: it stands for the whole.
     """
@@ -270,12 +283,12 @@ def open_artifact(folder: str | os.PathLike[str], kind: str) -> Artifact:
     folder = Path(folder)
     manifest = read_manifest(folder, kind)
     files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
-    fields = {key: value for key, value in manifest.items() if key not in ("kind", "format_version", "files")}
+    fields = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}
     return Artifact(folder, kind, fields, files, sha256_file(folder / MANIFEST))
 
 
-def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Reads and verifies an artifact's folder: every file listed is there with its size and sha256, inside the folder.
+def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Reads and verifies an artifact's folder: the manifest by its own digest, and every file that it lists.
 
     Nothing else may open a file of the folder before this has returned.
 
@@ -290,16 +303,20 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise ArtifactError(str(folder), got, f"a {kind}", f"Pass the folder of a {kind}.")
     try:
         manifest = json.loads(path.read_text())
-        found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
+        found, written, files = manifest["kind"], manifest["format_version"], manifest["files"]
         entries = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        digest = digest_of(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ArtifactError(str(path), f"no readable manifest ({e})", f"a {kind}'s", "Make it again.") from e
     if found != kind:
         raise ArtifactError(str(folder), f"a {found}", f"a {kind}", f"Pass the folder of a {kind}.")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            str(folder), f"format version {version}", FORMAT_VERSION, f"Make the {kind} again with this version."
-        )
+    if written != version:
+        older = isinstance(written, int) and written < version
+        hint = f"nformer-edge upgrade {folder}" if older else f"Update nformer-edge, or make the {kind} again."
+        raise ArtifactError(str(folder), f"format version {written}", version, hint)
+    if version > 1 and manifest.get("sha256") != digest:
+        told, hint = str(manifest.get("sha256")), f"The manifest was changed: copy or make the {kind} again."
+        raise ArtifactError(str(path), f"sha256 {digest[:12]}...", f"{told[:12]}... as it says", hint)
     for name, (digest, size) in entries.items():
         _verify(folder, name, digest, size)
     return manifest

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from nformer_edge.core.artifact import atomic_folder, read_manifest, read_verified, write_manifest
+from nformer_edge.core.artifact import OWN_FIELDS, atomic_folder, read_manifest, read_verified, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import check_choice
 from nformer_edge.data.batches import iter_batches
@@ -182,7 +182,7 @@ def _require_float32(where: str, model: onnx.ModelProto) -> None:
 
 def _fields(manifest: dict[str, Any], precision: str) -> dict[str, Any]:
     """The source's manifest without what was said of its files."""
-    gone = ("kind", "format_version", "files", "self_check", "accuracy")
+    gone = (*OWN_FIELDS, "self_check", "accuracy")
     stages = {"backbone": precision} | ({"head": "fp32"} if HEAD in manifest["files"] else {})
     return {
         **{k: v for k, v in manifest.items() if k not in gone},

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nformer_edge.core.artifact import write_manifest
+from nformer_edge.core.artifact import OWN_FIELDS, write_manifest
 from nformer_edge.core.features import load_features, save_features
 from nformer_edge.core.machine import nvidia_driver
 
@@ -133,7 +133,7 @@ def test_a_manifest_of_a_later_opset_is_refused(run: Run, road: Path, tmp_path: 
     bundle = Path(shutil.copytree(road / "bundle", tmp_path / "b"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").unlink()
-    fields = {k: v for k, v in manifest.items() if k not in ("kind", "format_version", "files")}
+    fields = {k: v for k, v in manifest.items() if k not in OWN_FIELDS}
     write_manifest(bundle, "bundle", fields | {"opset": 99})
     refuses(run("evaluate", bundle, "--data", road / "data"), "opset", "99")
 

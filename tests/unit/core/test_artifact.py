@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.manifests import reseal
 
 from nformer_edge.core import artifact
 from nformer_edge.core.errors import ArtifactError
@@ -149,10 +150,7 @@ def test_a_missing_file_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_cannot_name_files_outside_its_folder(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("s")
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"] = {name: {"sha256": "0" * 64, "bytes": 1}}
-    path.write_text(json.dumps(manifest))
+    reseal(bundle, files={name: {"sha256": "0" * 64, "bytes": 1}})
     with pytest.raises(ArtifactError, match="a way out of the folder"):
         artifact.read_manifest(bundle, "bundle")
 
@@ -170,8 +168,8 @@ def test_links_in_an_artifact_are_refused(bundle: Path, link: str, said: str) ->
     [
         ("{", "no readable manifest"),
         ("[]", "no readable manifest"),
-        ('{"kind": "bundle", "format_version": 1}', "no readable manifest"),
-        ('{"kind": "engine", "format_version": 1, "files": {}}', "got a engine, expected a bundle"),
+        ('{"kind": "bundle", "format_version": 2}', "no readable manifest"),
+        ('{"kind": "engine", "format_version": 2, "files": {}}', "got a engine, expected a bundle"),
         ('{"kind": "bundle", "format_version": 99, "files": {}}', "format version 99"),
     ],
 )
@@ -256,3 +254,32 @@ def test_an_error_after_the_new_folder_has_its_name_says_so(tmp_path, monkeypatc
         artifact.write_manifest(folder, "thing", {})
     monkeypatch.setattr(artifact, "_fsync", real)
     artifact.read_manifest(path, "thing")
+
+
+def test_a_manifest_of_which_any_value_was_changed_is_refused(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    whole = path.read_text()
+    for old, new in (
+        ('"opset": 18', '"opset": 19'),
+        ('"bytes": 700', '"bytes": 701'),
+        ('"kind"', '"extra": 1, "kind"'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(ArtifactError, match="manifest was changed"):
+            artifact.read_manifest(bundle, "bundle")
+    path.write_text(json.dumps(json.loads(whole)))  # other white space, the same values
+    artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_manifest_of_the_first_format_names_the_command_that_brings_it_up(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    with pytest.raises(ArtifactError, match="nformer-edge upgrade"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_manifest_nested_too_deep_is_refused(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"kind": "bundle", "format_version": 2, "files": ' + "[" * 100_000)
+    with pytest.raises(ArtifactError, match="no readable manifest"):
+        artifact.read_manifest(bundle, "bundle")
