@@ -22,6 +22,7 @@ from nformer_edge import __version__
 from nformer_edge.backends.base import get, names
 from nformer_edge.core import spec
 from nformer_edge.core.errors import Error, UsageError
+from nformer_edge.core.terminal import inert
 from nformer_edge.core.values import Result, Written
 
 Args = argparse.Namespace
@@ -135,7 +136,7 @@ def _show(args: Args, result: Result, text: str | None = None) -> None:
     """The result, as JSON on standard output under --json, as text otherwise; -o writes the JSON to a file."""
     if hasattr(args, "out_json"):
         result.save(args.out_json)
-    print(json.dumps(result.to_json(), indent=2) if args.json else str(result) if text is None else text)
+    print(json.dumps(result.to_json(), indent=2) if args.json else inert(str(result) if text is None else text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 done, 1 a gate failed, 2 bad input, 130 interrupted.
+        The exit code: 0 done, 1 a gate failed, 2 bad input, 3 an error of this package's own, 130 interrupted.
     """
     args = parser().parse_args(argv)
     try:
@@ -513,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (e.name or "").partition(".")[0]
         extra = get(package).EXTRA if package in names() else _EXTRAS.get(package)
         if extra is None:
-            raise
+            return _internal(args, e)
         return _fail(args, f"{args.command}: got no {e.name}. Install it: pip install 'nformer-edge[{extra}]'", 2)
     except KeyboardInterrupt:
         again = "run the command again" + (", with --resume to continue" if args.command == "train" else "")
@@ -522,13 +523,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         return _fail(args, f"{e.filename or args.command}: got {e.strerror or e}. Check the path and the disk.", 2)
+    except MemoryError:
+        return _fail(
+            args, f"{args.command}: got no more memory. Use fewer images at once (--batch), or a machine with more.", 2
+        )
+    except Exception as e:
+        return _internal(args, e)
     return 0
+
+
+def _internal(args: Args, error: Exception) -> int:
+    """An error that nobody foresaw: the fault of this package, or of one below it."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _fail(args, f"internal error ({what}). Run it again with --verbose and report what it prints.", 3)
 
 
 def _fail(args: Args, message: str, code: int) -> int:
     if args.verbose:
         traceback.print_exc()
-    print(f"nformer-edge {args.command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(inert(f"nformer-edge {args.command}: error: {' '.join(message.split())}"), file=sys.stderr)
     return code
 
 

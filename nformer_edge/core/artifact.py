@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 import time
@@ -19,9 +22,17 @@ from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import Table
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: Fields of a manifest that this module writes and reads.
+OWN_FIELDS = ("kind", "format_version", "files", "sha256")
 
 _TEMPORARY = ".nformer-edge-tmp-"
+_REPLACING = ".nformer-edge-replacing-"
+_HOST = re.sub(r"\W", "_", platform.node()) or "host"
+
+#: Of Linux's ``renameat2``.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _STALE_SECONDS = 24 * 3600.0
 _CHUNK = 1 << 20
 
@@ -35,14 +46,38 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _temporary(folder: Path, directory: bool = False) -> Path:
+    """A new file or folder beside the target, named after this process: another one can tell whether it lives."""
+    prefix = f"{_TEMPORARY}{_HOST}-{os.getpid()}-"
+    if directory:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+    os.close(descriptor)
+    return Path(name)
+
+
 def _sweep(folder: Path) -> None:
-    """Removes temporaries that a killed run left in `folder` more than a day ago."""
+    """Removes temporaries of processes that are gone: at once those of this machine, others after a day."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
         try:
-            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+            if _is_dead(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         except OSError:
             continue  # another process swept it, or owns it: not ours to report
+
+
+def _is_dead(entry: Path) -> bool:
+    host, _, rest = entry.name.removeprefix(_TEMPORARY).partition("-")
+    pid = rest.partition("-")[0]
+    if host != _HOST or not pid.isdecimal():
+        return time.time() - entry.stat().st_mtime > _STALE_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's process
+        return False
+    return False
 
 
 def _prepare(path: Path) -> None:
@@ -53,14 +88,14 @@ def _prepare(path: Path) -> None:
     _sweep(path.parent)
 
 
-def _write_failed(path: Path, error: OSError) -> ArtifactError:
+def _write_failed(path: Path, error: OSError, placed: bool) -> ArtifactError:
+    """The error in words that are true at this instant. `placed`: whether the new one has its name already."""
     hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written to"
-    return ArtifactError(
-        str(path),
-        error.strerror or str(error),
-        "a complete write",
-        f"{hint} and run again; what stood there before is untouched.",
-    )
+    there = f"The earlier {path.name} is untouched." if path.exists() else f"There is no {path.name} now."
+    if placed:
+        there = f"The new {path.name} is in place, but the disk has not confirmed it."
+    got = error.strerror or str(error)
+    return ArtifactError(str(path), got, "a complete write", f"{hint} and run again. {there}")
 
 
 def _fsync(path: Path) -> None:
@@ -81,18 +116,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = Path(path)
     _prepare(path)
     temporary: Path | None = None
+    placed = False
     try:
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-        temporary = Path(name)
+        temporary = _temporary(path.parent)
         os.chmod(temporary, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        placed = True
         _fsync(path.parent)
     except OSError as e:
-        raise _write_failed(path, e) from e
+        raise _write_failed(path, e, placed) from e
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -120,25 +156,68 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
             "Choose another -o, or remove it yourself.",
         )
     _prepare(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    recover(path)
+    temporary, placed = _temporary(path.parent, directory=True), False
     try:
         os.chmod(temporary, 0o755)
         yield temporary
         for entry in temporary.rglob("*"):
             _fsync(entry)
         _fsync(temporary)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-            os.replace(path, old / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        _put(temporary, path)
+        placed = True
         _fsync(path.parent)
     except OSError as e:
-        raise _write_failed(path, e) from e
+        raise _write_failed(path, e, placed) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Gives the folder `new` the name `path`. At no instant is there neither the old folder nor the new one."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    if _exchange(new, path):
+        return  # the caller removes `new`, which is now the old folder
+    ready, old = _journal(path)
+    os.rename(new, ready)  # from here on the new folder is the one: `recover` completes what a kill interrupts
+    _fsync(path.parent)
+    os.rename(path, old)
+    os.rename(ready, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two names in one step (Linux's ``renameat2``); False where system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(b))
+
+
+def _journal(path: Path) -> tuple[Path, Path]:
+    """Where a folder waits that is complete, and where the one goes that it replaces."""
+    return path.with_name(f"{_REPLACING}new-{path.name}"), path.with_name(f"{_REPLACING}old-{path.name}")
+
+
+def recover(path: Path) -> None:
+    """Completes a replacement of `path` that a killed process had decided and not finished. Else it does nothing."""
+    ready, old = _journal(path)
+    if ready.is_dir():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(ready, path)
+        _fsync(path.parent)
+    if path.exists() and old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _may_replace(path: Path, kind: str) -> bool:
@@ -151,11 +230,21 @@ def _may_replace(path: Path, kind: str) -> bool:
 
 
 def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
-    """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256."""
+    """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256.
+
+    The last field, ``sha256``, is over all others: a manifest is verified like the files that it lists.
+    """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-    atomic_write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries})
+    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries}
+    atomic_write_json(folder / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The sha256 over every field but ``sha256``, whatever their order: JSON with sorted keys and no spaces."""
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -165,7 +254,7 @@ class Artifact:
     Args:
         folder: where it was read.
         kind: ``bundle``, ``engine`` ...
-        fields: the manifest without ``kind``, ``format_version`` and ``files``.
+        fields: the manifest without `OWN_FIELDS`.
         files: of every file that the manifest lists, its bytes.
         sha256: of the manifest, which lists the files' hashes: it stands for the whole.
     """
@@ -194,12 +283,12 @@ def open_artifact(folder: str | os.PathLike[str], kind: str) -> Artifact:
     folder = Path(folder)
     manifest = read_manifest(folder, kind)
     files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
-    fields = {key: value for key, value in manifest.items() if key not in ("kind", "format_version", "files")}
+    fields = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}
     return Artifact(folder, kind, fields, files, sha256_file(folder / MANIFEST))
 
 
-def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Reads and verifies an artifact's folder: every file listed is there with its size and sha256, inside the folder.
+def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Reads and verifies an artifact's folder: the manifest by its own digest, and every file that it lists.
 
     Nothing else may open a file of the folder before this has returned.
 
@@ -207,22 +296,27 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         ArtifactError: naming the file and what does not match.
     """
     folder = Path(folder)
+    recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
         got = "no such folder" if not folder.exists() else f"no {MANIFEST} in it"
         raise ArtifactError(str(folder), got, f"a {kind}", f"Pass the folder of a {kind}.")
     try:
         manifest = json.loads(path.read_text())
-        found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
+        found, written, files = manifest["kind"], manifest["format_version"], manifest["files"]
         entries = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        digest = digest_of(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ArtifactError(str(path), f"no readable manifest ({e})", f"a {kind}'s", "Make it again.") from e
     if found != kind:
         raise ArtifactError(str(folder), f"a {found}", f"a {kind}", f"Pass the folder of a {kind}.")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            str(folder), f"format version {version}", FORMAT_VERSION, f"Make the {kind} again with this version."
-        )
+    if written != version:
+        older = isinstance(written, int) and written < version
+        hint = f"nformer-edge upgrade {folder}" if older else f"Update nformer-edge, or make the {kind} again."
+        raise ArtifactError(str(folder), f"format version {written}", version, hint)
+    if version > 1 and manifest.get("sha256") != digest:
+        told, hint = str(manifest.get("sha256")), f"The manifest was changed: copy or make the {kind} again."
+        raise ArtifactError(str(path), f"sha256 {digest[:12]}...", f"{told[:12]}... as it says", hint)
     for name, (digest, size) in entries.items():
         _verify(folder, name, digest, size)
     return manifest

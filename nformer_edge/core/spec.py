@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -53,6 +54,25 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 
 
+#: Largest values of a spec: far above any use, and small enough that a forged file neither hangs nor fills the memory.
+LIMITS = {
+    "height": 8192,
+    "width": 8192,
+    "features": 65536,
+    "layers": 256,
+    "heads": 1024,
+    "k": 16384,
+    "landmarks": 1 << 20,
+}
+
+
+def check_size(name: str, value: float, min_value: float = 1) -> None:
+    """Raises UsageError unless `value` is a number from `min_value` to the limit of `name`."""
+    check_at_least(name, value, min_value)
+    if not value <= LIMITS[name]:
+        raise UsageError(name, value, f"at most {LIMITS[name]}", f"Lower {name}.")
+
+
 @dataclass(frozen=True)
 class PreprocessSpec:
     """How an image file becomes one row of the backbone's input; recorded in every manifest.
@@ -72,8 +92,10 @@ class PreprocessSpec:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
-        check_at_least("height", self.height, 16)
-        check_at_least("width", self.width, 16)
+        check_size("height", self.height, 16)
+        check_size("width", self.width, 16)
+        if not all(math.isfinite(x) for x in (*self.mean, *self.std)):
+            raise UsageError("mean and std", (self.mean, self.std), "finite numbers", "Correct the spec.")
         check_choice("channels", self.channels, ("RGB", "BGR"))
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if not all(s > 0 for s in self.std):
@@ -111,7 +133,7 @@ class BackboneSpec:
         check_choice("arch", self.arch, tuple(TRUNKS))
         for name, kind in (("neck", Neck), ("stem", Stem), ("pooling", Pooling)):
             check_choice(name, getattr(self, name), typing.get_args(kind))
-        check_at_least("features", self.features, 1)
+        check_size("features", self.features, 1)
         if self.last_stride not in (1, 2):
             raise UsageError("last_stride", self.last_stride, "1 or 2", "Choose one of these.")
         for name, value in self.trunk_options().items():
@@ -153,7 +175,7 @@ class HeadSpec:
         check_choice("rule", self.rule, typing.get_args(NeighborRule))
         check_choice("input_scale", self.input_scale, typing.get_args(InputScale))
         for name in ("features", "layers", "heads", "k", "landmarks"):
-            check_at_least(name, getattr(self, name), 1)
+            check_size(name, getattr(self, name))
         if self.features % self.heads:
             raise UsageError(
                 "heads",

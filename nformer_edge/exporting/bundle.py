@@ -16,15 +16,13 @@ from nformer_edge.core.artifact import Artifact, open_artifact
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec
 from nformer_edge.core.values import JSON, from_json
+from nformer_edge.exporting.wire import refuse_outside
 from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
 
 KIND = "bundle"
 BACKBONE = "backbone.onnx"
 HEAD = "nformer.onnx"
 GOLDEN = "golden.npz"
-
-# The key of ONNX's external data, as it stands in the file: field 1, eight bytes, then field 2.
-_EXTERNAL = b"\x0a\x08location\x12"
 
 
 @dataclass(frozen=True)
@@ -205,6 +203,4 @@ def check_graphs(model: ModelFiles) -> None:
     for name in (BACKBONE, HEAD) if model.has_head else (BACKBONE,):
         if name not in files:
             raise ArtifactError(str(model.folder / name), "no such file", "it in the manifest", hint)
-        if _EXTERNAL in files[name]:
-            got = "tensors stored in another file"
-            raise ArtifactError(str(model.folder / name), got, "all of them inside", hint)
+        refuse_outside(files[name], str(model.folder / name))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nformer_edge.core.artifact import write_manifest
+from nformer_edge.core.artifact import OWN_FIELDS, write_manifest
 from nformer_edge.core.features import load_features, save_features
 from nformer_edge.core.machine import nvidia_driver
 
@@ -134,7 +134,7 @@ def test_a_manifest_of_a_later_opset_is_refused(run: Run, road: Path, tmp_path: 
     bundle = Path(shutil.copytree(road / "bundle", tmp_path / "b"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").unlink()
-    fields = {k: v for k, v in manifest.items() if k not in ("kind", "format_version", "files")}
+    fields = {k: v for k, v in manifest.items() if k not in OWN_FIELDS}
     write_manifest(bundle, "bundle", fields | {"opset": 99})
     refuses(run("evaluate", bundle, "--data", road / "data"), "opset", "99")
 
@@ -232,3 +232,25 @@ def test_the_trace_is_shown_only_when_asked_for(run: Run, road: Path, tmp_path: 
     ran = run("evaluate", road / "bundle", "--data", tmp_path / "none", "--verbose")
     assert ran.code == 2
     assert "Traceback" in ran.err
+
+
+@pytest.mark.parametrize(
+    "error", [RecursionError("deep"), KeyError("x"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")]
+)
+def test_an_error_that_nobody_foresaw_is_one_line_and_exit_code_3(run: Run, monkeypatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nformer_edge.data.readers.read_dataset", fail)
+    ran = run("summary", "--data", "anything")
+    assert (ran.code, ran.out, len(ran.err.strip().splitlines())) == (3, "", 1)
+    assert type(error).__name__ in ran.err
+    assert "--verbose" in ran.err
+    assert "Traceback" in run("summary", "--data", "anything", "--verbose").err
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
+    ran = run("summary", "--data", tmp_path / "\x1b]0;owned\x07\x1b[31mred")
+    assert ran.code == 2
+    assert "\x1b" not in ran.err
+    assert r"\x1b[31mred" in ran.err

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.manifests import reseal
 
 from nformer_edge.core import artifact
 from nformer_edge.core.errors import ArtifactError
@@ -60,7 +61,7 @@ def test_a_really_full_device_is_named(tmp_path: Path) -> None:
         Path("/dev/full").write_bytes(b"x")
 
 
-def test_a_killed_writer_leaves_the_old_file_and_its_temporary_is_swept_a_day_later(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_file_and_the_next_one_sweeps_its_temporary(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")
     code = (
@@ -74,7 +75,14 @@ def test_a_killed_writer_leaves_the_old_file_and_its_temporary_is_swept_a_day_la
     assert path.read_text() == "old"
     (left,) = temporaries(tmp_path)
     artifact.atomic_write_json(tmp_path / "y", {})
-    assert left.exists(), "a young temporary may belong to a running process"
+    assert not left.exists()
+
+
+def test_temporaries_of_another_machine_are_swept_after_a_day(tmp_path: Path) -> None:
+    left = tmp_path / ".nformer-edge-tmp-elsewhere-1-abc"
+    left.touch()
+    artifact.atomic_write_json(tmp_path / "y", {})
+    assert left.exists(), "its process may be running there"
     os.utime(left, (time.time() - 2 * 86400,) * 2)
     artifact.atomic_write_json(tmp_path / "y", {})
     assert not temporaries(tmp_path)
@@ -142,10 +150,7 @@ def test_a_missing_file_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_cannot_name_files_outside_its_folder(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("s")
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"] = {name: {"sha256": "0" * 64, "bytes": 1}}
-    path.write_text(json.dumps(manifest))
+    reseal(bundle, files={name: {"sha256": "0" * 64, "bytes": 1}})
     with pytest.raises(ArtifactError, match="a way out of the folder"):
         artifact.read_manifest(bundle, "bundle")
 
@@ -163,8 +168,8 @@ def test_links_in_an_artifact_are_refused(bundle: Path, link: str, said: str) ->
     [
         ("{", "no readable manifest"),
         ("[]", "no readable manifest"),
-        ('{"kind": "bundle", "format_version": 1}', "no readable manifest"),
-        ('{"kind": "engine", "format_version": 1, "files": {}}', "got a engine, expected a bundle"),
+        ('{"kind": "bundle", "format_version": 2}', "no readable manifest"),
+        ('{"kind": "engine", "format_version": 2, "files": {}}', "got a engine, expected a bundle"),
         ('{"kind": "bundle", "format_version": 99, "files": {}}', "format version 99"),
     ],
 )
@@ -177,3 +182,104 @@ def test_a_manifest_that_cannot_be_used_says_why(bundle: Path, text: str, said: 
 def test_a_missing_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such folder"):
         artifact.read_manifest(tmp_path / "nowhere", "bundle")
+
+
+REPLACE = """
+import os, sys
+from nformer_edge.core import artifact
+path, exchange, last = sys.argv[1], sys.argv[2] == "exchange", int(sys.argv[3])
+done = 0
+def counted(real):
+    def call(*args, **kwargs):
+        global done
+        done += 1
+        if done > last:
+            os._exit(9)  # as SIGKILL: nothing is tidied up
+        return real(*args, **kwargs)
+    return call
+if not exchange:
+    artifact._exchange = lambda a, b: False
+for name in ("rename", "replace", "unlink", "rmdir", "fsync"):
+    setattr(os, name, counted(getattr(os, name)))
+artifact._exchange = counted(artifact._exchange)
+with artifact.atomic_folder(path, "thing") as folder:
+    (folder / "word").write_text("new")
+    artifact.write_manifest(folder, "thing", {})
+print("done")
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "journal"])
+def test_a_folder_that_is_being_replaced_is_the_old_or_the_new_one_wherever_the_process_is_killed(tmp_path, way):
+    path, words = tmp_path / "thing", []
+    for last in range(60):
+        with artifact.atomic_folder(path, "thing") as folder:
+            (folder / "word").write_text("old")
+            artifact.write_manifest(folder, "thing", {})
+        done = subprocess.run(
+            [sys.executable, "-c", REPLACE, path, way, str(last)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode in (0, 9), done.stderr
+        artifact.read_manifest(path, "thing")
+        words.append((path / "word").read_text())
+        if done.stdout:
+            break
+    assert words[-1] == "new"
+    assert words == sorted(words, reverse=True), "once new, never old again"
+    with artifact.atomic_folder(path, "thing") as folder:
+        artifact.write_manifest(folder, "thing", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"], "what the killed processes left is swept"
+
+
+def test_leftovers_of_a_living_process_stay(tmp_path):
+    with artifact.atomic_folder(tmp_path / "outer", "thing") as outer:
+        with artifact.atomic_folder(tmp_path / "inner", "thing") as inner:
+            artifact.write_manifest(inner, "thing", {})
+        assert outer.is_dir()
+        artifact.write_manifest(outer, "thing", {})
+    assert (tmp_path / "outer").is_dir()
+
+
+def test_an_error_after_the_new_folder_has_its_name_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "thing"
+    real, put = artifact._fsync, artifact._put
+
+    def placed(new, where):
+        put(new, where)
+        monkeypatch.setattr(artifact, "_fsync", lambda p: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+
+    monkeypatch.setattr(artifact, "_put", placed)
+    words = "The new thing is in place, but the disk has not confirmed it"
+    with pytest.raises(ArtifactError, match=words), artifact.atomic_folder(path, "thing") as folder:
+        artifact.write_manifest(folder, "thing", {})
+    monkeypatch.setattr(artifact, "_fsync", real)
+    artifact.read_manifest(path, "thing")
+
+
+def test_a_manifest_of_which_any_value_was_changed_is_refused(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    whole = path.read_text()
+    for old, new in (
+        ('"opset": 18', '"opset": 19'),
+        ('"bytes": 700', '"bytes": 701'),
+        ('"kind"', '"extra": 1, "kind"'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(ArtifactError, match="manifest was changed"):
+            artifact.read_manifest(bundle, "bundle")
+    path.write_text(json.dumps(json.loads(whole)))  # other white space, the same values
+    artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_manifest_of_the_first_format_names_the_command_that_brings_it_up(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    with pytest.raises(ArtifactError, match="nformer-edge upgrade"):
+        artifact.read_manifest(bundle, "bundle")
+
+
+def test_a_manifest_nested_too_deep_is_refused(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"kind": "bundle", "format_version": 2, "files": ' + "[" * 100_000)
+    with pytest.raises(ArtifactError, match="no readable manifest"):
+        artifact.read_manifest(bundle, "bundle")

@@ -62,3 +62,16 @@ def test_an_error_says_got_expected_and_how_to_mend() -> None:
 
 def test_gates_leave_by_another_exit_code_than_bad_input() -> None:
     assert (GateError.exit_code, UsageError.exit_code) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["features", "layers", "heads", "k", "landmarks"])
+def test_a_head_too_large_to_be_meant_is_refused_before_anything_is_allocated(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}: got 1000000000, expected at most"):
+        HeadSpec(**{name: 10**9})
+
+
+def test_a_preprocessing_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(UsageError, match="finite"):
+        PreprocessSpec(mean=(float("nan"), 0.0, 0.0))
+    with pytest.raises(UsageError, match="at most"):
+        PreprocessSpec(height=10**6)

@@ -10,7 +10,7 @@ import pytest
 from nformer_edge.backends.build import build_engine
 from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.backends.tensorrt.graphs import prepare_backbone
-from nformer_edge.core.artifact import atomic_folder, read_manifest, write_manifest
+from nformer_edge.core.artifact import OWN_FIELDS, atomic_folder, read_manifest, write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, open_bundle
 from nformer_edge.quantize.fp16 import backbone_float32, to_half
@@ -31,7 +31,7 @@ def quantized(tiny_bundle, tmp_path_factory):
     with atomic_folder(path, "bundle") as folder:
         onnx.save(to_half(placed, {n.name for n in placed.graph.node} - kept), folder / BACKBONE)
         (folder / GOLDEN).write_bytes((tiny_bundle / GOLDEN).read_bytes())
-        fields = {k: v for k, v in manifest.items() if k not in ("kind", "format_version", "files")}
+        fields = {k: v for k, v in manifest.items() if k not in OWN_FIELDS}
         write_manifest(folder, "bundle", fields | {"precision": {"backbone": "int8"}})
     return path
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from nformer_edge.backends.build import build_engine
 from nformer_edge.backends.spec import EngineSpec
-from nformer_edge.core.artifact import read_manifest, write_manifest
+from nformer_edge.core.artifact import OWN_FIELDS, read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
 from nformer_edge.core.machine import saturates_int8
 from nformer_edge.data.calibration import calibration_images
@@ -44,9 +44,7 @@ def broken_bundle(bundle, tmp_path):
             onnx.save(head, copy / "nformer.onnx")
         for spec in (manifest["preprocess"], manifest["model"]["preprocess"]):
             spec.update(preprocess)
-        write_manifest(
-            copy, "bundle", {k: v for k, v in manifest.items() if k not in ("kind", "format_version", "files")}
-        )
+        write_manifest(copy, "bundle", {k: v for k, v in manifest.items() if k not in OWN_FIELDS})
         return copy
 
     return make
