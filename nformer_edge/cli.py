@@ -381,6 +381,12 @@ def _prepare(args: Args) -> None:
 
 
 _calls(
+    "backends.upgrade:upgrade", "upgrade", "bring a bundle or engine of manifest format 1 to this version",
+    _option("path", metavar="DIR", help="its folder; replaced after verification and a run of its golden vectors"),
+)
+
+
+_calls(
     "backends.tensorrt.plugin.build:build_plugin", "build-plugin",
     "compile the two operators as a plugin library for TensorRT, on the machine that will run it",
     _out("DIR", help="default: the folder where engines look for it"),

@@ -237,7 +237,8 @@ def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, 
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **fields, "files": entries}
+    own = {key: value for key, value in fields.items() if key not in OWN_FIELDS}
+    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **own, "files": entries}
     atomic_write_json(folder / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
 
 

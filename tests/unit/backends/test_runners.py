@@ -167,6 +167,10 @@ def test_an_engine_for_a_backend_that_is_not_there_is_refused_by_name(tiny_bundl
 def test_a_graph_that_onnxruntime_cannot_read_is_a_named_refusal(copy):
     (copy / "backbone.onnx").write_bytes(b"not a model")
     rewrite(copy)
+    with pytest.raises(ArtifactError, match=r"backbone.onnx: got no readable ONNX file"):
+        open_model(copy)
+    (copy / "backbone.onnx").write_bytes(b"\x08\x09")  # an ONNX file of version 9 without a graph
+    rewrite(copy)
     with pytest.raises(ArtifactError, match=r"backbone.onnx: got a graph that onnxruntime .* refuses"):
         open_model(copy).__enter__()
 

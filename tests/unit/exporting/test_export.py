@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.manifests import reseal
 
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, UsageError
@@ -176,8 +177,7 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tiny_checkpoint, tmp_path
 def test_a_manifest_of_an_unknown_opset_rule_or_model_is_refused(tiny_bundle, tmp_path, change, message):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    reseal(copy, **change)
     with pytest.raises(ArtifactError, match=message):
         open_bundle(copy)
 
