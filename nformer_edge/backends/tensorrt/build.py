@@ -94,9 +94,7 @@ def refuse_dla(bundle: Bundle, spec: BuildSpec, here: tuple[int, ...]) -> None:
     """Raises BackendError where a DLA cannot do the work, with the reason."""
     reason = ""
     if bundle.has_head:
-        reason = (
-            "the head's operators are plugins and plugins run on the GPU alone, so every batch would be copied twice"
-        )
+        reason = "the head's operators are plugins, and plugins run on the GPU alone: every batch would be copied twice"
     elif spec.precision == "fp32":
         reason = "a DLA computes in FP16 and INT8 alone"
     elif _NO_DLA[0] <= here < _NO_DLA[1]:

@@ -66,10 +66,7 @@ def network_flag(trt: Any) -> int:
 def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> AheadOfTime:
     """Registers both operators, compiled by the newest compiler that this machine's driver can follow.
 
-    Args:
-        trt: the module tensorrt, of `SINCE` or later.
-        hardware_compat: of the plan; `PlanJob.hardware_compat`.
-        errors: gets what goes wrong in a callback.
+    `trt` is the module, of `SINCE` or later; `errors` gets what goes wrong in a callback.
 
     Raises:
         BackendError: if there is no compiler, no driver, or no such interface.
