@@ -129,19 +129,16 @@ def doctor(target: str | None = None) -> Doctor:
     gpu = f"{here.gpu}, {here.compute_capability}" if here.gpu else here.driver
     jetpack = f"Jetson Linux {here.l4t}" if here.l4t else ""
     found = [
-        Check(
-            "PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
-        ),
-        Check("ONNX", package_version("onnx"), "to export and to build INT8: pip install 'nformer-edge[quant]'"),
-        Check("native CPU kernels", "built" if native else "", "install with a C++ compiler: pip install ."),
-        Check("NVIDIA GPU", gpu, "needed by TensorRT alone: install the NVIDIA driver"),
-        Check("JetPack", jetpack, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager"),
+        ("PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"),
+        ("ONNX", package_version("onnx"), "to export and to build INT8: pip install 'nformer-edge[quant]'"),
+        ("native CPU kernels", "built" if native else "", "install with a C++ compiler: pip install ."),
+        ("NVIDIA GPU", gpu, "needed by TensorRT alone: install the NVIDIA driver"),
+        ("JetPack", jetpack, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager"),
     ]
-    for backend in map(base.get, base.names()):
-        step = f"{backend.USE}: pip install 'nformer-edge[{backend.EXTRA}]'"
-        found.append(Check(backend.NAME, package_version(backend.NAME), step))
-    checks = (*found, _plugin_library(package_version(TENSORRT)))
-    return Doctor(here, int8_note(here), tuple(c if not c.ok else Check(c.name, c.found, "") for c in checks), compared)
+    for b in map(base.get, base.names()):
+        found.append((b.NAME, package_version(b.NAME), f"{b.USE}: pip install 'nformer-edge[{b.EXTRA}]'"))
+    checks = [Check(name, there, "" if there else hint) for name, there, hint in found]
+    return Doctor(here, int8_note(here), (*checks, _plugin_library(package_version(TENSORRT))), compared)
 
 
 def int8_note(here: MachineFacts) -> str:
