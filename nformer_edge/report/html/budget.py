@@ -75,8 +75,7 @@ def _frontier(search: BudgetSearch, bound: _Bound, cost: str, of: Callable[[Poin
         ends = [(min(xs), bound.lowest), (max(xs), bound.lowest)]
         lines.append(Line(f"budget: {bound.lowest:.1f} % {bound.label}", ends, 4, dashed=True))
     x, y = linear(cost, xs, wanted=7), linear(f"{bound.label}, %", ys)
-    keys = legend([(line.label, line.color, line.dashed) for line in lines])
-    return chart(f"{bound.label} against {cost}", x, y, lines, dots) + keys
+    return chart(f"{bound.label} against {cost}", x, y, lines, dots) + legend(lines)
 
 
 def _points(search: BudgetSearch) -> str:
