@@ -61,7 +61,7 @@ class PartAudit:
         """The same in words."""
         counts = [f"{c.built} of {c.asked} in {kind.upper()}" for kind, c in self.multiplications.items()]
         unknown = sum(c.unknown for c in self.multiplications.values())
-        more = f"; {unknown} not told by the builder" if unknown else ""
+        more = f"; {unknown} not reported by the builder" if unknown else ""
         found = [f"{part}: convolutions and matrix multiplications as built: {', '.join(counts)}{more}"]
         others = ", ".join(f"{name} {kind}" for name, kind in self.other.items())
         return found + ([f"{part}: in another type: {others}"] if others else [])

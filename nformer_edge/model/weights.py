@@ -68,7 +68,7 @@ class Match:
         return not self.missing and not self.stray
 
     def __str__(self) -> str:
-        return f"{len(self.matched)} tensors matched, {len(self.left)} left over, {len(self.missing)} missing"
+        return f"{len(self.matched)} tensors matched, {len(self.left)} unused, {len(self.missing)} missing"
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -264,8 +264,8 @@ def format_import(result: dict[str, Any]) -> str:
     lines = [result["summary"]]
     stray = [name for name in result["left_over"] if name not in result["not_needed"]]
     for what, names in (
-        ("left over, not needed", result["not_needed"]),
-        ("left over", stray),
+        ("unused, not needed", result["not_needed"]),
+        ("unused", stray),
         ("missing", result["missing"]),
         ("starts untrained", result["starts_anew"]),
     ):

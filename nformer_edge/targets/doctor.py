@@ -238,7 +238,7 @@ def _plugin(here: MachineFacts) -> list[Mismatch]:
     try:
         manifest = read_plugin(library)
     except Error as e:
-        return [Mismatch(what, str(library), "one whose manifest holds", str(e))]
+        return [Mismatch(what, str(library), "one with a valid manifest", str(e))]
     if manifest is None:
         return []
     found, built = [], version_key(manifest.tensorrt)[:1]

@@ -152,7 +152,7 @@ class _Build:
             return found
         said = " | ".join(self._logger.errors[-6:]) or "nothing"
         doing = f"{self._job.package} {self._trt.__version__}: {doing}, for the {self._job.part}"
-        hint = "See the lines above; --verbose keeps all that the builder says."
+        hint = "See the lines above; --verbose logs all that the builder prints."
         raise BackendError(doing, f"a refusal. It said: {said[:2000]}", "success", hint)
 
     def _network_flags(self) -> int:

@@ -19,7 +19,7 @@ def plan(state: State, wanted: Wanted) -> Plan | None:
         if stem.shape[0] not in _WIDTHS or fc is None or fc.dim() != 2:
             raise ArtifactError(
                 "weights",
-                f"an OSNet whose first convolution has {stem.shape[0]} channels",
+                f"an OSNet with {stem.shape[0]} channels in its first convolution",
                 "x0.25, x0.5, x0.75 or x1.0 with its fully connected layer",
                 "Import one of these.",
             )

@@ -23,7 +23,7 @@ def _search(search: BudgetSearch) -> str:
     held = search.held_out
     note = (
         f"{search.model}: {search.budget}; measured on {held.images:,} images of {held.identities:,} people held out "
-        "of training. The number beside a dot is how many nodes are in float; the others are in INT8. The budget must "
+        "of training. The number next to a dot is how many nodes are in float; the others are in INT8. The budget must "
         "hold with 95 % confidence."
     )
     body = ""

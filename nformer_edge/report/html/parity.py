@@ -38,7 +38,7 @@ def gates(results: Results) -> str:
     body = table(["part", *_SHORT.values()], cells, wide=True)
     body += "".join(map(_blame, found)) + "".join(map(_full_gates, found))
     note = (
-        "Of each gate the worst landmark seed. mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % "
+        "For each gate the worst landmark seed. mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % "
         "bounds in brackets; the bound that decides gives the margin. An alarm or a reported number decides nothing."
     )
     return section("Gates", body, note)

@@ -253,7 +253,7 @@ def training(results: Results) -> str:
     for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):
         chart = line_chart(lines[key], f"{title} by epoch", "epoch", title.lower())
         body += f"<h3>{text(title)}</h3>{chart}" if chart else ""
-    note = "Held-out mAP: on training identities that were kept out of training, ranked in the plain view."
+    note = "Held-out mAP: on training identities that were held out of training, ranked in the plain view."
     return section("Training", body, note if lines["held_out_map"] else "")
 
 

@@ -49,8 +49,8 @@ def missing_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     if not tensorrt:
         return "no TensorRT that puts kernels into plans"
     if tensorrt < SINCE:
-        return f"TensorRT {_text(tensorrt[:2])}, whose plans carry no kernels of ours"
-    return "" if find_compilers() else "no CUDA compiler for kernels that the plan carries"
+        return f"TensorRT {_text(tensorrt[:2])}, which cannot put kernels into plans"
+    return "" if find_compilers() else "no CUDA compiler for kernels in the plan"
 
 
 def hint_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
