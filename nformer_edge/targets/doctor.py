@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nformer_edge.backends import base
 from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_for_operators, missing_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY, find_plugin, read_plugin
 from nformer_edge.core.errors import BackendError, Error
 from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine, package_version, version_key
@@ -153,8 +153,7 @@ def _plugin_library(tensorrt: str) -> Check:
     if library is None and not missing_ahead_of_time(here):
         return Check(name, f"none, and none needed: TensorRT {tensorrt} puts the kernels into the plan", "")
     if library is None:
-        step = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-        return Check(name, "", f"needed by TensorRT alone: {step}")
+        return Check(name, "", f"needed by TensorRT alone: {hint_for_operators(here)}")
     try:
         manifest = read_plugin(library)
     except Error as e:
@@ -233,8 +232,7 @@ def _plugin(here: MachineFacts) -> list[Mismatch]:
     if library is None and not reason:
         return []  # the plan carries the kernels
     if library is None:
-        hint = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(tensorrt)}"
-        return [Mismatch(what, f"no {LIBRARY}, and {reason}", "one of the two", hint)]
+        return [Mismatch(what, f"no {LIBRARY}, and {reason}", "one of the two", hint_for_operators(tensorrt))]
     try:
         manifest = read_plugin(library)
     except Error as e:

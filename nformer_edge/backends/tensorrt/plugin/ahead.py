@@ -53,9 +53,10 @@ def missing_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     return "" if find_compilers() else "no CUDA compiler for kernels in the plan"
 
 
-def hint_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
-    """The command that makes `missing_ahead_of_time` empty."""
-    return _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
+def hint_for_operators(tensorrt: tuple[int, ...]) -> str:
+    """How to get the head's operators: the library, or what makes `missing_ahead_of_time` empty."""
+    other = _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
+    return f"nformer-edge build-plugin; without TensorRT's headers: {other}"
 
 
 def network_flag(trt: Any) -> int:
