@@ -67,7 +67,7 @@ def build(bundle, folder, wanted, calib_data=None):
         return built
 
     chosen, opened = resolve(wanted), open_bundle(bundle)
-    low = prepare(opened, chosen.quantize, calib_data, folder, half=True)
+    low = prepare(opened, chosen, calib_data, folder, half=True)
     return tensorrt_rtx.build(opened, folder, chosen, low, run), layers
 
 
