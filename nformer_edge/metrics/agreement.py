@@ -116,10 +116,6 @@ class RankAgreement:
     by_person: bool
     moved: np.ndarray
 
-    def same_person(self, pids: np.ndarray, ours: int, theirs: int) -> bool | None:
-        """Whether two gallery images show one person; None without labels. Distractors are nobody."""
-        return bool(pids[ours] == pids[theirs] != DISTRACTOR) if self.by_person else None
-
 
 def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreement:
     """First matches and the `top` best gallery images of an engine against its reference's.

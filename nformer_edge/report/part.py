@@ -16,7 +16,7 @@ from nformer_edge.metrics import agreement, gates
 from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.metrics.bootstrap import DRAWS, Interval, Ratio, paired_difference, paired_ratio
 from nformer_edge.metrics.gates import GateResult, Verdict
-from nformer_edge.metrics.ranking import JUNK, Pair, RankingResult, evaluate
+from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, Pair, RankingResult, evaluate
 
 #: Gates that need labels.
 _KEPT = ("mAP_kept", "rank1_kept")
@@ -246,6 +246,6 @@ def _moved(found: RankAgreement, reference: Pair) -> tuple[Moved, ...]:
     query, gallery = reference
     rows = []
     for q, ours, theirs in found.moved.tolist():
-        same = found.same_person(gallery.pids, ours, theirs)
+        same = bool(gallery.pids[ours] == gallery.pids[theirs] != DISTRACTOR) if found.by_person else None
         rows.append(Moved(query.paths[q], gallery.paths[ours], gallery.paths[theirs], same))
     return tuple(rows)
