@@ -34,8 +34,8 @@ def unit_rows(features: np.ndarray, subject: str = "features") -> np.ndarray:
 def alike(features: np.ndarray, subject: str) -> tuple[str, ...]:
     """A note where the rows of [N, D] are nearly all alike: where their mean cosine to each other is ALIKE or more.
 
-    Blank images do that, inputs that are normalized otherwise than in training, and an untrained model. 256 rows, evenly
-    spaced, stand for all; rows that are zero or not finite are left out, and of fewer than 8 nothing is said.
+    Blank images do that, another normalization than in training, and an untrained model. 256 rows, evenly spaced, stand
+    for all; rows that are zero or not finite are left out, and of fewer than 8 nothing is said.
     """
     rows = features[np.isfinite(features).all(axis=1) & features.any(axis=1)]
     rows = unit_rows(rows[:: -(-len(rows) // 256) or 1]).astype(np.float64)
