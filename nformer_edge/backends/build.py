@@ -81,7 +81,7 @@ def build_engine(
     backend, opened = get(name), open_bundle(bundle)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, chosen.precision)
     half = "fp16" in backend.PRECISIONS
-    low = prepare(opened, chosen.quantize, calib_data, path, half=half)
+    low = prepare(opened, chosen, calib_data, path, half=half)
     model = {field.name: getattr(opened.manifest, field.name) for field in dataclasses.fields(ModelManifest)}
     with atomic_folder(path, KIND) as folder:
         low.save(folder)
@@ -152,16 +152,6 @@ def describe_engine(path: str | os.PathLike[str] | Engine) -> EngineSummary:
     engine = open_engine(path)
     found, files = engine.manifest, engine.files.files
     search = BudgetSearch.from_json(json.loads(files[BUDGET]), BUDGET) if BUDGET in files else None
-    return EngineSummary(
-        engine=str(engine.folder),
-        backend=found.backend,
-        why=found.why,
-        precision=found.precision,
-        size_mb={name: len(data) / 1e6 for name, data in files.items() if name.endswith((".onnx", ".engine"))},
-        audit=found.audit,
-        calibration=found.calibration,
-        fp16=found.fp16,
-        built_for=found.built_for,
-        float_nodes=found.float_nodes,
-        budget=search,
-    )
+    size_mb = {name: len(data) / 1e6 for name, data in files.items() if name.endswith((".onnx", ".engine"))}
+    same = {f.name: getattr(found, f.name) for f in dataclasses.fields(EngineSummary) if hasattr(found, f.name)}
+    return EngineSummary(engine=str(engine.folder), size_mb=size_mb, budget=search, **same)

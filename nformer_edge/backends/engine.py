@@ -7,13 +7,16 @@ they are), for onnxruntime the ONNX files; `golden.npz`, `build.log` with every 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nformer_edge.backends.spec import BuildSpec
-from nformer_edge.core.artifact import open_artifact
-from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.artifact import MANIFEST, open_artifact
+from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import from_json
 from nformer_edge.exporting.bundle import ModelFiles, ModelManifest, check_model
@@ -22,6 +25,7 @@ from nformer_edge.quantize.values import CalibrationFacts, HalfFacts
 KIND = "engine"
 
 Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, ...]]  # of each input, its min, opt and max shape
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class PartAudit:
         """The same in words."""
         counts = [f"{c.built} of {c.asked} in {kind.upper()}" for kind, c in self.multiplications.items()]
         unknown = sum(c.unknown for c in self.multiplications.values())
-        more = f"; {unknown} not told by the builder" if unknown else ""
+        more = f"; {unknown} not reported by the builder" if unknown else ""
         found = [f"{part}: convolutions and matrix multiplications as built: {', '.join(counts)}{more}"]
         others = ", ".join(f"{name} {kind}" for name, kind in self.other.items())
         return found + ([f"{part}: in another type: {others}"] if others else [])
@@ -172,7 +176,57 @@ def open_engine(path: str | os.PathLike[str] | Engine) -> Engine:
     """
     if isinstance(path, Engine):
         return path
-    files = open_artifact(path, KIND)
-    manifest = from_json(EngineManifest, files.fields, str(files.folder), error=ArtifactError)
-    check_model(str(files.folder), manifest)
+    with telling_rebuild(os.fspath(path)):
+        files = open_artifact(path, KIND)
+        manifest = from_json(EngineManifest, files.fields, str(files.folder), error=ArtifactError)
+        check_model(str(files.folder), manifest)
     return Engine(files, manifest)
+
+
+#: What a rebuild must repeat of `BuildSpec` besides backend and precision, where it is not the default.
+_REPEATED = (
+    *("batch", "gallery_size", "workspace", "calib_num", "calib_method"),
+    *("hardware_compat", "version_compat", "dla", "capabilities"),
+)
+
+
+def how_to_rebuild(where: str, manifest: EngineManifest | None) -> str:
+    """The hint to build this engine again, here: BUNDLE is the bundle that it came from."""
+    words = ["Build it here: nformer-edge build-engine BUNDLE"]
+    if manifest is not None:
+        spec, default = manifest.spec, BuildSpec()
+        words += [f"--backend {manifest.backend}"] + ([] if spec.precision == "fp32" else [f"--{spec.precision}"])
+        for name in _REPEATED:
+            value = getattr(spec, name)
+            if value != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_flag_value(name, value)])
+        words += ["--calib-data DIR"] if spec.precision == "int8" else []
+    return " ".join([*words, f"-o {where}"])
+
+
+def _flag_value(name: str, value: object) -> str:
+    if isinstance(value, tuple):
+        return (" " if name == "capabilities" else ":").join(map(str, value))
+    return str(value)
+
+
+@contextmanager
+def telling_rebuild(where: str, manifest: EngineManifest | None = None) -> Iterator[None]:
+    """Adds the command that builds this engine again to whatever is refused of its files.
+
+    Without `manifest` it is read, if it can be: good for the words of a refusal, and for nothing else.
+    """
+    try:
+        yield
+    except ArtifactError as e:
+        hint = f"{e.hint.rstrip('.')}. {how_to_rebuild(where, manifest or _unverified_manifest(where))}"
+        raise ArtifactError(e.subject, e.got, e.expected, hint) from e
+
+
+def _unverified_manifest(where: str) -> EngineManifest | None:
+    try:
+        found = json.loads((Path(where) / MANIFEST).read_text())
+        fields = {key: value for key, value in found.items() if key not in ("kind", "format_version", "files")}
+        return from_json(EngineManifest, fields)
+    except (OSError, ValueError, AttributeError, Error):
+        return None

@@ -98,7 +98,7 @@ def open_files(path: str | os.PathLike[str]) -> Bundle | Engine:
     except FileNotFoundError:
         kind = "folder without a manifest"
     except (OSError, ValueError, KeyError, TypeError):
-        kind = "folder whose manifest cannot be read"
+        kind = "folder with an unreadable manifest"
     if kind not in (BUNDLE, ENGINE):
         raise ArtifactError(str(path), f"a {kind}", "a bundle or an engine", "Make it again, or check the path.")
     return open_bundle(path) if kind == BUNDLE else open_engine(path)

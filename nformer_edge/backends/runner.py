@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -41,12 +40,10 @@ class Runner(Protocol):
 
     def __enter__(self) -> Runner: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     def golden(self) -> dict[str, np.ndarray]:
-        """Inputs and outputs for `self_test`, named as in `exporting.bundle.read_golden`; empty if there are none."""
+        """Inputs and outputs for `self_test`, as `exporting.bundle.ModelFiles.golden` has them; empty if none."""
         ...
 
     def embed(

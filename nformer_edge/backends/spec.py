@@ -79,19 +79,14 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
-class BuildSpec:
-    """What is built: the fields of `EngineSpec`, each with its value. The defaults stand here and nowhere else."""
+class BuildSpec(QuantizeSpec):
+    """What is built: the fields of `EngineSpec`, each with its value. Here and in `QuantizeSpec` stand the defaults."""
 
     backend: str = AUTO
-    precision: Precision = "fp32"
-    calib_method: CalibrationChoice = "percentile"
-    calib_num: int = 256
     batch: tuple[int, ...] = (1, 8, 32)
     gallery_size: tuple[int, ...] = (20, 2000, 50000)
     workspace: float | None = None
     device: str | None = None
-    seed: int = 0
-    reduce_range: bool | None = None
     timing_cache: str | None = None
     hardware_compat: HardwareCompat = "none"
     version_compat: bool = False
@@ -99,7 +94,6 @@ class BuildSpec:
     capabilities: tuple[str, ...] = ()
     verbose: bool = False
     keep_graphs: bool = False
-    exclude_nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.exclude_nodes and self.precision != "int8":
@@ -109,12 +103,6 @@ class BuildSpec:
     def workspace_bytes(self) -> int | None:
         """`workspace` in bytes."""
         return None if self.workspace is None else int(self.workspace * (1 << 30))
-
-    @property
-    def quantize(self) -> QuantizeSpec:
-        """What `quantize` must know of it."""
-        names = [field.name for field in dataclasses.fields(QuantizeSpec)]
-        return QuantizeSpec(**{name: getattr(self, name) for name in names})
 
 
 def resolve(*specs: EngineSpec | None) -> BuildSpec:

@@ -112,7 +112,7 @@ class Journal:
 
     def _failed(self, error: OSError) -> ArtifactError:
         hint = "Free some space, or choose another -o."
-        return ArtifactError(str(self._path), error.strerror, "a file to keep finished work in", hint)
+        return ArtifactError(str(self._path), error.strerror, "a writable file for finished work", hint)
 
 
 def _sha256(data: JSON) -> str:

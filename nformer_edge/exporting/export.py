@@ -12,11 +12,11 @@ import torch
 
 from nformer_edge import __version__
 from nformer_edge.core.artifact import atomic_folder, atomic_write, write_manifest
-from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.values import JSON, to_table
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
-from nformer_edge.exporting.session import ONNXRUNTIME
+from nformer_edge.exporting.session import ONNXRUNTIME, open_session
 from nformer_edge.exporting.trace import trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
@@ -132,17 +132,13 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
 
     Raises:
         ArtifactError: if an error is above 1, naming the file.
+        BackendError: if onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        expected, hint = "onnxruntime, to check what was exported", "pip install 'nformer-edge[cpu]'"
-        raise BackendError("export", f"no package {e.name}", expected, hint) from e
     worst = {}
     for name, (feed, output) in _GRAPHS.items():
         if output not in golden:
             continue
-        session = onnxruntime.InferenceSession((folder / name).read_bytes(), providers=["CPUExecutionProvider"])
+        session = open_session((folder / name).read_bytes(), name)
         (found,) = session.run([output], {key: golden[array] for key, array in feed.items()})
         own = row_errors(golden[output], exact[output])
         worst[name] = tensor_error(found, exact[output], own).worst

@@ -134,9 +134,7 @@ def _trace(
     custom = {DOMAIN: OPSET_VERSION} if isinstance(module, ExportedHead) else None
     with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        warnings.simplefilter(
-            "ignore"
-        )  # on tracing Python numbers (all shapes that are fixed) and on this exporter's age
+        warnings.simplefilter("ignore")  # on traced Python numbers (all are fixed shapes), and on this exporter's age
         torch.onnx.export(
             module,
             inputs,

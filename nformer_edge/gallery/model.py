@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from types import TracebackType
 from typing import ClassVar
 
 import numpy as np
@@ -174,9 +173,8 @@ class Gallery:
         held = self.features
         cameras = np.unique(held.camids[held.camids >= 0])
         memory = (held.features.nbytes + self.unit.nbytes) / 2**20
-        return GalleryStats(
-            len(held), len(set(held.ids)), len(cameras), held.features.shape[1], memory, self._runner.name
-        )
+        ids, size = len(set(held.ids)), held.features.shape[1]
+        return GalleryStats(len(held), ids, len(cameras), size, memory, self._runner.name)
 
     def _gather(self) -> None:
         """Makes one part of what was added since the last search."""
@@ -207,10 +205,8 @@ class Model:
         self.runner.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.runner.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self.runner.__exit__(*exception)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part} {precision}" for part, precision in self.runner.precision.items())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -88,8 +88,7 @@ def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: i
         got, hint = f"a head that {runner.backend} runs as one graph", "Evaluate the checkpoint that it was made from."
         raise BackendError(PER_QUERY, got, "a checkpoint", hint)
     chosen = runner.landmark_seed if seed is None else seed
-    result: PerQuery = with_head(lambda head: per_query(head, query, gallery, chosen))
-    return result
+    return cast(PerQuery, with_head(lambda head: per_query(head, query, gallery, chosen)))
 
 
 def relate_each(

@@ -65,12 +65,9 @@ def row_tolerance(own: np.ndarray | None) -> np.ndarray | float:
 
 
 def tensor_error(x: np.ndarray, exact: np.ndarray, own: np.ndarray | None = None) -> TensorError:
-    """Errors of an engine's rows [N, D].
+    """Errors of an engine's rows [N, D] against the reference's float64 run, or itself where there is no such run.
 
-    Args:
-        x: of the engine.
-        exact: [N, D] of the reference's float64 run, or of the reference itself where there is no such run.
-        own: float64 [N], the float32 reference's `row_errors` against that run; None where there is none.
+    `own` is float64 [N], the float32 reference's `row_errors` against that run.
     """
     errors = row_errors(x, exact)
     bad = int((~np.isfinite(x)).sum() + (~np.isfinite(exact)).sum())
@@ -119,10 +116,6 @@ class RankAgreement:
     by_person: bool
     moved: np.ndarray
 
-    def same_person(self, pids: np.ndarray, ours: int, theirs: int) -> bool | None:
-        """Whether two gallery images show one person; None without labels. Distractors are nobody."""
-        return bool(pids[ours] == pids[theirs] != DISTRACTOR) if self.by_person else None
-
 
 def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreement:
     """First matches and the `top` best gallery images of an engine against its reference's.
@@ -130,12 +123,7 @@ def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreemen
     With labels, the first match agrees when it is the same person; Market's protocol leaves out what it leaves out.
     Without (every gallery image unknown), it is the same image, over the queries whose reference is decided: its first
     match leads the second by more than twice the root mean square difference of the two models' scores. An image
-    agrees also where the reference finds it as near as its own choice, up to TIE.
-
-    Args:
-        reference: query and gallery with their labels.
-        engine: the same images.
-        top: how many of the best.
+    agrees also where the reference finds it as near as its own choice, up to TIE. The reference's sets have the labels.
     """
     query, gallery = reference
     for original, x in zip(reference, engine, strict=True):
@@ -146,8 +134,8 @@ def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreemen
     q, g = unit_rows(query.features).astype(np.float64), unit_rows(gallery.features).astype(np.float64)
     ranked = theirs.indices >= 0
     seen = np.empty(theirs.indices.shape)
-    for rows in row_blocks(len(query)):  # the reference's distance to what the engine chose
-        seen[rows] = 1.0 - np.einsum("qd,qkd->qk", q[rows], g[theirs.indices[rows]])
+    for block in row_blocks(len(query)):  # the reference's distance to what the engine chose
+        seen[block] = 1.0 - np.einsum("qd,qkd->qk", q[block], g[theirs.indices[block]])
     listed = (theirs.indices[:, :, None] == ours.indices[:, None, :top]).any(axis=2)
     counts = ranked.sum(axis=1)
     some = counts > 0
@@ -163,14 +151,10 @@ def rank_agreement(reference: Pair, engine: Pair, top: int = 10) -> RankAgreemen
     else:
         compared = some & (ours.distances[:, 1] - ours.distances[:, 0] > 2 * score_difference(reference, engine))
     moved = np.flatnonzero(some & (first != chosen))
-    return RankAgreement(
-        float(agrees[compared].mean()) if compared.any() else math.nan,
-        float(overlap.mean()),
-        int(compared.sum()),
-        int((some & ~compared).sum()),
-        labeled,
-        np.stack([moved, first[moved], chosen[moved]], axis=1),
-    )
+    share = float(agrees[compared].mean()) if compared.any() else math.nan
+    counted = int(compared.sum()), int((some & ~compared).sum())
+    rows = np.stack([moved, first[moved], chosen[moved]], axis=1)
+    return RankAgreement(share, float(overlap.mean()), *counted, labeled, rows)
 
 
 def score_difference(reference: Pair, engine: Pair) -> float:

@@ -57,14 +57,9 @@ def paired_ratio(
     seed: int = 0,
     quantiles: tuple[float, float] = ONE_SIDED,
 ) -> Ratio:
-    """Ratio of means of two scores of the same queries; each draw takes the same queries of both.
+    """Ratio of means of two scores [Q] of the same queries, such as AP, or 1 and 0 for a rank-1 hit and miss.
 
-    Args:
-        engine: float [Q], such as per-query AP, or 1 and 0 for a rank-1 hit and miss.
-        reference: float [Q], of the same queries.
-        draws: bootstrap samples of Q queries with replacement.
-        seed: of the draws.
-        quantiles: of the draws, for `lower` and `upper`.
+    Each of the draws takes the same Q queries, with replacement, of both; `quantiles` of them are the bounds.
 
     Raises:
         DataError: if the lengths differ, there is no query, or a score is not finite.

@@ -15,7 +15,7 @@ from nformer_edge.core.terminal import PROGRESS
 ROW_BLOCK = 256
 COLUMN_BLOCK = 8192
 
-#: Mean cosine of two images from which `alike` speaks. Only what a model cannot tell apart comes so near.
+#: Mean cosine of two images from which `alike` speaks: an untrained OSNet gives 0.994 on any images, a ResNet-50 0.999.
 ALIKE = 0.99
 
 
@@ -34,8 +34,8 @@ def unit_rows(features: np.ndarray, subject: str = "features") -> np.ndarray:
 def alike(features: np.ndarray, subject: str) -> tuple[str, ...]:
     """A note where the rows of [N, D] are nearly all alike: where their mean cosine to each other is ALIKE or more.
 
-    Blank images do that, and inputs that are normalized otherwise than in training. 256 rows, evenly spaced, stand for
-    all; rows that are zero or not finite are left out, and of fewer than 8 nothing is said.
+    Blank images do that, another normalization than in training, and an untrained model. 256 rows, evenly spaced, stand
+    for all; rows that are zero or not finite are left out, and of fewer than 8 nothing is said.
     """
     rows = features[np.isfinite(features).all(axis=1) & features.any(axis=1)]
     rows = unit_rows(rows[:: -(-len(rows) // 256) or 1]).astype(np.float64)
@@ -43,7 +43,7 @@ def alike(features: np.ndarray, subject: str) -> tuple[str, ...]:
     if count < 8:
         return ()
     mean = (np.square(rows.sum(axis=0)).sum() - count) / (count * (count - 1))
-    cause = "look at the images and at how they are normalized"
+    cause = "look for blank images, another normalization than in training, or an untrained model"
     return (f"{subject}: nearly all features are alike (mean cosine {mean:.4f}): {cause}",) if mean >= ALIKE else ()
 
 

@@ -117,6 +117,15 @@ class GateResult:
         return value if math.isnan(self.lower) else f"{value} [{self.lower:.4f}, {self.upper:.4f}]"
 
     @property
+    def failure(self) -> str:
+        """What a failed gate came to: measured, bound, by how much, and the landmark seed if any."""
+        measured = "not a number" if math.isnan(self.measured) else f"{self.measured:.6g}"
+        edge = "" if math.isnan(self.upper) else f" (upper bound {self.upper:.6g})"
+        miss = "" if math.isnan(self.margin) else f", missed by {abs(self.margin):.3g}"
+        seed = "" if self.landmark_seed is None else f" with landmark seed {self.landmark_seed}"
+        return f"{self.title}: {measured}{edge} against {self.bound:g}{miss}{seed}"
+
+    @property
     def shown_bound(self) -> str:
         """The bound with the side that is good."""
         return "" if self.bound is None else f"{'<=' if self.gate == 'tensor' else '>='} {self.bound:g}"

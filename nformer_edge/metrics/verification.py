@@ -40,6 +40,7 @@ class Operating:
         threshold: cosine distance; halfway between the last impostor pair accepted and the first one refused.
         rates: at `threshold`. The false-match rate is the wanted one rounded down to whole pairs; lower where equal
             distances stand at that place, for they are accepted or refused together.
+        genuine, impostor: number of pairs.
         elsewhere: the rates at another threshold, None if none was asked about.
     """
 

@@ -82,7 +82,7 @@ class Match:
         return not self.missing and not self.stray
 
     def __str__(self) -> str:
-        return f"{len(self.matched)} tensors matched, {len(self.left)} left over, {len(self.missing)} missing"
+        return f"{len(self.matched)} tensors matched, {len(self.left)} unused, {len(self.missing)} missing"
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Import(Result):
         match = self.match
         lines = [f"wrote {self.checkpoint}: {self.model.backbone.arch} from {match.layout}, {match}"]
         for what, names in (
-            ("left over, not needed", match.needless),
-            ("left over", match.stray),
+            ("unused, not needed", match.needless),
+            ("unused", match.stray),
             ("missing", match.missing),
             ("starts untrained", match.anew),
         ):

@@ -40,6 +40,14 @@ def makers(model: ModelProto) -> dict[str, NodeProto]:
     return {name: node for node in model.graph.node for name in node.output}
 
 
+def drop_unused(model: ModelProto) -> None:
+    """Drops the constants that no node reads."""
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [t for t in model.graph.initializer if t.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
 def backbone_float32(model: ModelProto) -> set[str]:
     """Names of the backbone's nodes that stay FP32: norms, and from the last pooling to the output."""
     made_by = makers(model)
@@ -197,7 +205,7 @@ class _Halving:
             self._result.graph.node.append(copy)
         for name in self._outputs & set(self._made_half):
             self._result.graph.node.append(_cast(self._made_half[name], name, TensorProto.FLOAT))
-        self._drop_unused()
+        drop_unused(self._result)
         return self._result
 
     def _as_half(self, name: str) -> str:
@@ -223,18 +231,11 @@ class _Halving:
         if (name, TensorProto.FLOAT16) not in self._cast:
             values = numpy_helper.to_array(self._weights[name])
             if values.size and not np.abs(values).max() <= np.finfo(np.float16).max:
-                raise ArtifactError(
-                    name, f"a weight of {np.abs(values).max():g}", "at most 65504, FP16's largest", "Build it in FP32."
-                )
+                got = f"a weight of {np.abs(values).max():g}"
+                raise ArtifactError(name, got, "at most 65504, FP16's largest", "Build it in FP32.")
             self._cast[name, TensorProto.FLOAT16] = made
             self._result.graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), made))
         return made
-
-    def _drop_unused(self) -> None:
-        used = {name for node in self._result.graph.node for name in node.input}
-        kept = [t for t in self._result.graph.initializer if t.name in used]
-        del self._result.graph.initializer[:]
-        self._result.graph.initializer.extend(kept)
 
 
 def _cast(source: str, made: str, kind: int) -> NodeProto:

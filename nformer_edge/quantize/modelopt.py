@@ -123,12 +123,11 @@ def bundle_by_modelopt(
         made = quantize(plain, images, calib_method, () if own_choice else float_nodes(plain))
     else:
         made = halve(plain, images, () if own_choice else backbone_float32(plain))
-    parts: dict[str, Precision] = {"backbone": precision}
     manifest = replace(
         source.manifest,
         self_check={},
         accuracy=None,
-        precision=parts | ({"head": "fp32"} if source.has_head else {}),
+        precision={**source.precision, "backbone": precision},
         calibration=to_table(CalibrationFacts(calib_method, seed, force_calibration, len(paths), sha256)),
         made_by={"nvidia-modelopt": version("nvidia-modelopt"), "choice": "its own" if own_choice else "ours"},
         made_from=source.backbone_sha256,

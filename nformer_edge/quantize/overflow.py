@@ -34,13 +34,8 @@ IMAGES = 64
 _BATCH = 4
 
 #: Nodes that sum squares: over these axes where neither an input nor an attribute names them.
-_SQUARING: dict[str, list[int]] = {
-    "ReduceL2": [],
-    "ReduceSumSquare": [],
-    "LpNormalization": [-1],
-    "LayerNormalization": [-1],
-    "InstanceNormalization": [2, 3],
-}
+_SQUARING: dict[str, list[int]] = {"ReduceL2": [], "ReduceSumSquare": [], "InstanceNormalization": [2, 3]}
+_SQUARING |= {"LpNormalization": [-1], "LayerNormalization": [-1]}
 
 #: Nodes that sum as they are, likewise.
 _SUMMING: dict[str, list[int]] = {"ReduceSum": [], "ReduceMean": [], "ReduceL1": [], "GlobalAveragePool": [2, 3]}

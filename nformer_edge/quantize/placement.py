@@ -24,7 +24,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.quantize.fp16 import makers
 
 #: Nodes that are in INT8 when what they read is: they only pass it on.
-FOLLOWERS: tuple[str, ...] = (
+FOLLOWERS = (
     "Relu",
     "Clip",
     "MaxPool",
@@ -34,8 +34,8 @@ FOLLOWERS: tuple[str, ...] = (
     "Squeeze",
     "Unsqueeze",
     "Transpose",
+    "Slice",
 )
-FOLLOWERS += ("Slice",)
 
 
 class Placement:

@@ -17,7 +17,7 @@ from collections.abc import Collection
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from nformer_edge.quantize.fp16 import MULTIPLICATIONS, makers, multiplication_types
+from nformer_edge.quantize.fp16 import MULTIPLICATIONS, drop_unused, makers, multiplication_types
 from nformer_edge.quantize.placement import require_nodes
 from nformer_edge.quantize.placement_cpu import excluded_multiplications, float_nodes, require_quantized
 from nformer_edge.quantize.values import Ranges
@@ -82,10 +82,7 @@ class _Placement:
                 for i, name in enumerate(node.input):
                     node.input[i] = self._activation(name)
             self._model.graph.node.append(node)
-        used = {name for node in self._model.graph.node for name in node.input}
-        kept = [t for t in self._model.graph.initializer if t.name in used]
-        del self._model.graph.initializer[:]
-        self._model.graph.initializer.extend(kept)
+        drop_unused(self._model)
         del self._model.graph.value_info[:]
         return self._model
 

@@ -126,7 +126,7 @@ def _require_int8(bundle: Bundle, spec: QuantizeSpec) -> None:
         raise BackendError("INT8", f"no package {e.name}", "onnx and onnxruntime", hint) from e
     if bundle.backbone_precision != "fp32":
         got = f"int8 for a backbone that is in {bundle.backbone_precision} already"
-        hint = "Leave --int8 out: the graph is built as it stands. --fp16 halves the head."
+        hint = "Build without --int8: the graph keeps its types. --fp16 sets the head to FP16."
         raise UsageError("precision", got, "one in FP32", hint)
     require_nodes(onnx.load_from_string(bundle.backbone), spec.exclude_nodes)
 
@@ -250,7 +250,7 @@ def _infeasible(search: BudgetSearch, kept: Path) -> GateError:
         f"{100 * score.map_drop:.2f} points lost at best ({100 * score.map_drop_upper:.2f} with 95 % confidence), "
         f"overlap@10 {score.overlap_at_10:.3f}, with {len(best.float_nodes)} nodes in float"
     )
-    hint = f"Allow more, judge by more images (--budget-images), or build FP16 or FP32. The search is in {kept}."
+    hint = f"Allow more, measure with more images (--budget-images), or build FP16 or FP32. The search is in {kept}."
     return GateError("budget", got, search.budget, hint)
 
 

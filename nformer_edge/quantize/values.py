@@ -264,7 +264,7 @@ class BudgetSearch(Result):
         ]
         for i, point in enumerate(self.frontier):
             lines.append(self._line(str(len(point.float_nodes)), point) + ("  <- chosen" if i == self.chosen else ""))
-        lines.append("  what costs most          alone: overlap@10 lost, drop   left out: overlap@10 gained")
+        lines.append("  most costly nodes        alone: overlap@10 lost, drop   in float: overlap@10 gained")
         whole = self.score(self.frontier[0]).overlap_at_10
         for row in self.nodes[:_NODES]:
             more = f" and {len(row.members) - 1} more" if len(row.members) > 1 else ""
@@ -356,7 +356,7 @@ class HalfFacts:
         first = (
             f"FP16: overflow searched on {self.searched.images} images"
             if self.searched
-            else "FP16: overflow was not searched, the policy stands alone; --calib-data DIR searches it on real images"
+            else "FP16: overflow was not searched; --calib-data DIR searches it on real images"
         )
         kept = [f"{part}: {name} stays FP32: {why}" for part, nodes in self.kept.items() for name, why in nodes.items()]
         return [first, *kept]

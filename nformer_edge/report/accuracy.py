@@ -286,18 +286,16 @@ def _per_query(runner: Runner, query: Features, gallery: Features, seeds: tuple[
 
 
 def _baselines(query: Features, gallery: Features) -> list[Ranking]:
-    def k_reciprocal(_: int) -> RankingResult:
-        return ranking.evaluate(query, gallery, distances=k_reciprocal_distances(query.features, gallery.features))
+    q, g = query.features, gallery.features
 
-    def mean(_: int) -> RankingResult:
-        q, g = reciprocal_mean(query.features, gallery.features)
-        return ranking.evaluate(query.with_features(q), gallery.with_features(g))
+    def changed(queries: np.ndarray, images: np.ndarray) -> RankingResult:
+        return ranking.evaluate(query.with_features(queries), gallery.with_features(images))
 
-    def expansion(_: int) -> RankingResult:
-        expanded = average_query_expansion(query.features, gallery.features)
-        return ranking.evaluate(query.with_features(expanded), gallery)
-
-    ways = {"k-reciprocal": k_reciprocal, "reciprocal mean": mean, "query expansion": expansion}
+    ways: dict[str, Callable[[int], RankingResult]] = {
+        "k-reciprocal": lambda _: ranking.evaluate(query, gallery, distances=k_reciprocal_distances(q, g)),
+        "reciprocal mean": lambda _: changed(*reciprocal_mean(q, g)),
+        "query expansion": lambda _: changed(average_query_expansion(q, g), g),
+    }
     return [_ranked(name, way)[1] for name, way in ways.items()]
 
 

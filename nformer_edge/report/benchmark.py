@@ -31,8 +31,10 @@ from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source
 from nformer_edge.report.pipeline import STEPS, Pipeline, Reply
 from nformer_edge.report.table import format_table, number
 
+Scenario = Literal["SingleStream", "MultiStream", "Offline"]
+
 #: Of each scenario with a percentile to report, its name, and the images in one query.
-SCENARIOS = {"SingleStream": ("p90", 1), "MultiStream": ("p99", 8)}
+SCENARIOS: dict[Scenario, tuple[str, int]] = {"SingleStream": ("p90", 1), "MultiStream": ("p99", 8)}
 
 #: How sure early stopping is.
 CONFIDENCE = 0.99
@@ -77,25 +79,20 @@ class Latency:
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
-def _log_binomial(successes: int, trials: int, chance: float) -> float:
+def _binomial(successes: int, trials: int, chance: float) -> float:
     ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(trials - successes + 1)
-    return ways + successes * math.log(chance) + (trials - successes) * math.log1p(-chance)
+    return math.exp(ways + successes * math.log(chance) + (trials - successes) * math.log1p(-chance))
 
 
 def overlatency_odds(overlatency: int, samples: int, percentile: float) -> float:
     """Chance that at most `overlatency` of `samples` exceed the true `percentile`."""
-    return math.fsum(math.exp(_log_binomial(x, samples, 1 - percentile)) for x in range(overlatency + 1))
+    return math.fsum(_binomial(x, samples, 1 - percentile) for x in range(overlatency + 1))
 
 
 def allowed_overlatency(samples: int, percentile: float, confidence: float = CONFIDENCE) -> int:
     """The largest t with P(X <= t; samples, 1 - percentile) < 1 - confidence; 0 if not even t = 1 is allowed."""
-    total, t = 0.0, -1
-    while t < samples:
-        total += math.exp(_log_binomial(t + 1, samples, 1 - percentile))
-        if not total < 1 - confidence:
-            break
-        t += 1
-    return max(t, 0)
+    odds = itertools.accumulate(_binomial(t, samples, 1 - percentile) for t in range(samples + 1))
+    return max(sum(1 for _ in itertools.takewhile(lambda total: total < 1 - confidence, odds)) - 1, 0)
 
 
 @cache
@@ -141,7 +138,7 @@ class Run:
         early_stopping_ms: value that the percentile does not exceed, with 99 % confidence; null if the run is short.
     """
 
-    scenario: Literal["SingleStream", "MultiStream", "Offline"]
+    scenario: Scenario
     name: str
     pipeline: str
     count: int
@@ -296,13 +293,13 @@ def benchmark(
     with open_model(model, intra_op_threads) as runner:
         searched = embed_records(runner, dataset.gallery[:gallery], batch=batch)
         for with_head in (False, True) if runner.has_head else (False,):
-            for scenario, count in (("SingleStream", single_stream), ("MultiStream", multi_stream)):
+            for scenario, count in zip(SCENARIOS, (single_stream, multi_stream), strict=True):
                 if count:
                     pipeline = Pipeline(runner, searched, with_head=with_head, batch=SCENARIOS[scenario][1])
                     runs.append(_stream(pipeline, requests, scenario, count, warmup, max_seconds))
             if offline:
                 pipeline = Pipeline(runner, searched, with_head=with_head, batch=batch)
-                runs.append(_offline(pipeline, requests, offline, warmup))
+                runs.append(_offline(pipeline, requests, offline, min(warmup, offline)))
         measured = MeasuredModel.of(model, runner, label)
     measured_on = MeasuredData(dataset.name, len(requests), len(searched))
     around = before, conditions()
@@ -327,7 +324,7 @@ def run_name(scenario: str, count: int, required: int) -> str:
 
 
 def _stream(
-    pipeline: Pipeline, requests: list[str], scenario: str, count: int, warmup: int, max_seconds: float | None
+    pipeline: Pipeline, requests: list[str], scenario: Scenario, count: int, warmup: int, max_seconds: float | None
 ) -> Run:
     """Queries one after the other; the next is issued when the last is answered."""
     percentile, images = SCENARIOS[scenario]
@@ -347,7 +344,6 @@ def _stream(
 
 def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) -> Run:
     """One query of many images: throughput, no percentiles."""
-    warmup = min(warmup, images)
     if warmup:
         pipeline(_take(requests, 0, warmup))
     reply = pipeline(_take(requests, 0, images))
@@ -355,21 +351,13 @@ def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) 
 
 
 def _run(
-    pipeline: Pipeline, scenario: str, replies: list[Reply], count: int, required: int, warmup: int, images: int
+    pipeline: Pipeline, scenario: Scenario, replies: list[Reply], count: int, required: int, warmup: int, images: int
 ) -> Run:
     total = [r.total_ms for r in replies]
-    return Run(
-        scenario=scenario,  # type: ignore[arg-type]
-        name=run_name(scenario, count, required),
-        pipeline=pipeline.name,
-        count=count,
-        required=required,
-        warmup=warmup,
-        batch=pipeline.batch,
-        latency=summarize(total),
-        steps={s: summarize([r.step_ms[s] for r in replies]) for s in STEPS if s in replies[0].step_ms},
-        images_per_second=1000 * images * len(total) / sum(total),
-    )
+    steps = {s: summarize([r.step_ms[s] for r in replies]) for s in STEPS if s in replies[0].step_ms}
+    named = scenario, run_name(scenario, count, required), pipeline.name
+    figures = summarize(total), steps, 1000 * images * len(total) / sum(total)
+    return Run(*named, count, required, warmup, pipeline.batch, *figures)
 
 
 def compare(

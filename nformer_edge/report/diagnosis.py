@@ -185,16 +185,8 @@ def compare_layers(
 ) -> tuple[Layers, ...]:
     """The float graph and the engine's graph of each of `parts`, node by node on the reference's own inputs.
 
-    Args:
-        reference: checkpoint or bundle: where the float graph comes from.
-        engine: what is judged.
-        parts: ``backbone`` and ``head`` alone.
-        spec: of the reference.
-        records: images that the backbone is compared on.
-        features: of the reference's backbone, that the head is compared on.
-
-    Returns:
-        One for each part; one that cannot be compared has a `note`.
+    `spec` and `features` are the reference's: the backbone is compared on `records`, the head on `features`. A part
+    that cannot be compared has a `note`.
     """
     wanted = {p.part: p.precision for p in parts}
     if not wanted:

@@ -38,6 +38,7 @@ class Graph:
         self.constants = {t.name: t for t in model.graph.initializer}
         self.inputs = {i.name for i in model.graph.input} - set(self.constants)
         self.makers = makers(self.model)
+        self._fixed = {*self.constants, *(n.output[0] for n in self.model.graph.node if n.op_type == "Constant")}
         self._half = holds_half(self.model)
         shared = {n.name for n in like.graph.node} if like is not None else {n.name for n in model.graph.node}
         self._carriers = {n.name for n in self.model.graph.node if n.op_type in _CARRIERS and n.name not in shared}
@@ -59,12 +60,7 @@ class Graph:
 
     def reads(self, node: NodeProto) -> list[str]:
         """The tensors that a node computes from, as their makers call them; constants are left out."""
-        found = (self.origin(name) for name in node.input if name)
-        return [name for name in found if name not in self.constants and not self._constant(name)]
-
-    def _constant(self, name: str) -> bool:
-        maker = self.makers.get(name)
-        return maker is not None and maker.op_type == "Constant"
+        return [name for name in (self.origin(n) for n in node.input if n) if name not in self._fixed]
 
     def has(self, name: str) -> bool:
         """Whether the graph computes, or is given, a tensor of this name."""
@@ -85,17 +81,10 @@ class Graph:
         Only what they hang on is computed, and a quantized tensor is looked at behind its Q, where looking does not
         keep onnxruntime from its integer kernels.
         """
-        if not names:
-            return {}
-        return self._run(list(self.model.graph.node), names, feed, {})
+        return self._run(list(self.model.graph.node), names, feed, {}) if names else {}
 
     def alone(self, name: str, given: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]) -> np.ndarray:
-        """`name` as its maker computes it from other inputs than its own.
-
-        Args:
-            given: of tensors that the maker reads, the values that it shall read.
-            feed: of the graph's inputs, for what is not given.
-        """
+        """`name` as its maker computes it from the values `given` of tensors that it reads, and from `feed`."""
         types = self._inferred()
         kinds = {n: types[n].elem_type if n in types else TensorProto.FLOAT for n in given if n not in self.inputs}
         nodes = [n for n in self.model.graph.node if not set(n.output) & kinds.keys()]
@@ -105,8 +94,7 @@ class Graph:
     def groups(self, names: Sequence[str], samples: int, limit: int) -> list[list[str]]:
         """`names` in their order, in lists whose values take at most `limit` bytes, or hold one name.
 
-        Args:
-            samples: what a free dimension stands for, such as the batch.
+        `samples` is what a free dimension stands for, such as the batch.
         """
         inferred = self._inferred()
         found: list[list[str]] = []
@@ -173,26 +161,20 @@ def _pruned(
         if needed & set(node.output):
             kept.append(node)
             needed |= set(node.input)
-    graph = helper.make_graph(
-        kept[::-1],
-        model.graph.name,
-        [i for i in inputs if i.name in needed],
-        [helper.ValueInfoProto(name=name) for name in sorted(outputs)],  # onnxruntime finds their types
-        [t for t in model.graph.initializer if t.name in needed],
-    )
-    return helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
-    )
+    given = [i for i in inputs if i.name in needed]
+    found = [helper.ValueInfoProto(name=name) for name in sorted(outputs)]  # onnxruntime finds their types
+    constants = [t for t in model.graph.initializer if t.name in needed]
+    graph = helper.make_graph(kept[::-1], model.graph.name, given, found, constants)
+    versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
+    return helper.make_model(graph, **versions, functions=model.functions)
 
 
 def constant(graph: Graph, name: str) -> np.ndarray | None:
     """The values of an initializer or of a Constant node's output; None for anything else."""
-    if name in graph.constants:
-        return numpy_helper.to_array(graph.constants[name])
-    maker = graph.makers.get(name)
+    maker, held = graph.makers.get(name), graph.constants.get(name)
     if maker is not None and maker.op_type == "Constant" and maker.attribute[0].name == "value":
-        return numpy_helper.to_array(maker.attribute[0].t)
-    return None
+        held = maker.attribute[0].t
+    return None if held is None else numpy_helper.to_array(held)
 
 
 def is_rounded(engine: Graph) -> bool:
@@ -203,13 +185,8 @@ def is_rounded(engine: Graph) -> bool:
 def fake_quantized(reference: Graph, engine: Graph, ranges: Mapping[str, tuple[float, float]]) -> ModelProto:
     """The engine's graph with the reference's constants, rounded as the engine rounds its own: what rounding costs.
 
-    The range of each quantized activation is what the reference itself spans on the images that are compared. Its
-    distance from the reference is what the build's precision costs when nothing is wrong with it.
-
-    Args:
-        reference: the float graph.
-        engine: of the same model.
-        ranges: lowest and highest value of each tensor that the engine quantizes.
+    `ranges` are the lowest and highest value, in the reference on the images that are compared, of each tensor that the
+    engine quantizes. The distance from the reference is what the precision costs when nothing is wrong with the build.
     """
     model = ModelProto()
     model.CopyFrom(engine.model)

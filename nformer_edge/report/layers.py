@@ -128,14 +128,9 @@ def _read_folder(folder: Path, parts: tuple[PartName, ...]) -> dict[PartName, Mo
 def compare_graphs(
     part: PartName, precision: Precision, reference_model: ModelProto, engine_model: ModelProto, feed: Feed
 ) -> Layers:
-    """One part, tensor by tensor in the order of computation.
+    """One part, tensor by tensor in the order of computation: the float32 graph and one in any precision.
 
-    Args:
-        part: ``backbone`` or ``head``.
-        precision: of the part as built.
-        reference_model: float32, as `export` wrote it.
-        engine_model: of the same model, in any precision.
-        feed: inputs of both, a few images' worth.
+    `feed` has the inputs of both, a few images' worth.
     """
     reference, engine = Graph(reference_model), Graph(engine_model, reference_model)
     known = reference.carried()
@@ -168,10 +163,12 @@ def _compared(
             counts[name] = int(np.count_nonzero(ours[name]))
             measured[name] = (difference(theirs[name], ours[name]), difference(rounded[name], ours[name]).error, floor)
     free = _freedom(reference, counts, feed)
-    return [
-        _row(engine, name, found, max(floor, allowed(rounding, free[name])))
-        for name, (found, rounding, floor) in measured.items()
-    ]
+    rows = []
+    for name, (found, rounding, floor) in measured.items():
+        maker, band = engine.maker(name) or engine.rounded[name][0], max(floor, allowed(rounding, free[name]))
+        numbers = found.error, band, found.sqnr_db, found.cosine
+        rows.append(Node(maker.name, maker.op_type, name, *numbers, inside=found.error <= band))
+    return rows
 
 
 def _freedom(reference: Graph, counts: Mapping[str, int], feed: Feed) -> dict[str, int]:
@@ -196,12 +193,6 @@ def _ranges(reference: Graph, engine: Graph, feed: Feed) -> dict[str, tuple[floa
 
 def _samples(feed: Feed) -> int:
     return len(next(iter(feed.values())))
-
-
-def _row(engine: Graph, name: str, found: Difference, band: float) -> Node:
-    maker = engine.maker(name) or engine.rounded[name][0]
-    numbers = (found.error, band, found.sqnr_db, found.cosine)
-    return Node(maker.name, maker.op_type, name, *numbers, inside=found.error <= band)
 
 
 def _blamed(reference: Graph, engine: Graph, first: Node, nodes: list[Node], feed: Feed) -> FirstOutside:

@@ -11,15 +11,15 @@ import numpy as np
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.core.machine import MachineFacts, machine
+from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import Result
-from nformer_edge.data.records import ImageRecord
 from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics import gates
 from nformer_edge.metrics.agreement import row_errors
 from nformer_edge.metrics.bootstrap import DRAWS
-from nformer_edge.metrics.gates import GateResult, Verdict
+from nformer_edge.metrics.gates import Verdict
 from nformer_edge.metrics.ranking import Pair
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.diagnosis import InputDifference, Layers, compare_inputs, compare_layers
@@ -85,7 +85,8 @@ class Parity(Result):
     @property
     def failures(self) -> list[str]:
         """One line for each failed gate: part, gate, measured, bound, by how much, and the landmark seed if any."""
-        return [_failure(p, g) for p in self.parts for g in p.gates if (g.kind, g.status) == ("gate", "failed")]
+        failed = [(p, g) for p in self.parts for g in p.gates if (g.kind, g.status) == ("gate", "failed")]
+        return [f"{part.title} {part.precision}, {gate.failure}" for part, gate in failed]
 
     @property
     def causes(self) -> list[str]:
@@ -119,14 +120,6 @@ class Parity(Result):
         if any(p.precision == "fp32" for p in self.parts if p.part in (self.blame or "")):
             return "Export and build it again from this reference."
         return "Build that part in a finer precision, or calibrate it on more images."
-
-
-def _failure(part: PartParity, gate: GateResult) -> str:
-    measured = "not a number" if np.isnan(gate.measured) else f"{gate.measured:.6g}"
-    edge = "" if np.isnan(gate.upper) else f" (upper bound {gate.upper:.6g})"
-    miss = "" if np.isnan(gate.margin) else f", missed by {abs(gate.margin):.3g}"
-    seed = "" if gate.landmark_seed is None else f" with landmark seed {gate.landmark_seed}"
-    return f"{part.title} {part.precision}, {gate.title}: {measured}{edge} against {gate.bound:g}{miss}{seed}"
 
 
 def _notes(part: PartParity) -> list[str]:
@@ -212,13 +205,14 @@ def parity(
     Raises:
         UsageError: if one of the two has a head and the other has none, or there is no landmark seed.
     """
+    if limit is not None:
+        check_at_least("limit", limit, 1)
     dataset = open_dataset(data, layout)
-    query, gallery = (_thin(dataset.split(s), limit) for s in ("query", "gallery"))
+    sets = dataset.query, dataset.gallery
+    query, gallery = ([images[i] for i in evenly(limit or len(images), len(images))] for images in sets)
 
     def embed(runner: Runner, finite: bool = True) -> Pair:
-        records = (query, gallery)
-        ours, theirs = (embed_records(runner, r, batch=batch, finite=finite) for r in records)
-        return ours, theirs
+        return embed_records(runner, query, batch, finite=finite), embed_records(runner, gallery, batch, finite=finite)
 
     with open_model(engine, intra_op_threads) as built:
         theirs = embed(built, finite=False)  # the gates judge a NaN
@@ -230,24 +224,14 @@ def parity(
             if double is not None:
                 judged.use(double, embed(double) if judged.needs_backbone else None)
             parts = judged.judge(seeds, draws, seed)
-            models = (
-                MeasuredModel.of(reference, original, reference_label),
-                MeasuredModel.of(engine, built, engine_label),
-            )
+            ours, its = (reference, original, reference_label), (engine, built, engine_label)
+            models = MeasuredModel.of(*ours), MeasuredModel.of(*its)
             spec, seen = original.spec, compare_inputs(original.spec.preprocess, built.spec.preprocess, query)
     asked = [p for p in parts if p.part != "end_to_end" and (layers or _unexplained(p, seen))]
-    return Parity(
-        machine(),
-        *models,
-        MeasuredData(dataset.name, len(query), len(gallery)),
-        seeds,
-        draws,
-        parts,
-        seen,
-        compare_layers(reference, engine, asked, spec, query, judged.ours),
-        gates.worst_verdict(p.status for p in parts),
-        blame(parts),
-    )
+    compared = compare_layers(reference, engine, asked, spec, query, judged.ours)
+    measured = MeasuredData(dataset.name, len(query), len(gallery))
+    status = gates.worst_verdict(p.status for p in parts)
+    return Parity(machine(), *models, measured, seeds, draws, parts, seen, compared, status, blame(parts))
 
 
 class _Parts:
@@ -334,14 +318,6 @@ def _landmark_seeds(engine: Runner, wanted: Sequence[int] | None) -> tuple[int, 
     if not seeds:
         raise UsageError("landmark seeds", "none", "at least one", "Leave them out for three.")
     return tuple(dict.fromkeys(seeds))
-
-
-def _thin(records: tuple[ImageRecord, ...], limit: int | None) -> tuple[ImageRecord, ...]:
-    if limit is None:
-        return records
-    if limit < 1:
-        raise UsageError("limit", limit, "at least 1", "Raise it or leave it out.")
-    return tuple(records[i] for i in evenly(limit, len(records)))
 
 
 def blame(parts: Sequence[PartParity]) -> str | None:

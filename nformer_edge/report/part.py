@@ -16,7 +16,10 @@ from nformer_edge.metrics import agreement, gates
 from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.metrics.bootstrap import DRAWS, Interval, Ratio, paired_difference, paired_ratio
 from nformer_edge.metrics.gates import GateResult, Verdict
-from nformer_edge.metrics.ranking import JUNK, Pair, RankingResult, evaluate
+from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, Pair, RankingResult, evaluate
+
+#: Gates that need labels.
+_KEPT = ("mAP_kept", "rank1_kept")
 
 PartName = Literal["backbone", "head", "end_to_end"]
 
@@ -176,38 +179,31 @@ def judge_run(
     """
     x, reference = stacked(outputs.engine), stacked(outputs.reference)
     exact = reference if outputs.exact is None else outputs.exact
-    tensor = gates.judge_tensor(precision, agreement.tensor_error(x, exact, outputs.own))
+    judged = {"tensor": gates.judge_tensor(precision, agreement.tensor_error(x, exact, outputs.own))}
     cosines = agreement.cosines(x, reference)
     measured = {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
-    labeled = bool((outputs.reference[1].pids != JUNK).any())
-    ours = evaluate(*outputs.reference) if labeled else None
+    ours = evaluate(*outputs.reference) if (outputs.reference[1].pids != JUNK).any() else None
     theirs, found, differences = None, None, None
-    ratios: dict[str, Ratio] = {}
+    if ours is None:
+        judged |= {name: gates.undecided(gates.rule(precision, name), "no labels") for name in _KEPT}
     if usable(outputs.engine):
         found = agreement.rank_agreement(outputs.reference, outputs.engine)
+        judged["first_match"] = gates.judge_first_match(precision, found)
         measured["top10_overlap"] = found.overlap
         if part == "backbone":
             measured["reciprocal_jaccard"] = agreement.reciprocal_jaccard(x, reference)
         if ours is not None:
             theirs = evaluate(*outputs.engine)
             ratios, differences = _kept(ours, theirs, draws, seed)
-    results = []
-    for name in gates.TITLES:
-        rule = gates.rule(precision, name)
-        if name == "tensor":
-            results.append(tensor)
-        elif name == "first_match" and found is not None:
-            results.append(gates.judge_first_match(precision, found))
-        elif name in ratios:
-            results.append(gates.judge_ratio(rule, ratios[name]))
-        elif name.endswith("_kept") and not labeled:
-            results.append(gates.undecided(rule, "no labels"))
-        elif name != "reciprocal_jaccard" or part == "backbone":
-            results.append(gates.judge(rule, measured.get(name, math.nan)))
-    judged = tuple(dataclasses.replace(r, landmark_seed=landmark_seed) for r in results)
+            judged |= {name: gates.judge_ratio(gates.rule(precision, name), ratio) for name, ratio in ratios.items()}
+    names = [name for name in gates.TITLES if name != "reciprocal_jaccard" or part == "backbone"]
+    for name in names:
+        if name not in judged:
+            judged[name] = gates.judge(gates.rule(precision, name), measured.get(name, math.nan))
+    results = tuple(dataclasses.replace(judged[name], landmark_seed=landmark_seed) for name in names)
     moved = () if found is None else _moved(found, outputs.reference)
     scores = (_score(ours), _score(theirs))
-    return PartRun(landmark_seed, gates.verdict(judged), judged, *scores, differences, moved), cosines
+    return PartRun(landmark_seed, gates.verdict(results), results, *scores, differences, moved), cosines
 
 
 def judge_part(
@@ -218,12 +214,7 @@ def judge_part(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> PartParity:
-    """A part under every landmark seed; of each gate the worst run decides.
-
-    Args:
-        run: the outputs under a landmark seed.
-        landmark_seeds: None alone for a part without landmarks.
-    """
+    """A part under every landmark seed (None for one without landmarks); of each gate the worst run decides."""
     start = time.perf_counter()
     runs, cosines, exact = [], [], False
     for chosen in landmark_seeds:
@@ -255,6 +246,6 @@ def _moved(found: RankAgreement, reference: Pair) -> tuple[Moved, ...]:
     query, gallery = reference
     rows = []
     for q, ours, theirs in found.moved.tolist():
-        same = found.same_person(gallery.pids, ours, theirs)
+        same = bool(gallery.pids[ours] == gallery.pids[theirs] != DISTRACTOR) if found.by_person else None
         rows.append(Moved(query.paths[q], gallery.paths[ours], gallery.paths[theirs], same))
     return tuple(rows)

@@ -38,17 +38,11 @@ class Reply:
 
 
 class Pipeline:
-    """decode -> preprocess -> backbone [-> head] -> search.
+    """decode -> preprocess -> backbone [-> head] -> search, among images with the backbone's features in `gallery`.
 
     The head sees each image alone with the gallery (`gallery.protocols.relate_each`), and the gallery is searched by
-    `gallery.search.top_matches`: the functions that `nformer-edge search` calls.
-
-    Args:
-        runner: an open model.
-        gallery: G images' features as the backbone gives them.
-        with_head: run the head.
-        top: gallery images that the search returns.
-        batch: images that the backbone sees at once.
+    `gallery.search.top_matches`: the functions that `nformer-edge search` calls. `top` images are found; the backbone
+    sees `batch` at once.
 
     A runner may have an attribute ``copy_ms``, the last call's ``(in, out)`` copies in milliseconds: they become steps
     of their own.

@@ -13,7 +13,7 @@ from nformer_edge.core.values import from_json
 from nformer_edge.exporting.bundle import Bundle, open_bundle
 from nformer_edge.quantize.prepare import CalibrationData, Data
 from nformer_edge.quantize.spec import BudgetSpec
-from nformer_edge.targets.preflight import require_match
+from nformer_edge.targets.doctor import require_match
 from nformer_edge.targets.recipe import read_target
 
 

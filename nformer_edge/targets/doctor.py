@@ -1,4 +1,4 @@
-"""What this machine can do, and for each thing that is missing the next step."""
+"""What this machine can do, and for each thing that is missing the next step; and what does not match a target."""
 
 from __future__ import annotations
 
@@ -7,16 +7,59 @@ from dataclasses import dataclass
 
 from nformer_edge.backends import base
 from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
-from nformer_edge.backends.tensorrt.plugin.library import find_plugin, read_plugin
-from nformer_edge.core.errors import Error
-from nformer_edge.core.machine import MachineFacts, conditions, machine, package_version, version_key
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_for_operators, missing_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.library import LIBRARY, find_plugin, read_plugin
+from nformer_edge.core.errors import BackendError, Error
+from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine, package_version, version_key
 from nformer_edge.core.values import Result
-from nformer_edge.targets.preflight import Preflight, preflight
-from nformer_edge.targets.recipe import read_target
+from nformer_edge.targets.recipe import CUDA, L4T, Target, read_target
 
 #: Those of `core.machine.KNOWN` that multiply 8-bit integers.
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that does not match.
+
+    Args:
+        what: the thing.
+        got: what is here.
+        expected: what the recipe asks for.
+        hint: what to do.
+        blocks: an engine built here would not be the target's; otherwise it is only slower, say.
+    """
+
+    what: str
+    got: str
+    expected: str
+    hint: str
+    blocks: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.what}: got {self.got or 'none'}, expected {self.expected}. {self.hint}"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A machine compared with a target.
+
+    Args:
+        name: the target's.
+        summary: the device.
+        note: what else its user must know.
+        mismatches: none if all matches.
+    """
+
+    name: str
+    summary: str
+    note: str
+    mismatches: tuple[Mismatch, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.summary}", *([f"  note: {self.note}"] if self.note else [])]
+        lines += [f"  {'NO  ' if m.blocks else 'note'}  {m}" for m in self.mismatches]
+        return "\n".join([*lines, *([] if self.mismatches else ["  all matches"])])
 
 
 @dataclass(frozen=True)
@@ -86,19 +129,16 @@ def doctor(target: str | None = None) -> Doctor:
     gpu = f"{here.gpu}, {here.compute_capability}" if here.gpu else here.driver
     jetpack = f"Jetson Linux {here.l4t}" if here.l4t else ""
     found = [
-        Check(
-            "PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"
-        ),
-        Check("ONNX", package_version("onnx"), "to export and to build INT8: pip install 'nformer-edge[quant]'"),
-        Check("native CPU kernels", "built" if native else "", "install with a C++ compiler: pip install ."),
-        Check("NVIDIA GPU", gpu, "needed by TensorRT alone: install the NVIDIA driver"),
-        Check("JetPack", jetpack, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager"),
+        ("PyTorch", package_version("torch"), "to train, and to run checkpoints: pip install 'nformer-edge[train]'"),
+        ("ONNX", package_version("onnx"), "to export and to build INT8: pip install 'nformer-edge[quant]'"),
+        ("native CPU kernels", "built" if native else "", "install with a C++ compiler: pip install ."),
+        ("NVIDIA GPU", gpu, "needed by TensorRT alone: install the NVIDIA driver"),
+        ("JetPack", jetpack, "none needed here; on a Jetson, flash it with NVIDIA's SDK Manager"),
     ]
-    for backend in map(base.get, base.names()):
-        step = f"{backend.USE}: pip install 'nformer-edge[{backend.EXTRA}]'"
-        found.append(Check(backend.NAME, package_version(backend.NAME), step))
-    checks = (*found, _plugin_library(package_version(TENSORRT)))
-    return Doctor(here, int8_note(here), tuple(c if not c.ok else Check(c.name, c.found, "") for c in checks), compared)
+    for b in map(base.get, base.names()):
+        found.append((b.NAME, package_version(b.NAME), f"{b.USE}: pip install 'nformer-edge[{b.EXTRA}]'"))
+    checks = [Check(name, there, "" if there else hint) for name, there, hint in found]
+    return Doctor(here, int8_note(here), (*checks, _plugin_library(package_version(TENSORRT))), compared)
 
 
 def int8_note(here: MachineFacts) -> str:
@@ -113,8 +153,7 @@ def _plugin_library(tensorrt: str) -> Check:
     if library is None and not missing_ahead_of_time(here):
         return Check(name, f"none, and none needed: TensorRT {tensorrt} puts the kernels into the plan", "")
     if library is None:
-        step = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-        return Check(name, "", f"needed by TensorRT alone: {step}")
+        return Check(name, "", f"needed by TensorRT alone: {hint_for_operators(here)}")
     try:
         manifest = read_plugin(library)
     except Error as e:
@@ -123,3 +162,89 @@ def _plugin_library(tensorrt: str) -> Check:
         return Check(name, str(library), "")
     codes = ", ".join(f"sm_{a}" for a in manifest.architectures)
     return Check(name, f"{library} (TensorRT {manifest.tensorrt}, {codes})", "")
+
+
+# ---- a machine and a target ----
+
+
+def preflight(target: Target, here: MachineFacts, now: Conditions, *, with_head: bool = True) -> Preflight:
+    """Compares, and changes nothing. An NFormer head needs the plugin library in TensorRT, or a CUDA compiler."""
+    found = _versions(target, here) + _hardware(target, here, now)
+    if target.engine.backend == TENSORRT and with_head:
+        found += _plugin(here)
+    return Preflight(target.name, target.summary, target.note, tuple(found))
+
+
+def require_match(target: Target, here: MachineFacts, now: Conditions, *, with_head: bool = True) -> Preflight:
+    """The comparison, where nothing blocks. Raises BackendError if something blocks, naming all of it."""
+    found = preflight(target, here, now, with_head=with_head)
+    blocking = [f"({i}) {m}" for i, m in enumerate((m for m in found.mismatches if m.blocks), 1)]
+    if blocking:
+        count = "1 thing on this machine does" if len(blocking) == 1 else f"{len(blocking)} things on this machine do"
+        hint = f"See `nformer-edge doctor --target {target.name}`." + (f" Note: {target.note}" if target.note else "")
+        raise BackendError(f"target {target.name}: {count} not match: {' '.join(blocking)}", hint=hint)
+    return found
+
+
+def _versions(target: Target, here: MachineFacts) -> list[Mismatch]:
+    found, known = [], {**here.versions, L4T: here.l4t, CUDA: here.cuda}
+    for name, (first, end) in target.machine.versions.items():
+        got, expected = known.get(name, ""), f"from {first}, below {end}"
+        if not version_key(first) <= version_key(got) < version_key(end):
+            found.append(Mismatch(name, got, expected, _version_hint(name, target), blocks=name != CUDA))
+    return found
+
+
+def _version_hint(name: str, target: Target) -> str:
+    if name == L4T:
+        return "Flash the board with NVIDIA's SDK Manager, or choose the target of its JetPack."
+    if name == CUDA:
+        return "Only build-plugin needs it: install that CUDA toolkit."
+    if L4T in target.machine.versions:
+        return "JetPack brings it: apt install nvidia-jetpack, and make the environment with --system-site-packages."
+    return f"pip install 'nformer-edge[{base.get(name).EXTRA}]'"
+
+
+def _hardware(target: Target, here: MachineFacts, now: Conditions) -> list[Mismatch]:
+    wanted, found = target.machine, []
+    if wanted.architecture and here.architecture != wanted.architecture:
+        hint = "Build on the device itself, or choose another target."
+        found.append(Mismatch("architecture", here.architecture, wanted.architecture, hint))
+    if wanted.compute_capability and here.compute_capability not in wanted.compute_capability:
+        got = f"{here.compute_capability} ({here.gpu})" if here.compute_capability else ""
+        hint = "A plan runs on the kind of GPU that it was built on: build it there."
+        found.append(Mismatch("compute capability", got, " or ".join(wanted.compute_capability), hint))
+    if target.engine.backend == TENSORRT and not here.driver:
+        found.append(Mismatch("NVIDIA driver", "", "one", "Install the driver; TensorRT builds on the GPU itself."))
+    if wanted.power_mode and now.power_mode not in wanted.power_mode:
+        hint = "`sudo nvpmodel -m N`, N as in /etc/nvpmodel.conf, then `sudo jetson_clocks`: the builder times kernels."
+        found.append(Mismatch("power mode", now.power_mode, " or ".join(wanted.power_mode), hint, blocks=False))
+    needed_gib, memory_gib = 2 * (target.engine.workspace or 0), (here.gpu_memory_mib or here.memory_mib or 0) / 1024
+    if 0 < memory_gib < needed_gib:
+        expected, hint = f"{needed_gib:g} GiB, twice the workspace", "Close other programs; or a smaller --workspace."
+        found.append(Mismatch("memory", f"{memory_gib:.1f} GiB", expected, hint, blocks=False))
+    return found
+
+
+def _plugin(here: MachineFacts) -> list[Mismatch]:
+    what, tensorrt = "plugin library", version_key(here.versions.get(TENSORRT, ""))
+    library, reason = find_plugin(tensorrt[0] if tensorrt else None), missing_ahead_of_time(tensorrt)
+    if library is None and not reason:
+        return []  # the plan carries the kernels
+    if library is None:
+        return [Mismatch(what, f"no {LIBRARY}, and {reason}", "one of the two", hint_for_operators(tensorrt))]
+    try:
+        manifest = read_plugin(library)
+    except Error as e:
+        return [Mismatch(what, str(library), "one with a valid manifest", str(e))]
+    if manifest is None:
+        return []
+    found, built = [], version_key(manifest.tensorrt)[:1]
+    if tensorrt and built != tensorrt[:1]:
+        got, expected = f"{library} for TensorRT {built[0]}", f"one for TensorRT {tensorrt[0]}"
+        found.append(Mismatch(what, got, expected, "nformer-edge build-plugin"))
+    ours, wanted = manifest.architectures, here.compute_capability.replace(".", "")
+    if ours and wanted and wanted not in ours:
+        got, hint = f"kernels for sm_{', sm_'.join(ours)}", "nformer-edge build-plugin on this machine"
+        found.append(Mismatch(what, got, f"sm_{wanted} among them", hint, blocks=False))
+    return found

@@ -116,7 +116,7 @@ def prepare_for_trtexec(
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
     opened, path = open_bundle(bundle), Path(out)
-    low = prepare(opened, spec.quantize, calib_data, path, half=True)
+    low = prepare(opened, spec, calib_data, path, half=True)
     with atomic_folder(path, KIND) as folder:
         low.save(folder)
         commands, beyond = [], {}

@@ -174,7 +174,7 @@ class TrainConfig:
         _at_least(self, 0, "seed", "cache_mib", "save_minutes")
         check_choice("precision", self.precision, get_args(Precision))
         if not 0 <= self.holdout < 1:
-            raise UsageError("holdout", self.holdout, "0 <= holdout < 1", "Keep out fewer people.")
+            raise UsageError("holdout", self.holdout, "0 <= holdout < 1", "Hold out fewer people.")
 
     @classmethod
     def demo(cls, seed: int = 0, rule: str = "features") -> TrainConfig:

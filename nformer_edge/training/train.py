@@ -165,7 +165,7 @@ def _maker(path: StrPath | None, features: Features, store: str) -> tuple[ModelS
     if path is None:
         if not features.spec:
             got = "features without their model's spec"
-            raise ArtifactError(store, got, "the spec beside them", "Embed again, or pass --backbone.")
+            raise ArtifactError(store, got, "the spec with them", "Embed again, or pass --backbone.")
         return from_dict(ModelSpec, json.loads(features.spec), store), None, None
     made = load_checkpoint(path)
     if made.backbone is None or not features.shares_model(made.sha256, precision="fp32"):

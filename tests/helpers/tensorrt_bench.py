@@ -33,7 +33,7 @@ class Bench:
 
     def build(self, precision="fp32", calib_data=None, **settings):
         wanted, bundle = BuildSpec(backend="tensorrt", precision=precision, **settings), open_bundle(self.bundle)
-        low = prepare(bundle, wanted.quantize, calib_data, self.out, half=True)
+        low = prepare(bundle, wanted, calib_data, self.out, half=True)
         return tensorrt.build(bundle, self.out, wanted, low, self.plan)
 
     def plan(self, job):

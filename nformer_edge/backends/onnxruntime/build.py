@@ -52,17 +52,12 @@ def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision) -> B
     for name in (BACKBONE, GOLDEN, *([HEAD] if bundle.has_head else [])):
         bundle.files.copy(name, folder)
     used = versions(NAME, "onnx", "numpy")
-    precision: dict[str, Precision] = {
-        "backbone": bundle.backbone_precision,
-        **({"head": "fp32"} if bundle.has_head else {}),
-    }
     if low.ranges is None:
-        return Built(versions=used, precision=precision)
+        return Built(versions=used, precision=bundle.precision)
     audit = _quantize(bundle, folder, low)
     made_on = BuiltFor(instruction_sets=instruction_sets(), reduce_range=low.reduce_range)
-    return Built(
-        versions=used, precision={**precision, "backbone": "int8"}, audit={"backbone": audit}, built_for=made_on
-    )
+    precision: dict[str, Precision] = {**bundle.precision, "backbone": "int8"}
+    return Built(versions=used, precision=precision, audit={"backbone": audit}, built_for=made_on)
 
 
 def run(

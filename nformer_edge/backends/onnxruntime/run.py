@@ -7,7 +7,6 @@ by the standard operators of its own function bodies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -62,9 +61,7 @@ class OnnxRuntimeRunner:
             self._session(HEAD)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._sessions.clear()
 
     def golden(self) -> dict[str, np.ndarray]:
@@ -75,10 +72,8 @@ class OnnxRuntimeRunner:
         """See `Runner.embed`. Batches above `max_batch` are split."""
         images = check_images(images, self.spec)
         session = self._session(BACKBONE)
-        parts = [
-            session.run(["features"], {"images": images[i : i + self._max_batch]})[0]
-            for i in range(0, len(images), self._max_batch)
-        ]
+        blocks = (images[i : i + self._max_batch] for i in range(0, len(images), self._max_batch))
+        parts = [session.run(["features"], {"images": block})[0] for block in blocks]
         return np.concatenate(parts) if parts else np.empty((0, self.spec.backbone.features), np.float32)
 
     def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:

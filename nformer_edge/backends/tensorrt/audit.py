@@ -55,10 +55,8 @@ def type_of(text: str) -> str:
 def layers_from_listing(text: str) -> list[Layer]:
     """From the list that a verbose builder prints at its end, one line a layer."""
     rows = [row for row in map(_ROW.match, text.splitlines()) if row is not None]
-    return [
-        _layer(row["name"], row["kind"], _listed_types(row["inputs"]), _listed_types(row["outputs"]), row["metadata"])
-        for row in rows
-    ]
+    types = re.compile(r"Datatype: (\w+)").findall
+    return [_layer(r["name"], r["kind"], types(r["inputs"]), types(r["outputs"]), r["metadata"]) for r in rows]
 
 
 def layers_from_json(text: str) -> list[Layer]:
@@ -76,10 +74,6 @@ def layers_from_json(text: str) -> list[Layer]:
 
 def _type_words(tensor: Mapping[str, object]) -> str:
     return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or tensor.get("Format") or "")
-
-
-def _listed_types(text: str) -> list[str]:
-    return re.findall(r"Datatype: (\w+)", text)
 
 
 def _layer(
@@ -105,14 +99,9 @@ def types_built(layers: Sequence[Layer], nodes: Iterable[str]) -> dict[str, str]
 
 
 def audit_plan(part: str, layers: Sequence[Layer], asked: Mapping[str, str], *, strict: bool = True) -> PartAudit:
-    """Counts, and refuses a plan that is not what was asked for.
+    """Counts, and refuses a plan that is not what was asked for: the type of each multiplication and custom node.
 
-    Args:
-        part: for messages.
-        layers: of the plan.
-        asked: type of each multiplication and custom node, as the graph has it.
-        strict: every FP16 multiplication must be FP16. Not so for TensorRT 8, which may choose FP32 where that is
-            faster.
+    Where `strict`, every FP16 multiplication must be FP16. TensorRT 8 may choose FP32 where that is faster.
 
     Raises:
         BackendError: if less than half of the INT8 multiplications came out in INT8; or, where `strict`, one asked for
@@ -133,8 +122,7 @@ def audit_plan(part: str, layers: Sequence[Layer], asked: Mapping[str, str], *, 
             hint = "The builder chose otherwise: build another precision, or with another version of TensorRT."
             raise BackendError(f"{part}: precision", got, expected, hint)
     if wanted["int8"] and not known["int8"]:
-        hint = "Nothing tells that INT8 was built: keep the build log, and build FP16."
-        expected = f"{wanted['int8']} multiplications"
+        hint, expected = "Keep the build log, and build FP16.", f"{wanted['int8']} multiplications"
         raise BackendError(f"{part}: precision", "no layer that is known to be in INT8", expected, hint)
     return PartAudit(
         {kind: Counts(wanted[kind], fitting[kind], wanted[kind] - known[kind]) for kind in TYPES if wanted[kind]},

@@ -10,7 +10,7 @@ from nformer_edge.backends.engine import Built
 from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
-from nformer_edge.backends.tensorrt.plugin.ahead import hint_ahead_of_time, missing_ahead_of_time
+from nformer_edge.backends.tensorrt.plugin.ahead import hint_for_operators, missing_ahead_of_time
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY, Operators, find_plugin
 from nformer_edge.backends.tensorrt.run import gpu_ordinal, run
 from nformer_edge.core.artifact import sha256_file
@@ -86,17 +86,15 @@ def _with_operators(job: PlanJob, here: tuple[int, ...]) -> tuple[Operators, Pla
     if not lacks:
         return "ahead-of-time", replace(job, ahead_of_time=True)
     got = f"no {LIBRARY} for TensorRT {here[0]}; {lacks}"
-    hint = f"nformer-edge build-plugin; without TensorRT's headers: {hint_ahead_of_time(here)}"
-    raise BackendError("plugin", got, "one of the two: the head's operators are no part of TensorRT", hint)
+    expected = "one of the two: the head's operators are no part of TensorRT"
+    raise BackendError("plugin", got, expected, hint_for_operators(here))
 
 
 def refuse_dla(bundle: Bundle, spec: BuildSpec, here: tuple[int, ...]) -> None:
     """Raises BackendError where a DLA cannot do the work, with the reason."""
     reason = ""
     if bundle.has_head:
-        reason = (
-            "the head's operators are plugins and plugins run on the GPU alone, so every batch would be copied twice"
-        )
+        reason = "the head's operators are plugins, and plugins run on the GPU alone: every batch would be copied twice"
     elif spec.precision == "fp32":
         reason = "a DLA computes in FP16 and INT8 alone"
     elif _NO_DLA[0] <= here < _NO_DLA[1]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nformer_edge.backends.engine import Shape
+from nformer_edge.backends.engine import Profile
 from nformer_edge.exporting.bundle import GOLDEN, HEAD, Bundle
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ SCRIPT, INPUTS = "compare.sh", "compare_inputs.py"
 
 #: Polygraphy's --atol and --rtol, for every tensor on the way.
 _TOLERANCES = {"fp32": ("1e-06", "0.001"), "fp16": ("0.0025", "0.001")}
-
-Profile = Mapping[str, tuple[Shape, ...]]
 
 _HEADER = f"""#!/bin/sh
 # Every tensor of every layer, TensorRT against onnxruntime, by Polygraphy: pip install 'nformer-edge[quant]' polygraphy

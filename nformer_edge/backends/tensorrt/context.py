@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from nformer_edge.backends.engine import Shape
 from nformer_edge.backends.tensorrt.cuda import CaptureError, Device, Graph, driver_library
 from nformer_edge.core.errors import BackendError
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,8 @@ class PlanInfo:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor's memory: so many bytes, page-locked on the host and on the GPU."""
+    """One tensor's memory, page-locked on the host and as large on the GPU."""
 
-    size: int
     pinned: np.ndarray
     memory: Any
 
@@ -37,11 +35,8 @@ class Buffer:
 class ExecutionContext:
     """See the module.
 
-    Args:
-        context: of TensorRT, with its first profile.
-        device: the GPU, current in the calling thread now and at every later call.
-        plan: what it runs.
-        graphs: whether a shape that comes again is kept as a CUDA graph.
+    `context` is TensorRT's, with its first profile. The device is current in the calling thread now and at every later
+    call. With `graphs`, a shape that comes again is kept as a CUDA graph.
     """
 
     def __init__(self, context: Any, device: Device, plan: PlanInfo, *, graphs: bool) -> None:
@@ -128,12 +123,12 @@ class ExecutionContext:
         kind = self._plan.types[name]
         size = max(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, 1)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size:
+        if buffer is None or buffer.pinned.nbytes < size:
             if buffer is not None:
                 del self._buffers[name], self._host[name]
                 buffer.memory.free()
             pinned = self._device.pinned((size,), np.dtype(np.uint8))
-            buffer = self._buffers[name] = Buffer(size, pinned, self._device.allocate(size))
+            buffer = self._buffers[name] = Buffer(pinned, self._device.allocate(size))
         self._host[name] = buffer.pinned[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
         if not self._context.set_tensor_address(name, int(buffer.memory)):
             self._fail(f"set_tensor_address({name}) returned False")

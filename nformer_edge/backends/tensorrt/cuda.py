@@ -206,11 +206,7 @@ _MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16
 
 
 def driver_library() -> Any:
-    """libcuda, opened.
-
-    Raises:
-        BackendError: if there is none.
-    """
+    """libcuda, opened. Raises BackendError if there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as e:
@@ -230,11 +226,7 @@ def driver_cuda() -> tuple[int, int]:
 
 
 def gpu_facts(ordinal: int = 0) -> Gpu:
-    """One GPU, asked of the driver.
-
-    Raises:
-        BackendError: if the driver has no such GPU.
-    """
+    """One GPU, asked of the driver. Raises BackendError if the driver has no such GPU."""
     device, name, number = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
     _ask_driver("cuInit", 0)
     _ask_driver("cuDeviceGet", ctypes.byref(device), ordinal)

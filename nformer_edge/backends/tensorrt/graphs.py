@@ -58,25 +58,16 @@ def prepare_backbone(
     bundle: Bundle,
     folder: Path,
     precision: Precision,
-    ranges: Ranges | None = None,
+    ranges: Ranges | None = None,  # for INT8
     *,
-    typed: bool = True,
-    unfit: Mapping[str, str] | None = None,
-    exclude: Collection[str] = (),
+    typed: bool = True,  # the precision stands in the graph's types; else (TensorRT 8) it is FP32, with Q/DQ for INT8
+    unfit: Mapping[str, str] | None = None,  # nodes whose numbers FP16 does not hold: `Overflow.unfit`
+    exclude: Collection[str] = (),  # for INT8, nodes that are not quantized, beside those that never are
 ) -> PreparedGraph:
     """Writes the backbone into `folder`. One that another tool has quantized or halved is taken as it stands.
 
-    Args:
-        bundle: verified.
-        folder: where the file goes.
-        precision: INT8 quantizes what the CPU's INT8 does; what is left is FP16, the neck FP32.
-        ranges: for INT8.
-        typed: the precision stands in the graph's types; otherwise (TensorRT 8) the graph is FP32, with Q/DQ for INT8.
-        unfit: nodes whose numbers FP16 does not hold, with the reason: `quantize.values.Overflow.unfit`.
-        exclude: for INT8, nodes that are not quantized, beside those that never are.
-
-    Raises:
-        BackendError: for another tool's graph without `typed`.
+    INT8 quantizes what the CPU's INT8 does; what is left is FP16, the neck FP32. Raises BackendError for another tool's
+    graph without `typed`.
     """
     model = onnx.load_from_string(bundle.backbone)
     path = folder / f"prepared-{BACKBONE}"
@@ -103,16 +94,10 @@ def prepare_head(
     operators: Operators = "library",
     unfit: Mapping[str, str] | None = None,
 ) -> PreparedGraph:
-    """Writes the head into `folder`.
+    """Writes the head into `folder`, in FP16 for INT8 too: it is never quantized. The rest is as for the backbone.
 
-    Args:
-        bundle: verified.
-        folder: where the file goes.
-        precision: FP16 for INT8 too: the head is never quantized.
-        typed: as for the backbone.
-        operators: where the two operators are nodes for a plugin, their bodies are taken out of the file, because
-            TensorRT 10.0 to 10.6 prefers a body to a plugin. Where they are inlined, the parser does it.
-        unfit: as for the backbone.
+    Where the two operators are nodes for a plugin, their bodies are taken out of the file, because TensorRT 10.0 to
+    10.6 prefers a body to a plugin. Where they are inlined, the parser does it.
     """
     model = onnx.load_from_string(bundle.head)
     edits: list[surgery.Edit] = [surgery.fold]

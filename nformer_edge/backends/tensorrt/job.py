@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nformer_edge.backends.engine import BuiltFor, KernelInPlan, Shape
+from nformer_edge.backends.engine import BuiltFor, KernelInPlan, Profile
 from nformer_edge.backends.tensorrt.audit import Layer
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.values import dumps, from_json, to_json
@@ -30,7 +29,7 @@ class PlanJob:
     graph: str = ""  # the prepared ONNX file
     plan: str = ""  # where the plan goes
     log: str = ""  # file to which every line of the builder is appended
-    profile: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)  # min, opt and max shape of each input
+    profile: Profile = field(default_factory=dict)
     workspace: int | None = None  # bytes that the builder may use; None leaves that to TensorRT
     timing_cache: str = ""  # file with measured kernels, read if it is there and written afterwards; "" for none
     hardware_compat: str = "none"  # or "same_compute_capability" or "ampere_plus"
@@ -101,10 +100,7 @@ def run_job(job: PlanJob) -> BuiltPlan:
 def _death(code: int) -> str:
     if code >= 0:
         return f"a process that ended with exit code {code}"
-    try:
-        return f"a process killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"a process killed by signal {-code}"
+    return f"a process killed by {next((s.name for s in signal.Signals if s == -code), f'signal {-code}')}"
 
 
 def tail(log: str | os.PathLike[str], lines: int = TAIL) -> str:

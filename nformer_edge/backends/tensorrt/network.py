@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nformer_edge.backends.engine import BuiltFor, KernelInPlan
+from nformer_edge.backends.engine import BuiltFor
 from nformer_edge.backends.tensorrt import weakly_typed
 from nformer_edge.backends.tensorrt.audit import layers_from_json, layers_from_listing
 from nformer_edge.backends.tensorrt.cuda import gpu_facts
@@ -41,11 +41,7 @@ def is_rtx(trt: Any) -> bool:
 
 
 def build_plan(trt: Any, job: PlanJob) -> BuiltPlan:
-    """Builds one plan and writes it.
-
-    Args:
-        trt: the module of TensorRT or TensorRT-RTX.
-        job: what to build.
+    """Builds one plan with the module `trt`, of TensorRT or TensorRT-RTX, and writes it.
 
     Raises:
         BackendError: with TensorRT's own lines, if any step is refused.
@@ -60,7 +56,8 @@ def build_plan(trt: Any, job: PlanJob) -> BuiltPlan:
     if not layers:
         hint = "Report this with the build log."
         raise BackendError(f"{job.package}: {job.part}", "no list of layers", "one, to audit the precision by", hint)
-    return BuiltPlan(str(trt.__version__), tuple(layers), built_for(job), build.kernels())
+    kernels = build.ahead.facts() if build.ahead is not None else ()
+    return BuiltPlan(str(trt.__version__), tuple(layers), built_for(job), kernels)
 
 
 def built_for(job: PlanJob) -> BuiltFor:
@@ -105,7 +102,7 @@ class _Build:
     def __init__(self, trt: Any, job: PlanJob, logger: Any) -> None:
         self._trt, self._job, self._logger = trt, job, logger
         self._strong = version(trt) >= (10, 0)
-        self._ahead: ahead.AheadOfTime | None = None
+        self.ahead: ahead.AheadOfTime | None = None  # has the kernels of ours that the plan carries
 
     def plan(self) -> bytes:
         trt, job = self._trt, self._job
@@ -113,7 +110,7 @@ class _Build:
         if job.plugin:
             load_plugin(trt, Path(job.plugin), job.plugin_sha256)
         if job.ahead_of_time:
-            self._ahead = ahead.register_operators(trt, job.hardware_compat, self._logger.errors)
+            self.ahead = ahead.register_operators(trt, job.hardware_compat, self._logger.errors)
         builder = self._checked("making a builder", trt.Builder(self._logger))
         network = self._checked("making a network", builder.create_network(self._network_flags()))
         self._parse(network)
@@ -126,10 +123,6 @@ class _Build:
         plan = self._checked("building", builder.build_serialized_network(network, config))
         self._keep_timings(config)
         return bytes(plan)
-
-    def kernels(self) -> tuple[KernelInPlan, ...]:
-        """The kernels of ours that the plan carries."""
-        return self._ahead.facts() if self._ahead is not None else ()
 
     def inspect(self, plan: bytes) -> str:
         """The layers as TensorRT's inspector tells them of the finished plan."""
@@ -159,7 +152,7 @@ class _Build:
             return found
         said = " | ".join(self._logger.errors[-6:]) or "nothing"
         doing = f"{self._job.package} {self._trt.__version__}: {doing}, for the {self._job.part}"
-        hint = "See the lines above; --verbose keeps all that the builder says."
+        hint = "See the lines above; --verbose logs all that the builder prints."
         raise BackendError(doing, f"a refusal. It said: {said[:2000]}", "success", hint)
 
     def _network_flags(self) -> int:

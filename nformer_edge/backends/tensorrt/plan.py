@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.backends.tensorrt.context import ExecutionContext, PlanInfo, Shape, ran_out_of_memory, tensorrt_words
+from nformer_edge.backends.engine import Shape
+from nformer_edge.backends.tensorrt.context import ExecutionContext, PlanInfo, ran_out_of_memory, tensorrt_words
 from nformer_edge.backends.tensorrt.cuda import Device
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 
@@ -40,9 +41,8 @@ class Limits:
 
     def hold(self, shape: Shape) -> bool:
         """Whether the plan runs this shape."""
-        if len(shape) != len(self.min):
-            return False
-        return all(low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True))
+        sizes = zip(self.min, shape, self.max, strict=False)
+        return len(shape) == len(self.min) and all(low <= size <= high for low, size, high in sizes)
 
     def __str__(self) -> str:
         sizes = (str(a) if a == b else f"{a}..{b}" for a, b in zip(self.min, self.max, strict=True))
@@ -67,16 +67,6 @@ def make_logger(trt: Any) -> Any:
 class Plan:
     """See the module.
 
-    Args:
-        trt: the module of TensorRT or TensorRT-RTX.
-        runtime: its ``Runtime``, made with `logger`.
-        logger: by `make_logger`.
-        device: the GPU, current in the calling thread.
-        spec: what the plan must be.
-        data: its bytes, verified.
-        contexts: at most so many, each with memory of its own; threads beyond that wait their turn.
-        graphs: whether a shape that comes again is kept as a CUDA graph.
-
     Raises:
         ArtifactError: if TensorRT refuses the plan, or it is another network.
         BackendError: if the GPU's memory is not enough.
@@ -84,15 +74,15 @@ class Plan:
 
     def __init__(
         self,
-        trt: Any,
-        runtime: Any,
-        logger: Any,
-        device: Device,
+        trt: Any,  # the module of TensorRT or TensorRT-RTX
+        runtime: Any,  # its `Runtime`, made with the logger
+        logger: Any,  # by `make_logger`
+        device: Device,  # current in the calling thread
         spec: PlanSpec,
-        data: bytes,
+        data: bytes,  # verified
         *,
-        contexts: int = 1,
-        graphs: bool = True,
+        contexts: int = 1,  # at most so many, each with memory of its own; threads beyond that wait their turn
+        graphs: bool = True,  # whether a shape that comes again is kept as a CUDA graph
     ) -> None:
         self._trt, self._device, self._graphs, self.spec = trt, device, graphs, spec
         self._lines: deque[str] = logger.lines

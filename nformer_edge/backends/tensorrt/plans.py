@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.backends.engine import Built, PartAudit, Shape
+from nformer_edge.backends.engine import Built, PartAudit, Profile
 from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.backends.tensorrt.audit import audit_plan
 from nformer_edge.backends.tensorrt.comparison import write_comparison
@@ -31,31 +31,20 @@ PLANS = {spec.part: spec.file for spec in (BACKBONE, HEAD)}
 LOG = "build.log"
 
 Run = Callable[[PlanJob], BuiltPlan]
-Profile = Mapping[str, tuple[Shape, ...]]
 
 
 def build_plans(
     bundle: Bundle,
-    folder: Path,
+    folder: Path,  # the engine's
     spec: BuildSpec,
-    low: LowPrecision,
+    low: LowPrecision,  # for INT8, its ranges; for FP16 too, numbers beyond FP16 that were found
     *,
-    typed: bool,
+    typed: bool,  # whether the TensorRT takes precision from the graph's types
     operators: Operators,
-    job: PlanJob,
-    builder: Run,
+    job: PlanJob,  # what both parts share
+    builder: Run,  # builds one plan
 ) -> Built:
     """Prepares, builds and audits each part into `folder`.
-
-    Args:
-        bundle: verified.
-        folder: the engine's.
-        spec: what to build.
-        low: for INT8, its ranges; for FP16 too, numbers beyond FP16 that were found.
-        typed: whether the TensorRT takes precision from the graph's types.
-        operators: who computes our two operators.
-        job: what both parts share.
-        builder: builds one plan.
 
     Raises:
         BackendError: if a part cannot be built, or is not what was asked for.
@@ -83,9 +72,7 @@ def build_plans(
         if spec.keep_graphs:
             write_comparison(work, bundle, graphs, shapes, rtx=operators == "inlined", typed=typed)
     last = list(built.values())[-1]
-    half = None
-    if spec.precision != "fp32":
-        half = HalfFacts(low.searched, {part: graph.beyond for part, graph in graphs.items()})
+    half = HalfFacts(low.searched, {part: graph.beyond for part, graph in graphs.items()})
     return Built(
         versions={job.package: last.version},
         precision={part: _as_built(found) for part, found in audit.items()},
@@ -95,7 +82,7 @@ def build_plans(
         operators=operators if bundle.has_head and operators != "inlined" else None,
         plugin_sha256=job.plugin_sha256 or None,
         kernels=last.kernels,
-        fp16=half,
+        fp16=None if spec.precision == "fp32" else half,
     )
 
 
@@ -110,17 +97,14 @@ def prepare_part(
     try:
         from nformer_edge.backends.tensorrt.graphs import prepare_backbone, prepare_head
     except ImportError as e:
-        expected, hint = (
-            "onnx, onnxruntime and onnx-graphsurgeon, to prepare graphs",
-            "pip install 'nformer-edge[quant]'",
-        )
+        expected = "onnx, onnxruntime and onnx-graphsurgeon, to prepare graphs"
+        hint = "pip install 'nformer-edge[quant]'"
         raise BackendError("build-engine", f"no package {e.name}", expected, hint) from e
     unfit = low.overflow.unfit(part) if low.overflow is not None else None
     if part == HEAD.part:
         return prepare_head(bundle, work, spec.precision, typed=typed, operators=operators, unfit=unfit)
-    return prepare_backbone(
-        bundle, work, spec.precision, low.ranges, typed=typed, unfit=unfit, exclude=low.exclude_nodes
-    )
+    exclude = low.exclude_nodes
+    return prepare_backbone(bundle, work, spec.precision, low.ranges, typed=typed, unfit=unfit, exclude=exclude)
 
 
 def _as_built(audit: PartAudit) -> Precision:

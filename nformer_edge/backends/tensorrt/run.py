@@ -10,18 +10,17 @@ import importlib
 import os
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from nformer_edge.backends.engine import Engine, open_engine
+from nformer_edge.backends.engine import BuiltFor, Engine, EngineManifest, how_to_rebuild, open_engine, telling_rebuild
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
-from nformer_edge.backends.tensorrt.compatibility import check_gpu, check_version, no_plugin, telling_rebuild
-from nformer_edge.backends.tensorrt.cuda import Device
+from nformer_edge.backends.tensorrt.cuda import Device, Gpu
 from nformer_edge.backends.tensorrt.plan import BACKBONE, HEAD, Plan, PlanSpec, make_logger
-from nformer_edge.backends.tensorrt.plugin.library import find_plugin, load_plugin
+from nformer_edge.backends.tensorrt.plugin.library import ENVIRONMENT, LIBRARY, find_plugin, load_plugin
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.machine import version_key
 from nformer_edge.core.spec import check_at_least
 
 #: Threads that compute at once unless asked otherwise: one copies while another computes.
@@ -70,8 +69,7 @@ class TensorRTRunner:
         self._contexts, self._graphs = CONTEXTS if contexts is None else contexts, graphs
         check_at_least("contexts", self._contexts, 1)
         self._ordinal = gpu_ordinal(device)
-        with telling_rebuild(str(source.folder) if isinstance(source, Engine) else os.fspath(source)):
-            self._opened = opened = open_engine(source)
+        self._opened = opened = open_engine(source)
         self._path, self._manifest = str(opened.folder), opened.manifest
         self.spec, self.has_head = opened.spec, opened.has_head
         self._specs = (BACKBONE, HEAD) if self.has_head else (BACKBONE,)
@@ -97,16 +95,13 @@ class TensorRTRunner:
                 self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._close()
 
     @property
     def copy_ms(self) -> tuple[float, float]:
         """Of this thread's last call: what the copies to the GPU and back took, in ms."""
-        device_ms = self.device_ms
-        return device_ms.get("copy_in", 0.0), device_ms.get("copy_out", 0.0)
+        return self.device_ms.get("copy_in", 0.0), self.device_ms.get("copy_out", 0.0)
 
     @property
     def device_ms(self) -> dict[str, float]:
@@ -195,12 +190,75 @@ class TensorRTRunner:
         self._device = None
 
 
-def gpu_ordinal(device: str | None) -> int:
-    """0, the first GPU, where none is named.
+def check_version(where: str, manifest: EngineManifest, package: str, version: str) -> None:
+    """Refuses an engine of another TensorRT: `package` is the Python module that runs it, of `version` here.
 
     Raises:
-        UsageError: for a device that is no GPU.
+        BackendError: naming both versions and the command that rebuilds the engine.
     """
+    built = manifest.versions.get(package, "")
+    if built and (_same_version(built, version) or (manifest.spec.version_compat and _later_minor(built, version))):
+        return
+    got = f"an engine built with {built or 'a version that its manifest does not have'}"
+    raise BackendError(f"{where}: {package}", got, f"{version}, as installed", how_to_rebuild(where, manifest))
+
+
+def _same_version(built: str, here: str) -> bool:
+    """Equal as far as both are known: the packages of some releases leave the build number out."""
+    ours, theirs = version_key(built), version_key(here)
+    shared = min(len(ours), len(theirs))
+    return shared >= 2 and ours[:shared] == theirs[:shared]
+
+
+def _later_minor(built: str, here: str) -> bool:
+    """What NVIDIA promises of a version-compatible plan: later versions of the same major one run it."""
+    ours, theirs = version_key(built), version_key(here)
+    return ours[:1] == theirs[:1] and ours <= theirs
+
+
+def check_gpu(where: str, manifest: EngineManifest, gpu: Gpu) -> None:
+    """Refuses an engine that was built for another GPU.
+
+    A plan's kernels were chosen by timing them on one model of GPU. ``hardware_compat`` widens that:
+    ``same_compute_capability`` to every GPU of that capability, ``ampere_plus`` to 8.0 and later.
+
+    Raises:
+        BackendError: naming both GPUs and the command that rebuilds the engine.
+    """
+    wrong = _differences(manifest.built_for, gpu)
+    if wrong:
+        got = f"an engine for {', '.join(wrong)}"
+        expected = f"one for {gpu.name}, compute capability {gpu.compute_capability}"
+        raise BackendError(f"{where}: GPU", got, expected, how_to_rebuild(where, manifest))
+
+
+def _differences(built: BuiltFor, gpu: Gpu) -> list[str]:
+    if built.compute_capabilities:  # TensorRT-RTX, which compiles for all of one capability
+        some = ", ".join(built.compute_capabilities)
+        return [] if gpu.compute_capability in built.compute_capabilities else [f"compute capability {some}"]
+    if built.hardware_compat == "ampere_plus":
+        return [] if version_key(gpu.compute_capability) >= (8, 0) else ["compute capability 8.0 and later"]
+    if built.compute_capability is None:
+        return ["a GPU that its manifest does not name"]
+    compared: list[tuple[str, object, object]] = [
+        ("compute capability", built.compute_capability, gpu.compute_capability)
+    ]
+    if built.hardware_compat != "same_compute_capability":
+        compared.append(("GPU", built.gpu, gpu.name))
+        compared.append(("multiprocessors", built.multiprocessors, gpu.multiprocessors))
+    return [f"{name} {ours} (here {here})" for name, ours, here in compared if ours not in (None, here)]
+
+
+def no_plugin(where: str, manifest: EngineManifest, found: str) -> BackendError:
+    """The refusal of a head whose plugin library is not here; `found` is the library that is here instead, or ""."""
+    got = f"another library, {found}" if found else f"no {LIBRARY}"
+    expected = f"the library that the engine was built with, sha256 {str(manifest.plugin_sha256)[:12]}..."
+    hint = f"Name it in {ENVIRONMENT}; or run `nformer-edge build-plugin`. {how_to_rebuild(where, manifest)}"
+    return BackendError(f"{where}: plugin", got, expected, hint)
+
+
+def gpu_ordinal(device: str | None) -> int:
+    """0, the first GPU, where none is named. Raises UsageError for a device that is no GPU."""
     name, _, number = (device or "cuda").partition(":")
     if name != "cuda" or not (number.isdecimal() or device in (None, "cuda")):
         raise UsageError("device", device, "a GPU, such as cuda:0", "Choose one, or leave it out.")

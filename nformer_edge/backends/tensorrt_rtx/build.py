@@ -11,11 +11,12 @@ from pathlib import Path
 
 from nformer_edge.backends.engine import Built
 from nformer_edge.backends.spec import BuildSpec
+from nformer_edge.backends.tensorrt.build import missing_to_run
 from nformer_edge.backends.tensorrt.job import PlanJob, run_job
 from nformer_edge.backends.tensorrt.plans import Run, build_plans
 from nformer_edge.backends.tensorrt.run import run
 from nformer_edge.core.errors import BackendError
-from nformer_edge.core.machine import nvidia_driver, package_version
+from nformer_edge.core.machine import package_version
 from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import Bundle
 from nformer_edge.quantize.values import LowPrecision
@@ -39,17 +40,8 @@ def missing() -> tuple[str, ...]:
     return () if package_version(NAME) else (f"no package {NAME}",)
 
 
-def missing_to_run() -> tuple[str, ...]:
-    """See `Backend.missing_to_run`."""
-    return () if nvidia_driver() else ("no NVIDIA driver",)
-
-
 def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision, builder: Run = run_job) -> Built:
-    """See `Backend.build`.
-
-    Raises:
-        BackendError: for an option that TensorRT-RTX does not have.
-    """
+    """See `Backend.build`. Raises BackendError for an option that TensorRT-RTX does not have."""
     unknown = [c for c in spec.capabilities if c not in CAPABILITIES]
     if unknown:
         hint = "Use TensorRT for other GPUs: --backend tensorrt on the machine itself."

@@ -26,7 +26,7 @@ def resnet_arch(state: State, prefix: str = "") -> str:
     if arch is None:
         raise ArtifactError(
             "weights",
-            f"a ResNet of {'bottlenecks' if bottleneck else 'basic blocks'}, {depths} a stage",
+            f"a ResNet of {'bottlenecks' if bottleneck else 'basic blocks'}, {depths} in its layers",
             "resnet18, resnet50 or resnet50_ibn_a",
             "Import weights of one of these.",
         )

@@ -23,7 +23,7 @@ def _search(search: BudgetSearch) -> str:
     held = search.held_out
     note = (
         f"{search.model}: {search.budget}; measured on {held.images:,} images of {held.identities:,} people held out "
-        "of training. The number beside a dot is how many nodes are in float; the others are in INT8. The budget must "
+        "of training. The number next to a dot is how many nodes are in float; the others are in INT8. The budget must "
         "hold with 95 % confidence."
     )
     body = ""
@@ -75,8 +75,7 @@ def _frontier(search: BudgetSearch, bound: _Bound, cost: str, of: Callable[[Poin
         ends = [(min(xs), bound.lowest), (max(xs), bound.lowest)]
         lines.append(Line(f"budget: {bound.lowest:.1f} % {bound.label}", ends, 4, dashed=True))
     x, y = linear(cost, xs, wanted=7), linear(f"{bound.label}, %", ys)
-    keys = legend([(line.label, line.color, line.dashed) for line in lines])
-    return chart(f"{bound.label} against {cost}", x, y, lines, dots) + keys
+    return chart(f"{bound.label} against {cost}", x, y, lines, dots) + legend(lines)
 
 
 def _points(search: BudgetSearch) -> str:

@@ -76,21 +76,10 @@ def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title
 
 def render(results: Results, title: str) -> str:
     """The page as a string."""
-    parts = (
-        sections.summary,
-        gates,
-        cosines,
-        layers,
-        budget,
-        sections.cross_model,
-        sections.rank_lists,
-        sections.cmc,
-        sections.latency,
-        sections.comparison,
-        sections.baselines,
-        sections.training,
-        sections.machine,
-    )
+    judged = sections.summary, gates, cosines, layers, budget, sections.cross_model
+    ranked = sections.rank_lists, sections.cmc
+    timed = sections.latency, sections.comparison, sections.baselines
+    parts = *judged, *ranked, *timed, sections.training, sections.machine
     body = "\n".join(filter(None, (part(results) for part in parts)))
     css = (files(__package__) / "style.css").read_text()
     return (

@@ -33,13 +33,12 @@ def gates(results: Results) -> str:
         cells.append(group(f"{text(result.title)} {pill(result.status)}", len(_SHORT) + 1))
         for part in result.parts:
             by_name = {g.gate: g for g in part.gates}
-            cells.append(
-                row([text(f"{part.title}, {part.precision.upper()}"), *(_glance(by_name.get(g)) for g in _SHORT)])
-            )
+            title = text(f"{part.title}, {part.precision.upper()}")
+            cells.append(row([title, *(_glance(by_name.get(g)) for g in _SHORT)]))
     body = table(["part", *_SHORT.values()], cells, wide=True)
     body += "".join(map(_blame, found)) + "".join(map(_full_gates, found))
     note = (
-        "Of each gate the worst landmark seed. mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % "
+        "For each gate the worst landmark seed. mAP and Rank-1 kept: a paired bootstrap over queries, with its 95 % "
         "bounds in brackets; the bound that decides gives the margin. An alarm or a reported number decides nothing."
     )
     return section("Gates", body, note)
@@ -116,9 +115,8 @@ def cosines(results: Results) -> str:
         if lines:
             highest = max(share for line in lines for _, share in line.points)
             axes = _cosine_axis(lowest), linear("images, %", [0, highest])
-            keys = legend([(line.label, line.color, False) for line in lines])
             drawn = chart(f"Cosine to the reference, {name}", *axes, lines)
-            body += f"<h3>{text(name.replace('_', ' ').capitalize())}</h3>{drawn}{keys}"
+            body += f"<h3>{text(name.replace('_', ' ').capitalize())}</h3>{drawn}{legend(lines)}"
     note = (
         "Share of images by the cosine between the engine's feature and the reference's, in eight steps to each "
         "further 9; of equal ones the last is seen. The head under all landmark seeds together."
@@ -172,15 +170,13 @@ def _profile(found: Layers) -> str:
         return told
     lines = [Line("error", errors, 0), Line("band", bands, 7, dashed=True)]
     first = found.first
-    dots = [
-        Dot(i, n.error, 4, n.node) for i, n in nodes if first and n.tensor == first.tensor and 0 < n.error < math.inf
-    ]
+    seen = [(i, n) for i, n in nodes if first and n.tensor == first.tensor and 0 < n.error < math.inf]
+    dots = [Dot(i, n.error, 4, n.node) for i, n in seen]
     x = whole("tensor, in the order of computation", 1, len(nodes))
     drawn = chart("Error by tensor", x, decades("relative error", [v for _, v in (*bands, *errors) if v]), lines, dots)
-    keys = legend([(line.label, line.color, line.dashed) for line in lines])
     cells = []
     for _, n in nodes:
         shown = (NONE if value == "-" else value for value in n.shown)
         cells.append(row([text(n.node), text(n.op), *shown, "" if n.inside else pill("failed", "out")], left=2))
     full = table(["node", "operator", "error", "band", "SQNR, dB", "cosine", ""], cells, left=2)
-    return f"{told}{drawn}{keys}<details><summary>Every tensor</summary>{full}</details>"
+    return f"{told}{drawn}{legend(lines)}<details><summary>Every tensor</summary>{full}</details>"

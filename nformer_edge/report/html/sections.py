@@ -17,7 +17,7 @@ from nformer_edge.core.errors import DataError
 from nformer_edge.core.machine import MachineFacts
 from nformer_edge.core.preprocess import load_image
 from nformer_edge.core.values import Result
-from nformer_edge.report.accuracy import BACKBONE, NFORMER, Evaluation, RankList
+from nformer_edge.report.accuracy import BACKBONE, NFORMER, Evaluation, Ranking, RankList
 from nformer_edge.report.benchmark import PERCENTILES, Benchmark, Comparison
 from nformer_edge.report.cross_model import HEADERS, CrossModel
 from nformer_edge.report.html.svg import Bar, Line, line_chart, stacked_bars
@@ -83,14 +83,14 @@ def picked(results: Iterable[object], cls: type[T]) -> list[T]:
 
 
 def _latency(r: Row) -> str:
-    kind = f" <small>{text(r.latency_kind)}</small>" if r.latency_kind else ""
-    return f"{number(r.latency_ms)}{kind}" if r.latency_ms is not None else NONE
+    return NONE if r.latency_ms is None else f"{number(r.latency_ms)} <small>{text(r.latency_kind)}</small>"
 
 
-def _bounded(fraction: float, interval: tuple[float, float]) -> str:
-    """Percent, its 95 % interval small beside it."""
-    lower, upper = map(percent, interval)
-    return f"{percent(fraction)} <small>{lower}{NONE}{upper}</small>"
+def _scores(r: Ranking) -> list[str]:
+    """mAP and Rank-1 in percent, their 95 % intervals small beside them."""
+    scores = ((r.mAP, *r.mAP_interval), (r.cmc[0], *r.rank1_interval))
+    shown = (map(percent, score) for score in scores)
+    return [f"{value} <small>{lower}{NONE}{upper}</small>" for value, lower, upper in shown]
 
 
 def summary(results: Results) -> str:
@@ -98,11 +98,8 @@ def summary(results: Results) -> str:
     cells = []
     for r in summary_rows(results):
         named = [text(r.model.label), text(r.ranking.name), text(r.precision.upper())]
-        bounded = [
-            _bounded(r.ranking.mAP, r.ranking.mAP_interval),
-            _bounded(r.ranking.cmc[0], r.ranking.rank1_interval),
-        ]
-        cells.append(row([*named, *bounded, percent(r.ranking.mINP), _latency(r), number(r.size_mb) or NONE], left=3))
+        figures = [percent(r.ranking.mINP), _latency(r), number(r.size_mb) or NONE]
+        cells.append(row([*named, *_scores(r.ranking), *figures], left=3))
     note = (
         "mAP, Rank-1 and mINP in percent, with 95 % intervals by the bootstrap over queries. ms per image: from image "
         "file to ranked gallery, one query at a time; p90 with 99 % confidence, or the median if the run is short."
@@ -118,9 +115,8 @@ def baselines(results: Results) -> str:
         if len(result.rankings) > 2 or result.model is None:
             cells.append(group(text(result.label), 6))
             for r in result.rankings:
-                bounded = [_bounded(r.mAP, r.mAP_interval), _bounded(r.cmc[0], r.rank1_interval)]
                 figures = [percent(r.cmc[4]), percent(r.mINP), number(r.seconds, 2)]
-                cells.append(row([text(r.title), *bounded, *figures]))
+                cells.append(row([text(r.title), *_scores(r), *figures]))
     note = "All rankings use the same features. Seconds are for all queries, on the machine below."
     headers = ["ranking", "mAP", "Rank-1", "Rank-5", "mINP", "seconds"]
     return section("Re-ranking", table(headers, cells), note)
@@ -188,11 +184,9 @@ def thumbnail(path: str) -> str | None:
 
 def _figure(path: str, words: str, caption: str, kind: str = "") -> str:
     uri = thumbnail(path)
-    picture = (
-        f'<img src="{uri}" alt="{text(words)}" width="58" height="116">'
-        if uri
-        else f'<div class="missing" role="img" aria-label="{text(words)}">image not available</div>'
-    )
+    picture = f'<div class="missing" role="img" aria-label="{text(words)}">image not available</div>'
+    if uri:
+        picture = f'<img src="{uri}" alt="{text(words)}" width="58" height="116">'
     name = text(os.path.basename(path))
     return f'<figure class="{kind}" title="{name}">{picture}<figcaption>{caption}</figcaption></figure>'
 
@@ -259,7 +253,7 @@ def training(results: Results) -> str:
     for key, title in (("loss", "Loss"), ("held_out_map", "Held-out mAP, %")):
         chart = line_chart(lines[key], f"{title} by epoch", "epoch", title.lower())
         body += f"<h3>{text(title)}</h3>{chart}" if chart else ""
-    note = "Held-out mAP: on training identities that were kept out of training, ranked in the plain view."
+    note = "Held-out mAP: on training identities that were held out of training, ranked in the plain view."
     return section("Training", body, note if lines["held_out_map"] else "")
 
 

@@ -90,11 +90,11 @@ def whole(label: str, low: float, high: float) -> Axis:
     return Axis(label, low, high, [(t, _number(t)) for t in shown])
 
 
-def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    """Labels with their color's mark: (label, color, dashed)."""
+def legend(lines: Sequence[Line]) -> str:
+    """Labels with their color's mark."""
     items = "".join(
-        f'<li><span class="key c{color % COLORS}{" dashed" if dashed else ""}"></span>{escape(label)}</li>'
-        for label, color, dashed in entries
+        f'<li><span class="key c{line.color % COLORS}{" dashed" * line.dashed}"></span>{escape(line.label)}</li>'
+        for line in lines
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -129,35 +129,30 @@ def chart(title: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequen
     )
     for line in lines:
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*p) for p in line.points if all(map(math.isfinite, p))))
-        dashed = " dashed" if line.dashed else ""
-        parts.append(f'<polyline class="curve c{line.color % COLORS}{dashed}" points="{path}"/>')
+        parts.append(f'<polyline class="curve c{line.color % COLORS}{" dashed" * line.dashed}" points="{path}"/>')
     return "".join([*parts, *_drawn([(dot, *place(dot.x, dot.y)) for dot in dots]), "</svg>"])
 
 
 def _drawn(dots: Sequence[tuple[Dot, float, float]]) -> list[str]:
     """Circles, then words: each in the first of four places beside its dot that no dot and no earlier word takes."""
+    # boxes: left, top, right, bottom
     taken = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in dots]
     circles, words = [], []
     for dot, x, y in dots:
-        hollow = " hollow" if dot.hollow else ""
-        circles.append(f'<circle class="dot c{dot.color % COLORS}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        kind = f"dot c{dot.color % COLORS}{' hollow' * dot.hollow}"
+        circles.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
         width = 7.5 * len(dot.label)
         for left, up in ((False, -8.0), (False, 18.0), (True, -8.0), (True, 18.0)) if dot.label else ():
             at = x - 9 - width if left else x + 9
             box = (at, y + up - 11, at + width, y + up + 3)
             outside = box[0] < _LEFT or box[2] > WIDTH or box[1] < 2 or box[3] > HEIGHT - _BOTTOM
-            if outside or any(_overlap(box, other) for other in taken):
+            if outside or any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
                 continue
             taken.append(box)
             side = f'x="{x - 9:.1f}" y="{y + up:.1f}" text-anchor="end"' if left else f'x="{at:.1f}" y="{y + up:.1f}"'
             words.append(f'<text class="mark" {side}>{escape(dot.label)}</text>')
             break
     return circles + words
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    """Whether two boxes (left, top, right, bottom) share anything."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> str:
@@ -167,7 +162,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_
         return ""
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     drawn = chart(title, whole(x_label, min(xs), max(xs)), linear(y_label, ys, highest=y_max), lines)
-    return drawn + legend([(line.label, line.color, line.dashed) for line in lines])
+    return drawn + legend(lines)
 
 
 @dataclass(frozen=True)
@@ -203,6 +198,6 @@ def stacked_bars(bars: Sequence[Bar], title: str, names: Sequence[str], unit: st
             f'aria-label="{escape(bar.label, quote=True)}">{"".join(segments)}</svg>'
             f'<span class="bar-total">{escape(bar.total)}</span></div>'
         )
-    used = [n for n in names if any(n == s for bar in bars for s, _ in bar.segments)]
-    keys = legend([(n, names.index(n), False) for n in used])
+    used = {name for bar in bars for name, _ in bar.segments}
+    keys = legend([Line(name, (), color) for color, name in enumerate(names) if name in used])
     return f'<div class="bars" role="group" aria-label="{escape(title, quote=True)}">{"".join(rows)}</div>{keys}'

@@ -15,7 +15,7 @@ from nformer_edge.backends.tensorrt.plugin import kernels
 from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import MachineFacts
-from nformer_edge.targets import doctor, preflight
+from nformer_edge.targets import doctor
 
 PTX = """.version 8.8
 .target sm_87
@@ -119,7 +119,7 @@ def test_a_library_is_taken_where_there_is_one(bench, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("version", ["8.6", "10.3"])
 def test_a_tensorrt_before_10_9_needs_the_library_and_says_what_else_would_do(bench, version):
-    with pytest.raises(BackendError, match=r"whose plans carry no kernels of ours.*build-plugin.*tensorrt>=10\.9"):
+    with pytest.raises(BackendError, match=r"which cannot put kernels into plans.*build-plugin.*tensorrt>=10\.9"):
         bench(version).build("fp16")
 
 
@@ -141,14 +141,11 @@ def test_what_a_callback_refuses_is_told_with_the_build(bench, compiler, monkeyp
 
 
 def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(monkeypatch):
-    monkeypatch.setattr(preflight, "find_plugin", lambda major=None: None)
-    monkeypatch.setattr(doctor, "find_plugin", lambda: None)
+    monkeypatch.setattr(doctor, "find_plugin", lambda major=None: None)
     monkeypatch.setattr(plugin_ahead, "find_compilers", lambda: [Compiler()])
 
     def told():
-        return doctor._plugin_library("10.13.3.9").ok, preflight._plugin(
-            MachineFacts(versions={"tensorrt": "10.13.3.9"})
-        )
+        return doctor._plugin_library("10.13.3.9").ok, doctor._plugin(MachineFacts(versions={"tensorrt": "10.13.3.9"}))
 
     assert told() == (True, [])
     monkeypatch.setattr(plugin_ahead, "find_compilers", list)

@@ -74,7 +74,6 @@ def test_the_command_takes_splits_views_and_their_augmentation(tiny_bundle, tiny
     assert "train 36 x 2 views" in capsys.readouterr().out
     recipe = json.loads(load_features(tmp_path / "s.npz")["train"].augmentation)
     assert (recipe["seed"], recipe["pad"], recipe["erase"], recipe["flip"]) == (3, 4, 0.25, 0.5)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit, match="2"):
         main([*command, "--augment", "pad"])
-    assert left.value.code == 2
     assert "augment: got pad, expected name=number" in capsys.readouterr().err

@@ -201,9 +201,9 @@ def test_an_imagenet_trunk_starts_with_an_untrained_neck_that_is_always_the_same
 def test_what_is_missing_or_starts_untrained_is_told_by_name(write: Write, tmp_path: Path) -> None:
     state = {n: t for n, t in layout("torchreid_osnet_x0_25").items() if not n.startswith("conv5.bn.")}
     text = str(import_checkpoint(write(state), tmp_path / "m.safetensors", partial=True))
-    assert "osnet_x0_25 from torchreid OSNet, 481 tensors matched, 2 left over, 4 missing" in text
+    assert "osnet_x0_25 from torchreid OSNet, 481 tensors matched, 2 unused, 4 missing" in text
     assert "missing: backbone.trunk.conv5.bn.bias, backbone.trunk.conv5.bn.running_mean" in text
-    assert "left over, not needed: classifier.bias, classifier.weight" in text
+    assert "unused, not needed: classifier.bias, classifier.weight" in text
 
 
 def test_a_resnet_that_we_do_not_build_is_named(write: Write) -> None:
@@ -211,7 +211,7 @@ def test_a_resnet_that_we_do_not_build_is_named(write: Write) -> None:
     state |= {
         n.replace("layer3.5", f"layer3.{i}"): t for n, t in state.items() if "layer3.5" in n for i in range(6, 23)
     }
-    with pytest.raises(ArtifactError, match=r"w\.pth: got a ResNet of bottlenecks, \(3, 4, 23, 3\) a stage"):
+    with pytest.raises(ArtifactError, match=r"w\.pth: got a ResNet of bottlenecks, \(3, 4, 23, 3\) in its layers"):
         import_weights(write(state))
 
 

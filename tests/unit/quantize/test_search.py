@@ -289,7 +289,7 @@ def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
 def test_images_that_calibrate_and_images_that_judge_show_different_people(bundle, people, tmp_path):
     settings = EngineSpec(backend="onnxruntime", precision="int8", calib_method="auto")
     evaluator, rest = prepared._evaluator(
-        open_bundle(bundle), resolve(settings).quantize, CalibrationData(people, budget_data=f"{people}/")
+        open_bundle(bundle), resolve(settings), CalibrationData(people, budget_data=f"{people}/")
     )
     judged = {r.pid for r in evaluator.held_out.records}
     calibrated = {r.pid for r in rest.train}

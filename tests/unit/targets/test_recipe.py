@@ -12,8 +12,7 @@ from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import Conditions, MachineFacts, conditions, package_version, version_key
 from nformer_edge.core.machine import machine as look_around
 from nformer_edge.targets import recipe
-from nformer_edge.targets.doctor import Doctor, doctor
-from nformer_edge.targets.preflight import Preflight, preflight, require_match
+from nformer_edge.targets.doctor import Doctor, Preflight, doctor, preflight, require_match
 from nformer_edge.targets.recipe import read_target, target_names
 
 ORIN = MachineFacts(

@@ -49,13 +49,14 @@ def missing_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     if not tensorrt:
         return "no TensorRT that puts kernels into plans"
     if tensorrt < SINCE:
-        return f"TensorRT {_text(tensorrt[:2])}, whose plans carry no kernels of ours"
-    return "" if find_compilers() else "no CUDA compiler for kernels that the plan carries"
+        return f"TensorRT {_text(tensorrt[:2])}, which cannot put kernels into plans"
+    return "" if find_compilers() else "no CUDA compiler for kernels in the plan"
 
 
-def hint_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
-    """The command that makes `missing_ahead_of_time` empty."""
-    return _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
+def hint_for_operators(tensorrt: tuple[int, ...]) -> str:
+    """How to get the head's operators: the library, or what makes `missing_ahead_of_time` empty."""
+    other = _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
+    return f"nformer-edge build-plugin; without TensorRT's headers: {other}"
 
 
 def network_flag(trt: Any) -> int:
@@ -66,10 +67,7 @@ def network_flag(trt: Any) -> int:
 def register_operators(trt: Any, hardware_compat: str, errors: list[str]) -> AheadOfTime:
     """Registers both operators, compiled by the newest compiler that this machine's driver can follow.
 
-    Args:
-        trt: the module tensorrt, of `SINCE` or later.
-        hardware_compat: of the plan; `PlanJob.hardware_compat`.
-        errors: gets what goes wrong in a callback.
+    `trt` is the module, of `SINCE` or later; `errors` gets what goes wrong in a callback.
 
     Raises:
         BackendError: if there is no compiler, no driver, or no such interface.

@@ -102,11 +102,7 @@ def build_plugin(
 
 
 def find_tools(tensorrt_root: Named = None, nvcc: Named = None) -> Tools:
-    """CMake, compilers and headers.
-
-    Raises:
-        BackendError: naming everything that is missing and where it comes from.
-    """
+    """CMake, compilers and headers. Raises BackendError, naming everything that is missing and where it comes from."""
     compiler, cmake, headers = find_nvcc(nvcc), _find_cmake(), find_headers(tensorrt_root)
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     where = f" under {tensorrt_root}" if tensorrt_root else ""
@@ -209,16 +205,8 @@ def _run(command: list[str], log: Path, doing: str) -> None:
                 bar.update(int(percent[1]) - bar.n)
     if work.returncode != 0:
         words = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line] or ["no word of why"]
-        got = " ".join(words[0].split())
-        raise BackendError(f"build-plugin: {doing}", got, "success", f"The whole log: {_kept(log)}")
-
-
-def _kept(log: Path) -> str:
-    """The log of a failed build, brought to where it stays."""
-    descriptor, name = tempfile.mkstemp(prefix="nformer-plugins-", suffix=".log")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(log.read_bytes())
-    return name
+        got, kept = " ".join(words[0].split()), shutil.copy(log, tempfile.mkdtemp(prefix="nformer-plugins-"))
+        raise BackendError(f"build-plugin: {doing}", got, "success", f"The whole log: {kept}")
 
 
 def _opens(library: Path) -> None:

@@ -105,11 +105,7 @@ def _compiled(operator: str, compiler: PtxCompiler, architecture: int, kind: str
 
 
 def read_kernel(operator: str, ptx: str, source: Path) -> Kernel:
-    """What a launch has to know, from the PTX itself.
-
-    Raises:
-        BackendError: if it is not in there.
-    """
+    """What a launch has to know, from the PTX itself. Raises BackendError if it is not in there."""
     entry = _ENTRY.search(ptx)
     rows = re.search(r"nformer_rows_per_block = (\d+);", ptx)
     # "256, 1, 1"; from sm_100 on nvcc 13 writes "256" alone

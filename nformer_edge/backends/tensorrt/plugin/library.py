@@ -58,10 +58,7 @@ def plugin_places(major: int | None = None) -> Iterator[Path]:
 def find_plugin(major: int | None = None, sha256: str = "", beside: Path | None = None) -> Path | None:
     """The first library found, or the first whose bytes have `sha256`; None if there is none.
 
-    Args:
-        major: of TensorRT; None where any will do.
-        sha256: of the one that is needed; "" takes any.
-        beside: an engine's folder, looked into first.
+    `major` is TensorRT's; None where any will do. `beside` is an engine's folder, looked into first.
     """
     places = [beside / LIBRARY] if beside is not None else []
     for place in (*places, *plugin_places(major)):
@@ -100,18 +97,13 @@ def read_plugin(library: Path) -> PluginManifest | None:
 
 
 def load_plugin(trt: Any, library: Path, sha256: str) -> None:
-    """Brings the library's two creators into TensorRT's registry. A second time does nothing.
-
-    Args:
-        trt: the module tensorrt.
-        library: the file.
-        sha256: what its bytes must hash to: code is loaded only once it is known which.
+    """Brings the library's two creators into the registry of `trt`, the module. A second time does nothing.
 
     Raises:
         ArtifactError: if the file has other bytes.
         BackendError: if TensorRT does not take it, or already has creators of these names from elsewhere.
     """
-    actual = sha256_file(library)
+    actual = sha256_file(library)  # code is loaded only once it is known which
     if actual != sha256:
         hint = "Build the engine again with this library, or bring back the other one."
         raise ArtifactError(str(library), f"sha256 {actual[:12]}...", f"{sha256[:12]}...", hint)
