@@ -179,8 +179,8 @@ class TrainConfig:
     @classmethod
     def demo(cls, seed: int = 0, rule: str = "features") -> TrainConfig:
         """For the generated dataset on a laptop's CPU: ResNet-18 at 96 x 48 in a few minutes."""
-        # chosen on held-out training identities, who have 16 images each: fewer neighbors than images of one person;
-        # the landmark product needs many landmarks to find them
+        # fewer neighbors than a person has images (16): docs/results.md says how they were chosen
+        # chosen on held-out training identities: the landmark product needs many landmarks to find neighbors
         layers, landmarks = (2, 256) if rule == "affinity" else (4, 5)
         head = HeadSpec(256, layers, heads=2, k=12, landmarks=landmarks, rule=rule)  # type: ignore[arg-type]
         model = ModelSpec(BackboneSpec("resnet18", 256), head, PreprocessSpec(96, 48))
