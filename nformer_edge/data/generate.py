@@ -43,12 +43,12 @@ class GenerateSpec:
     """
 
     seed: int = 0
-    train_ids: int = 140
-    test_ids: int = 80
-    cameras: int = 6
-    seen_by: int = 5
-    images: int = 3
-    alike: int = 4
+    train_ids: int = 120
+    test_ids: int = 100
+    cameras: int = 4
+    seen_by: int = 4
+    images: int = 4
+    alike: int = 1
     distractors: int = 150
     junk: int = 60
     height: int = 128

@@ -77,7 +77,9 @@ def test_every_query_has_a_match_under_another_camera(tiny: Dataset) -> None:
 
 
 def test_cameras_differ_more_than_images_of_one_camera() -> None:
-    spec = GenerateSpec(train_ids=12, test_ids=1, distractors=0, junk=0, height=64, width=32)
+    spec = GenerateSpec(
+        train_ids=12, test_ids=1, cameras=6, seen_by=5, images=3, alike=4, distractors=0, junk=0, height=64, width=32
+    )
     colors: dict[str, list[np.ndarray]] = {}
     for path, pixels in draw_images(spec):
         colors.setdefault(path.split("_c")[1][0], []).append(pixels.mean(axis=(0, 1)))
