@@ -27,7 +27,7 @@ DOORS = {
 }
 
 
-class Reached(Exception):
+class Reached(BaseException):  # the command line catches every Exception
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
