@@ -105,23 +105,24 @@ def _read_datasets(args: Args) -> None:
 
     What is no dataset (a feature store, a calibration table) stays a path.
     """
+    paths = {name: source for name in _DATASETS if isinstance(source := getattr(args, name, None), str)}
+    sources = {name: path for name, path in paths.items() if not path.endswith((".npz", ".json"))}
+    if not sources:
+        return  # and nothing is loaded for it
     from nformer_edge.data.labels import judge_labels
     from nformer_edge.data.readers import read_dataset
     from nformer_edge.data.summary import describe_images
 
     layout, pattern, root = (getattr(args, name, default) for name, default in _READING)
-    for name, whole in _DATASETS.items():
-        source = getattr(args, name, None)
-        if not isinstance(source, str) or source.endswith((".npz", ".json")):
-            continue
-        whole = whole or args.command == "embed"
+    for name, source in sources.items():
+        whole = _DATASETS[name] or args.command == "embed"
         dataset = read_dataset(source, layout, pattern=pattern, images=root, whole=whole)
         dataset = dataset.same_camera() if hasattr(args, "same_camera") else dataset
         setattr(args, name, dataset)
         if os.environ.get("RANK", "0") == "0" and args.command != "summary":
             said = (describe_images(dataset),) if whole else judge_labels(dataset).warnings
             for note in (*dataset.notes, *said):
-                print(f"nformer-edge {args.command}: note: {note}", file=sys.stderr)
+                print(inert(f"nformer-edge {args.command}: note: {note}"), file=sys.stderr)
 
 
 def _call(args: Args, where: str, **more: Any) -> Any:

@@ -254,3 +254,6 @@ def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_pat
     assert ran.code == 2
     assert "\x1b" not in ran.err
     assert r"\x1b[31mred" in ran.err
+    (tmp_path / "gallery\x1b[31mred").mkdir()
+    said = run("embed", tmp_path / "no-model", "--data", tmp_path / "gallery\x1b[31mred", "-o", tmp_path / "f.npz").err
+    assert "\x1b" not in said
