@@ -303,6 +303,8 @@ _calls(
     MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--seed", dest="seeds", type=int, nargs="+", help="landmark seeds, a run each (default: the model's own)"),
     _flag("--rerank", "add k-reciprocal re-ranking (20/6/0.3) and other baselines"),
+    _option("--draws", type=int, metavar="N",
+            help="draws of the table by images a person, averaged (default 1; 0 leaves the table out)"),
 )
 
 

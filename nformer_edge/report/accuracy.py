@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from nformer_edge.gallery.embed import embed_dataset
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
+from nformer_edge.metrics.composition import Composition, Scores, composition
 from nformer_edge.metrics.distance import alike
 from nformer_edge.metrics.ranking import Pair, RankingResult
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
@@ -117,12 +119,13 @@ class Evaluation(Result):
         embed_seconds: time to embed all images; null if a feature store was read.
         no_per_query: why the per-query protocol is missing; null where it is there.
         notes: what is wrong with the features at a glance; none as a rule.
-        rankings: one for each way to rank.
+        rankings: one for each way to rank, of all queries and the whole gallery.
+        composition: the same by the number of gallery images a person, one query a person; null if not asked for.
         rank_lists: some queries with their matches.
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     machine: MachineFacts
     model: MeasuredModel | None
@@ -131,6 +134,7 @@ class Evaluation(Result):
     no_per_query: str | None
     notes: tuple[str, ...]
     rankings: tuple[Ranking, ...]
+    composition: Composition | None
     rank_lists: tuple[RankList, ...]
 
     @property
@@ -151,12 +155,40 @@ class Evaluation(Result):
         ranked = f"{self.data.query:,} queries{excluded}, {self.data.gallery:,} in the gallery"
         related = any(r.protocol for r in self.rankings)
         note = f"\nno per-query protocol: {self.no_per_query}" if self.no_per_query and related else ""
-        return "\n".join([format_table(headers, body), f"{model} on {self.data.name}: {ranked}{note}", *self.notes])
+        table = [] if self.composition is None else ["", *composition_lines(self.composition), ""]
+        last = f"{model} on {self.data.name}: {ranked}{note}"
+        return "\n".join([format_table(headers, body), *table, last, *self.notes])
 
 
 def _bounded(fraction: float, interval: tuple[float, float]) -> str:
     """0.8734 between 0.861 and 0.885 as ``87.3 (86.1 to 88.5)``."""
     return f"{percent(fraction)} ({percent(interval[0])} to {percent(interval[1])})"
+
+
+COMPOSITION_HEADERS = ("images a person", "part", "mAP (95 %)", "Rank-1 (95 %)", "mAP gain", "Rank-1 gain", "gallery")
+
+
+def composition_cells(found: Composition) -> list[list[str]]:
+    """A line for each number of images a person and each part, under `COMPOSITION_HEADERS`."""
+    lines = []
+    for row in found.rows:
+        for part, scores, gain in ((BACKBONE, row.backbone, None), (NFORMER, row.head, row.gain)):
+            if scores is not None:
+                bounded = [_bounded(i.value, (i.lower, i.upper)) for i in (scores.mAP, scores.rank1)]
+                lines.append([row.title, part, *bounded, *_gains(gain), number(row.gallery, 0)])
+    return lines
+
+
+def _gains(gain: Scores | None) -> list[str]:
+    """Head less backbone in points, with its sign; empty for the backbone."""
+    return ["", ""] if gain is None else [f"{100 * i.value:+.1f}" for i in (gain.mAP, gain.rank1)]
+
+
+def composition_lines(found: Composition) -> list[str]:
+    """The table in text, and what it was measured on."""
+    draws = f", mean of {found.draws} draws" if found.draws > 1 else ""
+    about = f"one query a person ({found.rows[0].people:,} people of {found.measured_on}), all in one set{draws}"
+    return [format_table(COMPOSITION_HEADERS, composition_cells(found), left=2), about]
 
 
 def evaluate(
@@ -172,6 +204,7 @@ def evaluate(
     label: str | None = None,
     layout: str = "auto",
     per_query: bool = True,
+    draws: int = 1,
 ) -> Evaluation:
     """Ranks a dataset's queries against its gallery and scores the ranking.
 
@@ -187,6 +220,7 @@ def evaluate(
         label: what the report calls the model.
         layout: of the dataset's folder.
         per_query: also rank each query alone with the gallery (`gallery.protocols`), where PyTorch runs the head.
+        draws: of the queries and gallery images of the table by images a person (`metrics.composition`); no table if 0.
 
     Raises:
         UsageError: if there is no model for a dataset of images.
@@ -220,8 +254,20 @@ def evaluate(
             rankings += _baselines(query, gallery)
         measured = None if runner is None or model is None else MeasuredModel.of(model, runner, label)
         notes = alike(query.features, "query") + alike(gallery.features, "gallery")
-        about = MeasuredData.of(data, query, gallery), seconds, why, notes
-        return Evaluation(machine(), measured, *about, tuple(rankings), tuple(lists))
+        about = MeasuredData.of(data, query, gallery)
+        table = _composition(runner, query, gallery, seeds, draws, about.name) if draws else None
+        told = seconds, why, notes, tuple(rankings), table, tuple(lists)
+        return Evaluation(machine(), measured, about, *told)
+
+
+def _composition(
+    runner: Runner | None, query: Features, gallery: Features, seeds: Sequence[int] | None, draws: int, name: str
+) -> Composition:
+    if runner is None or not runner.has_head:
+        return composition(query, gallery, draws=draws, measured_on=name)
+    chosen = tuple(seeds or (runner.landmark_seed,))
+    together = partial(relate_sets, runner)
+    return composition(query, gallery, together, landmark_seeds=chosen, draws=draws, measured_on=name)
 
 
 def _ranked(

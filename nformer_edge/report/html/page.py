@@ -76,7 +76,7 @@ def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title
 
 def render(results: Results, title: str) -> str:
     """The page as a string."""
-    judged = sections.summary, gates, cosines, layers, budget, sections.cross_model
+    judged = sections.summary, sections.composition, gates, cosines, layers, budget, sections.cross_model
     ranked = sections.rank_lists, sections.cmc
     timed = sections.latency, sections.comparison, sections.baselines
     parts = *judged, *ranked, *timed, sections.training, sections.machine

@@ -37,6 +37,21 @@ def test_a_model_without_head_has_no_nformer_row(dataset, grid_runner):
     assert list(by_name(result)) == ["backbone"]
 
 
+def test_the_table_by_images_a_person_stands_beside_the_full_split(dataset, grid_runner):
+    result = evaluate(grid_runner(), dataset)
+    rows = result.composition.rows
+    assert [(row.title, row.people, row.gallery) for row in rows] == [
+        ("1", 12, 18), ("2", 12, 30), ("4", 12, 54), ("8", 12, 54), ("all", 12, 54)
+    ]  # fmt: skip
+    lines = str(result).splitlines()
+    for row in rows:
+        (line,) = [line for line in lines if line.split()[:2] == [row.title, "+NFormer"]]
+        assert f"{100 * row.gain.mAP.value:+.1f}" in line
+    assert any("12 people of people" in line for line in lines)
+    assert evaluate(grid_runner(), dataset, draws=0).composition is None
+    assert all(row.head is None for row in evaluate(grid_runner(head=False), dataset).composition.rows)
+
+
 def test_white_images_are_noted_and_a_sound_set_is_not(dataset, grid_runner, tmp_path):
     assert evaluate(grid_runner(head=False), dataset).notes == ()
     Image.new("RGB", (32, 64), "white").save(tmp_path / "white.png")

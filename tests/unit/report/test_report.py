@@ -151,8 +151,8 @@ def test_the_page_is_well_formed_and_stands_alone(page):
 def test_every_section_is_drawn(page):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Summary", "Gates", "Cosine to the reference", "Layer by layer", "Accuracy budget", "Rank lists", "CMC",
-        "Latency", "Latency ratios", "Re-ranking", "Training", "Machine",
+        "Summary", "Images a person", "Gates", "Cosine to the reference", "Layer by layer", "Accuracy budget",
+        "Rank lists", "CMC", "Latency", "Latency ratios", "Re-ranking", "Training", "Machine",
     ]  # fmt: skip
 
 
@@ -161,6 +161,8 @@ def test_what_stands_on_the_page_stands_in_the_json(page, results):
         for scored in evaluation.rankings:
             lower, upper = (f"{100 * bound:.1f}" for bound in scored.mAP_interval)
             assert f"<td>{100 * scored.mAP:.1f} <small>{lower}\N{EN DASH}{upper}</small></td>" in page
+        for line in evaluation.composition.rows:
+            assert f"<td>{100 * line.gain.mAP.value:+.1f}</td><td>{100 * line.gain.rank1.value:+.1f}</td>" in page
     for part in results[2].parts:
         for gate in part.gates:
             assert f"<td>{gate.measured:.6g}" in page
