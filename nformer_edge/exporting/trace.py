@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from nformer_edge import __version__
-from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
@@ -47,12 +46,17 @@ class _RowTopK(torch.autograd.Function):
 
 class _ReciprocalNeighborAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, *attributes: float) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, v: Tensor, *others: Any) -> Tensor:
         return v.clone()
 
     @staticmethod
-    def symbolic(g: Any, a: Any, b: Any, v: Any, neighbors: Any, scale: float, heads: int, size: int) -> Any:
-        out = g.op(f"{DOMAIN}::{RECIPROCAL_NEIGHBOR_ATTENTION}", a, b, v, neighbors, scale_f=scale)
+    def symbolic(
+        g: Any, a: Any, b: Any, v: Any, neighbors: Any, t: Any, cameras: Any, scale: float, factor: float, *sizes: int
+    ) -> Any:
+        gate = [x for x in (t, cameras) if x is not None]
+        attributes = {"scale_f": scale} if cameras is None else {"scale_f": scale, "camera_factor_f": factor}
+        out = g.op(f"{DOMAIN}::{RECIPROCAL_NEIGHBOR_ATTENTION}", a, b, v, neighbors, *gate, **attributes)
+        heads, size = sizes
         out.setType(v.type().with_sizes([heads, None, size]))  # the traced N must not be taken for a constant
         return out
 
@@ -60,17 +64,23 @@ class _ReciprocalNeighborAttention(torch.autograd.Function):
 class _Nodes:
     """The operators that an export records. `scale` is always written out, so no runtime needs our default for it."""
 
-    def __init__(self, spec: HeadSpec) -> None:
-        self.heads, self.size = spec.heads, spec.features // spec.heads
-
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
         return _RowTopK.apply(a, b, k)  # type: ignore[no-untyped-call]
 
     def reciprocal_neighbor_attention(
-        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        v: Tensor,
+        neighbors: Tensor,
+        scale: float | None = None,
+        t: Tensor | None = None,
+        cameras: Tensor | None = None,
+        camera_factor: float = 1.0,
     ) -> Tensor:
-        given = 1.0 / math.sqrt(self.size) if scale is None else scale
-        return _ReciprocalNeighborAttention.apply(a, b, v, neighbors, given, self.heads, self.size)  # type: ignore[no-untyped-call]
+        heads, size = int(v.shape[0]), int(v.shape[2])  # a trace gives tensors
+        attributes = (1.0 / math.sqrt(size) if scale is None else scale, camera_factor, heads, size)
+        return _ReciprocalNeighborAttention.apply(a, b, v, neighbors, t, cameras, *attributes)  # type: ignore[no-untyped-call]
 
 
 class ExportedHead(nn.Module):
@@ -85,7 +95,7 @@ class ExportedHead(nn.Module):
         features: Tensor,  # [N, D]
         landmarks: Tensor,  # int32 [layers, l]
     ) -> Tensor:  # [N, D]
-        with using(_Nodes(self.head.spec)):
+        with using(_Nodes()):
             out: Tensor = self.head(features, landmarks)
         return out
 

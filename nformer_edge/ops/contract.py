@@ -17,6 +17,9 @@ from nformer_edge.core.spec import HeadSpec
 DOMAIN = "nformer"
 OPSET_VERSION = 1
 
+#: Of files in which an attention has the input `t`.
+GATED_OPSET_VERSION = 2
+
 #: Opsets of the standard domain that a bundle may use; `ops.bodies` says why these.
 OPSETS = (18, 19, 20)
 
@@ -138,3 +141,21 @@ def check_neighbors(neighbors: Array, a: Array, int32: object) -> None:
     if len(shape) != 3 or shape[0] not in (1, heads) or shape[1] != rows or neighbors.dtype != int32:
         got, expected = f"shape {shape} {neighbors.dtype}", f"[{heads} or 1, {rows}, K] int32"
         raise UsageError("neighbors", got, expected, "Pass what row_top_k gave.")
+
+
+def check_gate(t: Array | None, cameras: Array | None, a: Array, wide: object, int32: object) -> None:
+    """Raises UsageError unless `t`, if given, is [H or 1, N] of the type `wide`, for factors `a` [H, N, R].
+
+    `cameras` are [N] of the type `int32`, and only given with `t`.
+    """
+    heads, rows, _ = a.shape
+    if t is None:
+        if cameras is not None:
+            raise UsageError("cameras", "no t", "t as well", "Only the gated attention reads cameras. Pass t.")
+        return
+    if tuple(t.shape) not in ((heads, rows), (1, rows)) or t.dtype != wide:
+        got, expected = f"shape {tuple(t.shape)} {t.dtype}", f"[{heads} or 1, {rows}] {wide}"
+        raise UsageError("t", got, expected, "Give one threshold an image, for each head or for all.")
+    if cameras is not None and (tuple(cameras.shape) != (rows,) or cameras.dtype != int32):
+        got, expected = f"shape {tuple(cameras.shape)} {cameras.dtype}", f"[{rows}] int32"
+        raise UsageError("cameras", got, expected, "Give one camera number an image, -1 where it is unknown.")

@@ -21,7 +21,7 @@ import numpy as np
 
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.spec import check_at_least, check_choice
-from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_neighbors, check_values
+from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_gate, check_neighbors, check_values
 
 _native: ModuleType | None
 try:
@@ -162,6 +162,9 @@ def reciprocal_neighbor_attention(
     v: np.ndarray,  # [H, N, D]
     neighbors: np.ndarray,  # int32 [H, N, K] or [1, N, K]
     scale: float | None = None,
+    t: np.ndarray | None = None,  # float32 [H, N] or [1, N]
+    cameras: np.ndarray | None = None,  # int32 [N]
+    camera_factor: float = 1.0,
     *,
     threads: int | None = None,
     isa: str | None = None,
@@ -169,18 +172,20 @@ def reciprocal_neighbor_attention(
     """Softmax of ``scale * a b^T`` over the neighbors that chose each other, then the weighted sum of their values.
 
     `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero; a row of `v` that is not
-    finite reaches the rows that count it and no other.
+    finite reaches the rows that count it and no other. With `t` it is gated, see `ops.reference`: a pair whose score
+    or thresholds are not finite does not count.
 
     Raises:
-        UsageError: if a shape or a type does not fit, or a neighbor is out of range.
+        UsageError: if a shape or a type does not fit, a neighbor is out of range, or `cameras` come without `t`.
         BackendError: if the kernels are not compiled here.
     """
     library = _library()
     count = _threads(threads)
-    scale = _check_attention(a, b, v, neighbors, scale, count)
+    scale = _check_attention(a, b, v, neighbors, scale, t, cameras, count)
     y = np.zeros(v.shape, dtype=np.float32)
     if y.size and neighbors.shape[2]:
-        library.attend(_wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors), scale, y, count, _isa(isa))
+        inputs = (_wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors), scale, *_gate(t, cameras))
+        library.attend(*inputs, camera_factor, y, count, _isa(isa))
     return y.astype(v.dtype, copy=False)
 
 
@@ -191,25 +196,28 @@ def reciprocal_neighbor_attention_backward(
     v: np.ndarray,
     neighbors: np.ndarray,
     scale: float | None = None,
+    t: np.ndarray | None = None,
+    cameras: np.ndarray | None = None,
+    camera_factor: float = 1.0,
     *,
     threads: int | None = None,
     isa: str | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients by `a`, `b` and `v`, shaped and typed as they are. The choice of neighbors has none.
+) -> tuple[np.ndarray, ...]:
+    """The gradients by `a`, `b`, `v` and, if given, `t`, shaped and typed as they are. The lists have none.
 
     Raises as `reciprocal_neighbor_attention` does.
     """
     library = _library()
     count = _threads(threads)
-    scale = _check_attention(a, b, v, neighbors, scale, count)
+    scale = _check_attention(a, b, v, neighbors, scale, t, cameras, count)
     if gradient.shape != v.shape:
         raise UsageError("gradient", f"shape {gradient.shape}", v.shape, "Pass that of y.")
-    out = tuple(np.zeros(x.shape, dtype=np.float32) for x in (a, b, v))
+    by = (a, b, v) if t is None else (a, b, v, t)
+    out = [np.zeros(x.shape, dtype=np.float32) for x in by]
     if v.size and a.size and neighbors.shape[2]:
-        inputs = (_wide(gradient), _wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors))
-        library.attend_backward(*inputs, scale, *out, count, _isa(isa))
-    ga, gb, gv = (g.astype(v.dtype, copy=False) for g in out)
-    return ga, gb, gv
+        inputs = (*map(_wide, (gradient, a, b, v)), np.ascontiguousarray(neighbors), scale, *_gate(t, cameras))
+        library.attend_backward(*inputs, camera_factor, *out, *[None] * (4 - len(out)), count, _isa(isa))
+    return tuple(g.astype(x.dtype, copy=False) for g, x in zip(out, by, strict=True))
 
 
 def _library() -> ModuleType:
@@ -238,6 +246,10 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, dtype=np.float32)
 
 
+def _gate(t: np.ndarray | None, cameras: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
+    return tuple(None if x is None else np.ascontiguousarray(x) for x in (t, cameras))
+
+
 def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
     bad = _library().first_bad_row(x, threads)
     if bad >= 0:
@@ -262,10 +274,18 @@ def _check_factors(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def _check_attention(
-    a: np.ndarray, b: np.ndarray, v: np.ndarray, neighbors: np.ndarray, scale: float | None, threads: int
+    a: np.ndarray,
+    b: np.ndarray,
+    v: np.ndarray,
+    neighbors: np.ndarray,
+    scale: float | None,
+    t: np.ndarray | None,
+    cameras: np.ndarray | None,
+    threads: int,
 ) -> float:
     """Checks everything but finiteness; returns the scale to use."""
     _check_factors(a, b)
     check_values(a, b, v)
     _check_lists(neighbors, a, a.shape[1], threads)
+    check_gate(t, cameras, a, np.dtype(np.float32), np.dtype(np.int32))
     return 1.0 / math.sqrt(max(1, v.shape[2])) if scale is None else float(scale)

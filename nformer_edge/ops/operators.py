@@ -28,7 +28,15 @@ class Operators(Protocol):
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor: ...
 
     def reciprocal_neighbor_attention(
-        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        v: Tensor,
+        neighbors: Tensor,
+        scale: float | None = None,
+        t: Tensor | None = None,
+        cameras: Tensor | None = None,
+        camera_factor: float = 1.0,
     ) -> Tensor: ...
 
 
@@ -39,10 +47,18 @@ class FastestOperators:
         return (row_top_k if supports(a, b) else plain.row_top_k)(a, b, k)
 
     def reciprocal_neighbor_attention(
-        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        v: Tensor,
+        neighbors: Tensor,
+        scale: float | None = None,
+        t: Tensor | None = None,
+        cameras: Tensor | None = None,
+        camera_factor: float = 1.0,
     ) -> Tensor:
         attend = reciprocal_neighbor_attention if supports(a, b, v) else plain.reciprocal_neighbor_attention
-        return attend(a, b, v, neighbors, scale)
+        return attend(a, b, v, neighbors, scale, t, cameras, camera_factor)
 
 
 _chosen: ContextVar[Operators] = ContextVar("operators", default=FastestOperators())  # noqa: B039 - it has no state
@@ -93,14 +109,18 @@ def reciprocal_neighbor_attention(
     v: Tensor,  # [H, N, D]
     neighbors: Tensor,  # int32 [H, N, K] or [1, N, K]
     scale: float | None = None,
+    t: Tensor | None = None,  # float32 [H, N] or [1, N]
+    cameras: Tensor | None = None,  # int32 [N]
+    camera_factor: float = 1.0,
 ) -> Tensor:  # [H, N, D]
-    """`native.reciprocal_neighbor_attention` on tensors, differentiable once in `a`, `b` and `v`.
+    """`native.reciprocal_neighbor_attention` on tensors, differentiable once in `a`, `b`, `v` and `t`.
 
     Raises:
-        UsageError: for tensors that `supports` does not take, or a shape that does not fit.
+        UsageError: for tensors that `supports` does not take, a shape that does not fit, or `cameras` without `t`.
     """
     _check_supported(a, b, v)
-    y: Tensor = _attention(a, b, v, neighbors, 1.0 / math.sqrt(max(1, v.shape[-1])) if scale is None else scale)
+    given = 1.0 / math.sqrt(max(1, v.shape[-1])) if scale is None else scale
+    y: Tensor = _attention(a, b, v, neighbors, given, t, cameras, camera_factor)
     return y
 
 
@@ -124,44 +144,64 @@ def _(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 
 @torch.library.custom_op("nformer::reciprocal_neighbor_attention", mutates_args=(), device_types="cpu")
-def _attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float) -> Tensor:
-    x, y, values, lists = (t.detach().numpy() for t in (a, b, v, neighbors))
-    threads = torch.get_num_threads()
-    return torch.from_numpy(native.reciprocal_neighbor_attention(x, y, values, lists, scale, threads=threads))
+def _attention(
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    neighbors: Tensor,
+    scale: float,
+    t: Tensor | None = None,
+    cameras: Tensor | None = None,
+    camera_factor: float = 1.0,
+) -> Tensor:
+    inputs = (*_arrays(a, b, v, neighbors), scale, *_arrays(t, cameras), camera_factor)
+    return torch.from_numpy(native.reciprocal_neighbor_attention(*inputs, threads=torch.get_num_threads()))
 
 
 @_attention.register_fake
-def _(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float) -> Tensor:
+def _(a: Tensor, b: Tensor, v: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("nformer::reciprocal_neighbor_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
-    gradient: Tensor, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    g, x, y, values, lists = (t.detach().numpy() for t in (gradient, a, b, v, neighbors))
-    threads = torch.get_num_threads()
-    found = native.reciprocal_neighbor_attention_backward(g, x, y, values, lists, scale, threads=threads)
-    ga, gb, gv = map(torch.from_numpy, found)
-    return ga, gb, gv
+    gradient: Tensor,
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    neighbors: Tensor,
+    scale: float,
+    t: Tensor | None,
+    cameras: Tensor | None,
+    camera_factor: float,
+) -> list[Tensor]:  # by a, b, v and, if given, t
+    inputs = (*_arrays(gradient, a, b, v, neighbors), scale, *_arrays(t, cameras), camera_factor)
+    found = native.reciprocal_neighbor_attention_backward(*inputs, threads=torch.get_num_threads())
+    return [torch.from_numpy(x) for x in found]
 
 
 @_attention_backward.register_fake
 def _(
-    gradient: Tensor, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    ga, gb, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b, v))
-    return ga, gb, gv
+    gradient: Tensor, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float, t: Tensor | None, *others: Any
+) -> list[Tensor]:
+    by = (a, b, v) if t is None else (a, b, v, t)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in by]
+
+
+def _arrays(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.detach().numpy() for x in tensors)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, v, neighbors, ctx.scale = inputs
-    ctx.save_for_backward(a, b, v, neighbors)
+    a, b, v, neighbors, ctx.scale, t, cameras, ctx.camera_factor = inputs
+    ctx.save_for_backward(a, b, v, neighbors, t, cameras)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    ga, gb, gv = _attention_backward(gradient, *ctx.saved_tensors, ctx.scale)
-    return ga, gb, gv, None, None
+    a, b, v, neighbors, t, cameras = ctx.saved_tensors
+    found = _attention_backward(gradient, a, b, v, neighbors, ctx.scale, t, cameras, ctx.camera_factor)
+    ga, gb, gv, gt = (*found, None) if t is None else found
+    return ga, gb, gv, None, None, gt, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_neighbors, check_values
+from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_gate, check_neighbors, check_values
 
 #: Upper bound on the temporaries of one block of rows.
 BLOCK_BYTES = 64 << 20
@@ -79,24 +79,34 @@ def reciprocal_neighbor_attention(
     v: Tensor,  # [H, N, D]
     neighbors: Tensor,  # int32 [H, N, K] or [1, N, K]
     scale: float | None = None,
+    t: Tensor | None = None,  # [H, N] or [1, N], float32, or float64 as `a`
+    cameras: Tensor | None = None,  # int32 [N]
+    camera_factor: float = 1.0,
 ) -> Tensor:  # [H, N, D]
     """Softmax of ``scale * a b^T`` over the neighbors that chose each other, then the weighted sum of their values.
 
     `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero. Differentiable in
     `a`, `b` and `v` (Wang et al., CVPR 2022, section 3.3, with the sign of the published code).
 
+    With `t` it is gated: ``sum_j sigmoid(scale * (a_i b_j - max(t_i, t_j))) * f_ij * v_j`` over j != i in the list of
+    i. The weights are not normalized. f_ij is `camera_factor` for two images of one known camera, otherwise 1.
+    Differentiable in `t`, too.
+
     Raises:
-        UsageError: if a shape or a type does not fit, or a neighbor is out of range.
+        UsageError: if a shape or a type does not fit, a neighbor is out of range, or `cameras` come without `t`.
         DataError: if an input is not finite, naming the first bad row.
     """
     _check_factors(a, b)
     check_values(a, b, v)
     check_neighbors(neighbors, a, torch.int32)
+    check_gate(t, cameras, a, _WIDE[a.dtype], torch.int32)
     if neighbors.numel() and not (int(neighbors.min()) >= -1 and int(neighbors.max()) < a.shape[1]):
         got, expected = f"{int(neighbors.min())}..{int(neighbors.max())}", f"-1..{a.shape[1] - 1}"
         raise UsageError("neighbors", got, expected, "Pass what row_top_k gave for the same images.")
     for name, x in (("a", a), ("b", b), ("v", v)):
         check_finite(name, x)
+    if t is not None:
+        check_finite("t", t[:, :, None])
     heads, rows, size = v.shape
     if rows == 0:
         return torch.zeros_like(v)
@@ -108,7 +118,12 @@ def reciprocal_neighbor_attention(
     for head in range(heads):
         chosen = neighbors[head if neighbors.shape[0] > 1 else 0].long()
         factors = (a[head].to(wide), b[head].to(wide), v[head].to(wide))
-        blocks = [_attend(*factors, chosen, slice(s, min(s + block, rows)), scale) for s in range(0, rows, block)]
+        spans = [slice(s, min(s + block, rows)) for s in range(0, rows, block)]
+        if t is None:
+            blocks = [_attend(*factors, chosen, span, scale) for span in spans]
+        else:
+            own = t[head if t.shape[0] > 1 else 0]
+            blocks = [_gate(*factors, own, chosen, span, scale, cameras, camera_factor) for span in spans]
         out.append(torch.cat(blocks))
     return torch.stack(out).to(v.dtype)
 
@@ -132,6 +147,31 @@ def _attend(
     weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
     total = weights.sum(dim=1, keepdim=True)
     weights = weights / total.masked_fill(total == 0, 1.0)
+    return (weights[:, None, :] @ v[places])[:, 0, :]
+
+
+def _gate(
+    a: Tensor,  # [N, R]
+    b: Tensor,  # [N, R]
+    v: Tensor,  # [N, D]
+    t: Tensor,  # [N]
+    neighbors: Tensor,  # int64 [N, K]
+    rows: slice,
+    scale: float,
+    cameras: Tensor | None,  # [N]
+    camera_factor: float,
+) -> Tensor:  # [rows, D]
+    mine = neighbors[rows]
+    index = torch.arange(rows.start, rows.stop, device=a.device)[:, None]
+    places = torch.where(mine < 0, index, mine)
+    scores = (a[rows, None, :] * b[places]).sum(dim=2)
+    own, theirs = t[rows, None], t[places]
+    counts = (places != index) & (scores - own).isfinite() & (scores - theirs).isfinite()
+    gaps = torch.where(counts, scores - torch.maximum(own, theirs), 0.0)
+    weights = torch.where(counts, (scale * gaps).sigmoid(), 0.0)
+    if cameras is not None:
+        same = (cameras[places] == cameras[rows, None]) & (cameras[places] >= 0)
+        weights = torch.where(same, camera_factor * weights, weights)
     return (weights[:, None, :] @ v[places])[:, 0, :]
 
 

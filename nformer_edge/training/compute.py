@@ -216,10 +216,19 @@ class _Float32Operators(FastestOperators):
             return super().row_top_k(a.float(), b.float(), k)
 
     def reciprocal_neighbor_attention(
-        self, a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        v: Tensor,
+        neighbors: Tensor,
+        scale: float | None = None,
+        t: Tensor | None = None,
+        cameras: Tensor | None = None,
+        camera_factor: float = 1.0,
     ) -> Tensor:
+        a, b, v, t = a.float(), b.float(), v.float(), None if t is None else t.float()
         with torch.autocast(self.device, enabled=False):
-            return super().reciprocal_neighbor_attention(a.float(), b.float(), v.float(), neighbors, scale)
+            return super().reciprocal_neighbor_attention(a, b, v, neighbors, scale, t, cameras, camera_factor)
 
 
 def share_batch_norm(model: M, device: torch.device) -> M:

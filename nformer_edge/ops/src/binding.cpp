@@ -1,10 +1,12 @@
 // The Python module `_native`: raw arrays in, filled arrays out. Checks live in native.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,9 @@ namespace {
 using namespace nformer;
 using Floats = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using FloatsOut = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Thresholds = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ThresholdsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cameras = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Lists = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using ListsOut = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
@@ -71,24 +76,38 @@ void pair_scores(Floats a, Floats b, Lists columns, nb::ndarray<double, nb::ndim
   });
 }
 
-AttentionTensors tensors_of(const Floats& a, const Floats& b, const Floats& v, const Lists& neighbors, double scale) {
+struct Gate {
+  std::optional<Thresholds> t;
+  std::optional<Cameras> cameras;
+  double camera_factor;
+};
+
+AttentionTensors tensors_of(const Floats& a, const Floats& b, const Floats& v, const Lists& neighbors, double scale,
+                            const Gate& gate) {
   const auto size = [](size_t n) { return static_cast<int64_t>(n); };
-  return {a.data(),         b.data(),         v.data(),         neighbors.data(),         size(a.shape(0)), size(neighbors.shape(0)),
-          size(a.shape(1)), size(a.shape(2)), size(v.shape(2)), size(neighbors.shape(2)), scale};
+  AttentionTensors x{a.data(),         b.data(),         v.data(),         neighbors.data(),         size(a.shape(0)), size(neighbors.shape(0)),
+                     size(a.shape(1)), size(a.shape(2)), size(v.shape(2)), size(neighbors.shape(2)), scale};
+  if (gate.t) x.t = gate.t->data(), x.thresholds = size(gate.t->shape(0));
+  if (gate.cameras) x.cameras = gate.cameras->data(), x.camera_factor = gate.camera_factor;
+  return x;
 }
 
-void attention(Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut y, int threads,
-               const std::string& isa) {
+void attention(Floats a, Floats b, Floats v, Lists neighbors, double scale, std::optional<Thresholds> t,
+               std::optional<Cameras> cameras, double camera_factor, FloatsOut y, int threads, const std::string& isa) {
   const Table& table = table_of(isa);
+  const AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
   const nb::gil_scoped_release release;
-  attend(table, tensors_of(a, b, v, neighbors, scale), y.data(), threads);
+  attend(table, x, y.data(), threads);
 }
 
-void attention_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors, double scale, FloatsOut ga,
-                        FloatsOut gb, FloatsOut gv, int threads, const std::string& isa) {
+void attention_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors, double scale,
+                        std::optional<Thresholds> t, std::optional<Cameras> cameras, double camera_factor, FloatsOut ga,
+                        FloatsOut gb, FloatsOut gv, std::optional<ThresholdsOut> gt, int threads,
+                        const std::string& isa) {
   const Table& table = table_of(isa);
+  const AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
   const nb::gil_scoped_release release;
-  attend_backward(table, tensors_of(a, b, v, neighbors, scale), gy.data(), ga.data(), gb.data(), gv.data(), threads);
+  attend_backward(table, x, gy.data(), ga.data(), gb.data(), gv.data(), gt ? gt->data() : nullptr, threads);
 }
 
 }  // namespace

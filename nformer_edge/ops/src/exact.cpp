@@ -139,6 +139,57 @@ inline void softmax(const Attention& x, int64_t i, const int32_t* slots, int cou
   for (int n = 0; n < count; ++n) weights[n] /= sum;
 }
 
+// The factor of j's weight for i.
+inline double camera_factor(const Attention& x, int64_t i, int64_t j) {
+  return x.cameras && x.cameras[i] >= 0 && x.cameras[i] == x.cameras[j] ? x.camera_factor : 1.0;
+}
+
+// Gated: slots of row i that count, and sigmoid(scale * (score - max(t_i, t_j))) of each. Returns how many.
+inline int gate(const Attention& x, int64_t i, int32_t* slots, double* weights) {
+  constexpr double kFinite = 3.4028234663852886e38;
+  const int32_t* own = x.neighbors + i * x.k;
+  int count = 0;
+  for (int s = 0; s < x.k; ++s) {
+    const int64_t j = own[s];
+    if (j < 0 || j == i) continue;
+    const double score = dot(x.a + i * x.r, x.b + j * x.r, x.r);
+    const double mine = score - x.t[i], theirs = score - x.t[j];
+    if (!(__builtin_fabs(mine) <= kFinite && __builtin_fabs(theirs) <= kFinite)) continue;
+    const double z = x.scale * (mine < theirs ? mine : theirs), power = exp_negative(-__builtin_fabs(z));
+    slots[count] = s;
+    weights[count++] = (z < 0 ? power : 1.0) / (1.0 + power);
+  }
+  return count;
+}
+
+// Slots of row i that count, and their weights but for the camera factor. Returns how many.
+inline int weigh(const Attention& x, int64_t i, int32_t* slots, double* weights) {
+  if (x.t) return gate(x, i, slots, weights);
+  const int count = reciprocal(x, i, slots);
+  softmax(x, i, slots, count, weights);
+  return count;
+}
+
+// How much of the slope of (i, j) goes to t_i.
+inline double share_of(const Attention& x, int64_t i, int64_t j) {
+  return x.t[i] > x.t[j] ? 1.0 : x.t[i] == x.t[j] ? 0.5 : 0.0;
+}
+
+// Gated: grad b, grad v and grad t. Who reads column j stands in `readers`.
+inline void gate_backward_columns(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end) {
+  const Readers& from = g.readers;
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t first = from.start[j], count = from.start[j + 1] - first;
+    weighted_sum(x.a, from.row + first, from.slope + first, static_cast<int>(count), x.r, g.gb + j * x.r);
+    weighted_sum(g.gy, from.row + first, from.weight + first, static_cast<int>(count), x.d, g.gv + j * x.d);
+    double slope = 0;
+    for (int64_t n = first; n < first + count; ++n) slope += from.slope[n] * share_of(x, j, from.row[n]);
+    for (int64_t s = j * x.k; s < (j + 1) * x.k; ++s)
+      if (x.neighbors[s] >= 0) slope += g.slope[s] * share_of(x, j, x.neighbors[s]);
+    g.gt[j] -= static_cast<float>(slope);
+  }
+}
+
 }  // namespace
 
 void score(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out) {
@@ -149,11 +200,10 @@ void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scra
   int32_t* slots = scratch.slots;
   for (int64_t i = begin; i < end; ++i) {
     const int32_t* own = x.neighbors + i * x.k;
-    const int count = reciprocal(x, i, slots);
-    softmax(x, i, slots, count, scratch.weights);
+    const int count = weigh(x, i, slots, scratch.weights);
     for (int n = 0; n < count; ++n) {
-      scratch.shares[n] = static_cast<float>(scratch.weights[n]);
       slots[n] = own[slots[n]];
+      scratch.shares[n] = static_cast<float>(scratch.weights[n] * camera_factor(x, i, slots[n]));
     }
     weighted_sum(x.v, slots, scratch.shares, count, x.d, y + i * x.d);
   }
@@ -168,11 +218,10 @@ void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_
     float* weight = g.weight + i * x.k;
     float* slope = g.slope + i * x.k;
     for (int s = 0; s < x.k; ++s) weight[s] = slope[s] = 0;
-    const int count = reciprocal(x, i, slots);
-    softmax(x, i, slots, count, scratch.weights);
+    const int count = weigh(x, i, slots, scratch.weights);
     double mean = 0;
     for (int n = 0; n < count; ++n) {
-      const float p = static_cast<float>(scratch.weights[n]);
+      const float p = static_cast<float>(scratch.weights[n] * camera_factor(x, i, own[slots[n]]));
       const float toward = dot_values(g.gy + i * x.d, x.v + own[slots[n]] * x.d, x.d);
       weight[slots[n]] = p;
       slope[slots[n]] = toward;
@@ -180,7 +229,8 @@ void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_
     }
     for (int n = 0; n < count; ++n) {
       const int s = slots[n];
-      slope[s] = static_cast<float>(x.scale * weight[s] * (slope[s] - mean));
+      const double toward = x.t ? (1.0 - scratch.weights[n]) * slope[s] : slope[s] - mean;
+      slope[s] = static_cast<float>(x.scale * weight[s] * toward);
       scratch.shares[n] = slope[s];
       slots[n] = own[s];
     }
@@ -192,6 +242,7 @@ void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_
 // column gathers in the order of its list and no two threads write to one place.
 void attend_backward_columns(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
                              const Scratch& scratch) {
+  if (x.t) return gate_backward_columns(x, g, begin, end);
   int32_t* rows = scratch.slots;
   for (int64_t j = begin; j < end; ++j) {
     const int32_t* own = x.neighbors + j * x.k;

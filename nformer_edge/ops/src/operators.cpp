@@ -1,6 +1,7 @@
 #include "operators.h"
 
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "row_top_k.h"
@@ -30,8 +31,32 @@ int64_t first_row(int64_t rows, int threads, const Bad& bad) {
 
 Attention head_of(const AttentionTensors& x, int64_t h) {
   const int32_t* neighbors = x.neighbors + (x.lists == 1 ? 0 : h) * x.n * x.k;
-  return {x.a + h * x.n * x.r, x.b + h * x.n * x.r, x.v + h * x.n * x.d, neighbors, x.n, x.r, x.d, x.k, x.scale};
+  const float* t = x.t ? x.t + (x.thresholds == 1 ? 0 : h) * x.n : nullptr;
+  return {x.a + h * x.n * x.r, x.b + h * x.n * x.r, x.v + h * x.n * x.d, neighbors, x.n, x.r, x.d, x.k, x.scale,
+          t,                   x.cameras,           x.camera_factor};
 }
+
+// The lists of one head turned around, with what the rows found for their slots.
+struct Turned {
+  std::vector<int64_t> start;
+  std::vector<int32_t> row;
+  std::vector<float> weight, slope;
+
+  Turned(const Attention& x, const AttentionGradient& g) : start(x.n + 2) {
+    const int64_t slots = x.n * x.k;
+    for (int64_t s = 0; s < slots; ++s)
+      if (x.neighbors[s] >= 0) ++start[x.neighbors[s] + 2];
+    for (int64_t j = 2; j < x.n + 2; ++j) start[j] += start[j - 1];
+    row.resize(start[x.n + 1]), weight.resize(row.size()), slope.resize(row.size());
+    for (int64_t s = 0; s < slots; ++s) {  // start[j + 1] walks from the first entry of j to the first of j + 1
+      if (x.neighbors[s] < 0) continue;
+      const int64_t at = start[x.neighbors[s] + 1]++;
+      row[at] = static_cast<int32_t>(s / x.k), weight[at] = g.weight[s], slope[at] = g.slope[s];
+    }
+  }
+
+  Readers readers() const { return {start.data(), row.data(), weight.data(), slope.data()}; }
+};
 
 // Runs work(begin, end, scratch) over the rows of one head.
 template <class Work>
@@ -80,15 +105,20 @@ void attend(const Table& table, const AttentionTensors& tensors, float* y, int t
 }
 
 void attend_backward(const Table& table, const AttentionTensors& tensors, const float* gy, float* ga, float* gb,
-                     float* gv, int threads) {
+                     float* gv, float* gt, int threads) {
   for (int64_t h = 0; h < tensors.heads; ++h) {
     const Attention x = head_of(tensors, h);
     std::vector<float> weight(x.n * x.k), slope(x.n * x.k);
-    const AttentionGradient g{gy + h * x.n * x.d, weight.data(),      slope.data(),
-                              ga + h * x.n * x.r, gb + h * x.n * x.r, gv + h * x.n * x.d};
+    AttentionGradient g{gy + h * x.n * x.d, weight.data(),      slope.data(),
+                        ga + h * x.n * x.r, gb + h * x.n * x.r, gv + h * x.n * x.d};
     over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
       table.attend_backward_rows(x, g, begin, end, scratch);
     });
+    std::optional<Turned> turned;
+    if (x.t) {
+      g.gt = gt + (tensors.thresholds == 1 ? 0 : h) * x.n;
+      g.readers = turned.emplace(x, g).readers();
+    }
     over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
       table.attend_backward_columns(x, g, begin, end, scratch);
     });

@@ -16,7 +16,8 @@ struct TopKTensors {
   int32_t* neighbors;
 };
 
-// a, b [H, N, R], v [H, N, D], neighbors [lists = H or 1, N, K], each -1..N-1.
+// a, b [H, N, R], v [H, N, D], neighbors [lists = H or 1, N, K], each -1..N-1; t [thresholds = H or 1, N] or null;
+// cameras [N] or null.
 struct AttentionTensors {
   const float* a;
   const float* b;
@@ -24,6 +25,10 @@ struct AttentionTensors {
   const int32_t* neighbors;
   int64_t heads, lists, n, r, d, k;
   double scale;
+  const float* t = nullptr;
+  int64_t thresholds = 1;
+  const int32_t* cameras = nullptr;
+  double camera_factor = 1;
 };
 
 // The first row of x [rows, length] with a NaN or infinity, or -1.
@@ -34,8 +39,8 @@ int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t c
 void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
 // y [H, N, D].
 void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
-// From gy [H, N, D]; ga, gb, gv are shaped as a, b, v.
+// From gy [H, N, D]; ga, gb, gv, gt are shaped as a, b, v, t, and gt is zero before the call.
 void attend_backward(const Table& table, const AttentionTensors& x, const float* gy, float* ga, float* gb, float* gv,
-                     int threads);
+                     float* gt, int threads);
 
 }  // namespace nformer

@@ -21,7 +21,8 @@ struct Hit {
   int32_t column;
 };
 
-// One head of ReciprocalNeighborAttention. Row-major: a, b [N, R]; v [N, D]; neighbors [N, K].
+// One head of ReciprocalNeighborAttention. Row-major: a, b [N, R]; v [N, D]; neighbors [N, K]; t, cameras [N]. Gated if
+// there is a t.
 struct Attention {
   const float* a;
   const float* b;
@@ -29,6 +30,17 @@ struct Attention {
   const int32_t* neighbors;
   int64_t n, r, d, k;
   double scale;
+  const float* t = nullptr;
+  const int32_t* cameras = nullptr;
+  double camera_factor = 1;
+};
+
+// The slots that name each column j: `row`, `weight` and `slope` of entries start[j]..start[j + 1] - 1, rows ascending.
+struct Readers {
+  const int64_t* start;
+  const int32_t* row;
+  const float* weight;
+  const float* slope;
 };
 
 struct AttentionGradient {
@@ -38,6 +50,9 @@ struct AttentionGradient {
   float* ga;        // [N, R]
   float* gb;        // [N, R]
   float* gv;        // [N, D]
+  // Gated only.
+  float* gt = nullptr;  // [N], added to: heads may share it
+  Readers readers = {};
 };
 
 // A worker's own memory while it attends.

@@ -11,7 +11,8 @@ from nformer_edge.ops import native
 
 torch = pytest.importorskip("torch")
 
-from nformer_edge.ops import operators  # noqa: E402
+from nformer_edge.ops import operators, reference  # noqa: E402
+from tests.helpers.gated import FACTOR, gated_case, gated_formula  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
 
@@ -155,3 +156,112 @@ def test_torch_operators_refuse_what_only_the_twin_takes() -> None:
         operators.row_top_k(a, b, 2)
     with pytest.raises(UsageError, match=r"ops\.reference"):
         operators.reciprocal_neighbor_attention(a, b, v, neighbors)
+
+
+GATED = [
+    {"lists": 2, "thresholds": 2, "cameras": False},
+    {"lists": 1, "thresholds": 1, "cameras": True},
+    {"lists": 2, "thresholds": 1, "cameras": True},
+]
+
+
+def gated_results(function, a, b, v, neighbors, scale, t, cameras):  # type: ignore[no-untyped-def]
+    """y and the gradients by a, b, v, t, in which every output weighs differently."""
+    inputs = [x.detach().clone().requires_grad_() for x in (a, b, v, t)]
+    y = function(*inputs[:3], neighbors, scale, inputs[3], cameras, FACTOR)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize(
+    ("rows", "length", "size", "k"), [(61, 5, 32, 20), (40, 70, 19, 50), (1, 3, 4, 2), (7, 1, 1, 3)]
+)
+def test_the_gated_attention_and_its_gradients_are_the_dense_formula(
+    rows: int, length: int, size: int, k: int, kind: dict[str, int]
+) -> None:
+    a, b, v, neighbors, scale, t, cameras = gated_case(2, rows, length, size, k, **kind)
+    wide = [x.double() for x in (a, b, v)]
+    truth = gated_results(gated_formula, *wide, neighbors, scale, t.double(), cameras)
+    ours = gated_results(operators.reciprocal_neighbor_attention, a, b, v, neighbors, scale, t, cameras)
+    plain = gated_results(reference.reciprocal_neighbor_attention, a, b, v, neighbors, scale, t, cameras)
+    for exact, got, torchs in zip(truth, ours, plain, strict=True):
+        most = 2e-6 * (1 + exact.abs().max().item())
+        assert (got - exact).abs().max().item() <= most
+        assert (torchs - exact).abs().max().item() <= 10 * most
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_the_gated_attention_has_the_same_bits_on_every_instruction_set_and_thread_count(kind: dict[str, int]) -> None:
+    a, b, v, neighbors, scale, t, cameras = gated_case(2, 300, 37, 41, 20, **kind)
+    given = [x.numpy() for x in (a, b, v, neighbors)]
+    gate = (scale, t.numpy(), None if cameras is None else cameras.numpy(), FACTOR)
+    outs = []
+    for isa in native.instruction_sets():
+        for threads in (1, 3):
+            y = native.reciprocal_neighbor_attention(*given, *gate, threads=threads, isa=isa)
+            back = native.reciprocal_neighbor_attention_backward(y, *given, *gate, threads=threads, isa=isa)
+            outs.append((y, *back))
+    assert all((x == y).all() for other in outs for x, y in zip(outs[0], other, strict=True))
+
+
+def test_the_gated_attention_reads_only_the_list_of_the_row_and_never_the_row_itself() -> None:
+    a = np.ones((1, 3, 2), dtype=np.float32)
+    v = np.array([[[1.0], [2.0], [4.0]]], dtype=np.float32)
+    lists = np.array([[[0, 1], [1, -1], [0, 1]]], dtype=np.int32)  # 1 chose nobody; 0 and 2 chose it
+    y = native.reciprocal_neighbor_attention(a, a, v, lists, 1.0, np.full((1, 3), 2.0, dtype=np.float32))
+    assert y.ravel().tolist() == [1.0, 0.0, 1.5]  # every score is 2, so every weight is a half
+
+
+def test_a_pair_without_a_finite_score_or_threshold_does_not_count() -> None:
+    a, b, v, neighbors, scale, t, _ = gated_case(1, 30, 4, 3, 30, lists=1, thresholds=1, cameras=False)
+    given, t = [x.numpy() for x in (a, b, v, neighbors)], t.numpy().copy()
+    without = given[3].copy()
+    for bad, row in ((np.nan, 4), (np.inf, 5), (-np.inf, 6)):
+        t[0, row] = bad
+        without[without == row] = -1
+        without[0, row] = -1
+    given[1][0, 7] = [3e38, 0, 0, 0]
+    given[0][0, :8, 0], given[0][0, 8:, 0] = 2, 1e-38  # the scores of the first eight with image 7 overflow
+    without[0, :8][without[0, :8] == 7] = -1
+    clean = native.reciprocal_neighbor_attention(*given[:3], without, scale, np.nan_to_num(t, posinf=0, neginf=0))
+    assert (native.reciprocal_neighbor_attention(*given, scale, t) == clean).all()
+
+
+def test_the_gated_attention_in_half_precision_is_float32_rounded_once() -> None:
+    a, b, v, neighbors, scale, t, cameras = gated_case(2, 50, 5, 64, 8, lists=1, thresholds=2, cameras=True)
+    half = [x.half() for x in (a, b, v)]
+    for attend in (operators.reciprocal_neighbor_attention, reference.reciprocal_neighbor_attention):
+        y = attend(*half, neighbors, scale, t, cameras, FACTOR)
+        wide = attend(*(x.float() for x in half), neighbors, scale, t, cameras, FACTOR)
+        assert y.dtype == torch.float16
+        assert torch.equal(y, wide.half())
+
+
+def test_torch_registers_the_gated_attention_completely() -> None:
+    a, b, v, neighbors, scale, t, cameras = gated_case(2, 12, 3, 4, 5, lists=1, thresholds=1, cameras=True)
+    inputs = [x.requires_grad_() for x in (a, b, v)]
+    operator = torch.ops.nformer.reciprocal_neighbor_attention.default
+    torch.library.opcheck(operator, (*inputs, neighbors, scale, t.requires_grad_(), cameras, FACTOR))
+    torch.library.opcheck(operator, (*inputs, neighbors, scale, t))
+
+
+def test_cameras_without_thresholds_are_refused() -> None:
+    from nformer_edge.core.errors import UsageError
+
+    a, b, v, neighbors, _, t, cameras = gated_case(2, 9, 3, 4, 2, lists=1, thresholds=2, cameras=True)
+    for attend in (operators.reciprocal_neighbor_attention, reference.reciprocal_neighbor_attention):
+        with pytest.raises(UsageError, match="cameras: got no t"):
+            attend(a, b, v, neighbors, cameras=cameras)
+        with pytest.raises(UsageError, match=r"t: got shape \(2, 8\)"):
+            attend(a, b, v, neighbors, t=t[:, 1:])
+        with pytest.raises(UsageError, match=r"t: got .*float64"):
+            attend(a, b, v, neighbors, t=t.double())
+        with pytest.raises(UsageError, match=r"cameras: got shape \(9,\) .*int64"):
+            attend(a, b, v, neighbors, t=t, cameras=cameras.long())
+
+
+def test_the_gated_attention_of_nothing_is_empty() -> None:
+    nothing, lists, t = torch.zeros(2, 0, 3), torch.zeros(1, 0, 4, dtype=torch.int32), torch.zeros(1, 0)
+    for attend in (operators.reciprocal_neighbor_attention, reference.reciprocal_neighbor_attention):
+        assert attend(nothing, nothing, nothing, lists, t=t).shape == (2, 0, 3)

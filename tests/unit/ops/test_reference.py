@@ -10,6 +10,7 @@ from torch import Tensor
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
+from tests.helpers.gated import gated_case, gated_formula
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -222,3 +223,34 @@ def test_attention_names_the_value_that_is_not_finite() -> None:
 def test_attention_of_nothing_is_empty() -> None:
     x = torch.zeros(2, 0, 3)
     assert reciprocal_neighbor_attention(x, x, x, row_top_k(x, x, 4)).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("cameras", [False, True])
+@pytest.mark.parametrize("thresholds", [1, 2])
+def test_gated_attention_is_the_dense_formula_and_has_the_gradients_of_finite_differences(
+    thresholds: int, cameras: bool
+) -> None:
+    a, b, v, neighbors, scale, _, known = gated_case(2, 9, 3, 4, 5, lists=1, thresholds=1, cameras=cameras)
+    t = random(thresholds, 9, seed=4)  # no two are equal: the maximum has a corner there
+    inputs = [x.double().requires_grad_() for x in (a, b, v, t)]
+
+    def attend(a: Tensor, b: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return reciprocal_neighbor_attention(a, b, v, neighbors, scale, t, known, 0.5)
+
+    assert (attend(*inputs) - gated_formula(*inputs[:3], neighbors, scale, inputs[3], known)).abs().max() <= 1e-13
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_equal_thresholds_share_their_gradient() -> None:
+    one, t = torch.ones(1, 2, 1), torch.zeros(1, 2, requires_grad=True)
+    reciprocal_neighbor_attention(
+        one, one, one, torch.tensor([[[1], [-1]]], dtype=torch.int32), 1.0, t
+    ).sum().backward()
+    assert t.grad[0, 0] == t.grad[0, 1] < 0
+
+
+def test_gated_attention_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = gated_case(2, 30, 4, 3, 6, lists=2, thresholds=2, cameras=True)
+    whole = reciprocal_neighbor_attention(*arguments, 0.5)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 1)
+    assert (reciprocal_neighbor_attention(*arguments, 0.5) - whole).abs().max() <= 1e-6
