@@ -100,6 +100,10 @@ _READING: tuple[tuple[str, Any], ...] = (("layout", "auto"), ("pattern", None), 
 _DATASETS = {"data": False, "calib_data": True, "budget_data": True, "gallery": True}
 
 
+#: Commands that compare models, for which images without labels will do.
+_UNLABELED = ("parity", "benchmark", "threshold")
+
+
 def _read_datasets(args: Args) -> None:
     """Puts datasets in the place of their paths, read as the flags say; what a user should know goes to standard error.
 
@@ -114,13 +118,14 @@ def _read_datasets(args: Args) -> None:
     from nformer_edge.data.summary import describe_images
 
     layout, pattern, root = (getattr(args, name, default) for name, default in _READING)
+    labels = args.command not in _UNLABELED
     for name, source in sources.items():
         whole = _DATASETS[name] or args.command == "embed"
-        dataset = read_dataset(source, layout, pattern=pattern, images=root, whole=whole)
+        dataset = read_dataset(source, layout, pattern=pattern, images=root, whole=whole, labels=labels)
         dataset = dataset.same_camera() if hasattr(args, "same_camera") else dataset
         setattr(args, name, dataset)
         if os.environ.get("RANK", "0") == "0" and args.command != "summary":
-            said = (describe_images(dataset),) if whole else judge_labels(dataset).warnings
+            said = (describe_images(dataset),) if whole or dataset.unlabeled else judge_labels(dataset).warnings
             for note in (*dataset.notes, *said):
                 print(inert(f"nformer-edge {args.command}: note: {note}"), file=sys.stderr)
 
@@ -173,7 +178,8 @@ BUNDLE = _option("bundle", help="folder that `export` wrote")
 DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (the layout is detected)")
 LAYOUT = _all(
     _option("--layout", metavar="NAME",
-            help="market1501 | dukemtmc | cuhk03-np | veri-776 | msmt17 | csv | folders | cameras (default: detected)"),
+            help="market1501 | dukemtmc | cuhk03-np | veri-776 | msmt17 | csv | folders | cameras | unlabeled "
+            "(default: detected)"),
     _option("--pattern", metavar="REGEX", help=r"file names of any kind, such as '(?P<pid>\d+)_cam(?P<camid>\d+)'"),
     _option("--root", metavar="DIR", help="folder that the paths of a CSV file are relative to (default: its own)"),
     _flag("--same-camera", "count matches of the query's own camera"),
@@ -418,8 +424,24 @@ _calls(
     _option("--query", dest="queries", required=True, nargs="+", metavar="IMAGE", help="images of the people to find"),
     _option("--gallery", required=True, metavar="DIR", help="folder of images, dataset, or feature store"),
     _option("--top", type=int, help="gallery images per query (default 10)"), BATCH, DECODERS, THREADS, OUT_JSON,
+    _option("--threshold", type=float, metavar="COSINE",
+            help="cosine from which a match counts, as `threshold` recommends (default: all count)"),
     _option("--no-head", action="store_false", dest="head", help="rank by the backbone alone"),
     _flag("--together", "all queries in one pass of the head; they then affect each other"),
+)
+
+
+_calls(
+    "report.threshold:threshold", "threshold",
+    "the cosine from which a match counts, for a wanted share of queries that accept a stranger",
+    MODEL, _option("--data", required=True, metavar="DIR", help="dataset, or a folder of crops that nobody labeled"),
+    LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--rate", type=float, metavar="SHARE", help="of queries that may accept a stranger (default 0.01)"),
+    _option("--gallery-size", type=int, metavar="N",
+            help="images of others that a query meets in use (default: as many as in the data)"),
+    _option("--images-per-person", type=int, metavar="N", help="of crops that nobody labeled, about (default 8)"),
+    _option("--limit", type=int, metavar="N",
+            help="use at most this many queries (default: all; 200 where each is a pass of the head)"),
 )
 
 

@@ -17,6 +17,9 @@ from nformer_edge.data.records import Dataset
 #: One person's folder holds fewer images than this; more look like a split, a camera or a day.
 MANY_IMAGES = 1000
 
+#: At most so many folders, with so many images each and no camera in their names, look like places rather than people.
+FEW_FOLDERS, PLACE_IMAGES = 10, 50
+
 _PERSON = re.compile(r"(?:^|[_\-])(?:person|pid|id|p)[_\-]?(\d+)(?![0-9])|^(\d+)(?=[_\-])", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d+)")
 
@@ -191,6 +194,8 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
         got, hint = f"{inside.name}, a dataset with splits of its own", f"Did you mean {inside}?"
     elif len(names[most]) > MANY_IMAGES:
         got = f"{len(names[most])} images in {most.name}, more than a person's"
+    elif len(folders) <= FEW_FOLDERS and _like_places(names):
+        got = f"{len(folders)} folders ({_some([p.name for p in folders])}) of so many images that they may be places"
     elif sum(map(bool, told)) * 2 >= len(folders):
         got = f"names in {most.name} that tell other people ({_some(next(filter(None, told)))})"
     elif not flat and not all(is_camera(q.name) for p in folders for q in subfolders(p)):
@@ -198,6 +203,13 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
         got = f"no images in {most.name} but in folders below it ({inner.name})"
     if got:
         raise DataError(str(root), got, "one folder per person", hint)
+
+
+def _like_places(names: dict[Path, list[str]]) -> bool:
+    """Whether folders hold more images than a person's does as a rule, and these tell no camera."""
+    told = sum(bool(camera(os.path.splitext(name)[0])) for part in names.values() for name in part)
+    count = sum(map(len, names.values()))
+    return count >= PLACE_IMAGES * len(names) and told < count / 2
 
 
 def _other_numbers(folder: str, names: Sequence[str]) -> list[str]:

@@ -38,6 +38,7 @@ _OWN = {
     "folders": "train/ val/ test/ query/ gallery/, as far as there are any, with one folder per identity, or identity "
     "folders alone",
     "cameras": "one folder per camera with one folder per identity in it, or names that begin with the identity",
+    "unlabeled": "images at any depth, nobody said who they show",
 }
 
 LAYOUTS = ("auto", *_PUBLISHED, *_OWN)
@@ -50,6 +51,7 @@ def read_dataset(
     pattern: str | None = None,
     images: str | os.PathLike[str] | None = None,
     whole: bool = False,
+    labels: bool = True,
 ) -> Dataset:
     """Reads a dataset's labels; no image is opened.
 
@@ -60,6 +62,7 @@ def read_dataset(
         images: for a CSV file, the folder that its paths lie in.
         whole: for searching, embedding and calibrating. Where the dataset has no splits of its own, every image under
             `root` is its gallery, whether or not its name or folder says who it shows.
+        labels: False where images do without: those whose names and folders say nobody are then the gallery.
 
     Raises:
         UsageError: for a layout that does not exist, or a pattern that cannot be used.
@@ -73,12 +76,13 @@ def read_dataset(
     if path.is_dir() and not any(path.iterdir()):
         raise DataError(str(path), "an empty folder", "a dataset", "Unpack the dataset into it, or check the path.")
     named = None if pattern is None else NamePattern(pattern)
-    chosen = _detect(path, whole) if layout == "auto" and named is None else layout
+    chosen = _detect(path, whole, labels) if layout == "auto" and named is None else layout
     try:
         dataset = _read(path, chosen, named, None if images is None else Path(images), whole)
         _check(dataset)
     except DataError as e:
-        if not (whole and path.is_dir() and layout == "auto" and named is None and chosen in ("csv", "people")):
+        needed = labels and not whole
+        if needed or not (path.is_dir() and layout == "auto" and named is None and chosen in ("csv", "people")):
             raise
         dataset = _unlabeled(path, f"{e.subject}: got {e.got}")
     return dataset
@@ -93,12 +97,12 @@ def _read(path: Path, layout: str, pattern: NamePattern | None, images: Path | N
         return _PUBLISHED[layout][1](path)
     if layout == "csv":
         return table.read_csv(path, images, whole)
-    if layout == "":
+    if layout in ("", "unlabeled"):
         return _unlabeled(path, "")
     return folders.read_folders(path, whole=whole, sure=layout == "folders", cameras=layout == "cameras")
 
 
-def _detect(root: Path, whole: bool) -> str:
+def _detect(root: Path, whole: bool, labels: bool = True) -> str:
     """A layout's name; "" for a plain folder of images; "people" for folders that may be people."""
     for name, (looks_like, _, _) in _PUBLISHED.items():
         if looks_like(root):
@@ -107,7 +111,7 @@ def _detect(root: Path, whole: bool) -> str:
         return "csv"
     if _split_folders(root) or (folders.looks_like_folders(root) and not holds_images(root)):
         return "people"
-    if whole and root.is_dir():
+    if (whole or not labels) and root.is_dir():
         return ""
     looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
     hint = "Check the path, or name the layout."
@@ -135,7 +139,9 @@ def _unlabeled(root: Path, why: str) -> Dataset:
     if not found.images:
         raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
     name, notes = root.absolute().name, (f"who the images show is not read: {why}",) if why else ()
-    sightings = [Sighting(path, camera=folders.camera_below(root, path)) for path in found.images]
+    cameras = [folders.camera_below(root, path) for path in found.images]
+    told = cameras if all(cameras) else [""] * len(cameras)  # a few that look like one are chance
+    sightings = [Sighting(path, camera=camera) for path, camera in zip(found.images, told, strict=True)]
     return make_dataset(name, str(root), sightings, whole=True, notes=notes, passed_over=found.passed_over)
 
 

@@ -65,6 +65,18 @@ class Dataset:
         )
         return replace(self, train=train, query=query, gallery=gallery, junk=junk)
 
+    @property
+    def unlabeled(self) -> bool:
+        """Whether nobody said who any image of query or gallery shows."""
+        return not any(r.pid > DISTRACTOR for r in (*self.query, *self.gallery))
+
+    def asking(self) -> Dataset:
+        """With every fifth gallery image as a query where there is none: to compare models, no labels are needed."""
+        if self.query or len(self.gallery) < 2:
+            return self
+        rest = tuple(r for i, r in enumerate(self.gallery) if i % 5)
+        return replace(self, query=self.gallery[::5], gallery=rest)
+
     def split(self, name: str) -> tuple[ImageRecord, ...]:
         """The records of one of SPLITS."""
         records: tuple[ImageRecord, ...] = getattr(self, name)

@@ -163,10 +163,21 @@ class Gallery:
         head: bool = True,
         together: bool = False,
         batch: int = 32,
+        threshold: float | None = None,
     ) -> Matches:
         """Ranks the gallery for each query; arguments and errors are those of `gallery.search.search`."""
-        how = {"head": head, "together": together}
-        return ranked(self._runner, images, self.features, top, boxes=boxes, batch=batch, unit=self.unit, **how)
+        return ranked(
+            self._runner,
+            images,
+            self.features,
+            top,
+            boxes=boxes,
+            head=head,
+            together=together,
+            batch=batch,
+            threshold=threshold,
+            unit=self.unit,
+        )
 
     def stats(self) -> GalleryStats:
         """What the gallery holds, in numbers."""
@@ -275,6 +286,7 @@ def search(
     batch: int = 32,
     decoders: int | None = None,
     intra_op_threads: int | None = None,
+    threshold: float | None = None,
 ) -> Matches:
     """Ranks a gallery for each query with an open model, or with the one at a path.
 
@@ -284,7 +296,17 @@ def search(
             and errors are those of `gallery.search.search`.
     """
     held, unit = (gallery.features, gallery.unit) if isinstance(gallery, Gallery) else (gallery, None)
-    how = {"head": head, "together": together}
     with nullcontext(model) if isinstance(model, Model) else open(model, intra_op_threads=intra_op_threads) as opened:
-        runner = opened.runner
-        return ranked(runner, queries, held, top, boxes=boxes, batch=batch, decoders=decoders, unit=unit, **how)
+        return ranked(
+            opened.runner,
+            queries,
+            held,
+            top,
+            boxes=boxes,
+            head=head,
+            together=together,
+            batch=batch,
+            decoders=decoders,
+            threshold=threshold,
+            unit=unit,
+        )

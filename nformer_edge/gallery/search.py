@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nformer_edge.backends.runner import Runner
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import Result
@@ -59,6 +59,7 @@ class Matches(Result):
         paths: [Q][k], their files; "" for an image from memory.
         cameras: int64 [Q, k], -1 is unknown.
         searched: gallery images that were searched.
+        threshold: cosine from which a match counts; null if none was given, and all count.
         protocol: what the head saw: ``per-query``, each query alone with the gallery; ``joint``, all queries and the
             gallery at once; null for the backbone alone.
         model: architecture and image size.
@@ -66,6 +67,7 @@ class Matches(Result):
     """
 
     kind: ClassVar[str] = "matches"
+    version: ClassVar[int] = 2
 
     queries: tuple[str, ...]
     indices: np.ndarray
@@ -74,6 +76,7 @@ class Matches(Result):
     paths: tuple[tuple[str, ...], ...]
     cameras: np.ndarray
     searched: int
+    threshold: float | None
     protocol: Literal["per-query", "joint"] | None
     model: str
     backend: str
@@ -82,6 +85,11 @@ class Matches(Result):
         shape = len(self.queries), len(self.ids[0]) if self.ids else 0
         for name, dtype in (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64)):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype).reshape(shape))
+
+    @property
+    def accepted(self) -> np.ndarray:
+        """bool [Q, k], which matches count: those at the threshold or above."""
+        return self.scores >= (-np.inf if self.threshold is None else self.threshold)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -100,8 +108,11 @@ class Matches(Result):
     def __str__(self) -> str:
         blocks = []
         for number, (query, found) in enumerate(zip(self.queries, self, strict=True)):
-            named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in found]
+            counted = [m for m in found if self.accepted[number, m.rank - 1]]
+            named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in counted]
             lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id or f'image {m.index}'}{path}" for m, path in named]
+            if found and not counted:
+                lines = [f"      no match: the best cosine is {found[0].score:.4f}, under {self.threshold:g}"]
             blocks.append("\n".join([query or f"query {number}", *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
         summary = f"{len(self):,} queries, {self.searched:,} gallery images searched {head}, {self.backend}"
@@ -148,6 +159,7 @@ def search(
     together: bool = False,
     batch: int = 32,
     decoders: int | None = None,
+    threshold: float | None = None,
     unit: np.ndarray | None = None,
 ) -> Matches:
     """Ranks a gallery for each query.
@@ -162,12 +174,16 @@ def search(
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
         batch: images decoded and run at once.
         decoders: threads that decode files; one a core if None.
+        threshold: cosine from which a match counts, such as `report.threshold` recommends; None: all count.
         unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
 
     Raises:
         DataError: for an empty gallery, features of another model, or an image that cannot be read.
-        UsageError: for an image of another kind, type or shape.
+        UsageError: for an image of another kind, type or shape, or a threshold that is no cosine.
     """
+    if threshold is not None and not -1 <= threshold <= 1:
+        hint = "Name the cosine that `nformer-edge threshold` recommends; 1 - cosine is a distance."
+        raise UsageError("threshold", threshold, "a cosine, -1 to 1", hint)
     if not isinstance(gallery, Features):
         gallery = open_gallery(runner, gallery, batch, decoders)
     if not len(gallery):
@@ -192,6 +208,7 @@ def search(
         tuple(tuple(gallery.paths[i] for i in row) for row in indices),
         gallery.camids[indices],
         len(gallery),
+        threshold,
         (JOINT if together else PER_QUERY) if related else None,
         runner.name,
         runner.backend,

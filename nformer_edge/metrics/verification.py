@@ -1,12 +1,12 @@
-"""One threshold for "the same person": from a wanted false-match rate to a cosine distance (ISO/IEC 19795-1's terms).
+"""One threshold for "the same person": from a wanted rate of false matches to a cosine (ISO/IEC 19795-1's terms).
 
-Pairs are a query and a gallery image from different cameras, junk left out: of one identity (genuine) or of two
-(impostor). A pair is accepted at a distance of the threshold or less.
+A pair of a query and a gallery image, junk left out, is of one identity (genuine) or of two (impostor); it is accepted
+at a cosine of the threshold or more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, unit_rows
-from nformer_edge.metrics.ranking import JUNK, UNKNOWN_CAMERA
+from nformer_edge.metrics.ranking import DISTRACTOR, JUNK, UNKNOWN_CAMERA
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Operating:
     """A fitted threshold and what it accepts.
 
     Args:
-        threshold: cosine distance; halfway between the last impostor pair accepted and the first one refused.
+        threshold: cosine; halfway between the last impostor pair accepted and the first one refused.
         rates: at `threshold`. The false-match rate is the wanted one rounded down to whole pairs; lower where equal
-            distances stand at that place, for they are accepted or refused together.
+            cosines stand at that place, for they are accepted or refused together.
         genuine, impostor: number of pairs.
         elsewhere: the rates at another threshold, None if none was asked about.
     """
@@ -72,14 +72,15 @@ def _distances(query: Features, gallery: Features, block: int) -> Iterator[tuple
 def fit_threshold(
     query: Features, gallery: Features, false_match_rate: float, *, also_at: float | None = None, block: int = ROW_BLOCK
 ) -> Operating:
-    """The threshold that accepts a wanted share of the impostor pairs, and the share of genuine pairs it accepts.
+    """The cosine that accepts a wanted share of the impostor pairs, and the share of genuine pairs it accepts.
 
+    Pairs are of different cameras; unknown cameras are not the same one.
     Exact, not from a histogram. Memory besides the features is O(block * G), the genuine distances, and the
     `false_match_rate` nearest of the impostor ones.
 
     Args:
         false_match_rate: wanted share of impostor pairs accepted, above 0 and below 1.
-        also_at: another threshold whose rates to tell, such as the one in use.
+        also_at: another cosine whose rates to tell, such as the one in use.
         block: queries whose distances are held at once.
 
     Raises:
@@ -107,20 +108,124 @@ def fit_threshold(
         if len(lowest) > accept + 1:
             lowest = np.partition(lowest, accept)[: accept + 1]
         if also_at is not None:
-            elsewhere += int((other <= also_at).sum())
-    threshold = _cut(np.sort(lowest).astype(np.float64), accept)
+            elsewhere += int((other <= 1.0 - also_at).sum())
+    cut = _cut(np.sort(lowest).astype(np.float64), accept)
     own = np.concatenate(genuine)
 
-    def rates(at: float, accepted: int) -> Rates:
-        return Rates(accepted / impostor_count, float((own <= at).mean()))
+    def rates(distance: float, accepted: int) -> Rates:
+        return Rates(accepted / impostor_count, float((own <= distance).mean()))
 
-    there = None if also_at is None else rates(also_at, elsewhere)
-    fitted = rates(threshold, int((lowest <= threshold).sum()))
-    return Operating(threshold, fitted, genuine_count, impostor_count, there)
+    there = None if also_at is None else rates(1.0 - also_at, elsewhere)
+    fitted = rates(cut, int((lowest <= cut).sum()))
+    return Operating(1.0 - cut, fitted, genuine_count, impostor_count, there)
 
 
 def _cut(ordered: np.ndarray, accept: int) -> float:
-    """A threshold that takes the first `accept` of ascending distances [accept + 1], or fewer where the next equals."""
+    """A distance that takes the first `accept` of ascending distances [accept + 1], or fewer where the next equals."""
     refused = ordered[accept]
     below = ordered[ordered < refused]
     return float((below[-1] + refused) / 2) if len(below) else float(np.nextafter(np.float32(refused), np.float32(-9)))
+
+
+#: Thresholds that are tried: every 0.0005 of cosine.
+CUTS = np.round(np.arange(-2000, 2001) / 2000, 4)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What each of CUTS accepts, one number a cut.
+
+    Args:
+        queries: that were counted.
+        strangers: impostor pairs.
+        known: queries with an image of their own person in the gallery.
+        known_across: queries with one from another camera.
+        wrong: share of queries that accept a stranger among so many drawn at random.
+        false_match: share of impostor pairs.
+        found: share of `known` that accept their own person; NaN without any.
+        found_across: share of `known_across` that accept their own person in another camera's image; likewise.
+    """
+
+    queries: int
+    strangers: int
+    known: int
+    known_across: int
+    wrong: np.ndarray
+    false_match: np.ndarray
+    found: np.ndarray
+    found_across: np.ndarray
+
+
+def measure_acceptance(
+    query: Features,
+    gallery: Features,
+    scores: Iterable[tuple[slice, np.ndarray]],
+    size: int,
+    *,
+    nearest_left_out: int | None = None,
+) -> Acceptance:
+    """What thresholds accept, a query at a time; pairs of the same camera count too, junk does not.
+
+    Args:
+        query: with labels.
+        gallery: likewise.
+        scores: cosines of all queries: rows of `query`, and their float [B, G]; NaN for a pair that does not count.
+        size: of the gallery that `Acceptance.wrong` is for. Up to the strangers that a query has here they are drawn
+            without replacement, and beyond with it: an extrapolation.
+        nearest_left_out: for images without labels: every pair is one of strangers but for so many nearest images of
+            each query, which are taken for its own person and left out.
+
+    Raises:
+        DataError: if no query has a stranger in the gallery.
+    """
+    draws = _Draws(len(gallery), size)
+    wrong, accepted, found, across = (np.zeros(len(CUTS)) for _ in range(4))
+    queries = strangers = known = known_across = 0
+    for rows, block in scores:
+        for row, cosines in zip(range(len(query))[rows], np.asarray(block, np.float64), strict=True):
+            if nearest_left_out is None:
+                counts = np.isfinite(cosines) & (gallery.pids != JUNK)
+                same = gallery.pids == query.pids[row]
+                own = counts & same & (query.pids[row] != DISTRACTOR)
+                other = own & ((gallery.camids != query.camids[row]) | (gallery.camids == UNKNOWN_CAMERA))
+                theirs = cosines[counts & ~same]
+                for mask, total in ((own, found), (other, across)):
+                    if mask.any():
+                        total += cosines[mask].max() >= CUTS
+                known, known_across = known + bool(own.any()), known_across + bool(other.any())
+            else:
+                theirs = np.sort(cosines[np.isfinite(cosines)])
+                theirs = theirs[: max(len(theirs) - nearest_left_out, 0)]
+            if not len(theirs) or (nearest_left_out is None and query.pids[row] == JUNK):
+                continue
+            above = np.bincount(np.maximum(np.searchsorted(CUTS, theirs, side="right") - 1, 0), minlength=len(CUTS))
+            above = above[::-1].cumsum()[::-1]
+            wrong += draws.some(above, len(theirs))
+            accepted += above
+            queries, strangers = queries + 1, strangers + len(theirs)
+    if not queries:
+        hint = "Give images of several people."
+        raise DataError("pairs", "none of different people", "at least one", hint)
+
+    def share(total: np.ndarray, count: int) -> np.ndarray:
+        return total / count if count else np.full(len(CUTS), np.nan)
+
+    own_person = share(found, known), share(across, known_across)
+    return Acceptance(queries, strangers, known, known_across, wrong / queries, accepted / strangers, *own_person)
+
+
+class _Draws:
+    """Chances when a gallery of `size` strangers is drawn at random from those that a query was compared with."""
+
+    def __init__(self, most: int, size: int) -> None:
+        self._size = size
+        self._log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])  # of factorials
+
+    def some(self, accepted: np.ndarray, strangers: int) -> np.ndarray:
+        """Chance that one of those drawn is among the `accepted` of `strangers`, for each number accepted."""
+        if self._size > strangers:
+            return 1.0 - (1.0 - accepted / strangers) ** self._size
+        rest, log = strangers - self._size, self._log
+        possible = np.minimum(accepted, rest)
+        none = log[rest] - log[rest - possible] - log[strangers] + log[strangers - possible]
+        return np.where(accepted > rest, 1.0, -np.expm1(none))

@@ -284,7 +284,7 @@ def benchmark(
         label: what the report calls the model.
         layout: of the dataset's folder.
     """
-    dataset = open_dataset(data, layout)
+    dataset = open_dataset(data, layout, labels=False).asking()
     requests = [r.path for r in dataset.query]
     for name, value in (("batch", batch), ("gallery", gallery)):
         check_at_least(name, value, 1)
@@ -385,7 +385,7 @@ def compare(
         expected = "two or more, and as many labels"
         raise UsageError("models", f"{len(models)} models, {named} labels", expected, "Name the models to compare.")
     check_at_least("rounds", rounds, 1)
-    dataset = open_dataset(data, layout)
+    dataset = open_dataset(data, layout, labels=False).asking()
     requests = [r.path for r in dataset.query]
     before = conditions()
     with ExitStack() as stack:

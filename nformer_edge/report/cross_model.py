@@ -35,7 +35,7 @@ class Pairing:
         mAP_kept: share of the reference's own mAP, with two-sided 95 % bounds by the paired bootstrap; null bounds are
             undecided.
         rank1_kept: likewise, of Rank-1.
-        threshold: cosine distance up to which a pair is accepted as one person, fitted to this pairing.
+        threshold: cosine from which a pair is accepted as one person, fitted to this pairing.
         rates: at that threshold.
         shared_rates: at the threshold that was fitted to the reference's own pairing.
     """
@@ -83,7 +83,7 @@ class CrossModel(Result):
     """
 
     kind: ClassVar[str] = "cross-model"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     machine: MachineFacts
     models: tuple[MeasuredModel, ...]
@@ -98,7 +98,7 @@ class CrossModel(Result):
         """How to read the pairings."""
         reference = self.models[0].label
         return (
-            f"Threshold: the cosine distance at which {self.wanted_false_match_rate:g} of "
+            f"Threshold: the cosine from which {self.wanted_false_match_rate:g} of "
             f"{number(self.impostor_pairs, 0)} pairs of different people across cameras are accepted. TMR: the share "
             f"of {number(self.genuine_pairs, 0)} pairs of one person that it accepts. FMR, shared: the share of pairs "
             f"of different people accepted at the threshold of {reference} alone. mAP, Rank-1 and TMR in percent. "

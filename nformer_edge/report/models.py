@@ -93,14 +93,17 @@ def open_model(
     return open_any(model, intra_op_threads=threads, reference=reference, native=native)
 
 
-def open_dataset(data: Data, layout: str = "auto") -> Dataset:
+def open_dataset(data: Data, layout: str = "auto", *, labels: bool = True) -> Dataset:
     """A dataset as it is, or the one that lies at a path.
+
+    Args:
+        labels: False accepts a gallery alone, of images that nobody labeled.
 
     Raises:
         DataError: if it has no query or no gallery images.
     """
-    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout)
-    for split in ("query", "gallery"):
+    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout, labels=labels)
+    for split in ("query", "gallery") if labels else ("gallery",):
         if not dataset.split(split):
             hint = "Give a dataset with query and gallery images."
             raise DataError(f"{dataset.root}: {split}", "no image", "at least one", hint)

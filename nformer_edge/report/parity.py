@@ -207,7 +207,7 @@ def parity(
     """
     if limit is not None:
         check_at_least("limit", limit, 1)
-    dataset = open_dataset(data, layout)
+    dataset = open_dataset(data, layout, labels=False).asking()
     sets = dataset.query, dataset.gallery
     query, gallery = ([images[i] for i in evenly(limit or len(images), len(images))] for images in sets)
 

@@ -54,6 +54,18 @@ def test_a_search_gives_what_a_search_over_features_gives(model, gallery):
         assert by_gallery.protocol == by_features.protocol
 
 
+def test_matches_under_the_threshold_do_not_count_and_are_not_printed(gallery):
+    found = gallery.search(CROPS[3:], top=3, head=False)
+    between = float(np.sort(found.scores.ravel())[-2:].mean())
+    cut = gallery.search(CROPS[3:], top=3, head=False, threshold=between)
+    assert cut.accepted.sum() == 1
+    assert found.accepted.all()
+    assert str(cut).count("no match: the best cosine is") == 1
+    assert Matches.from_json(cut.to_json()).threshold == between
+    with pytest.raises(UsageError, match="1 - cosine is a distance"):
+        gallery.search(CROPS[3:], threshold=1.5)
+
+
 def test_the_head_sees_each_query_alone(gallery):
     together, among = gallery.search(CROPS[3:], together=True), gallery.search(CROPS[3:])
     alone = gallery.search(CROPS[4])

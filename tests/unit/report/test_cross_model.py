@@ -52,9 +52,9 @@ def test_the_threshold_accepts_the_wanted_share_of_different_people(query, galle
     found = fit_threshold(query, gallery, rate, also_at=0.5, block=block)
     assert (found.genuine, found.impostor) == (len(genuine), len(impostor))
     accepted = int(rate * len(impostor))
-    assert (impostor <= found.threshold).sum() == accepted
+    assert (1 - impostor >= found.threshold).sum() == accepted
     assert found.rates.false_match == accepted / len(impostor)
-    assert found.rates.true_match == (genuine <= found.threshold).mean()
+    assert found.rates.true_match == (1 - genuine >= found.threshold).mean()
     assert found.elsewhere.false_match == (impostor <= 0.5).mean()
     assert found.elsewhere.true_match == (genuine <= 0.5).mean()
 
@@ -81,7 +81,7 @@ def test_one_person_alone_has_no_impostors(query, gallery):
 
 @pytest.fixture
 def stores(query, gallery, tmp_path):
-    """A store, and one of a device whose features are shifted, so that distances shrink."""
+    """A store, and one of a device whose features are shifted, so that cosines grow."""
     save_features(tmp_path / "fp32.npz", {"query": query, "gallery": gallery})
     shifted = {n: s.with_features(s.features + np.float32(1)) for n, s in (("query", query), ("gallery", gallery))}
     save_features(tmp_path / "int8.npz", shifted)
@@ -101,7 +101,7 @@ def test_every_pairing_is_ranked_and_held_against_the_first(stores, query, galle
     assert mixed.mAP_kept.value == pytest.approx(ranked.mAP / own.mAP)
     assert mixed.mAP_kept.lower < mixed.mAP_kept.value < mixed.mAP_kept.upper
     shifted = named["int8", "int8"]
-    assert shifted.threshold < own.threshold
+    assert shifted.threshold > own.threshold
     assert shifted.rates.false_match <= 0.01 < shifted.shared_rates.false_match
     assert own.shared_rates == own.rates
 
