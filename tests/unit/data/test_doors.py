@@ -20,6 +20,7 @@ DOORS = {
     "evaluate": (["evaluate", "m", "--data", "DATA"], "nformer_edge.report.accuracy.evaluate", False),
     "parity": (["parity", "a", "b", "--data", "DATA"], "nformer_edge.report.parity.parity", False),
     "fleet": (["fleet", "a", "b", "--data", "DATA"], "nformer_edge.report.cross_model.cross_model", False),
+    "threshold": (["threshold", "m", "--data", "DATA"], "nformer_edge.report.threshold.threshold", False),
     "benchmark": (["benchmark", "m", "--data", "DATA"], "nformer_edge.report.benchmark.benchmark", False),
     "embed": (["embed", "m", "--data", "DATA", "-o", "f.npz"], "nformer_edge.gallery.embed.embed_files", True),
     "search": (["search", "m", "--query", "q.jpg", "--gallery", "DATA"], "nformer_edge.gallery.model.search", True),
@@ -146,3 +147,49 @@ def test_same_camera_reaches_the_function(tmp_path: Path, reach: Callable) -> No
         for n in range(3):
             (tmp_path / str(p) / f"x_c1_{n}.jpg").touch()
     assert {r.camid for r in reach("evaluate", tmp_path, ["--same-camera"]).query} == {-1}
+
+
+#: Commands that need nobody's name: they compare models, or take images as they are.
+UNLABELED = ("parity", "benchmark", "threshold", "embed", "search", "calibration")
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A folder a camera, called after its place, with images of any name: nothing says who is who."""
+    for place in ("Eingang", "hof-nord", "lobby"):
+        (tmp_path / place).mkdir()
+        for i in range(60):
+            (tmp_path / place / f"snap {i:04x}-late.jpg").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("door", UNLABELED)
+def test_crops_that_nobody_labeled_are_taken_whole_where_nobody_is_asked_for(
+    door: str, places: Path, reach: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason="the commands' functions need it")
+    dataset = reach(door, places, [])
+    assert dataset.unlabeled
+    assert len(dataset.gallery) == 180
+    said = capsys.readouterr().err
+    assert "who the images show is not read" in said
+    assert "180 images, people not known" in said
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in UNLABELED])
+def test_crops_that_nobody_labeled_are_not_read_as_people_by_the_others(
+    door: str, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(places) if word == "DATA" else word for word in DOORS[door][0]]
+    assert cli.main(argv) == 2
+    told = capsys.readouterr().err
+    assert "they may be places" in told
+    assert "--layout folders" in told
+
+
+def test_a_few_people_with_many_images_are_people_where_names_tell_cameras(tmp_path: Path, reach: Callable) -> None:
+    for person in ("anna", "ben", "carla", "dirk"):
+        (tmp_path / person).mkdir()
+        for i in range(60):
+            (tmp_path / person / f"c{i % 3 + 1}_{i}.jpg").touch()
+    assert len(identities(reach("evaluate", tmp_path, []).train)) == 2
