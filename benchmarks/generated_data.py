@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"seed {seed}: " + ", ".join(f"{k} {m:.1f}/{r:.1f}" for k, (m, r) in by_seed[seed].items()), flush=True)
         atomic_write_json(
             args.output,
-            {"kind": "generated_data", "machine": machine(), "mAP_rank1_percent": by_seed,
+            {"kind": "generated_data", "machine": asdict(machine()), "mAP_rank1_percent": by_seed,
              "seconds": time.perf_counter() - start},
         )  # fmt: skip
     body = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ def main() -> None:
     tried += [(f"{k}={v}", {**base, k: v}) for k, values in map(_parse, args.vary) for v in values]
     body = [[n, "", "", f"{s['mAP']:.1f}", f"{s['rank1']:.1f}", ""] for n, s in baselines.items()]
     document: dict[str, Any] = {
-        "kind": "head_ablation", "machine": machine(), "store": args.features, "spread": args.spread,
+        "kind": "head_ablation", "machine": asdict(machine()), "store": args.features, "spread": args.spread,
         "seed": args.seed, "baselines": baselines, "images": [fold.images for fold in folds], "rows": [],
     }  # fmt: skip
     for name, values in tried:

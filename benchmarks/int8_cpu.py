@@ -22,6 +22,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -264,7 +265,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     for contender in contenders.values():
         contender.close()
     return {
-        "kind": "int8_cpu", "machine": machine(), "conditions": {"before": before, "after": conditions()},
+        "kind": "int8_cpu", "machine": asdict(machine()), "conditions": {"before": before, "after": conditions()},
         "versions": {name: version(name) for name in ("openvino", "nncf")}, "vnni": has_vnni(),
         "arch": args.arch, "weights": args.model or "random", "threads": args.threads, "rounds": args.rounds,
         "calibration": {"num": args.calib_num, "method": args.calib_method}, "models": models, "runs": runs,

@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     sets = load_features(args.features)
     document: dict[str, Any] = {
-        "kind": "market_head", "machine": machine(), "weights": args.weights, "seeds": args.seeds,
+        "kind": "market_head", "machine": asdict(machine()), "weights": args.weights, "seeds": args.seeds,
         "baselines": baselines(sets["query"], sets["gallery"]), "nformer": {},
     }  # fmt: skip
     body = [_line(name, scores) for name, scores in document["baselines"].items()]

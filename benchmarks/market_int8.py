@@ -198,7 +198,7 @@ def main() -> None:
         results[f"+NFormer, landmark seed {seed}"] = compare_related(built, pairs, seed, args.threads)
     mixed = cross_model([stores[p] for p in PRECISIONS])
     document = {
-        "kind": "market_int8", "machine": machine(), "data": dataset.name,
+        "kind": "market_int8", "machine": asdict(machine()), "data": dataset.name,
         "images": {"query": len(dataset.query), "gallery": len(dataset.gallery)}, "people": args.people,
         "engines": facts_of(built), "results": results, "cross_model": mixed.to_json(),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def main() -> None:
     asked = [(f"ours, {p.upper()}", Path(args.bundle), p) for p in ("fp32", "fp16", "int8")]
     asked += [(f"ModelOpt: {Path(folder).name}", Path(folder), "fp32") for folder in args.modelopt]  # its own types
     document: dict[str, Any] = {
-        "kind": "modelopt", "machine": machine(), "data": dataset.name,
+        "kind": "modelopt", "machine": asdict(machine()), "data": dataset.name,
         "images": {"query": len(dataset.query), "gallery": len(dataset.gallery)},
         "calibration": {"num": args.calib_num, "method": args.calib_method}, "rows": [],
     }  # fmt: skip

@@ -1,13 +1,15 @@
 """The two operators on this CPU: every figure that the project claims for them, each beside a baseline of the same run.
 
-    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training onnxruntime] [--repeats 3]
+    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training onnxruntime rerank]
+        [--features market1501.npz] [--repeats 3]
 
 Each measurement runs in a process of its own, so that its peak memory is its own: the resident set's high-water mark
 less what was resident when the inputs stood ready. Times are wall clock; what is compared runs in turn, and the ratio
 is the median over turns of one turn's ratio. Two baselines in plain torch hold N x N: `published` does what the
 published code does (float masks, a sparse softmax at inference), `dense` is the same mathematics with boolean masks
 and in place, the least that N x N needs. Features are clustered (an identity is a center, its images are spread
-around it).
+around it), but for those of `--features`: re-ranking runs on its query and gallery. Re-ranking's baseline is the numpy
+code that the tests compare with.
 """
 
 from __future__ import annotations
@@ -22,22 +24,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nformer_edge.core.artifact import atomic_write_json
+from nformer_edge.core.features import load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.exporting.trace import trace_head
+from nformer_edge.metrics.rerank import k_reciprocal_distances
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.ops import native
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.ops.operators import using
 
 MARKET, MSMT17, TRAINING = 19_281, 93_820, 7_000
+QUERIES = 3_368  # of Market's
 ONNXRUNTIME = (1_000, 2_000, 5_000, 10_000, 20_000)
 RULES = ("affinity", "features")
 
@@ -198,9 +206,36 @@ def whole_head(rule: str, rows: int, way: str, repeats: int) -> dict[str, Any]:
     return {"rows": rows, "seconds": statistics.median([first, *more]), "peak_mb": peak}
 
 
+def query_and_gallery(store: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of a feature store, or as many as Market-1501 has, clustered."""
+    if store:
+        sets = load_features(store)
+        return sets["query"].features, sets["gallery"].features
+    rows = clustered(MARKET, 512).numpy()
+    return rows[:QUERIES], rows[QUERIES:]
+
+
+def rerank(store: str | None, repeats: int) -> dict[str, Any]:
+    """k-reciprocal re-ranking by the native kernels and by numpy."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from helpers import numpy_reranking
+
+    query, gallery = query_and_gallery(store)
+    k_reciprocal_distances(query[:100], gallery[:900])
+    _, peak = with_peak(lambda: k_reciprocal_distances(query, gallery))
+    seconds = in_turn(
+        repeats,
+        native=lambda: k_reciprocal_distances(query, gallery),
+        numpy=lambda: numpy_reranking.k_reciprocal_distances(query, gallery),
+    )
+    faster = statistics.median(n / k for k, n in zip(seconds["native"], seconds["numpy"], strict=True))
+    found = {"queries": len(query), "gallery": len(gallery), "seconds": seconds, "peak_mb": peak}
+    return found | {"times_faster": faster, "at_least": 3.5, "peak_mb_at_most": 1500}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "head_time": head_time, "head_peak": head_peak, "training_step": training_step, "top_k": top_k,
-    "whole_head": whole_head,
+    "whole_head": whole_head, "rerank": rerank,
 }  # fmt: skip
 
 
@@ -230,7 +265,7 @@ def onnxruntime_row(rule: str, rows: int, repeats: int) -> dict[str, Any]:
     return {"rows": rows, **found, **times}
 
 
-def measure(only: list[str], repeats: int) -> dict[str, Any]:
+def measure(only: list[str], repeats: int, store: str | None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for rule in RULES:
         if "head" in only:
@@ -246,14 +281,17 @@ def measure(only: list[str], repeats: int) -> dict[str, Any]:
         runs = {rows: child("top_k", rows, repeats if rows < 1_000_000 else 1) for rows in (25_000, 100_000, 1_000_000)}
         growth = runs[100_000]["seconds"] / runs[25_000]["seconds"]
         results["top_k"] = {"runs": list(runs.values()), "growth_25k_to_100k": growth, "at_most": 6.0}
+    if "rerank" in only:
+        results["k_reciprocal"] = child("rerank", store, repeats)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["head", "msmt17", "top-k", "training", "onnxruntime"]
+    parts = ["head", "msmt17", "top-k", "training", "onnxruntime", "rerank"]
     parser.add_argument("-o", "--out", default="runs/operators.json")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--features", metavar="STORE", help="feature store with the splits query and gallery")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -262,9 +300,10 @@ def main() -> None:
         print(json.dumps(TASKS[task](*rest)))
         return
     load = os.getloadavg()
-    results = measure(arguments.only, arguments.repeats)
+    results = measure(arguments.only, arguments.repeats, arguments.features)
     report = {
-        "machine": machine(), "threads": torch.get_num_threads(), "instruction_set": native.instruction_sets()[0],
+        "machine": asdict(machine()), "threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_sets()[0],
         "load_average": {"before": load, "after": os.getloadavg()}, "results": results,
     }  # fmt: skip
     atomic_write_json(arguments.out, report)

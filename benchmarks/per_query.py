@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def main() -> None:
     modes = [True, False]
     kept = ", lists kept" if head.spec.rule == "affinity" else ""
     names = {True: f"per-query{kept}", False: "per-query, gallery frozen"}
-    document: dict[str, Any] = {"kind": "per_query", "machine": machine(), "seed": args.seed, "protocols": {}}
+    document: dict[str, Any] = {"kind": "per_query", "machine": asdict(machine()), "seed": args.seed, "protocols": {}}
     if args.sample:
         chosen = query.take(np.linspace(0, len(query) - 1, args.sample).round().astype(int))
         start = time.perf_counter()

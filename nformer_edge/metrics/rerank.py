@@ -1,18 +1,15 @@
-"""k-reciprocal re-ranking (Zhong et al., CVPR 2017): the baseline beside NFormer, in sparse rows.
+"""Re-ranking without a model: k-reciprocal (Zhong et al., CVPR 2017) and simpler baselines beside NFormer.
 
-The published code holds several N x N matrices; here a row holds its 21 nearest images and its encoding (some tens of
-images, a few hundred after query expansion), so Market-1501's 19,281 images fit in little more than their distances.
+The published k-reciprocal code holds several N x N matrices; here a row holds its 21 nearest images and its encoding
+(some tens of images, some hundred after query expansion), so Market-1501's 19,281 images fit in little more than their
+distances.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from tqdm import tqdm
 
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import (
     check_same_size,
     cosine_distances,
@@ -22,19 +19,7 @@ from nformer_edge.metrics.distance import (
     smallest,
     unit_rows,
 )
-
-
-@dataclass(frozen=True)
-class _SparseRows:
-    """Row i has `values[starts[i]:starts[i+1]]` in the columns of the same places, ascending."""
-
-    starts: np.ndarray
-    columns: np.ndarray
-    values: np.ndarray
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        places = slice(self.starts[i], self.starts[i + 1])
-        return self.columns[places], self.values[places]
+from nformer_edge.ops import native
 
 
 def k_reciprocal_distances(
@@ -43,7 +28,8 @@ def k_reciprocal_distances(
     """Distances of every query to every gallery image after k-reciprocal re-ranking.
 
     ``(1 - lambda) * Jaccard distance + lambda * d``, where d is the squared Euclidean distance of unit features over
-    the largest of its query's. Encodings are rounded to half precision where the published code rounds them.
+    the largest of its query's. Encodings are rounded to half precision where the published code rounds them. Equal
+    images have equal distances, however many they are; the published code separates more than k1 / 2 of them.
 
     Args:
         query: [Q, D] features, brought to unit norm here.
@@ -58,106 +44,40 @@ def k_reciprocal_distances(
     Raises:
         DataError: if features are not finite, zero or of two sizes.
         UsageError: if a parameter is out of range.
+        BackendError: if the native kernels are not compiled here.
     """
     check_at_least("k1", k1, 1)
     check_at_least("k2", k2, 1)
     check_at_least("lambda", lambda_, 0)
     check_at_least("1 - lambda", 1 - lambda_, 0)
     unit = _together(query, gallery)
-    neighbors, largest = nearest(unit, k1 + 1)
-    largest = np.where(largest > 0, 2 * largest, 1)
-    encoding = _expand_queries(_encode(unit, neighbors, largest, k1), neighbors[:, :k2])
-    jaccard = _jaccard_distances(encoding, len(query), len(gallery))
-    result = np.empty((len(query), len(gallery)), dtype=np.float32)
-    for rows in row_blocks(len(query)):
-        original = 2 * cosine_distances(unit[rows], unit[len(query) :]) / largest[rows, None]
-        result[rows] = (jaccard[rows] * np.float16(1 - lambda_)).astype(np.float32) + np.float32(lambda_) * original
+    queries, images = len(query), len(unit)
+    same = _firsts(unit.view(np.dtype((np.void, unit.shape[1] * unit.itemsize)))[:, 0])
+    lists = native.row_top_k(unit[None], unit[None], min(k1 + 1, images))[0]
+    largest = (1 - native.smallest_scores(unit[None])[0]).astype(np.float32)
+    farthest = np.where(largest > 0, 2 * largest, 1)
+    half, expand = (min(places, lists.shape[1]) for places in (int(np.around(k1 / 2)) + 1, k2))
+    result = native.k_reciprocal(
+        unit, lists, same, farthest, half=half, expand=expand, queries=queries, share=float(np.float16(1 - lambda_))
+    )
+    for rows in row_blocks(queries):
+        original = 2 * (1 - unit[rows] @ unit[queries:].T) / farthest[rows, None]
+        result[rows] += np.float32(lambda_) * original
+    if (same < np.arange(images)).any():  # a matrix product may round equal rows apart
+        result = result[_firsts(same[:queries])][:, _firsts(same[queries:])]
     return result
 
 
 def _together(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Unit rows of both, [Q + G, D]."""
     check_same_size(query, gallery)
-    return np.concatenate([unit_rows(query, "query features"), unit_rows(gallery, "gallery features")])
+    return np.concatenate([unit_rows(query, "query features"), unit_rows(gallery, "gallery features")]) + np.float32(0)
 
 
-def _encode(unit: np.ndarray, neighbors: np.ndarray, largest: np.ndarray, k1: int) -> _SparseRows:
-    """Zhong's eq. 5 to 7: each image as weights on its k-reciprocal neighbors and on theirs."""
-    images = len(unit)
-    half = neighbors[:, : int(np.around(k1 / 2)) + 1]
-    mutual, mutual_half = reciprocal_mask(neighbors), reciprocal_mask(half)
-    keys = []
-    for rows in row_blocks(images):
-        lists, owned = neighbors[rows], mutual[rows]
-        theirs, theirs_mutual = half[lists], mutual_half[lists]  # [B, K, K/2]
-        owners = np.arange(rows.start, rows.stop)
-        shared = np.zeros(theirs.shape, dtype=bool)
-        for place in range(lists.shape[1]):
-            shared |= (theirs == lists[:, place, None, None]) & owned[:, place, None, None]
-        agreeing = (shared & theirs_mutual).sum(axis=2) > 2 / 3 * theirs_mutual.sum(axis=2)
-        joined = theirs_mutual & (agreeing & owned)[:, :, None]
-        own_keys = owners[:, None] * images + lists
-        their_keys = owners[:, None, None] * images + theirs
-        keys.append(np.unique(np.concatenate([own_keys[owned], their_keys[joined]])))
-    key = np.concatenate(keys)
-    row, column = np.divmod(key, images)
-    weights = np.empty(len(key), dtype=np.float32)
-    for part in row_blocks(len(key), 1 << 16):
-        cosines = np.einsum("nd,nd->n", unit[row[part]], unit[column[part]], dtype=np.float64)
-        weights[part] = np.exp(-2 * (1 - cosines) / largest[row[part]])
-    total = np.bincount(row, weights=weights, minlength=images)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=images))])
-    return _SparseRows(starts, column.astype(np.int32), (weights / total[row]).astype(np.float16))
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The places of several ranges, one after another: starts[0], starts[0] + 1, ..., starts[1], ..."""
-    offsets = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    return offsets + np.arange(counts.sum())
-
-
-def _expand_queries(encoding: _SparseRows, neighbors: np.ndarray) -> _SparseRows:
-    """Each image's encoding averaged with those of its nearest images, itself among them."""
-    images, k2 = neighbors.shape
-    counts = np.diff(encoding.starts)
-    columns, values, lengths = [], [], []
-    for rows in row_blocks(images, 1024):
-        members = neighbors[rows].ravel()
-        places = _ranges(encoding.starts[members], counts[members])
-        owner = np.repeat(np.arange(rows.stop - rows.start).repeat(k2), counts[members])
-        key, inverse = np.unique(owner * images + encoding.columns[places], return_inverse=True)
-        total = np.bincount(inverse, weights=encoding.values[places].astype(np.float32))
-        columns.append((key % images).astype(np.int32))
-        values.append((total / k2).astype(np.float16))
-        lengths.append(np.bincount(key // images, minlength=rows.stop - rows.start))
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return _SparseRows(starts, np.concatenate(columns), np.concatenate(values))
-
-
-def _by_column(encoding: _SparseRows, first_row: int) -> _SparseRows:
-    """The rows from `first_row` on, transposed: for each column, which of those rows (counted from 0) have it."""
-    images = len(encoding.starts) - 1
-    begin = encoding.starts[first_row]
-    rows = np.repeat(np.arange(images - first_row, dtype=np.int32), np.diff(encoding.starts[first_row:]))
-    order = np.argsort(encoding.columns[begin:], kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(encoding.columns[begin:], minlength=images))])
-    return _SparseRows(starts, rows[order], encoding.values[begin:][order])
-
-
-def _jaccard_distances(encoding: _SparseRows, queries: int, gallery: int) -> np.ndarray:
-    """1 - sum(min) / sum(max) of the encodings of each query and gallery image. Returns float16 [Q, G].
-
-    Summed column by column in half precision, as published: the rounding moves a distance by up to 0.003.
-    """
-    inverted = _by_column(encoding, queries)
-    result = np.empty((queries, gallery), dtype=np.float16)
-    for i in tqdm(range(queries), desc="re-ranking", unit="query", **PROGRESS):
-        shared = np.zeros(gallery, dtype=np.float16)
-        for column, weight in zip(*encoding.row(i), strict=True):
-            rows, weights = inverted.row(column)
-            shared[rows] += np.minimum(weight, weights)
-        result[i] = 1 - shared / (2 - shared)
-    return result
+def _firsts(keys: np.ndarray) -> np.ndarray:
+    """Where each of the keys [N] stands first. Returns int32 [N]."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse].astype(np.int32)
 
 
 def reciprocal_mean(query: np.ndarray, gallery: np.ndarray, k: int = 20) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ def row_top_k(
     if tree and length > library.MAX_TREE_RANK:
         raise UsageError("tree", f"R = {length}", f"R <= {library.MAX_TREE_RANK}", "Leave tree out.")
     chosen = neighbors if found == k else np.empty((heads, rows, found), dtype=np.int32)
-    library.row_top_k(a, b, chosen, count, name, tree)
+    library.row_top_k(a, b, chosen, count, name, tree, same)
     neighbors[:, :, :found] = chosen
     return neighbors
 
@@ -125,6 +125,73 @@ def kth_scores(
     scores = np.empty(last.shape, dtype=np.float64)
     library.pair_scores(_wide(a), _wide(b), last, scores, count, _isa(isa))
     return scores[:, :, 0]
+
+
+def smallest_scores(
+    x: np.ndarray,  # [H, N, R]
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float64 [H, N]
+    """The smallest score of each row of ``x x^T``, exact as those that `row_top_k` orders by. Raises as it does."""
+    library = _library()
+    _check_factors(x, x)
+    count, name = _threads(threads), _isa(isa)
+    x = _wide(x)
+    _check_finite("x", x, count)
+    scores = np.zeros((*x.shape[:2], 1), dtype=np.float64)
+    if x.size:
+        lists = np.empty(scores.shape, dtype=np.int32)
+        library.row_top_k(-x, x, lists, count, name, False, True)
+        library.pair_scores(x, x, lists, scores, count, name)
+    return scores[:, :, 0]
+
+
+def k_reciprocal(
+    unit: np.ndarray,  # float32 [N, D]
+    lists: np.ndarray,  # int32 [N, K], from row_top_k, without -1
+    same: np.ndarray,  # int32 [N], the first image whose features equal each one's
+    farthest: np.ndarray,  # float64 [N]
+    *,
+    half: int,
+    expand: int,
+    queries: int,
+    share: float = 1.0,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float32 [queries, N - queries]
+    """`share` of the Jaccard distances of the first `queries` images to the others, by their k-reciprocal encodings.
+
+    Encodings are sparse, weights ``exp(-2 (1 - score) / farthest)``; sums go column by column in half precision, as in
+    the published code (`metrics.rerank` is the whole method).
+
+    Args:
+        half: places of a list in which a neighbor's own neighbors must choose each other, 1 to K.
+        expand: nearest images whose encodings are averaged, 1 to K.
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or an index is out of range.
+        BackendError: if the kernels are not compiled here.
+    """
+    library = _library()
+    count = _threads(threads)
+    images = len(unit)
+    if same.shape != (images,) or farthest.shape != (images,) or not 0 <= queries <= images:
+        got = f"shapes {same.shape} and {farthest.shape}, queries {queries}"
+        raise UsageError("same, farthest", got, f"({images},) twice, 0 to {images} queries", "Pass one of each image.")
+    _check_lists(lists[None], unit[None], images, count)
+    for name, indices in (("lists", lists), ("same", same)):
+        if images and not 0 <= indices.min() <= indices.max() < images:
+            raise UsageError(name, f"{indices.min()} to {indices.max()}", f"0..{images - 1}", "Leave out what is -1.")
+    for name, places in (("half", half), ("expand", expand)):
+        if not 1 <= places <= lists.shape[1]:
+            raise UsageError(name, places, f"1 to {lists.shape[1]}, places of a list", "Pass longer lists.")
+    distances = np.empty((queries, images - queries), dtype=np.float32)
+    ready = (
+        np.ascontiguousarray(x, t) for x, t in zip((lists, same, farthest), (np.int32, np.int32, float), strict=True)
+    )
+    library.k_reciprocal(_wide(unit), *ready, half, expand, share, distances, count, _isa(isa))
+    return distances
 
 
 def enters(

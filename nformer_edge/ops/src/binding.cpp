@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "k_reciprocal.h"
 #include "operators.h"
 #include "table.h"
 #include "threads.h"
@@ -49,12 +50,12 @@ int64_t bad_list(Lists x, int64_t count, int threads) {
   return first_bad_list(x.data(), x.shape(0) * x.shape(1), x.shape(2), count, threads);
 }
 
-void top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree) {
+void top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree, bool symmetric) {
   const Table& table = table_of(isa);
   const nb::gil_scoped_release release;
   const TopKTensors x{a.data(),   b.data(),   static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1)),
                       static_cast<int64_t>(b.shape(1)), static_cast<int64_t>(a.shape(2)),
-                      static_cast<int>(out.shape(2)),   out.data()};
+                      static_cast<int>(out.shape(2)),   out.data(), symmetric};
   row_top_k(table, x, threads, tree);
 }
 
@@ -110,6 +111,20 @@ void attention_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors
   attend_backward(table, x, gy.data(), ga.data(), gb.data(), gv.data(), gt ? gt->data() : nullptr, threads);
 }
 
+void rerank(nb::ndarray<const float, nb::ndim<2>, nb::c_contig> unit,
+            nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig> lists,
+            nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig> same,
+            nb::ndarray<const double, nb::ndim<1>, nb::c_contig> farthest, int64_t half, int64_t expand, double share,
+            nb::ndarray<float, nb::ndim<2>, nb::c_contig> distances, int threads, const std::string& isa) {
+  const Table& table = table_of(isa);
+  const nb::gil_scoped_release release;
+  const auto size = [](size_t n) { return static_cast<int64_t>(n); };
+  const KReciprocal x{unit.data(),        lists.data(),       same.data(),          farthest.data(),
+                      size(unit.shape(0)), size(unit.shape(1)), size(lists.shape(1)), half,
+                      expand,             size(distances.shape(0))};
+  k_reciprocal(table, x, static_cast<float>(share), distances.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -118,6 +133,7 @@ NB_MODULE(_native, m) {
   m.def("first_bad_list", &bad_list);
   m.def("row_top_k", &top_k);
   m.def("pair_scores", &pair_scores);
+  m.def("k_reciprocal", &rerank);
   m.def("attend", &attention);
   m.def("attend_backward", &attention_backward);
   m.attr("MAX_TREE_RANK") = kMaxTreeRank;

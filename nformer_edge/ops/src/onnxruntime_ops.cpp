@@ -105,8 +105,8 @@ void top_k_without_bad_rows(const Table& table, const TopKTensors& x, int thread
     const int found = static_cast<int>(std::min<size_t>(x.k, ids.size()));
     std::vector<int32_t> lists(x.n * std::max(found, 1));
     if (found)
-      row_top_k(table, {a.data(), b.data(), 1, x.n, static_cast<int64_t>(ids.size()), x.r, found, lists.data()}, threads,
-                tree);
+      row_top_k(table, {a.data(), b.data(), 1, x.n, static_cast<int64_t>(ids.size()), x.r, found, lists.data(), false},
+                threads, tree);
     for (int64_t i = 0; i < x.n; ++i)
       for (int s = 0; s < x.k; ++s)
         x.neighbors[(h * x.n + i) * x.k + s] = s < found && !bad[i] ? ids[lists[i * found + s]] : -1;
@@ -132,7 +132,7 @@ void run_row_top_k(const Kernel& kernel, const Context& context) {
   int32_t* lists = found < k ? shorter.data() : out;
   const Table& table = chosen_table();
   const bool tree = r <= kMaxTreeRank, same = a.data == b.data && n == m;
-  const TopKTensors x{a.floats(), b.floats(), heads, n, m, r, static_cast<int>(found), lists};
+  const TopKTensors x{a.floats(), b.floats(), heads, n, m, r, static_cast<int>(found), lists, same};
   const bool finite = first_bad_row(x.a, heads * n, r, kernel.threads) < 0 &&
                       (same || first_bad_row(x.b, heads * m, r, kernel.threads) < 0);
   (finite ? row_top_k : top_k_without_bad_rows)(table, x, kernel.threads, tree);

@@ -90,7 +90,8 @@ int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t c
 void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree) {
   const StandardArithmetic scope;
   for (int64_t h = 0; h < x.heads; ++h) {
-    const RowTopK head{x.a + h * x.n * x.r, x.b + h * x.m * x.r, x.n, x.m, x.r, x.k, x.neighbors + h * x.n * x.k};
+    const RowTopK head{x.a + h * x.n * x.r,         x.b + h * x.m * x.r, x.n, x.m, x.r, x.k,
+                       x.neighbors + h * x.n * x.k, x.symmetric};
     tree ? row_top_k_tree(table, head, threads) : row_top_k_dense(table, head, threads);
   }
 }

@@ -7,13 +7,14 @@
 
 namespace nformer {
 
-// a [H, N, R], b [H, M, R], both finite -> neighbors [H, N, k], k <= M.
+// a [H, N, R], b [H, M, R], both finite -> neighbors [H, N, k], k <= M. `symmetric`: a = b or a = -b.
 struct TopKTensors {
   const float* a;
   const float* b;
   int64_t heads, n, m, r;
   int k;
   int32_t* neighbors;
+  bool symmetric;
 };
 
 // a, b [H, N, R], v [H, N, D], neighbors [lists = H or 1, N, K], each -1..N-1; t [thresholds = H or 1, N] or null;

@@ -5,13 +5,15 @@
 
 namespace nformer {
 
-// a [N, R], b [M, R], finite, row-major. neighbors [N, k] is written. `a == b` with n == m halves the dense work.
+// a [N, R], b [M, R], finite, row-major. neighbors [N, k] is written. `symmetric` says that a = b or a = -b, which halves
+// the dense work.
 struct RowTopK {
   const float* a;
   const float* b;
   int64_t n, m, r;
   int k;
   int32_t* neighbors;
+  bool symmetric;
 };
 
 // Powers of two that bring the largest factor under 1, so that the filter neither overflows nor underflows.

@@ -43,7 +43,7 @@ class Dense {
       : table_(table),
         x_(x),
         threads_(threads),
-        symmetric_(x.a == x.b && x.n == x.m),
+        symmetric_(x.symmetric),
         scaling_(find_scaling(x, threads)),
         selection_(table, {x.b, nullptr, x.r, scaling_.a * scaling_.b}, x.k),
         capacity_(2 * x.k + 32),

@@ -27,7 +27,7 @@ double power_for(const float* x, int64_t count, int threads) {
 Scaling find_scaling(const RowTopK& x, int threads) {
   Scaling scaling;
   scaling.a = power_for(x.a, x.n * x.r, threads);
-  scaling.b = x.a == x.b && x.n == x.m ? scaling.a : power_for(x.b, x.m * x.r, threads);
+  scaling.b = x.symmetric ? scaling.a : power_for(x.b, x.m * x.r, threads);
   return scaling;
 }
 

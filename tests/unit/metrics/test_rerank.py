@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import numpy_reranking
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.metrics.distance import alike, nearest, reciprocal_mask, smallest, unit_rows
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+from nformer_edge.ops import native
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,49 @@ def test_a_gallery_smaller_than_k1_is_reranked():
     assert np.isfinite(distances).all()
 
 
-def test_equal_images_are_reranked_without_nan():
+def people(images: int, spread: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Features of people with about ten images each, float64 [N, 32]."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(images // 10 + 1, 32))[rng.integers(images // 10 + 1, size=images)] + spread * rng.normal(
+        size=(images, 32)
+    )
+
+
+@pytest.mark.parametrize("parameters", [{}, {"k1": 1, "k2": 1}, {"k1": 7, "k2": 9}, {"k1": 30, "lambda_": 0.0}])
+@pytest.mark.parametrize(("queries", "gallery"), [(30, 400), (1, 60), (90, 30), (3, 5)])
+def test_distances_agree_with_numpys(queries, gallery, parameters):
+    features = people(queries + gallery)
+    expected = numpy_reranking.k_reciprocal_distances(features[:queries], features[queries:], **parameters)
+    distances = k_reciprocal_distances(features[:queries], features[queries:], **parameters)
+    assert np.abs(distances - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("copies", [2, 11, 12, 40])
+def test_equal_images_have_equal_distances(copies):
+    features = people(120)
+    order = np.random.default_rng(1).permutation(100 + copies)
+    gallery = np.concatenate([features[20:], np.repeat(features[70:71], copies, axis=0)])[order]
+    query = np.concatenate([features[:20], features[70:71] * 3, features[3:4]])
+    distances = k_reciprocal_distances(query, gallery)
+    equal = np.flatnonzero((order >= 100) | (order == 50))
+    assert (distances[:, equal] == distances[:, equal[:1]]).all()
+    assert (distances[21] == distances[3]).all()
+    assert distances[20, equal[0]] == distances[20].min() < 0.01  # weights in half precision do not add up to 1
+
+
+def test_a_gallery_of_equal_images_is_reranked_without_nan():
     distances = k_reciprocal_distances(np.ones((2, 4)), np.ones((40, 4)))
     assert np.isfinite(distances).all()
+    assert (distances == distances[0, 0]).all()
+
+
+def test_results_depend_neither_on_threads_nor_on_the_instruction_set(monkeypatch):
+    features = people(200)
+    expected = k_reciprocal_distances(features[:40], features[40:])
+    for isa in native.instruction_sets():
+        monkeypatch.setenv(native.ISA_VARIABLE, isa)
+        monkeypatch.setattr(native, "default_threads", lambda: 3)
+        assert (k_reciprocal_distances(features[:40], features[40:]) == expected).all()
 
 
 def test_bad_features_and_parameters_are_refused(published):

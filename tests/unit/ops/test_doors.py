@@ -82,6 +82,27 @@ def test_attention_refuses_neighbors_that_do_not_fit() -> None:
         native.reciprocal_neighbor_attention(a, a, v[:1], lists)
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"lists": np.array([[0, 1], [1, 2], [2, -1]], dtype=np.int32)}, "lists: got -1 to 2, expected 0..2"),
+        ({"lists": np.array([[0, 1], [1, 3], [2, 0]], dtype=np.int32)}, "neighbors: got"),
+        ({"same": np.array([0, 1, 3])}, "same: got 0 to 3"),
+        ({"same": np.array([0, 1])}, "same, farthest: got shapes"),
+        ({"queries": 4}, "queries 4"),
+        ({"half": 3}, "half: got 3, expected 1 to 2"),
+        ({"expand": 0}, "expand: got 0"),
+    ],
+)
+def test_k_reciprocal_refuses_what_does_not_fit(change: dict[str, object], what: str) -> None:
+    unit = np.eye(3, dtype=np.float32)
+    lists = np.array([[0, 1], [1, 2], [2, 0]], dtype=np.int32)
+    fits = {"lists": lists, "same": np.arange(3), "farthest": np.ones(3), "half": 2, "expand": 2, "queries": 1}
+    assert native.k_reciprocal(unit, **fits).shape == (1, 2)
+    with pytest.raises(UsageError, match=what):
+        native.k_reciprocal(unit, **fits | change)
+
+
 def test_importing_the_kernels_loads_neither_torch_nor_starts_a_thread() -> None:
     code = (
         "import sys, threading, os, nformer_edge.ops.native; "

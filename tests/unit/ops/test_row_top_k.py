@@ -168,6 +168,17 @@ def test_row_top_k_does_not_heed_the_callers_floating_point_mode() -> None:
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "length"), [(1, 5), (401, 40)])
+def test_smallest_scores_are_float64s(kind: str, rows: int, length: int) -> None:
+    x, _ = make(kind, rows, rows, length, seed=10)
+    expected = true_scores(x, x).min(axis=2)
+    found = native.smallest_scores(x)
+    assert (np.abs(found - expected) <= 2.0**-23 * np.abs(expected) + 1e-13 * rounding(x, x)[:, :, 0]).all()
+    sets = native.instruction_sets()
+    assert all((native.smallest_scores(x, threads=t, isa=isa) == found).all() for t in (1, 3) for isa in sets)
+
+
 def test_comparison_with_float64_notices_a_wrong_list() -> None:
     a, b = make("random", 20, 30, 5, seed=7)
     neighbors = native.row_top_k(a, b, 4)
