@@ -364,6 +364,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
             help="batch of the backbone (TensorRT; default 1:8:32)"),
     _option("--gallery-size", type=_sizes, metavar="MIN:OPT:MAX",
             help="images in one pass of the head (TensorRT; default 20:2000:50000)"),
+    _flag("--reduce-range", "with --int8: 7-bit weights, for CPUs with and without VNNI (onnxruntime)"),
     _option("--workspace", type=float, help="memory for the builder, in GiB (TensorRT)"),
     _option("--timing-cache", metavar="FILE", help="kernel times, read if present and written after the build"),
     _option("--hardware-compat", choices=("none", "same_compute_capability", "ampere_plus"),

@@ -186,7 +186,7 @@ def open_engine(path: str | os.PathLike[str] | Engine) -> Engine:
 #: What a rebuild must repeat of `BuildSpec` besides backend and precision, where it is not the default.
 _REPEATED = (
     *("batch", "gallery_size", "workspace", "calib_num", "calib_method"),
-    *("hardware_compat", "version_compat", "dla", "capabilities"),
+    *("hardware_compat", "version_compat", "dla", "capabilities", "reduce_range"),
 )
 
 
@@ -198,7 +198,7 @@ def how_to_rebuild(where: str, manifest: EngineManifest | None) -> str:
         words += [f"--backend {manifest.backend}"] + ([] if spec.precision == "fp32" else [f"--{spec.precision}"])
         for name in _REPEATED:
             value = getattr(spec, name)
-            if value != getattr(default, name):
+            if value is not False and value != getattr(default, name):
                 words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_flag_value(name, value)])
         words += ["--calib-data DIR"] if spec.precision == "int8" else []
     return " ".join([*words, f"-o {where}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from nformer_edge.core.values import Result
 UNKNOWN = -1
 
 _FORMAT = "nformer-edge-features-1"
+
+#: What numpy and zipfile raise for a damaged ``.npz``; RuntimeError is an encrypted one or an unknown compression.
+UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _unknown() -> np.ndarray:

@@ -137,9 +137,9 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def saturates_int8() -> bool:
-    """Whether sums of u8 x s8 may saturate here: x86 with AVX2 or AVX-512 but without VNNI."""
+    """Whether 16-bit sums of u8 x s8 saturate here: x86 from SSE4 to AVX-512, but for VNNI."""
     found = instruction_sets()
-    return "avx2" in found and not any(name in found for name in VNNI)
+    return ("sse4_2" in found or "avx2" in found) and not any(name in found for name in VNNI)
 
 
 def usable_cores() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 
 from nformer_edge.core.artifact import Artifact, open_artifact
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.features import UNREADABLE
 from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec
 from nformer_edge.core.values import JSON, from_json
 from nformer_edge.exporting.wire import refuse_outside
@@ -23,6 +23,8 @@ KIND = "bundle"
 BACKBONE = "backbone.onnx"
 HEAD = "nformer.onnx"
 GOLDEN = "golden.npz"
+
+_GOLDEN_BACKBONE, _GOLDEN_HEAD = {"images", "features"}, {"head_input", "landmarks", "embeddings"}
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,23 @@ class ModelFiles:
     @cached_property
     def golden(self) -> dict[str, np.ndarray]:
         """The self-test's arrays: ``images`` and ``features`` of the backbone; ``head_input``, ``landmarks`` and
-        ``embeddings`` of the head. None where there is no such file.
+        ``embeddings`` of the head, where its profile admits them.
 
         Raises:
-            ArtifactError: if the file holds something else.
+            ArtifactError: if there is no such file, or it holds something else.
         """
+        where, hint = str(self.folder / GOLDEN), "Export it again."
         if GOLDEN not in self.files.files:
-            return {}
+            raise ArtifactError(where, "no such file in the manifest", "the self-test's arrays", hint)
         try:
             with np.load(io.BytesIO(self.files.files[GOLDEN]), allow_pickle=False) as z:
-                return {name: z[name] for name in z.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-            got = f"an unreadable file ({e})"
-            raise ArtifactError(str(self.folder / GOLDEN), got, "arrays", "Export it again.") from e
+                arrays = {name: z[name] for name in z.files}
+        except UNREADABLE as e:
+            raise ArtifactError(where, f"an unreadable file ({e})", "arrays", hint) from e
+        if set(arrays) not in (_GOLDEN_BACKBONE, _GOLDEN_BACKBONE | _GOLDEN_HEAD):
+            got = f"the arrays {', '.join(sorted(arrays)) or 'none'}"
+            raise ArtifactError(where, got, "images and features of a self-test", hint)
+        return arrays
 
 
 @dataclass(frozen=True)

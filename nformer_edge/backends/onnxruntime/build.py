@@ -17,7 +17,7 @@ from nformer_edge.backends.engine import Built, BuiltFor, Counts, PartAudit
 from nformer_edge.backends.runner import Runner
 from nformer_edge.backends.spec import BuildSpec
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.machine import instruction_sets, versions
+from nformer_edge.core.machine import VNNI, instruction_sets, saturates_int8, versions
 from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, Bundle, ModelFiles
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
@@ -42,13 +42,16 @@ def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision) -> B
     """See `Backend.build`.
 
     Raises:
-        BackendError: for FP16, or a device that is not the CPU.
+        BackendError: for FP16, a device that is not the CPU, or 8-bit weights on a CPU whose sums of them saturate.
     """
     if spec.precision == "fp16":
         hint = "Its CPU kernels would compute in float32 behind casts, and slower: use --int8, or a GPU backend."
         raise BackendError("precision", f"fp16 for {NAME} on a CPU", "fp32 or int8", hint)
     if spec.device not in (None, "cpu"):
         raise BackendError("device", spec.device, f"cpu for {NAME}", "Leave --device out, or use TensorRT.")
+    if spec.reduce_range is False and spec.precision == "int8" and saturates_int8():
+        hint = "Leave reduce_range out: 7 bits are chosen here."
+        raise BackendError("reduce_range", False, f"a CPU with one of {', '.join(VNNI)}", hint)
     for name in (BACKBONE, GOLDEN, *([HEAD] if bundle.has_head else [])):
         bundle.files.copy(name, folder)
     used = versions(NAME, "onnx", "numpy")

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from nformer_edge.backends.engine import Engine, how_to_rebuild
 from nformer_edge.backends.onnxruntime.build import NAME
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
+from nformer_edge.core.errors import BackendError
+from nformer_edge.core.machine import VNNI, saturates_int8
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, ModelFiles, check_graphs
 from nformer_edge.exporting.session import open_session
@@ -33,7 +36,7 @@ class OnnxRuntimeRunner:
 
     Raises:
         ArtifactError: if a graph is missing, or there is one too many.
-        BackendError: if onnxruntime is not installed.
+        BackendError: if onnxruntime is not installed, or would saturate on this CPU.
     """
 
     backend = NAME
@@ -45,6 +48,7 @@ class OnnxRuntimeRunner:
         if intra_op_threads is not None:
             check_at_least("intra_op_threads", intra_op_threads, 1)
         check_graphs(model)
+        refuse_saturation(model)
         self._model = model
         self.spec, self.sha256, self.has_head = model.spec, model.sha256, model.has_head
         self.name = model_name(self.spec)
@@ -88,3 +92,17 @@ class OnnxRuntimeRunner:
             graph, native = self._model.files.files[name], self.native and name == HEAD
             self._sessions[name] = open_session(graph, name, self._threads, native)
         return self._sessions[name]
+
+
+def refuse_saturation(model: ModelFiles) -> None:
+    """Refuses INT8 with 8-bit weights on a CPU whose 16-bit sums of their products saturate.
+
+    Raises:
+        BackendError: naming the command that rebuilds the engine.
+    """
+    if not isinstance(model, Engine) or model.manifest.built_for.reduce_range is not False or not saturates_int8():
+        return
+    got = f"INT8 with 8-bit weights, built on {', '.join(model.manifest.built_for.instruction_sets) or 'another CPU'}"
+    expected = f"7-bit weights on this CPU, which has none of {', '.join(VNNI)}: its sums would saturate"
+    hint = f"{how_to_rebuild(str(model.folder), model.manifest)}; with --reduce-range anywhere, for every CPU."
+    raise BackendError(str(model.folder), got, expected, hint)

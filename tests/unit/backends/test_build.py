@@ -188,6 +188,7 @@ def test_the_audit_counts_only_products_that_take_int8_from_both_sides():
         (("avx2",), True),
         (("avx2", "avx512_vnni"), False),
         (("avx2", "avx_vnni"), False),
+        (("sse4_2",), True),
         (("asimddp",), False),
         ((), False),
     ],

@@ -29,7 +29,7 @@ def test_an_engine_answers_as_its_bundle_does(gpu, make_engine, tiny_bundle):
         assert (runner.backend, runner.has_head, runner.name) == ("tensorrt", True, "osnet_x0_25_64x32")
         np.testing.assert_allclose(runner.embed(pictures(5)), bundle.embed(pictures(5)), atol=1e-5)
         np.testing.assert_allclose(runner.relate(rows(60)), bundle.relate(rows(60)), atol=1e-5)
-        assert all(lowest >= 0.99999 for lowest in self_test(runner).values())
+        assert all(largest <= 1e-5 for largest in self_test(runner).values())
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 20])
@@ -41,7 +41,8 @@ def test_any_number_of_images_goes_through_a_small_profile(gpu, make_engine, tin
 
 
 def test_tensors_of_float16_are_brought_there_and_back(gpu, make_engine, tiny_bundle):
-    with open_model(make_engine(io="float16")) as runner, open_model(tiny_bundle) as bundle:
+    engine = make_engine(io="float16", precision={"backbone": "fp16", "head": "fp32"})
+    with open_model(engine) as runner, open_model(tiny_bundle) as bundle:
         features = runner.embed(pictures(4))
         assert features.dtype == np.float32
         np.testing.assert_allclose(features, bundle.embed(pictures(4)), atol=0.02)

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -16,7 +17,7 @@ from nformer_edge.core.artifact import OWN_FIELDS, read_manifest, write_manifest
 from nformer_edge.core.errors import ArtifactError, GateError
 from nformer_edge.core.machine import saturates_int8
 from nformer_edge.data.calibration import calibration_images
-from nformer_edge.exporting.bundle import open_bundle
+from nformer_edge.exporting.bundle import GOLDEN, open_bundle
 from nformer_edge.quantize.calibrate import measure_ranges
 from nformer_edge.quantize.values import read_ranges
 from nformer_edge.report.parity import parity
@@ -42,6 +43,8 @@ def broken_bundle(bundle, tmp_path):
         manifest = read_manifest(copy, "bundle")
         if head is not None:
             onnx.save(head, copy / "nformer.onnx")
+            golden = open_bundle(bundle).golden  # with the head's vectors, opening would refuse it before parity
+            np.savez(copy / GOLDEN, images=golden["images"], features=golden["features"])
         for spec in (manifest["preprocess"], manifest["model"]["preprocess"]):
             spec.update(preprocess)
         write_manifest(copy, "bundle", {k: v for k, v in manifest.items() if k not in OWN_FIELDS})
