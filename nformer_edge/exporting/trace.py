@@ -26,7 +26,13 @@ from nformer_edge import __version__
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
-from nformer_edge.ops.contract import DOMAIN, OPSET_VERSION, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
+from nformer_edge.ops.contract import (
+    DOMAIN,
+    GATED_OPSET_VERSION,
+    OPSET_VERSION,
+    RECIPROCAL_NEIGHBOR_ATTENTION,
+    ROW_TOP_K,
+)
 from nformer_edge.ops.operators import using
 
 
@@ -128,7 +134,10 @@ def trace_head(head: NFormer, opset: int) -> ModelProto:
     torch_in = (torch.ones(spec.k + 2, spec.features), torch.zeros(spec.layers, spec.landmarks, dtype=torch.int32))
     axes = {"features": {0: "N"}, "landmarks": {1: "l"}, "embeddings": {0: "N"}}
     model = _trace(ExportedHead(head), torch_in, ("features", "landmarks"), "embeddings", axes, opset)
-    model.functions.extend(functions(opset))
+    [taken] = {len(n.input) for n in model.graph.node if n.op_type == RECIPROCAL_NEIGHBOR_ATTENTION}
+    model.functions.extend(functions(opset, taken))
+    imported = next(o for o in model.opset_import if o.domain == DOMAIN)
+    imported.version = OPSET_VERSION if taken == 4 else GATED_OPSET_VERSION
     return model
 
 

@@ -19,6 +19,8 @@ Why they look as they do:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from onnx import FunctionProto, helper, parser
 
 from nformer_edge.core.errors import UsageError
@@ -103,10 +105,14 @@ _ROW_TOP_K = """
 """
 
 # A neighbor that does not count is replaced by the row itself before anything is gathered: its weight is 0, but
-# 0 * NaN is not, and one bad row must never touch another.
+# 0 * NaN is not, and one bad row must never touch another. A line with a mark stands only in some of the variants:
+# `plain` in version 1, `gated` in version 2, and of that `single` without cameras, `cameras` with them.
 _ATTENTION = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
-{name} <scale> (a, b, v, neighbors) => (y)
+{name}
+plain   | <scale> (a, b, v, neighbors) => (y)
+single  | <scale> (a, b, v, neighbors, t) => (y)
+cameras | <scale, camera_factor> (a, b, v, neighbors, t, cameras) => (y)
 {{
   {split}
   lists = Shape <start = 0, end = 1> (neighbors)
@@ -145,7 +151,7 @@ _ATTENTION = """
   head_start = Mul (head, num_rows32)
   per_head = Constant <value = int64[3] {{-1, 1, 1}}> ()
   head_offset = Reshape (head_start, per_head)
-  list_offset = Slice (head_offset, zero, lists, zero)
+plain   | list_offset = Slice (head_offset, zero, lists, zero)
 
   spare_if_any = Sub (one, num_rows)
   spare = Max (spare_if_any, zero)
@@ -155,80 +161,145 @@ _ATTENTION = """
   b_spared = Pad (b32, spare_padding)
   v32 = Cast <to = 1> (v)
   v_spared = Pad (v32, spare_padding)
-  lists_spared = Pad (neighbors, spare_padding, nobody)
+plain   | lists_spared = Pad (neighbors, spare_padding, nobody)
   all_rows = Mul (heads, table_rows)
-  all_lists = Mul (lists, table_rows)
+plain   | all_lists = Mul (lists, table_rows)
   keys_shape = Concat <axis = 0> (all_rows, length)
   keys = Reshape (b_spared, keys_shape)
   values_shape = Concat <axis = 0> (all_rows, value_size)
   values = Reshape (v_spared, values_shape)
-  choices_shape = Concat <axis = 0> (all_lists, num_neighbors)
-  choices = Reshape (lists_spared, choices_shape)
+plain   | choices_shape = Concat <axis = 0> (all_lists, num_neighbors)
+plain   | choices = Reshape (lists_spared, choices_shape)
+gated   | t_shape = Concat <axis = 0> (heads, num_rows)
+gated   | t_all = Expand (t, t_shape)
+gated   | t_padding = Concat <axis = 0> (zero, zero, zero, spare)
+gated   | t_spared = Pad (t_all, t_padding)
+gated   | thresholds = Reshape (t_spared, all_rows)
+cameras | camera_padding = Concat <axis = 0> (zero, spare)
+cameras | cameras_spared = Pad (cameras, camera_padding, nobody)
+cameras | camera_factor_attribute = Constant <value_float : float = @camera_factor> ()
+cameras | camera_factor_scalar = Cast <to = 1> (camera_factor_attribute)
+cameras | camera_factor = Reshape (camera_factor_scalar, one)
 
-  keys_after, choices_after, list_offset_after, head_offset_after, factor_after, found = Scan <
+  keys_after,
+plain   | choices_after, list_offset_after,
+gated   | values_after, thresholds_after,
+cameras | cameras_after, camera_factor_after,
+  head_offset_after, factor_after, found = Scan <
     num_scan_inputs = 3, scan_input_axes = [1, 1, 0], scan_output_axes = [1],
-    body = attend_rows (float[T, R] keys_now, int32[U, K] choices_now,
-      int32[L, 1, 1] list_offset_now, int32[H, 1, 1] head_offset_now, float[1] factor_now,
+    body = attend_rows (float[T, R] keys_now,
+plain   | int32[U, K] choices_now, int32[L, 1, 1] list_offset_now,
+gated   | float[T, D] values_now, float[T] thresholds_now,
+cameras | int32[N] cameras_now, float[1] camera_factor_now,
+      int32[H, 1, 1] head_offset_now, float[1] factor_now,
       float[H, B, R] row_block, int32[L, B, K] list_block, int32[B] index)
-      => (float[T, R] keys_next, int32[U, K] choices_next,
-      int32[L, 1, 1] list_offset_next, int32[H, 1, 1] head_offset_next, float[1] factor_next,
+      => (float[T, R] keys_next,
+plain   | int32[U, K] choices_next, int32[L, 1, 1] list_offset_next,
+gated   | float[T, D] values_next, float[T] thresholds_next,
+cameras | int32[N] cameras_next, float[1] camera_factor_next,
+      int32[H, 1, 1] head_offset_next, float[1] factor_next,
       float[H, B, D] attended) {{
         first_row = Constant <value = int32 {{0}}> ()
-        half = Constant <value = float {{0.5}}> ()
+plain   | half = Constant <value = float {{0.5}}> ()
         infinity = Constant <value = float {{inf}}> ()
         nothing = Constant <value = float {{0}}> ()
-        least_total = Constant <value = float {{1}}> ()
-        lowest = Constant <value = float {{-3.4028234e38}}> ()
+plain   | least_total = Constant <value = float {{1}}> ()
+plain   | lowest = Constant <value = float {{-3.4028234e38}}> ()
+gated   | unit = Constant <value = float {{1}}> ()
         last = Constant <value = int64[1] {{-1}}> ()
         third = Constant <value = int64[1] {{2}}> ()
         along_rows = Constant <value = int64[2] {{0, 2}}> ()
-        along_rows_and_lists = Constant <value = int64[3] {{0, 2, 3}}> ()
+plain   | along_rows_and_lists = Constant <value = int64[3] {{0, 2, 3}}> ()
         is_real = GreaterOrEqual (list_block, first_row)
         neighbor = Max (list_block, first_row)
-        at_list = Add (neighbor, list_offset_now)
-        their_choices = Gather (choices_now, at_list)
-        me = Unsqueeze (index, along_rows_and_lists)
-        is_me = Equal (their_choices, me)
-        is_me32 = Cast <to = 1> (is_me)
-        how_often = ReduceMax <keepdims = 0> (is_me32, last)
-        chose_me = Greater (how_often, half)
-        counts = And (is_real, chose_me)
+plain   | at_list = Add (neighbor, list_offset_now)
+plain   | their_choices = Gather (choices_now, at_list)
+plain   | me = Unsqueeze (index, along_rows_and_lists)
+plain   | is_me = Equal (their_choices, me)
+plain   | is_me32 = Cast <to = 1> (is_me)
+plain   | how_often = ReduceMax <keepdims = 0> (is_me32, last)
+plain   | chose_me = Greater (how_often, half)
+plain   | counts = And (is_real, chose_me)
 
         myself = Unsqueeze (index, along_rows)
+gated   | is_me = Equal (list_block, myself)
+gated   | is_other = Not (is_me)
+gated   | counts = And (is_real, is_other)
         safe_neighbor = Where (counts, neighbor, myself)
         at = Add (safe_neighbor, head_offset_now)
         key = Gather (keys_now, at)
         row = Unsqueeze (row_block, third)
         product = Mul (key, row)
         score = ReduceSum <keepdims = 0> (product, last)
-        size = Abs (score)
-        is_finite = Less (size, infinity)
+plain   | size = Abs (score)
+plain   | is_finite = Less (size, infinity)
+gated   | at_myself = Add (myself, head_offset_now)
+gated   | my_threshold = Gather (thresholds_now, at_myself)
+gated   | their_threshold = Gather (thresholds_now, at)
+gated   | above_mine = Sub (score, my_threshold)
+gated   | above_theirs = Sub (score, their_threshold)
+gated   | size_of_mine = Abs (above_mine)
+gated   | size_of_theirs = Abs (above_theirs)
+gated   | mine_is_finite = Less (size_of_mine, infinity)
+gated   | theirs_is_finite = Less (size_of_theirs, infinity)
+gated   | is_finite = And (mine_is_finite, theirs_is_finite)
         weighs = And (counts, is_finite)
-        scaled = Mul (score, factor_now)
-        masked = Where (weighs, scaled, lowest)
-        peak = ReduceMax (masked, last)
-        below_peak = Sub (masked, peak)
-        power = Exp (below_peak)
-        share = Where (weighs, power, nothing)
-        sum = ReduceSum (share, last)
-        total = Max (sum, least_total)
-        weight = Div (share, total)
+plain   | scaled = Mul (score, factor_now)
+plain   | masked = Where (weighs, scaled, lowest)
+plain   | peak = ReduceMax (masked, last)
+plain   | below_peak = Sub (masked, peak)
+plain   | power = Exp (below_peak)
+plain   | share = Where (weighs, power, nothing)
+plain   | sum = ReduceSum (share, last)
+plain   | total = Max (sum, least_total)
+plain   | weight = Div (share, total)
+gated   | gap = Min (above_mine, above_theirs)
+gated   | scaled = Mul (gap, factor_now)
+gated   | distance = Abs (scaled)
+gated   | below_zero = Neg (distance)
+gated   | power = Exp (below_zero)
+gated   | is_above = GreaterOrEqual (scaled, nothing)
+gated   | part = Where (is_above, unit, power)
+gated   | whole = Add (power, unit)
+gated   | gate = Div (part, whole)
+single  | weight = Where (weighs, gate, nothing)
+cameras | my_camera = Gather (cameras_now, myself)
+cameras | their_camera = Gather (cameras_now, safe_neighbor)
+cameras | is_same = Equal (their_camera, my_camera)
+cameras | is_known = GreaterOrEqual (their_camera, first_row)
+cameras | is_shared = And (is_same, is_known)
+cameras | factor_of_pair = Where (is_shared, camera_factor_now, unit)
+cameras | gate_of_pair = Mul (gate, factor_of_pair)
+cameras | weight = Where (weighs, gate_of_pair, nothing)
         weight_row = Unsqueeze (weight, third)
-        value = Gather (values, at)
+plain   | value = Gather (values, at)
+gated   | value = Gather (values_now, at)
         weighted = MatMul (weight_row, value)
         attended = Squeeze (weighted, third)
         keys_next = Identity (keys_now)
-        choices_next = Identity (choices_now)
-        list_offset_next = Identity (list_offset_now)
+plain   | choices_next = Identity (choices_now)
+plain   | list_offset_next = Identity (list_offset_now)
+gated   | values_next = Identity (values_now)
+gated   | thresholds_next = Identity (thresholds_now)
+cameras | cameras_next = Identity (cameras_now)
+cameras | camera_factor_next = Identity (camera_factor_now)
         head_offset_next = Identity (head_offset_now)
         factor_next = Identity (factor_now)
-      }}> (keys, choices, list_offset, head_offset, factor, row_blocks, list_blocks, index_blocks)
+      }}> (keys,
+plain   | choices, list_offset,
+gated   | values, thresholds,
+cameras | cameras_spared, camera_factor,
+        head_offset, factor, row_blocks, list_blocks, index_blocks)
   joined_shape = Concat <axis = 0> (heads, padded, value_size)
   joined = Reshape (found, joined_shape)
   real_rows = Slice (joined, zero, num_rows, axis_of_rows)
   y = CastLike (real_rows, v)
 }}
 """
+
+
+#: The marks of the variant for each number of inputs.
+_VARIANTS = {4: ("plain",), 5: ("gated", "single"), 6: ("gated", "cameras")}
 
 
 def check_opset(opset: int) -> None:
@@ -250,7 +321,9 @@ def row_top_k_function(opset: int = DEFAULT_OPSET, *, block: int = BLOCK) -> Fun
     return _parse(_ROW_TOP_K, ROW_TOP_K, opset, block)
 
 
-def reciprocal_neighbor_attention_function(opset: int = DEFAULT_OPSET, *, block: int = BLOCK) -> FunctionProto:
+def reciprocal_neighbor_attention_function(
+    opset: int = DEFAULT_OPSET, *, inputs: int = 4, block: int = BLOCK
+) -> FunctionProto:
     """`ReciprocalNeighborAttention`: a, b [H, N, R], v [H, N, D], neighbors [H or 1, N, K] -> y [H, N, D].
 
     A node without `scale` gets 1 / sqrt(D): the attribute's default is NaN, which stands for that (any number could
@@ -259,22 +332,28 @@ def reciprocal_neighbor_attention_function(opset: int = DEFAULT_OPSET, *, block:
 
     Args:
         opset: of the model that will carry it.
+        inputs: of the node: 4, 5 with thresholds t [H or 1, N], or 6 with cameras [N] as well. A model has one body,
+            so all its attentions have equally many.
         block: rows a step; memory beyond inputs and output is some `block * K * (2 * K + H * (2 * R + D))` numbers.
     """
     check_opset(opset)
-    function = _parse(_ATTENTION, RECIPROCAL_NEIGHBOR_ATTENTION, opset, block)
+    function = _parse(_ATTENTION, RECIPROCAL_NEIGHBOR_ATTENTION, opset, block, _VARIANTS[inputs])
     del function.attribute[:]  # an attribute stands either here or, with its default, in attribute_proto
     function.attribute_proto.append(helper.make_attribute("scale", float("nan")))
+    if inputs == 6:
+        function.attribute_proto.append(helper.make_attribute("camera_factor", 1.0))
     return function
 
 
-def functions(opset: int = DEFAULT_OPSET) -> list[FunctionProto]:
-    """Both bodies, to append to a model whose standard opset is `opset`."""
-    return [row_top_k_function(opset), reciprocal_neighbor_attention_function(opset)]
+def functions(opset: int = DEFAULT_OPSET, inputs: int = 4) -> list[FunctionProto]:
+    """Both bodies, to append to a model whose standard opset is `opset` and whose attentions have `inputs` inputs."""
+    return [row_top_k_function(opset), reciprocal_neighbor_attention_function(opset, inputs=inputs)]
 
 
-def _parse(text: str, name: str, opset: int, block: int) -> FunctionProto:
+def _parse(text: str, name: str, opset: int, block: int, marks: Collection[str] = ()) -> FunctionProto:
+    lines = (line.rpartition("|") for line in text.splitlines())
+    kept = "\n".join(line for mark, _, line in lines if not mark or mark.strip() in marks)
     split = _SPLIT.format(block=block).strip()
-    function = parser.parse_function(text.format(domain=DOMAIN, name=name, opset=opset, split=split))
+    function = parser.parse_function(kept.format(domain=DOMAIN, name=name, opset=opset, split=split))
     function.doc_string = "Standard-operator body of the operator contract; a registered kernel takes its place."
     return function

@@ -22,8 +22,8 @@ using namespace nformer;
 std::atomic<int> threads_to_use{0};
 
 struct Tensor {
-  void* data;
-  std::array<int64_t, 3> shape;
+  void* data;                    // null: an optional input that the node does not have
+  std::array<int64_t, 3> shape;  // 0 behind the last axis
 
   const float* floats() const { return static_cast<const float*>(data); }
   const int32_t* ints() const { return static_cast<const int32_t*>(data); }
@@ -37,20 +37,22 @@ class Context {
  public:
   Context(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {}
 
-  Tensor input(size_t index) const {
+  Tensor input(size_t index, size_t expected = 3) const {
     const ort::Value* value = nullptr;
     check(api_.call<ort::Status*>(ort::kKernelContextGetInput, const_cast<const ort::KernelContext*>(context_), index,
                                   &value));
+    Tensor tensor{};
+    if (!value) return tensor;
     ort::TensorInfo* info = nullptr;
     check(api_.call<ort::Status*>(ort::kGetTensorTypeAndShape, value, &info));
     size_t axes = 0;
-    Tensor tensor{};
     ort::Status* status = api_.call<ort::Status*>(ort::kGetDimensionsCount, const_cast<const ort::TensorInfo*>(info), &axes);
-    if (!status && axes == 3)
+    if (!status && axes == expected)
       status = api_.call<ort::Status*>(ort::kGetDimensions, const_cast<const ort::TensorInfo*>(info), tensor.shape.data(), axes);
     api_.call<void>(ort::kReleaseTensorInfo, info);
     check(status);
-    if (axes != 3) throw std::invalid_argument("got " + std::to_string(axes) + " axes, expected 3");
+    if (axes != expected)
+      throw std::invalid_argument("got " + std::to_string(axes) + " axes, expected " + std::to_string(expected));
     check(api_.call<ort::Status*>(ort::kGetTensorMutableData, const_cast<ort::Value*>(value), &tensor.data));
     return tensor;
   }
@@ -79,7 +81,7 @@ struct Kernel {
   const ort::Api* api;
   int threads;
   int64_t k;
-  float scale;
+  float scale, camera_factor;
 };
 
 void expect(bool holds, const char* what, const Tensor& got) {
@@ -150,8 +152,11 @@ void run_attention(const Kernel& kernel, const Context& context) {
   float* y = static_cast<float*>(context.output({heads, n, d}));
   const double scale = std::isnan(kernel.scale) ? 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, d)))
                                                 : static_cast<double>(kernel.scale);
-  const AttentionTensors x{a.floats(), b.floats(), v.floats(), lists.ints(), heads, lists.shape[0], n, a.shape[2], d, k,
-                           scale};
+  AttentionTensors x{a.floats(), b.floats(), v.floats(), lists.ints(), heads, lists.shape[0], n, a.shape[2], d, k, scale};
+  const Tensor t = context.input(4, 2), cameras = context.input(5, 1);
+  expect(!t.data || ((t.shape[0] == 1 || t.shape[0] == heads) && t.shape[1] == n), "t must be [H or 1, N]", t);
+  expect(!cameras.data || (t.data && cameras.shape[0] == n), "cameras must be [N], and come with t", cameras);
+  x.t = t.floats(), x.thresholds = t.shape[0], x.cameras = cameras.ints(), x.camera_factor = kernel.camera_factor;
   attend(chosen_table(), x, y, kernel.threads);
 }
 
@@ -172,16 +177,18 @@ ort::Status* failed(const ort::Api& api, const std::exception& error) {
 }
 
 ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
-  auto made = std::make_unique<Kernel>(Kernel{api, of(op).threads, 0, NAN});
+  auto made = std::make_unique<Kernel>(Kernel{api, of(op).threads, 0, NAN, 1.0f});
   if (of(op).inputs == 2) {
     ort::Status* status =
         api->call<ort::Status*>(ort::kKernelInfoGetAttributeInt64, info, static_cast<const char*>("k"), &made->k);
     if (status) return status;
     if (made->k < 1 || made->k > INT32_MAX) return failed(*api, std::invalid_argument("k must be at least 1"));
   } else {
-    ort::Status* absent =
-        api->call<ort::Status*>(ort::kKernelInfoGetAttributeFloat, info, static_cast<const char*>("scale"), &made->scale);
-    if (absent) api->call<void>(ort::kReleaseStatus, absent);
+    const auto read = [&](const char* name, float* value) {
+      ort::Status* absent = api->call<ort::Status*>(ort::kKernelInfoGetAttributeFloat, info, name, value);
+      if (absent) api->call<void>(ort::kReleaseStatus, absent);
+    };
+    read("scale", &made->scale), read("camera_factor", &made->camera_factor);
   }
   *kernel = made.release();
   return nullptr;
@@ -204,12 +211,15 @@ Operator make(const char* label, size_t inputs, ort::ElementType output, int thr
   op.version = ort::kVersion;
   op.name = [](const ort::CustomOp* self) { return of(self).label; };
   op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
-  op.input_type = [](const ort::CustomOp*, size_t index) { return index == 3 ? ort::kInt32 : ort::kFloat; };
+  op.input_type = [](const ort::CustomOp*, size_t index) {
+    return index == 3 || index == 5 ? ort::kInt32 : ort::kFloat;
+  };
   op.input_count = [](const ort::CustomOp* self) { return of(self).inputs; };
   op.output_type = [](const ort::CustomOp* self, size_t) { return of(self).output; };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t index) { return index < 4 ? ort::kRequired : ort::kOptional; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
   op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
   op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
@@ -239,7 +249,7 @@ NFORMER_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, cons
     return status;
   const std::lock_guard<std::mutex> lock(guard);
   for (Operator op : {make<run_row_top_k>("RowTopK", 2, ort::kInt32, threads),
-                      make<run_attention>("ReciprocalNeighborAttention", 4, ort::kFloat, threads)}) {
+                      make<run_attention>("ReciprocalNeighborAttention", 6, ort::kFloat, threads)}) {
     kept->push_back(op);
     const ort::CustomOp* added = &kept->back();
     if (ort::Status* status = api->call<ort::Status*>(ort::kCustomOpDomainAdd, domain, added)) return status;

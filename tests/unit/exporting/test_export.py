@@ -24,6 +24,7 @@ from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.ops.contract import DOMAIN, draw_landmarks
+from nformer_edge.ops.operators import operators
 
 
 def run(model, feed):
@@ -77,6 +78,35 @@ def test_every_rule_and_input_scale_is_inside_the_graph(rule, input_scale, landm
     drawn = draw_landmarks(21, 2, landmarks, 0)
     expected = head(torch.from_numpy(features), torch.from_numpy(drawn)).detach().numpy()
     assert worst(run(model, {"features": features, "landmarks": drawn}), expected) <= 1
+
+
+class GatedHead(NFormer):
+    """A head of one gated attention, with its sum of weights, and with cameras if its spec has two heads."""
+
+    def forward(self, features, landmarks):
+        x = torch.nn.functional.normalize(features)[None]
+        cameras = (features[:, 0] > 0).int() if self.spec.heads == 2 else None
+        values = torch.cat([features[None], torch.ones_like(x[:, :, :1])], dim=2)
+        lists = operators().row_top_k(x, x, self.spec.k)
+        t = (x @ x[:, landmarks[0].long()].transpose(1, 2)).mean(dim=2)
+        attended = operators().reciprocal_neighbor_attention(x, x, values, lists, 2.0, t, cameras, 0.5)[0]
+        return (features + attended[:, :-1]) / (1 + attended[:, -1:])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_gated_head_has_its_own_body_and_imports_version_2(heads):
+    head = GatedHead(HeadSpec(features=16, layers=1, heads=heads, k=4, landmarks=2)).eval()
+    model = trace_head(head, 18)
+    onnx.checker.check_model(model, full_check=True)
+    assert [len(f.input) for f in model.functions] == [2, 4 + heads]
+    assert next(o.version for o in model.opset_import if o.domain == DOMAIN) == 2
+    features, drawn = np.random.default_rng(0).standard_normal((21, 16)).astype(np.float32), draw_landmarks(21, 1, 2, 0)
+    expected = head(torch.from_numpy(features), torch.from_numpy(drawn)).detach().numpy()
+    assert worst(run(model, {"features": features, "landmarks": drawn}), expected) <= 1
+
+
+def test_a_head_of_the_paper_still_imports_version_1(tiny_bundle):
+    assert next(o.version for o in onnx.load(tiny_bundle / HEAD).opset_import if o.domain == DOMAIN) == 1
 
 
 def test_the_head_has_our_nodes_with_their_bodies_and_no_data_outside(tiny_bundle):

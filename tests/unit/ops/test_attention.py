@@ -11,8 +11,9 @@ from nformer_edge.ops import native
 
 torch = pytest.importorskip("torch")
 
+from helpers.gated import FACTOR, gated_case, gated_formula  # noqa: E402
+
 from nformer_edge.ops import operators, reference  # noqa: E402
-from tests.helpers.gated import FACTOR, gated_case, gated_formula  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
 

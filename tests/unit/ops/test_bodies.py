@@ -7,22 +7,32 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.gated import FACTOR, gated_case, gated_formula
 from onnx import TensorProto, helper
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.ops import bodies as operators
 from nformer_edge.ops import reference as ops
-from nformer_edge.ops.contract import DOMAIN, NO_NEIGHBOR, OPSET_VERSION, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
+from nformer_edge.ops.contract import (
+    DOMAIN,
+    GATED_OPSET_VERSION,
+    NO_NEIGHBOR,
+    OPSET_VERSION,
+    RECIPROCAL_NEIGHBOR_ATTENTION,
+    ROW_TOP_K,
+)
 
 ONNX_TYPE = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 
 
 def session(function, inputs, output, opset=18, **attributes):
     """A model of one node of our domain with `function` as its body. Inputs: name -> element type."""
+    axes = {"t": 2, "cameras": 1}
     node = helper.make_node(function.name, list(inputs), ["out"], domain=DOMAIN, **attributes)
-    values = [helper.make_tensor_value_info(name, kind, [None] * 3) for name, kind in inputs.items()]
+    values = [helper.make_tensor_value_info(name, kind, [None] * axes.get(name, 3)) for name, kind in inputs.items()]
     graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("out", output, [None] * 3)])
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    version = GATED_OPSET_VERSION if "t" in inputs else OPSET_VERSION
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, version)]
     model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=operators.IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -36,12 +46,15 @@ def row_top_k(a, b, k, block=16, opset=18):
     return found.run(None, {"a": a, "b": b})[0]
 
 
-def attention(a, b, v, neighbors, scale=None, block=16, opset=18):
+def attention(a, b, v, neighbors, scale=None, t=None, cameras=None, block=16, opset=18):
     kind = ONNX_TYPE[a.dtype.type]
-    inputs = {"a": kind, "b": kind, "v": kind, "neighbors": TensorProto.INT32}
+    kinds = {"a": kind, "b": kind, "v": kind, "neighbors": TensorProto.INT32, "t": TensorProto.FLOAT}
+    feed = {"a": a, "b": b, "v": v, "neighbors": neighbors, "t": t, "cameras": cameras}
+    feed = {name: x for name, x in feed.items() if x is not None}
+    inputs = {name: kinds.get(name, TensorProto.INT32) for name in feed}
     given = {} if scale is None else {"scale": scale}
-    function = operators.reciprocal_neighbor_attention_function(opset, block=block)
-    feed = {"a": a, "b": b, "v": v, "neighbors": neighbors}
+    given |= {} if cameras is None else {"camera_factor": FACTOR}
+    function = operators.reciprocal_neighbor_attention_function(opset, inputs=len(feed), block=block)
     return session(function, inputs, kind, opset, **given).run(None, feed)[0]
 
 
@@ -201,9 +214,71 @@ def test_attention_of_no_image_is_empty():
     )
 
 
+GATED = [(2, 37, 9, 1, 1), (2, 16, 20, 2, 2), (3, 33, 4, 1, 3), (1, 1, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("cameras", [False, True])
+@pytest.mark.parametrize(("heads", "rows", "k", "lists", "thresholds"), GATED)
+def test_the_gated_body_is_the_dense_formula_and_the_reference(heads, rows, k, lists, thresholds, cameras):
+    case = gated_case(heads, rows, 5, 8, k, lists=lists, thresholds=thresholds, cameras=cameras)
+    a, b, v, neighbors, scale, t, known = case
+    found = attention(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in case))
+    exact = gated_formula(a.double(), b.double(), v.double(), neighbors, scale, t.double(), known)
+    assert np.abs(found - exact.numpy()).max() <= 2e-6
+    model = ops.reciprocal_neighbor_attention(*case, FACTOR)
+    assert np.abs(found - model.numpy()).max() <= 2e-6
+
+
+@pytest.mark.parametrize("opset", operators.OPSETS)
+@pytest.mark.parametrize("cameras", [False, True])
+def test_the_gated_body_accumulates_float16_in_float32_in_every_opset(opset, cameras):
+    case = gated_case(2, 40, 5, 16, 12, lists=1, thresholds=1, cameras=cameras)
+    a, b, v, neighbors, scale, t, known = (x.numpy() if isinstance(x, torch.Tensor) else x for x in case)
+    half = [x.astype(np.float16) for x in (a, b, v)]
+    found = attention(*half, neighbors, scale, t, known, opset=opset)
+    assert found.dtype == np.float16
+    wide = attention(*(x.astype(np.float32) for x in half), neighbors, scale, t, known, opset=opset)
+    np.testing.assert_array_equal(found, wide.astype(np.float16))
+
+
+def test_the_gated_body_keeps_a_bad_row_to_itself():
+    case = gated_case(1, 40, 5, 8, 8, lists=1, thresholds=1, cameras=False)
+    a, b, v, neighbors, scale, t = (x.numpy().copy() if isinstance(x, torch.Tensor) else x for x in case[:6])
+    neighbors[0, 1:][(neighbors[0, 1:] == 0)] = NO_NEIGHBOR  # as RowTopK never chooses a bad row
+    clean = attention(a, b, v, neighbors, scale, t)
+    for bad in (np.nan, np.inf, -np.inf):
+        a[0, 0] = b[0, 0] = v[0, 0] = t[0, 0] = bad
+        np.testing.assert_array_equal(attention(a, b, v, neighbors, scale, t)[0, 1:], clean[0, 1:])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_pair_without_a_finite_threshold_does_not_count_in_the_gated_body(bad):
+    case = gated_case(1, 20, 5, 8, 20, lists=1, thresholds=1, cameras=False)
+    a, b, v, neighbors, scale, t = (x.numpy().copy() if isinstance(x, torch.Tensor) else x for x in case[:6])
+    t[0, 3] = bad
+    found = attention(a, b, v, neighbors, scale, t)
+    assert (found[0, 3] == 0).all()
+    neighbors[neighbors == 3] = NO_NEIGHBOR
+    t[0, 3] = 0
+    np.testing.assert_array_equal(np.delete(found, 3, 1), np.delete(attention(a, b, v, neighbors, scale, t), 3, 1))
+
+
+def test_the_gated_body_of_no_image_is_empty():
+    nothing, lists, t = np.zeros((2, 0, 5), np.float32), np.zeros((1, 0, 4), np.int32), np.zeros((1, 0), np.float32)
+    for cameras in (None, np.zeros(0, np.int32)):
+        assert attention(nothing, nothing, nothing, lists, 1.0, t, cameras).shape == (2, 0, 5)
+
+
+BODIES = [f for inputs in (4, 5, 6) for f in operators.functions(inputs=inputs)]
+
+
+def name_of(function):
+    return f"{function.name}-{len(function.input)}"
+
+
 def test_bodies_hold_no_square_matrix():
     """Nothing in a body may depend on N twice: every MatMul stands inside the Scan, where rows are a block's."""
-    for function in operators.functions(18):
+    for function in BODIES:
         scans = [n for n in function.node if n.op_type == "Scan"]
         assert len(scans) == 1
         assert scans[0].input[0] == "keys"
@@ -232,7 +307,7 @@ def nodes_of(graph):
                 yield from nodes_of(attribute.g.node)
 
 
-@pytest.mark.parametrize("function", operators.functions(), ids=lambda f: f.name)
+@pytest.mark.parametrize("function", BODIES, ids=name_of)
 def test_constants_are_value_tensors_but_for_attributes_which_are_cast_at_once(function):
     nodes = list(nodes_of(function.node))
     for node in (n for n in nodes if n.op_type == "Constant"):
@@ -241,10 +316,10 @@ def test_constants_are_value_tensors_but_for_attributes_which_are_cast_at_once(f
         assert attribute.name == "value" or (attribute.ref_attr_name and readers == {"Cast"})
 
 
-@pytest.mark.parametrize("function", operators.functions(), ids=lambda f: f.name)
-def test_a_scan_body_captures_no_value_but_the_table_of_values(function):
+@pytest.mark.parametrize("function", BODIES, ids=name_of)
+def test_a_scan_body_captures_no_value_but_the_table_of_values_of_version_1(function):
     (scan,) = (node for node in function.node if node.op_type == "Scan")
     body = next(a.g for a in scan.attribute if a.name == "body")
     made = {value.name for value in body.input} | {name for node in body.node for name in node.output}
     captured = {name for node in body.node for name in node.input} - made
-    assert captured == ({"values"} if function.name == RECIPROCAL_NEIGHBOR_ATTENTION else set())
+    assert captured == ({"values"} if len(function.input) == 4 else set())

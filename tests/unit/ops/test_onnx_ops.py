@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.gated import FACTOR, gated_case
 
 from nformer_edge.ops import native, onnx_ops
 
@@ -16,13 +17,14 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(not onnx_ops.available(), reason="the kernels are not compiled in this tree")
 
 
-def model(node: str, inputs: str, outputs: str) -> bytes:
-    """One of our nodes in a file that also holds the bodies."""
+def model(node: str, inputs: str, outputs: str, taken: int = 4) -> bytes:
+    """One of our nodes in a file that also holds the bodies. `taken`: inputs of the attention."""
     from nformer_edge.ops.bodies import functions
 
-    text = f'<ir_version: 9, opset_import: ["": 18, "nformer": 1]> g ({inputs}) => ({outputs}) {{ {node} }}'
+    version = 1 if taken == 4 else 2
+    text = f'<ir_version: 9, opset_import: ["": 18, "nformer": {version}]> g ({inputs}) => ({outputs}) {{ {node} }}'
     built = onnx.parser.parse_model(text)
-    built.functions.extend(functions(18))
+    built.functions.extend(functions(18, taken))
     return built.SerializeToString()
 
 
@@ -38,6 +40,18 @@ SCALED = model(
     "y = nformer.ReciprocalNeighborAttention <scale = -0.5> (a, b, v, n)",
     "float[H, N, R] a, float[H, N, R] b, float[H, N, D] v, int32[L, N, K] n",
     "float[H, N, D] y",
+)
+GATED = model(
+    "y = nformer.ReciprocalNeighborAttention <scale = 1.3> (a, b, v, n, t)",
+    "float[H, N, R] a, float[H, N, R] b, float[H, N, D] v, int32[L, N, K] n, float[T, N] t",
+    "float[H, N, D] y",
+    5,
+)
+WITH_CAMERAS = model(
+    "y = nformer.ReciprocalNeighborAttention <scale = 1.3, camera_factor = 0.5> (a, b, v, n, t, cameras)",
+    "float[H, N, R] a, float[H, N, R] b, float[H, N, D] v, int32[L, N, K] n, float[T, N] t, int32[N] cameras",
+    "float[H, N, D] y",
+    6,
 )
 
 
@@ -88,6 +102,42 @@ def test_attention_in_onnxruntime_equals_the_library_and_the_bodies(graph: bytes
     scale = -0.5 if graph is SCALED else None
     assert (got == native.reciprocal_neighbor_attention(a, b, v, n, scale)).all()
     assert np.abs(got - body).max() <= 1e-5
+
+
+def gated_feeds(graph: bytes, *, lists: int, thresholds: int) -> dict[str, np.ndarray]:
+    cameras = graph is WITH_CAMERAS
+    a, b, v, n, _, t, known = gated_case(2, 60, 5, 33, 9, lists=lists, thresholds=thresholds, cameras=cameras)
+    feeds = {"a": a, "b": b, "v": v, "n": n, "t": t, "cameras": known}
+    return {name: x.numpy() for name, x in feeds.items() if x is not None}
+
+
+@pytest.mark.parametrize("graph", [GATED, WITH_CAMERAS])
+@pytest.mark.parametrize(("lists", "thresholds"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_gated_attention_in_onnxruntime_equals_the_library_and_the_body(
+    graph: bytes, lists: int, thresholds: int
+) -> None:
+    feeds = gated_feeds(graph, lists=lists, thresholds=thresholds)
+    (got,) = session(graph, ours=True).run(None, feeds)
+    (body,) = session(graph, ours=False).run(None, feeds)
+    arrays = [feeds.get(name) for name in ("t", "cameras")]
+    want = native.reciprocal_neighbor_attention(*(feeds[x] for x in "abvn"), np.float32(1.3), *arrays, FACTOR)
+    assert (got == want).all()
+    assert np.abs(got - body).max() <= 2e-6
+
+
+def test_a_gated_file_runs_natively_where_registered_and_as_its_body_elsewhere(tmp_path: Path) -> None:
+    feeds = gated_feeds(WITH_CAMERAS, lists=1, thresholds=1)
+    assert nodes_run(WITH_CAMERAS, feeds, ours=True, folder=tmp_path) == {"ReciprocalNeighborAttention"}
+    assert "Scan" in nodes_run(WITH_CAMERAS, feeds, ours=False, folder=tmp_path)
+
+
+def test_thresholds_and_cameras_of_another_set_are_an_error_not_a_crash() -> None:
+    feeds = gated_feeds(WITH_CAMERAS, lists=1, thresholds=1)
+    running = session(WITH_CAMERAS, ours=True)
+    for name, what in (("t", "t must be"), ("cameras", "cameras must be")):
+        shorter = feeds | {name: feeds[name][..., 1:]}
+        with pytest.raises(Exception, match=what):
+            running.run(None, shorter)
 
 
 def test_a_bad_row_chooses_nobody_and_is_chosen_by_nobody_natively_and_in_the_bodies() -> None:

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.gated import gated_case, gated_formula
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
-from tests.helpers.gated import gated_case, gated_formula
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
