@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 import typing
@@ -30,6 +31,12 @@ Option = Callable[[argparse._ActionsContainer], object]
 
 #: Which extra brings a package that a command needs.
 _EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train"}
+
+
+#: How torch, onnxruntime and the system say that there is no memory for a tensor, a kernel or a thread.
+_NO_MEMORY = re.compile(
+    "bad_alloc|allocate memory|enough memory|create a primitive|start new thread|temporarily unavail"
+)
 
 
 def _option(*names: str, **settings: Any) -> Option:
@@ -555,11 +562,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         return _fail(args, f"{e.filename or args.command}: got {e.strerror or e}. Check the path and the disk.", 2)
-    except MemoryError:
-        return _fail(
-            args, f"{args.command}: got no more memory. Use fewer images at once (--batch), or a machine with more.", 2
-        )
     except Exception as e:
+        if isinstance(e, MemoryError) or _NO_MEMORY.search(str(e)):
+            hint = "Use fewer images at once (--batch), or a machine with more"
+            return _fail(args, f"{args.command}: got no more memory. {hint}.", 2)
         return _internal(args, e)
     return 0
 

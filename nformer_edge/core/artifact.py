@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ _HOST = re.sub(r"\W", "_", platform.node()) or "host"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _STALE_SECONDS = 24 * 3600.0
 _CHUNK = 1 << 20
+_MAX_TEXT = 1 << 30
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -44,6 +46,26 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_text(path: str | os.PathLike[str], what: str = "a text file") -> str:
+    """The text of a plain file, UTF-8.
+
+    Raises:
+        ArtifactError: if it is missing, no plain file (a FIFO would never end), too large or not UTF-8.
+    """
+    where = os.fspath(path)
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ArtifactError(where, "a folder or a device", what, "Pass a plain file.")
+        if found.st_size > _MAX_TEXT:
+            raise ArtifactError(where, f"{found.st_size} bytes", f"{what} of at most {_MAX_TEXT}", "Check the path.")
+        return Path(path).read_bytes().decode()
+    except FileNotFoundError as e:
+        raise ArtifactError(where, "no such file", what, "Check the path.") from e
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name, or bytes that are no UTF-8
+        raise ArtifactError(where, f"an unreadable file ({e})", what, "Check the file.") from e
 
 
 def _temporary(folder: Path, directory: bool = False) -> Path:
@@ -81,6 +103,8 @@ def _is_dead(entry: Path) -> bool:
 
 
 def _prepare(path: Path) -> None:
+    if "\0" in str(path):
+        raise ArtifactError(repr(str(path)), "a zero byte", "a name that the system can take", "Choose another -o.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -167,6 +191,10 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         _put(temporary, path)
         placed = True
         _fsync(path.parent)
+    except ArtifactError as e:  # of a file inside: what counts is what became of the folder
+        if not (isinstance(e.__cause__, OSError) and e.subject.startswith(str(temporary))):
+            raise
+        raise _write_failed(path, e.__cause__, placed) from e.__cause__
     except OSError as e:
         raise _write_failed(path, e, placed) from e
     finally:
@@ -176,8 +204,12 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
 def _put(new: Path, path: Path) -> None:
     """Gives the folder `new` the name `path`. At no instant is there neither the old folder nor the new one."""
     if not path.exists():
-        os.rename(new, path)
-        return
+        try:
+            os.rename(new, path)
+            return
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another writer was first
     if _exchange(new, path):
         return  # the caller removes `new`, which is now the old folder
     ready, old = _journal(path)
@@ -282,10 +314,27 @@ def open_artifact(folder: str | os.PathLike[str], kind: str) -> Artifact:
         ArtifactError: naming the file and what does not match.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder, kind)
-    files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
-    fields = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}
-    return Artifact(folder, kind, fields, files, sha256_file(folder / MANIFEST))
+    while True:  # where a writer replaced the folder meanwhile, half of the old one was read: the new one follows
+        before = _identity(folder)
+        try:
+            manifest = read_manifest(folder, kind)
+            files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
+            sha256 = sha256_file(folder / MANIFEST)
+        except (OSError, ArtifactError):
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                fields = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}
+                return Artifact(folder, kind, fields, files, sha256)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORMAT_VERSION) -> dict[str, Any]:

@@ -184,8 +184,12 @@ def read_lines(file: Path) -> list[str]:
         DataError: if it is missing or no such text.
     """
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as e:
         raise DataError(str(file), "no such file", "a list of images", "Copy it beside the images.") from e
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(str(file), f"an unreadable file ({e})", "UTF-8 text", "Save it as UTF-8.") from e
+    number = next((i for i, line in enumerate(lines, start=1) if "\0" in line), None)
+    if number is not None:
+        raise DataError(f"{file}, line {number}", "a zero byte", "UTF-8 text", "Save it as UTF-8.")
+    return lines

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from nformer_edge.core.artifact import read_text
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import CalibrationChoice, Precision, check_at_least, check_choice
 
@@ -92,14 +93,14 @@ def read_exclude(sources: Iterable[str]) -> tuple[str, ...]:
     """
     names: list[str] = []
     for source in sources:
-        names += _from_file(Path(source)) if Path(source).is_file() else [source]
+        names += _from_file(Path(source)) if Path(source).exists() else [source]
     return tuple(dict.fromkeys(names))
 
 
 def _from_file(path: Path) -> list[str]:
     from nformer_edge.quantize.values import BudgetSearch
 
-    text = path.read_text()
+    text = read_text(path, "names of nodes")
     if path.suffix != ".json":
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         return [line for line in lines if line]
@@ -110,7 +111,7 @@ def _from_file(path: Path) -> list[str]:
             found = None if search.chosen is None else list(search.float_nodes)
         if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
             raise ValueError("something else")
-    except (ValueError, ArtifactError) as e:
+    except (ValueError, RecursionError, ArtifactError) as e:
         expected = "a list of node names, or an engine's budget.json that chose a set"
         raise UsageError("exclude_nodes", f"{path}: {e}", expected, "Write the names into a file, one a line.") from e
     return found

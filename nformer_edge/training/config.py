@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.artifact import read_text
+from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import (
     BackboneSpec,
     HeadSpec,
@@ -204,9 +205,8 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
         UsageError: if the file is missing or not TOML, or holds an unknown key or a value of the wrong type.
     """
     try:
-        with open(path, "rb") as file:
-            data = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        data = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError, ArtifactError) as e:
         raise UsageError(str(path), str(e), "a TOML file", "Check the file.") from e
     if isinstance(model := data.get("model"), dict):
         head, backbone = model.setdefault("head", {}), model.get("backbone", {})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.errors import ArtifactError, Error, UsageError
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import JSON, Table, from_json, to_json, to_table
 from nformer_edge.model.tensorfile import TensorFile
@@ -86,11 +86,20 @@ class StateFile:
         if not self.resume or not self.path.exists():
             return None
         tensors, texts = _FILE.read(self.path)
-        state = json.loads(texts["state"])
-        for where, was, now in _differences(state["identity"], to_json(self.identity)):
+        try:
+            state = json.loads(texts["state"])
+            identity, counters = dict(state["identity"]), dict(state["counters"])
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise self.damaged(e) from e
+        for where, was, now in _differences(identity, to_json(self.identity)):
             hint = "Pass what that run was given, or leave out --resume."
             raise UsageError(f"--resume: {where}", now, f"{was}, as in {self.path}", hint)
-        return tensors, state["counters"]
+        return tensors, counters
+
+    def damaged(self, error: Exception) -> ArtifactError:
+        """For a state whose hash holds and whose contents do not fit."""
+        got = f"contents that do not fit ({type(error).__name__}: {error})"
+        return ArtifactError(str(self.path), got, _WHAT, _FILE.hint)
 
 
 def _differences(was: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -169,9 +178,16 @@ class TrainingState:
     def restore(self) -> bool:
         """Takes up the state on disk, if there is one. Returns whether there was."""
         found = self.state.read() if self.state else None
-        if found is None:
+        if found is None or self.state is None:
             return False
-        tensors, counters = found[0], from_json(Counters, found[1])
+        try:
+            self._take(found[0], from_json(Counters, found[1]))
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError, Error) as e:
+            raise self.state.damaged(e) from e
+        self._since = time.perf_counter()
+        return True
+
+    def _take(self, tensors: Mapping[str, Tensor], counters: Counters) -> None:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "criterion": {}, "adam": {}, "best": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
@@ -187,8 +203,6 @@ class TrainingState:
         self.compute.load_state(counters.compute)
         if self.rng is not None and counters.rng is not None:
             self.rng.bit_generator.state = counters.rng
-        self._since = time.perf_counter()
-        return True
 
     def save(self) -> None:
         """Writes the state, and tells of the best epoch. Only after an optimization step, never between its parts."""

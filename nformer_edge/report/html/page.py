@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
-from nformer_edge.core.artifact import atomic_write
+from nformer_edge.core.artifact import atomic_write, read_text
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import Result
 from nformer_edge.quantize.values import BudgetSearch
@@ -41,13 +41,11 @@ def read_result(source: Readable) -> Result:
         return source
     where = os.fspath(source)
     try:
-        data = json.loads(Path(source).read_text())
-    except FileNotFoundError as e:
-        raise ArtifactError(where, "no such file", "a result in JSON", "Check the path.") from e
-    except (OSError, ValueError) as e:
+        data = json.loads(read_text(source, "a result in JSON"))
+    except (ValueError, RecursionError) as e:
         raise ArtifactError(where, f"no readable JSON ({e})", "a result", "Run the command again.") from e
     kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         hint = "Pass a JSON file that a command wrote with -o, such as `evaluate` or `benchmark`."
         raise ArtifactError(where, f"kind {kind!r}", " | ".join(KINDS), hint)
     return KINDS[kind].from_json(data, where)

@@ -147,6 +147,33 @@ def test_a_missing_file_is_refused(bundle: Path) -> None:
         artifact.read_manifest(bundle, "bundle")
 
 
+def test_a_reader_gets_the_old_folder_or_the_new_one_while_a_writer_replaces_it(bundle: Path, monkeypatch) -> None:
+    read = artifact.read_verified
+
+    def replaced(folder, manifest, name):
+        monkeypatch.setattr(artifact, "read_verified", read)
+        with artifact.atomic_folder(bundle, "bundle") as new:
+            (new / "backbone.onnx").write_bytes(b"new")
+            artifact.write_manifest(new, "bundle", {})
+        return read(folder, manifest, name)
+
+    monkeypatch.setattr(artifact, "read_verified", replaced)
+    assert artifact.open_artifact(bundle, "bundle").files == {"backbone.onnx": b"new"}
+
+
+def test_a_text_is_read_from_a_plain_file_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    for name, got in (
+        ("fifo", "a folder or a device"),
+        (".", "a folder or a device"),
+        ("latin", "an unreadable"),
+        ("none", "no such file"),
+    ):
+        with pytest.raises(ArtifactError, match=got):
+            artifact.read_text(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_cannot_name_files_outside_its_folder(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("s")
