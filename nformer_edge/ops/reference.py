@@ -88,7 +88,7 @@ def reciprocal_neighbor_attention(
     `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero. Differentiable in
     `a`, `b` and `v` (Wang et al., CVPR 2022, section 3.3, with the sign of the published code).
 
-    With `t` it is gated: ``sum_j sigmoid(scale * (a_i b_j - max(t_i, t_j))) * f_ij * v_j`` over j != i in the list of
+    With `t` it is gated: ``sum_j sigmoid(scale * (a_i b_j - (t_i + t_j) / 2)) * f_ij * v_j`` over j != i in the list of
     i. The weights are not normalized. f_ij is `camera_factor` for two images of one known camera, otherwise 1.
     Differentiable in `t`, too.
 
@@ -167,7 +167,7 @@ def _gate(
     scores = (a[rows, None, :] * b[places]).sum(dim=2)
     own, theirs = t[rows, None], t[places]
     counts = (places != index) & (scores - own).isfinite() & (scores - theirs).isfinite()
-    gaps = torch.where(counts, scores - torch.maximum(own, theirs), 0.0)
+    gaps = torch.where(counts, 0.5 * (scores - own) + 0.5 * (scores - theirs), 0.0)
     weights = torch.where(counts, (scale * gaps).sigmoid(), 0.0)
     if cameras is not None:
         same = (cameras[places] == cameras[rows, None]) & (cameras[places] >= 0)

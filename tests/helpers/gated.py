@@ -25,7 +25,7 @@ def gated_formula(
     listed = listed.scatter(2, torch.where(lists < 0, rows, lists), True)[:, :, :rows]
     listed = listed & ~torch.eye(rows, dtype=torch.bool)
     t = t.expand(heads, rows)
-    weights = torch.sigmoid(scale * (a @ b.transpose(1, 2) - torch.maximum(t[:, :, None], t[:, None, :]))) * listed
+    weights = torch.sigmoid(scale * (a @ b.transpose(1, 2) - (t[:, :, None] + t[:, None, :]) / 2)) * listed
     if cameras is not None:
         same = (cameras[:, None] == cameras[None]) & (cameras[:, None] >= 0)
         weights = weights * torch.where(same, camera_factor, 1.0).to(weights.dtype)

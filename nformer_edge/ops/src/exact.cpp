@@ -144,7 +144,7 @@ inline double camera_factor(const Attention& x, int64_t i, int64_t j) {
   return x.cameras && x.cameras[i] >= 0 && x.cameras[i] == x.cameras[j] ? x.camera_factor : 1.0;
 }
 
-// Gated: slots of row i that count, and sigmoid(scale * (score - max(t_i, t_j))) of each. Returns how many.
+// Gated: slots of row i that count, and sigmoid(scale * (score - (t_i + t_j) / 2)) of each. Returns how many.
 inline int gate(const Attention& x, int64_t i, int32_t* slots, double* weights) {
   constexpr double kFinite = 3.4028234663852886e38;
   const int32_t* own = x.neighbors + i * x.k;
@@ -155,7 +155,7 @@ inline int gate(const Attention& x, int64_t i, int32_t* slots, double* weights) 
     const double score = dot(x.a + i * x.r, x.b + j * x.r, x.r);
     const double mine = score - x.t[i], theirs = score - x.t[j];
     if (!(__builtin_fabs(mine) <= kFinite && __builtin_fabs(theirs) <= kFinite)) continue;
-    const double z = x.scale * (mine < theirs ? mine : theirs), power = exp_negative(-__builtin_fabs(z));
+    const double z = x.scale * (0.5 * mine + 0.5 * theirs), power = exp_negative(-__builtin_fabs(z));
     slots[count] = s;
     weights[count++] = (z < 0 ? power : 1.0) / (1.0 + power);
   }
@@ -170,11 +170,6 @@ inline int weigh(const Attention& x, int64_t i, int32_t* slots, double* weights)
   return count;
 }
 
-// How much of the slope of (i, j) goes to t_i.
-inline double share_of(const Attention& x, int64_t i, int64_t j) {
-  return x.t[i] > x.t[j] ? 1.0 : x.t[i] == x.t[j] ? 0.5 : 0.0;
-}
-
 // Gated: grad b, grad v and grad t. Who reads column j stands in `readers`.
 inline void gate_backward_columns(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end) {
   const Readers& from = g.readers;
@@ -183,10 +178,10 @@ inline void gate_backward_columns(const Attention& x, const AttentionGradient& g
     weighted_sum(x.a, from.row + first, from.slope + first, static_cast<int>(count), x.r, g.gb + j * x.r);
     weighted_sum(g.gy, from.row + first, from.weight + first, static_cast<int>(count), x.d, g.gv + j * x.d);
     double slope = 0;
-    for (int64_t n = first; n < first + count; ++n) slope += from.slope[n] * share_of(x, j, from.row[n]);
+    for (int64_t n = first; n < first + count; ++n) slope += from.slope[n];
     for (int64_t s = j * x.k; s < (j + 1) * x.k; ++s)
-      if (x.neighbors[s] >= 0) slope += g.slope[s] * share_of(x, j, x.neighbors[s]);
-    g.gt[j] -= static_cast<float>(slope);
+      if (x.neighbors[s] >= 0) slope += g.slope[s];
+    g.gt[j] -= static_cast<float>(0.5 * slope);  // half of each pair's goes to either threshold
   }
 }
 
