@@ -91,6 +91,14 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 @_checked
+def _head_use(text: str) -> bool | str:
+    """``yes``, ``no`` or ``auto``."""
+    uses: dict[str, bool | str] = {"yes": True, "no": False, "auto": "auto"}
+    spec.check_choice("choice", text, tuple(uses))
+    return uses[text]
+
+
+@_checked
 def _assignment(text: str) -> tuple[str, float]:
     """``name=number``."""
     name, _, value = text.partition("=")
@@ -326,9 +334,16 @@ _calls(
     _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"),
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
+    _option("--data", metavar="DIR", help="dataset or feature store: measures the manifest's table by images a person "
+            "(default: training's table, of held-out people)"),
+    LAYOUT,
 )
 def _export(args: Args) -> None:
-    _show(args, Written(_call(args, "exporting.export:export_bundle")))
+    measured = {}
+    if hasattr(args, "data"):
+        found = _call(args, "report.accuracy:evaluate", model=args.checkpoint, rank_lists=0, per_query=False)
+        measured = {"accuracy": found.composition}
+    _show(args, Written(_call(args, "exporting.export:export_bundle", **measured)))
 
 
 @_command(
@@ -434,7 +449,11 @@ _calls(
     _option("--top", type=int, help="gallery images per query (default 10)"), BATCH, DECODERS, THREADS, OUT_JSON,
     _option("--threshold", type=float, metavar="COSINE",
             help="cosine from which a match counts, as `threshold` recommends (default: all count)"),
-    _option("--no-head", action="store_false", dest="head", help="rank by the backbone alone"),
+    _option("--head", type=_head_use, metavar="USE",
+            help="yes | no | auto: where the model's table by images a person shows no harm (default auto)"),
+    _option("--no-head", action="store_false", dest="head", help="short for --head no"),
+    _option("--images-per-person", type=int, metavar="N",
+            help="images of one person in the gallery, for --head auto (default: by the gallery's labels, or else 1)"),
     _flag("--together", "all queries in one pass of the head; they then affect each other"),
 )
 

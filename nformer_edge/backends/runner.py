@@ -10,6 +10,7 @@ import numpy as np
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import check_features
 from nformer_edge.core.spec import HeadSpec, ModelSpec
+from nformer_edge.metrics.composition import Composition
 from nformer_edge.ops.contract import draw_landmarks
 
 
@@ -26,6 +27,7 @@ class Runner(Protocol):
         checkpoint: sha256 of the checkpoint that it was made from, or is; "" where that is not known.
         has_head: whether `relate` is there.
         native: whether the two operators run in our CPU kernels, which choose neighbors by exact scores.
+        accuracy: of the checkpoint, by images a person; None where nobody measured it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Runner(Protocol):
     checkpoint: str
     has_head: bool
     native: bool
+    accuracy: Composition | None
 
     def __enter__(self) -> Runner: ...
 

@@ -17,6 +17,7 @@ from nformer_edge.backends.base import PYTORCH
 from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.spec import ModelSpec
+from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
 from nformer_edge.model.nformer import NFormer
@@ -61,6 +62,7 @@ class TorchRunner:
         self.has_head = checkpoint.head is not None
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
+        self.accuracy = Composition.of(checkpoint.extra)
         self._threads = intra_op_threads
         self.native = native
         self._operators: Operators = FastestOperators() if native else ops

@@ -17,6 +17,7 @@ from nformer_edge.core.features import UNREADABLE
 from nformer_edge.core.spec import InputScale, ModelSpec, Precision, PreprocessSpec
 from nformer_edge.core.values import JSON, from_json
 from nformer_edge.exporting.wire import refuse_outside
+from nformer_edge.metrics.composition import Composition
 from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
 
 KIND = "bundle"
@@ -48,6 +49,7 @@ class ModelManifest:
         opset: of the standard ONNX domain.
         checkpoint_sha256: of the checkpoint it was exported from.
         precision: by part; ``fp32`` where a part is not named.
+        accuracy: of the checkpoint, in FP32, by the number of gallery images a person; null where nobody measured it.
     """
 
     model: ModelSpec
@@ -58,6 +60,7 @@ class ModelManifest:
     opset: int
     checkpoint_sha256: str
     precision: Mapping[str, Precision] = field(default_factory=dict)
+    accuracy: Composition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,6 @@ class BundleManifest(ModelManifest):
         ir_version: of the ONNX files.
         versions: of the packages that made it.
         self_check: of each file, the worst error of stock onnxruntime in units of the FP32 tolerance.
-        accuracy: what the exporter was told of the model's accuracy, or null.
         calibration: what another tool that changed the backbone calibrated with.
         made_by: that tool, its version and its settings.
         made_from: sha256 of the backbone's file before.
@@ -77,7 +79,6 @@ class BundleManifest(ModelManifest):
     ir_version: int
     versions: Mapping[str, str]
     self_check: Mapping[str, Mapping[str, float]]
-    accuracy: JSON = None
     calibration: JSON = None
     made_by: Mapping[str, str] = field(default_factory=dict)
     made_from: str = ""

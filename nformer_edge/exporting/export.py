@@ -16,11 +16,12 @@ from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.spec import PreprocessSpec
-from nformer_edge.core.values import JSON, to_table
+from nformer_edge.core.values import to_table
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
 from nformer_edge.exporting.trace import trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
+from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
 from nformer_edge.ops.bodies import DEFAULT_OPSET, IR_VERSION, check_opset
 from nformer_edge.ops.contract import LANDMARK_RULE, draw_landmarks
@@ -43,7 +44,7 @@ def export_bundle(
     *,
     opset: int = DEFAULT_OPSET,
     landmark_seed: int = 0,
-    accuracy: JSON = None,
+    accuracy: Composition | None = None,
 ) -> Path:
     """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
 
@@ -52,7 +53,8 @@ def export_bundle(
         out: the folder, written whole or not at all; an earlier bundle there is replaced.
         opset: of the standard ONNX domain, 18 to 20.
         landmark_seed: recorded in the manifest; runners draw landmarks from it.
-        accuracy: what an evaluation of the checkpoint gave, to travel along.
+        accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
+            if None what its training measured on held-out people, where it did. `search` decides by it.
 
     Raises:
         UsageError: for an opset without bodies, or a negative seed.
@@ -166,7 +168,9 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
     return worst
 
 
-def _manifest(loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: JSON) -> BundleManifest:
+def _manifest(
+    loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: Composition | None
+) -> BundleManifest:
     head = loaded.spec.head
     where = "inside nformer.onnx: features go in as the backbone gave them"
     return BundleManifest(
@@ -180,5 +184,5 @@ def _manifest(loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float]
         versions=versions("torch", "onnx", ONNXRUNTIME, "numpy"),
         checkpoint_sha256=loaded.sha256,
         self_check={"worst_error_in_fp32_tolerances": worst},
-        accuracy=accuracy,
+        accuracy=accuracy or Composition.of(loaded.extra),
     )

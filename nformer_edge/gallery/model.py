@@ -19,7 +19,7 @@ from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.values import Result, Table
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.images import Images
-from nformer_edge.gallery.search import Matches, check_model
+from nformer_edge.gallery.search import HeadUse, Matches, check_model
 from nformer_edge.gallery.search import search as ranked
 from nformer_edge.metrics.distance import unit_rows
 
@@ -160,7 +160,8 @@ class Gallery:
         top: int = 10,
         *,
         boxes: ArrayLike | None = None,
-        head: bool = True,
+        head: HeadUse = "auto",
+        images_per_person: int | None = None,
         together: bool = False,
         batch: int = 32,
         threshold: float | None = None,
@@ -173,6 +174,7 @@ class Gallery:
             top,
             boxes=boxes,
             head=head,
+            images_per_person=images_per_person,
             together=together,
             batch=batch,
             threshold=threshold,
@@ -281,7 +283,8 @@ def search(
     top: int = 10,
     *,
     boxes: ArrayLike | None = None,
-    head: bool = True,
+    head: HeadUse = "auto",
+    images_per_person: int | None = None,
     together: bool = False,
     batch: int = 32,
     decoders: int | None = None,
@@ -304,6 +307,7 @@ def search(
             top,
             boxes=boxes,
             head=head,
+            images_per_person=images_per_person,
             together=together,
             batch=batch,
             decoders=decoders,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +22,15 @@ from nformer_edge.gallery.embed import embed_images, embed_records
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_sets
 from nformer_edge.metrics.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
+from nformer_edge.metrics.ranking import DISTRACTOR
+
+#: Whether the head is used; ``auto``: where it is known to do no harm.
+HeadUse: TypeAlias = "bool | Literal['auto']"
+
+#: What ``auto`` allows the head to lose against the backbone, by the model's own table: mAP and Rank-1.
+ALLOWED_LOSS = (0.003, 0.005)
+
+_OVERRIDE = "`evaluate` shows what the head gains; head=True (--head yes) uses it"
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Matches(Result):
             gallery at once; null for the backbone alone.
         model: architecture and image size.
         backend: what computed.
+        decision: why the head was used or not; "" where the caller said it.
     """
 
     kind: ClassVar[str] = "matches"
@@ -80,6 +90,7 @@ class Matches(Result):
     protocol: Literal["per-query", "joint"] | None
     model: str
     backend: str
+    decision: str = ""
 
     def __post_init__(self) -> None:
         shape = len(self.queries), len(self.ids[0]) if self.ids else 0
@@ -116,7 +127,7 @@ class Matches(Result):
             blocks.append("\n".join([query or f"query {number}", *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
         summary = f"{len(self):,} queries, {self.searched:,} gallery images searched {head}, {self.backend}"
-        return "\n\n".join([*blocks, summary])
+        return "\n\n".join([*blocks, summary + (f"\n{self.decision}" if self.decision else "")])
 
 
 def top_matches(
@@ -155,7 +166,8 @@ def search(
     top: int = 10,
     *,
     boxes: ArrayLike | None = None,
-    head: bool = True,
+    head: HeadUse = "auto",
+    images_per_person: int | None = None,
     together: bool = False,
     batch: int = 32,
     decoders: int | None = None,
@@ -171,6 +183,8 @@ def search(
         top: matches a query.
         boxes: of people in `queries`, one frame.
         head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
+            ``auto``: where the model's own measurement by images a person says that it does no harm (`head_decision`).
+        images_per_person: that the gallery has, where the caller knows; for ``auto``.
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
         batch: images decoded and run at once.
         decoders: threads that decode files; one a core if None.
@@ -193,7 +207,8 @@ def search(
     if not isinstance(query, Features):
         query = embed_images(runner, query, boxes, batch=batch, decoders=decoders)
     check_model(runner, query, "queries")
-    related = head and runner.has_head
+    use, decision = (head, "") if head != "auto" else head_decision(runner, gallery, images_per_person)
+    related = use and runner.has_head
     pairs: Iterable[tuple[Features, Features]] = [(query, gallery)]
     if related and len(query):
         pairs = [relate_sets(runner, query, gallery)] if together else relate_each(runner, query, gallery)
@@ -212,7 +227,45 @@ def search(
         (JOINT if together else PER_QUERY) if related else None,
         runner.name,
         runner.backend,
+        decision,
     )
+
+
+def head_decision(runner: Runner, gallery: Features, images_per_person: int | None = None) -> tuple[bool, str]:
+    """Whether ``auto`` uses the head, and why.
+
+    Images a person are `images_per_person` if given; else as the gallery's own people or ids have them; else 1, where a
+    head does most harm. The head is used where the model's table (`metrics.composition`), averaged over the gallery's
+    people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table it is not used.
+    """
+    if images_per_person is not None:
+        check_at_least("images_per_person", images_per_person, 1)
+    if not runner.has_head:
+        return False, ""
+    if runner.accuracy is None:
+        return False, f"head not used: nothing was measured by images a person (`export --data` does); {_OVERRIDE}"
+    counts, known = _images_a_person(gallery)
+    if images_per_person is not None:
+        counts, known = np.array([images_per_person]), f"n = {images_per_person} images a person (given)"
+    gain = runner.accuracy.expected_gain(counts)
+    if gain is None:
+        return False, f"head not used: the model's measurement has none; {_OVERRIDE}"
+    use = all(found >= -allowed for found, allowed in zip(gain, ALLOWED_LOSS, strict=True))
+    points = f"{100 * gain[0]:+.1f} points mAP, {100 * gain[1]:+.1f} Rank-1"
+    measured = f"{points} at {known}, measured on {runner.accuracy.measured_on}"
+    return use, f"head used: {measured}" if use else f"head not used: {measured}"
+
+
+def _images_a_person(gallery: Features) -> tuple[np.ndarray, str]:
+    """Of each person or id in the gallery, how many images; and how that is known. Distractors are nobody."""
+    labeled = gallery.pids > DISTRACTOR
+    names = np.array(gallery.names, np.str_)
+    if gallery.ids:
+        labeled = gallery.pids != DISTRACTOR
+    if not labeled.any():
+        return np.array([1]), "n = 1 image a person (the worst case: the gallery has no labels)"
+    counts = np.unique(names[labeled], return_counts=True)[1]
+    return counts, f"n = {counts.mean():.3g} images a person (the gallery's labels)"
 
 
 def check_model(runner: Runner, features: Features, subject: str) -> None:

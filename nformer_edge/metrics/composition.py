@@ -13,14 +13,15 @@ person, bounds over queries are bounds over people.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.errors import ArtifactError, DataError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.values import JSON, from_json
 from nformer_edge.metrics.bootstrap import Interval, mean_interval, paired_difference
 from nformer_edge.metrics.distance import ROW_BLOCK, row_blocks
 from nformer_edge.metrics.ranking import DISTRACTOR, UNKNOWN_CAMERA, Pair, evaluate, valid
@@ -84,6 +85,29 @@ class Composition:
     measured_on: str
     draws: int
     rows: tuple[CompositionRow, ...]
+
+    @classmethod
+    def of(cls, extra: Mapping[str, JSON]) -> Composition | None:
+        """What a checkpoint's `extra` says under ``accuracy``; None where it says nothing.
+
+        Raises:
+            ArtifactError: if it says something else.
+        """
+        said = extra.get("accuracy")
+        return None if said is None else from_json(cls, said, "accuracy", error=ArtifactError)
+
+    def expected_gain(self, counts: Sequence[int] | np.ndarray) -> tuple[float, float] | None:
+        """What the head gains in mAP and Rank-1, on average over people of whom a gallery has `counts` images.
+
+        A person counts by the row of as many images or, where there is none, of the next fewer. None without a head.
+        """
+        rows = [(r.images, r.gain.mAP.value, r.gain.rank1.value) for r in self.rows if r.images and r.gain]
+        if not rows or not len(counts):
+            return None
+        table = np.array(rows, np.float64)
+        place = np.searchsorted(table[:, 0], np.asarray(counts, np.float64), side="right") - 1
+        mAP, rank1 = table[place.clip(min=0), 1:].mean(axis=0)
+        return float(mAP), float(rank1)
 
 
 def thin(query: Features, gallery: Features, images: int | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

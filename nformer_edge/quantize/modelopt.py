@@ -126,7 +126,6 @@ def bundle_by_modelopt(
     manifest = replace(
         source.manifest,
         self_check={},
-        accuracy=None,
         precision={**source.precision, "backbone": precision},
         calibration=to_table(CalibrationFacts(calib_method, seed, force_calibration, len(paths), sha256)),
         made_by={"nvidia-modelopt": version("nvidia-modelopt"), "choice": "its own" if own_choice else "ours"},

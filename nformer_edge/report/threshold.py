@@ -130,7 +130,7 @@ class Threshold(Result):
 
 def _flag(curve: Curve) -> str:
     """What `search` is told besides, so that it ranks likewise."""
-    return " --no-head" if curve.protocol is None else ""
+    return " --head no" if curve.protocol is None else " --head yes"
 
 
 def threshold(

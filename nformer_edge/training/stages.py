@@ -19,6 +19,7 @@ from nformer_edge.core.spec import ModelSpec
 from nformer_edge.core.values import Table, from_json, to_json
 from nformer_edge.data.holdout import Holdout
 from nformer_edge.data.loaders import TrainImages
+from nformer_edge.metrics.composition import Composition, composition
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
@@ -143,9 +144,17 @@ def second_stage(
         on_last=partial(keep, LAST_HEAD, epoch=config.head.epochs),
     )
     if run.compute.leads:
-        save_checkpoint(run.out, spec, backbone, head, extra)
+        measured: Table = {} if held is None else {"accuracy": to_json(_accuracy(head, *held, config.seed))}
+        save_checkpoint(run.out, spec, backbone, head, {**extra, **measured})
     run.compute.wait()
     return Stage(tuple(rows), Best.of(rows), time.perf_counter() - start), sha256_file(run.out)
+
+
+def _accuracy(head: NFormer, query: Features, gallery: Features, seed: int) -> Composition:
+    """Backbone and head by images a person, on the held-out identities."""
+    people = f"{len(np.unique(query.pids))} people held out of training"
+    together = partial(relate, head)
+    return composition(query, gallery, together, landmark_seeds=(seed,), measured_on=people)
 
 
 def extract_views(

@@ -73,6 +73,23 @@ def test_search_finds_the_query_itself_first(run: Run, road: Path) -> None:
     assert len(found) == 3
 
 
+def test_search_decides_by_what_training_measured_and_says_so(run: Run, road: Path, tmp_path: Path) -> None:
+    trained, engine = (
+        read_manifest(road / folder, kind) for folder, kind in (("bundle", "bundle"), ("int8", "engine"))
+    )
+    assert trained["accuracy"] == engine["accuracy"]
+    assert "held out of training" in trained["accuracy"]["measured_on"]
+    query = sorted((road / "data" / "query").iterdir())[0]
+    asked = ("search", road / "int8", "--query", query, "--gallery", road / "data")
+    for known, said in (((), "n = "), (("--images-per-person", 1), "n = 1 images a person (given)")):
+        out = run(*asked, *known).out
+        assert "head used: " in out or "head not used: " in out
+        assert said in out
+    ran = run("export", road / "model.safetensors", "-o", tmp_path / "b", "--data", road / "data")
+    assert ran.code == 0, ran.err
+    assert read_manifest(tmp_path / "b", "bundle")["accuracy"]["measured_on"] == "generated"
+
+
 def test_benchmark_and_report_draw_one_page_from_json(run: Run, road: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.json" for name in ("evaluation", "parity", "benchmark", "comparison")]
     assert run("evaluate", road / "int8", "--data", road / "data", "-o", files[0]).code == 0

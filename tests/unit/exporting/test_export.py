@@ -15,11 +15,14 @@ from helpers.manifests import reseal
 
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, UsageError
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
+from nformer_edge.core.values import to_json
 from nformer_edge.exporting import export
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, open_bundle
 from nformer_edge.exporting.trace import folded_neck, trace_head
 from nformer_edge.metrics.agreement import ROUNDING, row_errors
+from nformer_edge.metrics.composition import composition
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.nformer import NFormer
@@ -47,6 +50,21 @@ def test_a_bundle_says_what_a_device_must_know(tiny_bundle, tiny_checkpoint):
     assert (manifest["landmark_seed"], manifest["opset"]) == (7, 18)
     assert {"torch", "onnx", "onnxruntime", "nformer-edge"} <= set(manifest["versions"])
     assert all(error <= 1 for error in manifest["self_check"]["worst_error_in_fp32_tolerances"].values())
+
+
+def test_the_manifest_carries_what_was_measured_by_images_a_person_and_claims_nothing_else(
+    tiny_bundle, tiny_checkpoint, tmp_path
+):
+    assert open_bundle(tiny_bundle).manifest.accuracy is None
+    few = Features(np.random.default_rng(0).normal(size=(6, 32)), np.repeat([1, 2, 3], 2), np.array([1, 2] * 3))
+    measured = composition(few, few, lambda query, gallery, seed: (query, gallery), measured_on="three people")
+    model = load_checkpoint(tiny_checkpoint)
+    extra = {"accuracy": to_json(measured)}
+    save_checkpoint(tmp_path / "m.safetensors", model.spec, model.backbone, model.head, extra)
+    bundle = export.export_bundle(tmp_path / "m.safetensors", tmp_path / "b")
+    assert open_bundle(bundle).manifest.accuracy == measured
+    other = replace(measured, measured_on="others")
+    assert open_bundle(export.export_bundle(tiny_checkpoint, tmp_path / "o", accuracy=other)).manifest.accuracy == other
 
 
 def test_both_files_run_in_stock_onnxruntime_at_any_size_and_equal_pytorch(tiny_bundle, tiny_checkpoint):

@@ -18,7 +18,7 @@ CALLED = {
     "summary": ("data.summary:summarize",),
     "train": ("training.config:configure", "training.config:HeadConfig", "core.spec:HeadSpec", "training.train:train"),
     "import": ("model.weights:import_checkpoint", "model.importers.plan:Wanted"),
-    "export": ("exporting.export:export_bundle",),
+    "export": ("exporting.export:export_bundle", "report.accuracy:evaluate"),
     "modelopt": ("quantize.modelopt:bundle_by_modelopt",),
     "build-engine": ("targets.build:build_for_target", *ENGINE),
     "prepare": ("targets.trtexec:prepare_for_target", *ENGINE),

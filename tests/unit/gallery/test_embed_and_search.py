@@ -158,8 +158,8 @@ def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tin
     queries = sorted((tiny_market / "query").iterdir())[:2]
     summary = embed_files(tiny_bundle, tiny_market, tmp_path / "store.npz")
     assert summary.images == {"train": 36, "query": 6, "gallery": 12}
-    from_store = search(tiny_bundle, queries, tmp_path / "store.npz", top=4)
-    from_images = search(tiny_bundle, queries, tiny_market, top=4)
+    from_store = search(tiny_bundle, queries, tmp_path / "store.npz", top=4, head=True)
+    from_images = search(tiny_bundle, queries, tiny_market, top=4, head=True)
     assert from_store.protocol == "per-query"
     assert from_store.searched == 12
     assert from_store.paths == from_images.paths
@@ -167,11 +167,11 @@ def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tin
 
 def test_what_is_found_for_a_query_does_not_depend_on_the_others(tiny_bundle, tiny_market):
     one, *others = sorted((tiny_market / "query").iterdir())
-    alone = search(tiny_bundle, [one], tiny_market, top=4)
-    among = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4)
+    alone = search(tiny_bundle, [one], tiny_market, top=4, head=True)
+    among = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, head=True)
     assert among.protocol == "per-query"
     assert among[1] == alone[0]
-    together = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, together=True)
+    together = search(tiny_bundle, [others[0], one, others[1]], tiny_market, top=4, head=True, together=True)
     assert together.protocol == "joint"
     assert together[1] != alone[0]
 

@@ -46,7 +46,7 @@ def test_images_added_are_found_under_their_ids(model, gallery):
 
 def test_a_search_gives_what_a_search_over_features_gives(model, gallery):
     features = model.embed(CROPS[:3])
-    for settings in ({}, {"head": False}, {"together": True}):
+    for settings in ({}, {"head": True}, {"head": False}, {"head": True, "together": True}):
         by_gallery = gallery.search(CROPS[3:], top=3, **settings)
         by_features = search(model, model.embed(CROPS[3:]), features, top=3, **settings)
         np.testing.assert_array_equal(by_gallery.indices, by_features.indices)
@@ -67,8 +67,8 @@ def test_matches_under_the_threshold_do_not_count_and_are_not_printed(gallery):
 
 
 def test_the_head_sees_each_query_alone(gallery):
-    together, among = gallery.search(CROPS[3:], together=True), gallery.search(CROPS[3:])
-    alone = gallery.search(CROPS[4])
+    together, among = (gallery.search(CROPS[3:], head=True, together=t) for t in (True, False))
+    alone = gallery.search(CROPS[4], head=True)
     assert (among.protocol, together.protocol) == ("per-query", "joint")
     np.testing.assert_allclose(among.scores[1], alone.scores[0], atol=1e-6)
 
@@ -127,7 +127,7 @@ def test_people_in_a_frame_are_added_and_searched_by_their_boxes(model):
     np.testing.assert_array_equal(model.embed(frame, boxes).features, model.embed(CROPS).features)
     found = gallery.search(frame, top=1, boxes=boxes[::-1], head=False)
     assert found.ids == (("e",), ("d",), ("c",), ("b",), ("a",))
-    for settings in ({}, {"head": False}):
+    for settings in ({"head": True}, {"head": False}):
         assert len(gallery.search(frame, boxes=[], **settings)) == 0
 
 

@@ -15,6 +15,7 @@ from nformer_edge.cli import main
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
+from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.training.config import HeadConfig, TrainConfig
@@ -123,6 +124,17 @@ def test_held_out_people_are_not_trained_on_and_are_watched(folder: Path, tmp_pa
     history = train(None, tmp_path / "m.safetensors", CONFIG, features=folder / "store.npz")
     assert history.identities == 6
     assert all(0 <= row.held_out_map <= 1 for row in history.stages["head"].epochs)
+    accuracy = Composition.of(load_checkpoint(tmp_path / "m.safetensors").extra)
+    assert accuracy.measured_on == "2 people held out of training"
+    assert [(row.title, row.people, row.gain is None) for row in accuracy.rows[:2]] == [
+        ("1", 2, False),
+        ("2", 2, False),
+    ]
+
+
+def test_without_held_out_people_the_checkpoint_claims_nothing(folder: Path, tmp_path: Path) -> None:
+    train(None, tmp_path / "m.safetensors", replace(CONFIG, holdout=0), features=folder / "store.npz")
+    assert Composition.of(load_checkpoint(tmp_path / "m.safetensors").extra) is None
 
 
 def test_a_killed_head_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
