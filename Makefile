@@ -1,6 +1,7 @@
 # make demo   the main job, from generated images to an INT8 engine and its accuracy proof
 # make test   lint, types, import floors and the whole test suite
 # make test-optional   what needs qemu, CMake, Chromium or a like tool; skips name what is missing
+# make torture   broken, cut, hostile and interrupted: every row of docs/reliability.md, in about 40 minutes
 # make docs   the generated reference: docs/api.md and docs/schemas
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
@@ -10,10 +11,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
-.PHONY: help install demo docs test test-optional gpu-check lint format clean
+.PHONY: help install demo docs torture test test-optional gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+torture: install
+	cd tests && $(abspath $(BIN))/python -m torture -o ../docs/reliability.md
 
 docs: install
 	$(BIN)/python docs/generate.py

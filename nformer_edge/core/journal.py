@@ -76,9 +76,13 @@ class Journal:
             found = compute()
             return [list(found.shape), base64.b64encode(found.astype(np.float32).tobytes()).decode()]
 
-        shape, data = cast("tuple[list[int], str]", self.recall(facts, encoded))
-        del self._known[_sha256(facts)]
-        return np.frombuffer(base64.b64decode(data), np.float32).reshape(shape)
+        try:
+            return _decoded(self.recall(facts, encoded))
+        except (ValueError, TypeError):  # a line whose hash holds, and that is no array
+            del self._known[_sha256(facts)]
+            return _decoded(self.recall(facts, encoded))
+        finally:
+            del self._known[_sha256(facts)]
 
     def remove(self) -> None:
         """Deletes the file: what it holds stands elsewhere."""
@@ -113,6 +117,13 @@ class Journal:
     def _failed(self, error: OSError) -> ArtifactError:
         hint = "Free some space, or choose another -o."
         return ArtifactError(str(self._path), error.strerror, "a writable file for finished work", hint)
+
+
+def _decoded(value: JSON) -> np.ndarray:
+    shape, data = cast("tuple[list[int], str]", value)
+    if min(shape) < 0:
+        raise ValueError("a negative length")
+    return np.frombuffer(base64.b64decode(data), np.float32).reshape(shape)
 
 
 def _sha256(data: JSON) -> str:

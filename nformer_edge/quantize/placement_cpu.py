@@ -54,7 +54,11 @@ def place_for_cpu(backbone: bytes, ranges: Ranges, *, reduce_range: bool = False
     plain.CopyFrom(model)
     measured, types = for_onnxruntime(ranges), (QuantType.QInt8, QuantType.QUInt8)
     quantizer = QDQQuantizer(model, True, reduce_range, *types, measured, [], float_nodes(model), CALIBRATED, options)
-    return Placement(plain, quantizer.quantize_model(), quantized_nodes(plain))
+    try:
+        return Placement(plain, quantizer.quantize_model(), quantized_nodes(plain))
+    except (KeyError, ValueError) as e:  # a tensor without a range
+        expected = "one for every tensor that is quantized"
+        raise ArtifactError("calibration", f"no range ({e})", expected, "Calibrate again, with this bundle.") from e
 
 
 def for_onnxruntime(ranges: Ranges) -> TensorsData:

@@ -14,7 +14,7 @@ import numpy as np
 from nformer_edge.backends.engine import Engine, how_to_rebuild
 from nformer_edge.backends.onnxruntime.build import NAME
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
-from nformer_edge.core.errors import BackendError
+from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.machine import VNNI, saturates_int8
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, ModelFiles, check_graphs
@@ -35,7 +35,8 @@ class OnnxRuntimeRunner:
         native: run the head's operators in the native kernels where they are compiled.
 
     Raises:
-        ArtifactError: if a graph is missing, or there is one too many.
+        ArtifactError: if a graph is missing, or there is one too many, or (when it is opened) takes other inputs than
+            its spec says.
         BackendError: if onnxruntime is not installed, or would saturate on this CPU.
     """
 
@@ -90,8 +91,24 @@ class OnnxRuntimeRunner:
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
             graph, native = self._model.files.files[name], self.native and name == HEAD
-            self._sessions[name] = open_session(graph, name, self._threads, native)
+            session = open_session(graph, name, self._threads, native)
+            self._check_inputs(name, {i.name: tuple(i.shape) for i in session.get_inputs()})
+            self._sessions[name] = session
         return self._sessions[name]
+
+    def _check_inputs(self, name: str, found: Mapping[str, tuple[Any, ...]]) -> None:
+        size, head = self.spec.preprocess, self.spec.head
+        expected: dict[str, tuple[Any, ...]] = {"images": ("B", 3, size.height, size.width)}
+        if head is not None:
+            expected |= {"features": ("N", head.features), "landmarks": (head.layers, "l")}
+        for key, shape in found.items():
+            wanted = expected.get(key, ())
+            same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(shape, wanted, strict=False))
+            if len(shape) != len(wanted) or not same:
+                hint = "The manifest is of another model: copy or make the folder again."
+                raise ArtifactError(
+                    f"{self._model.folder / name}: {key}", list(shape), f"{list(wanted)} by its spec", hint
+                )
 
 
 def refuse_saturation(model: ModelFiles) -> None:
