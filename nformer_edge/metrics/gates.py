@@ -90,6 +90,7 @@ class GateResult:
         upper: for a ratio, the upper one.
         note: what a reader should know besides.
         landmark_seed: of the run; null for a part without landmarks.
+        images: gallery images a person of the run; null for all.
     """
 
     gate: str
@@ -102,6 +103,7 @@ class GateResult:
     upper: float = math.nan
     note: str = ""
     landmark_seed: int | None = None
+    images: int | None = None
 
     @property
     def title(self) -> str:
@@ -118,12 +120,13 @@ class GateResult:
 
     @property
     def failure(self) -> str:
-        """What a failed gate came to: measured, bound, by how much, and the landmark seed if any."""
+        """What a failed gate came to: measured, bound, by how much, and of which run."""
         measured = "not a number" if math.isnan(self.measured) else f"{self.measured:.6g}"
         edge = "" if math.isnan(self.upper) else f" (upper bound {self.upper:.6g})"
         miss = "" if math.isnan(self.margin) else f", missed by {abs(self.margin):.3g}"
         seed = "" if self.landmark_seed is None else f" with landmark seed {self.landmark_seed}"
-        return f"{self.title}: {measured}{edge} against {self.bound:g}{miss}{seed}"
+        few = "" if self.images is None else f" at {self.images} gallery image a person"
+        return f"{self.title}: {measured}{edge} against {self.bound:g}{miss}{seed}{few}"
 
     @property
     def shown_bound(self) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from nformer_edge.backends.runner import Runner
-from nformer_edge.core.errors import GateError, UsageError
+from nformer_edge.core.errors import DataError, GateError, UsageError
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import Result
@@ -19,6 +19,7 @@ from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics import gates
 from nformer_edge.metrics.agreement import row_errors
 from nformer_edge.metrics.bootstrap import DRAWS
+from nformer_edge.metrics.composition import thin
 from nformer_edge.metrics.gates import Verdict
 from nformer_edge.metrics.ranking import Pair
 from nformer_edge.ops.contract import draw_landmarks
@@ -29,6 +30,9 @@ from nformer_edge.report.table import format_table, percent
 
 #: Landmark seeds that the head is judged under, unless told otherwise: the engine's own and those after it.
 LANDMARK_SEEDS = 3
+
+#: Gallery images a person that every part is judged at; None is the whole split.
+COMPOSITIONS: tuple[int | None, ...] = (None, 1)
 
 #: What to say where the name of the blamed part does not say it.
 _CAUSES = {"end_to_end": "neither part alone: small differences of the backbone, grown in the head"}
@@ -53,7 +57,7 @@ class Parity(Result):
     """
 
     kind: ClassVar[str] = "parity"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     machine: MachineFacts
     reference: MeasuredModel
@@ -84,7 +88,7 @@ class Parity(Result):
 
     @property
     def failures(self) -> list[str]:
-        """One line for each failed gate: part, gate, measured, bound, by how much, and the landmark seed if any."""
+        """One line for each failed gate: part, gate, measured, bound, by how much, and of which run."""
         failed = [(p, g) for p in self.parts for g in p.gates if (g.kind, g.status) == ("gate", "failed")]
         return [f"{part.title} {part.precision}, {gate.failure}" for part, gate in failed]
 
@@ -129,14 +133,14 @@ def _notes(part: PartParity) -> list[str]:
         told = gate.gate == "tensor" and gate.kind == "gate" and gate.status != "failed" and not part.float64
         if told or (gate.status == "undecided" and gate.gate != "tensor"):
             lines.append(f"{part.title}, {gate.title}: {gate.note}")
-    moved = max(part.runs, key=lambda run: len(run.moved)).moved
+    run = max(part.runs, key=lambda run: len(run.moved))
+    moved = run.moved
     if moved:
         same = sum(bool(m.same_person) for m in moved)
         who = "" if moved[0].same_person is None else f", {same} of them of the same person"
-        lines.append(f"{part.title}: another first image for {len(moved)} queries{who}")
+        lines.append(f"{part.title}, {run.title}: another first image for {len(moved)} queries{who}")
     if len(part.runs) > 1:
-        runs = "; ".join(f"{r.landmark_seed}: {r.status} ({_scored(r)})" for r in part.runs)
-        lines.append(f"{part.title} by landmark seed: {runs}")
+        lines += [f"{part.title}, {r.title}: {r.status} ({_scored(r)})" for r in part.runs]
     return lines
 
 
@@ -183,6 +187,8 @@ def parity(
     backbone on the same images, the head on the reference's features as float32 gave them, end to end on those of the
     float64 backbone. In each the head's neighbors are those that float32 chooses on the features at hand, the engine's
     own end to end: two nearly equal neighbors may fall either way, and the gate on reciprocal neighbors judges that.
+    Every gate is judged on the whole split and on one with one gallery image and one query a person
+    (`metrics.composition.thin`), where the images have labels: a head related to strangers alone must rank alike, too.
     Reported errors (INT8), and those where the reference is a bundle or an engine, are against its float32 outputs.
 
     Args:
@@ -257,31 +263,55 @@ class _Parts:
     def judge(self, seeds: Sequence[int], draws: int, seed: int) -> tuple[PartParity, ...]:
         """All parts against their gates."""
         runs = {"backbone": self._backbone, "head": self._head, "end_to_end": self._end_to_end}
+        compositions = self._compositions()
+
+        def settings(part: PartName) -> list[tuple[int | None, int | None]]:
+            chosen = (None,) if part == "backbone" else seeds
+            return [(landmark_seed, images) for images in compositions for landmark_seed in chosen]
+
         return tuple(
-            judge_part(part, precision, runs[part], (None,) if part == "backbone" else seeds, draws, seed)
+            judge_part(part, precision, runs[part], settings(part), draws, seed)
             for part, precision in self.precision.items()
         )
 
-    def _backbone(self, _: int | None) -> Outputs:
-        outputs = Outputs(self.ours, self.theirs)
-        if self._exact is None or "backbone" not in self._gated:
-            return outputs
-        return replace(outputs, exact=self._exact, own=row_errors(stacked(self.ours), self._exact))
+    def _compositions(self) -> tuple[int | None, ...]:
+        try:
+            thin(*self.ours, 1)
+        except DataError:  # no labels
+            return (None,)
+        return COMPOSITIONS
 
-    def _head(self, seed: int | None) -> Outputs:
-        outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.ours, seed))
+    def _inputs(self, images: int | None) -> tuple[Pair, Pair, np.ndarray | None]:
+        """What the reference's, the engine's and the float64 backbone made of a composition's images."""
+        if images is None:
+            return self.ours, self.theirs, self._exact
+        asks, stays = thin(*self.ours, images)
+        ours, theirs = ((query.take(asks), gallery.take(stays)) for query, gallery in (self.ours, self.theirs))
+        rows = np.concatenate([asks, len(self.ours[0]) + stays])
+        return ours, theirs, None if self._exact is None else self._exact[rows]
+
+    def _backbone(self, _: int | None, images: int | None) -> Outputs:
+        ours, theirs, exact = self._inputs(images)
+        if exact is None or "backbone" not in self._gated:
+            return Outputs(ours, theirs)
+        return Outputs(ours, theirs, exact, row_errors(stacked(ours), exact))
+
+    def _head(self, seed: int | None, images: int | None) -> Outputs:
+        ours, _, _ = self._inputs(images)
+        outputs = Outputs(relate_sets(self.reference, *ours, seed=seed), self._related(ours, seed))
         if self._double is None or "head" not in self._gated:
             return outputs
-        exact = self._related_exactly(stacked(self.ours), self.ours, seed)
+        exact = self._related_exactly(stacked(ours), ours, seed)
         return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), exact))
 
-    def _end_to_end(self, seed: int | None) -> Outputs:
-        outputs = Outputs(relate_sets(self.reference, *self.ours, seed=seed), self._related(self.theirs, seed))
-        if self._exact is None or "end_to_end" not in self._gated:
+    def _end_to_end(self, seed: int | None, images: int | None) -> Outputs:
+        ours, theirs, features = self._inputs(images)
+        outputs = Outputs(relate_sets(self.reference, *ours, seed=seed), self._related(theirs, seed))
+        if features is None or "end_to_end" not in self._gated:
             return outputs
-        ours = self._related_exactly(self._exact, self.ours, seed)
-        exact = self._related_exactly(self._exact, self.theirs, seed) if usable(self.theirs) else ours
-        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), ours))
+        own = self._related_exactly(features, ours, seed)
+        exact = self._related_exactly(features, theirs, seed) if usable(theirs) else own
+        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), own))
 
     def _related(self, inputs: Pair, seed: int | None) -> Pair:
         """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""

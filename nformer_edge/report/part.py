@@ -1,4 +1,4 @@
-"""One part of an engine against the gates of its precision: the backbone once, the head under each landmark seed."""
+"""One part of an engine against the gates of its precision, by composition and, for the head, by landmark seed."""
 
 from __future__ import annotations
 
@@ -88,10 +88,11 @@ class Moved:
 
 @dataclass(frozen=True)
 class PartRun:
-    """A part under one landmark seed.
+    """A part under one landmark seed and one composition of the gallery.
 
     Args:
         landmark_seed: null for the backbone, which has no landmarks.
+        images: gallery images a person, with one query a person (`metrics.composition`); null for the whole split.
         status: by the gates.
         gates: all of them.
         reference: its scores; null without labels.
@@ -101,6 +102,7 @@ class PartRun:
     """
 
     landmark_seed: int | None
+    images: int | None
     status: Verdict
     gates: tuple[GateResult, ...]
     reference: RankScore | None
@@ -108,10 +110,16 @@ class PartRun:
     differences: Differences | None
     moved: tuple[Moved, ...]
 
+    @property
+    def title(self) -> str:
+        """Such as ``all images, landmark seed 0`` and ``1 image a person``."""
+        images = "all images" if self.images is None else f"{self.images} image a person"
+        return images if self.landmark_seed is None else f"{images}, landmark seed {self.landmark_seed}"
+
 
 @dataclass(frozen=True)
 class Cosines:
-    """A histogram of the cosines to the reference, over all runs.
+    """A histogram of the cosines to the reference, over all runs on the whole split.
 
     Args:
         edges: of n bins, n + 1.
@@ -136,7 +144,7 @@ class PartParity:
         seconds: that it took.
         gates: of each gate the worst run.
         cosines: to the reference.
-        runs: one a landmark seed.
+        runs: one a composition and landmark seed.
     """
 
     part: PartName
@@ -171,6 +179,7 @@ def judge_run(
     draws: int = DRAWS,
     seed: int = 0,
     landmark_seed: int | None = None,
+    images: int | None = None,
 ) -> tuple[PartRun, np.ndarray]:
     """One run against the gates of `precision`, and its cosines [N].
 
@@ -200,28 +209,31 @@ def judge_run(
     for name in names:
         if name not in judged:
             judged[name] = gates.judge(gates.rule(precision, name), measured.get(name, math.nan))
-    results = tuple(dataclasses.replace(judged[name], landmark_seed=landmark_seed) for name in names)
+    results = tuple(dataclasses.replace(judged[name], landmark_seed=landmark_seed, images=images) for name in names)
     moved = () if found is None else _moved(found, outputs.reference)
     scores = (_score(ours), _score(theirs))
-    return PartRun(landmark_seed, gates.verdict(results), results, *scores, differences, moved), cosines
+    return PartRun(landmark_seed, images, gates.verdict(results), results, *scores, differences, moved), cosines
 
 
 def judge_part(
     part: PartName,
     precision: Precision,
-    run: Callable[[int | None], Outputs],
-    landmark_seeds: Sequence[int | None] = (None,),
+    run: Callable[[int | None, int | None], Outputs],
+    settings: Sequence[tuple[int | None, int | None]] = ((None, None),),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> PartParity:
-    """A part under every landmark seed (None for one without landmarks); of each gate the worst run decides."""
+    """A part in every setting, landmark seed (None without landmarks) and images a person (None for the whole split).
+
+    Of each gate the worst run decides.
+    """
     start = time.perf_counter()
     runs, cosines, exact = [], [], False
-    for chosen in landmark_seeds:
-        outputs = run(chosen)
-        judged, found = judge_run(part, precision, outputs, draws, seed, chosen)
+    for chosen, images in settings:
+        outputs = run(chosen, images)
+        judged, found = judge_run(part, precision, outputs, draws, seed, chosen, images)
         runs.append(judged)
-        cosines.append(found)
+        cosines += [found] if images is None else []
         exact = outputs.exact is not None
     worst = tuple(results[gates.worst(results)] for results in zip(*(r.gates for r in runs), strict=True))
     counts, not_finite = agreement.cosine_histogram(np.concatenate(cosines))
