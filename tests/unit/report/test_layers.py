@@ -250,7 +250,7 @@ def test_the_command_prints_every_tensor_and_the_seeds_that_it_was_given(checkpo
     assert main(["parity", str(checkpoint), str(bundle), *map(str, asked)]) == 0
     printed = capsys.readouterr().out
     assert "head, all images, landmark seed 3: passed (mAP" in printed
-    assert "; 5: passed" in printed
+    assert "landmark seed 5: passed" in printed
     assert re.search(r"backbone: every tensor compared \(\d+\) is inside its band", printed)
     table = printed[printed.index("backbone, 4 images") :]
     assert "SQNR dB" in table
