@@ -34,6 +34,7 @@ from gpu_operators import (
     integers,
     plain_attention,
     reference_attention,
+    reference_gate,
     reference_top_k,
     scores_of,
 )
@@ -102,6 +103,26 @@ def check_attention(kernels: Kernels, rows: int = 333) -> list[tuple[str, bool]]
     return done
 
 
+def check_gate(kernels: Kernels, rows: int = 333) -> list[tuple[str, bool]]:
+    """The gated attention: at most twice the error of plain torch in float32, against float64."""
+    done = []
+    cameras = integers(9, -1, 3, rows, dtype=torch.int32)
+    for dtype in TYPES:
+        for factors, size, k in ((5, 128, 20), (1, 3, 1), (256, 65, 128)):
+            a, b, v = (draw(seed, 2, rows, d, dtype=dtype) for seed, d in ((3, factors), (4, factors), (5, size)))
+            neighbors, scale = reference_top_k(scores_of(a, a), k), 1 / math.sqrt(factors)
+            for t, known in ((integers(6, -2, 3, 2, rows), None), (integers(7, -2, 3, 1, rows), cameras)):
+                for lists in (neighbors, neighbors[:1].contiguous()):
+                    given = (a, b, v, lists, scale, t, known, 0.5)
+                    expected, got = reference_gate(*given), kernels.attention(*given)
+                    ours = float((got.double() - expected).abs().max())
+                    plain = float((reference_gate(*given, torch.float32).to(dtype).double() - expected).abs().max())
+                    name = f"Gate {dtype} R={factors} D={size} K={k} lists={len(lists)} cameras={known is not None}"
+                    done.append((f"{name}: error {ours:.1e}, torch {plain:.1e}", ours <= max(2 * plain, 1e-5)))
+                    done.append((f"{name} the same twice", torch.equal(got, kernels.attention(*given))))
+    return done
+
+
 def sanitize(library: Path) -> str:
     """compute-sanitizer over the checks in a second process; what it lacks where it is absent."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -125,13 +146,16 @@ def smoke(kernels: Kernels) -> None:
                 kernels.row_top_k(a, b, k)
         for size, k in ((64, 8), (33, 70)):
             a, v = draw(3, 2, 90, 5, dtype=dtype), draw(4, 2, 90, size, dtype=dtype)
-            kernels.attention(a, a, v, kernels.row_top_k(a, a, k), 0.2)
+            lists, t, cameras = kernels.row_top_k(a, a, k), draw(5, 1, 90), integers(6, -1, 3, 90, dtype=torch.int32)
+            kernels.attention(a, a, v, lists, 0.2)
+            kernels.attention(a, a, v, lists, 0.2, t)
+            kernels.attention(a, a, v, lists, 0.2, t, cameras, 0.5)
     torch.cuda.synchronize()
 
 
 def run(library: Path, quick: bool, engines: bool) -> dict[str, Any]:
     kernels = Kernels(library)
-    checks = check_exact_top_k(kernels) + check_edges(kernels) + check_attention(kernels)
+    checks = check_exact_top_k(kernels) + check_edges(kernels) + check_attention(kernels) + check_gate(kernels)
     times = gpu_times.measure(kernels, quick)
     checks += [(t["what"], t["ok"]) for t in times if "ok" in t]
     device = torch.cuda.get_device_properties(0)

@@ -46,6 +46,9 @@ class Kernels:
         v: Tensor,  # [H, N, D]
         neighbors: Tensor,  # int32 [H or 1, N, K]
         scale: float,
+        t: Tensor | None = None,  # float32 [H or 1, N]
+        cameras: Tensor | None = None,  # int32 [N]
+        camera_factor: float = 1.0,
         out: Tensor | None = None,  # [H, N, D]
     ) -> Tensor:
         (heads, rows, factors), size = a.shape, v.shape[2]
@@ -54,18 +57,22 @@ class Kernels:
         assert all(x.is_contiguous() for x in (a, b, v, neighbors))
         assert a.dtype == b.dtype == v.dtype
         assert neighbors.dtype == torch.int32
+        assert t is None or (t.dtype == torch.float32 and t.shape[1] == rows and t.is_contiguous())
+        assert cameras is None or (cameras.dtype == torch.int32 and cameras.shape == (rows,))
         out = torch.empty_like(v) if out is None else out
-        sizes = [ctypes.c_int64(n) for n in (heads, rows, factors, size, neighbors.shape[0], neighbors.shape[2])]
+        lists, count = neighbors.shape[::2]
+        thresholds = 1 if t is None else t.shape[0]
+        sizes = [ctypes.c_int64(n) for n in (heads, rows, factors, size, lists, thresholds, count)]
         code = self.lib.nformer_reciprocal_neighbor_attention(
-            *(_pointer(x) for x in (a, b, v, neighbors, out)), *sizes,
-            ctypes.c_float(scale), ctypes.c_int32(TYPES[a.dtype]), _stream(),
+            *(_pointer(x) for x in (a, b, v, neighbors, t, cameras, out)), *sizes,
+            ctypes.c_float(scale), ctypes.c_float(camera_factor), ctypes.c_int32(TYPES[a.dtype]), _stream(),
         )  # fmt: skip
         assert code == 0, f"reciprocal_neighbor_attention: CUDA error {code}"
         return out
 
 
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _stream() -> ctypes.c_void_p:
@@ -98,6 +105,31 @@ def reference_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scal
     scaled = (scores * scale).masked_fill(~mask, -math.inf)
     weights = scaled.softmax(dim=2).masked_fill(~mask, 0.0)  # a row without a neighbor is NaN before the mask
     return weights @ v.double()
+
+
+def reference_gate(
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    neighbors: Tensor,
+    scale: float,
+    t: Tensor,  # [H or 1, N]
+    cameras: Tensor | None = None,
+    camera_factor: float = 1.0,
+    dtype: torch.dtype = torch.float64,  # that it computes in
+) -> Tensor:
+    """The gated attention, dense."""
+    rows = v.shape[1]
+    mask = torch.zeros((neighbors.shape[0], rows, rows + 1), dtype=torch.bool, device=v.device)
+    mask.scatter_(2, neighbors.long().masked_fill(neighbors < 0, rows), True)
+    mask = mask[:, :, :rows] & ~torch.eye(rows, dtype=torch.bool, device=v.device)
+    a, b, v, t = (x.to(dtype) for x in (a, b, v, t))
+    gap = a @ b.transpose(1, 2) - (t[:, :, None] + t[:, None, :]) / 2
+    weights = torch.sigmoid(scale * gap) * mask
+    if cameras is not None:
+        same = (cameras[:, None] == cameras[None]) & (cameras[None] >= 0)
+        weights = torch.where(same, camera_factor * weights, weights)
+    return weights @ v
 
 
 def plain_attention(a: Tensor, b: Tensor, v: Tensor, neighbors: Tensor, scale: float) -> Tensor:

@@ -100,7 +100,7 @@ def time_attention(kernels: Kernels, rows: int, heads: int, size: int, k: int, d
     v = draw(13, heads, rows, size, dtype=dtype)
     neighbors = kernels.row_top_k(a, a, k)
     out = torch.empty_like(v)
-    got = median_ms(lambda: kernels.attention(a, b, v, neighbors, 0.1, out))
+    got = median_ms(lambda: kernels.attention(a, b, v, neighbors, 0.1, out=out))
     moved = sum(x.numel() * x.element_size() for x in (a, b, v, neighbors, out))
     floor = moved / copy_bytes_per_ms()
     row = {"what": f"Attention N={rows} R=5 H={heads} D={size} K={k} {dtype}", "ms": got, "memory_floor_ms": floor}

@@ -2,8 +2,9 @@
 // output, and no code of ours on the host. An engine carries one of them for each node, compiled for the node alone:
 //
 //   -DNFORMER_ROW_TOP_K -DNFORMER_TYPE=float -DNFORMER_FACTORS=5 -DNFORMER_COUNT=20
-//   -DNFORMER_ATTENTION -DNFORMER_TYPE=__half -DNFORMER_COUNT=20
+//   -DNFORMER_ATTENTION -DNFORMER_TYPE=__half -DNFORMER_COUNT=20 -DNFORMER_INPUTS=5
 //
+// NFORMER_INPUTS is 4, 5 with thresholds, or 6 with cameras as well.
 // NFORMER_FACTORS is R (0: not known), NFORMER_COUNT the length of a neighbor list. Whoever launches reads from the PTX
 // how many threads a block has and how many rows it takes, and gives heads * ceil(rows / nformer_rows_per_block) blocks.
 #include "nformer/tasks.h"
@@ -54,20 +55,42 @@ extern "C" __global__ void __launch_bounds__(nformer::kThreads,
 __constant__ int32_t nformer_rows_per_block = nformer::kWarps;
 
 // A launch has integers alone: `scale_high` and `scale_low` are the halves of the float's bits. NaN: 1 / sqrt(size).
+__device__ __forceinline__ float float_of(int32_t high, int32_t low) {
+  return __int_as_float(static_cast<int32_t>(static_cast<uint32_t>(high) << 16 | low));
+}
+
 extern "C" __global__ void __launch_bounds__(nformer::kThreads)
     nformer_reciprocal_neighbor_attention(NFORMER_TYPE const* a, NFORMER_TYPE const* b, NFORMER_TYPE const* v,
-                                          int32_t const* neighbors, int32_t heads, int32_t rows, int32_t factors,
-                                          int32_t size, int32_t neighbor_heads, int32_t count, int32_t scale_high,
-                                          int32_t scale_low, NFORMER_TYPE* y) {
+                                          int32_t const* neighbors,
+#if NFORMER_INPUTS > 4
+                                          float const* t,
+#endif
+#if NFORMER_INPUTS > 5
+                                          int32_t const* cameras,
+#endif
+                                          int32_t heads, int32_t rows, int32_t factors, int32_t size,
+                                          int32_t neighbor_heads, int32_t count, int32_t scale_high, int32_t scale_low,
+#if NFORMER_INPUTS > 4
+                                          int32_t threshold_heads,
+#endif
+#if NFORMER_INPUTS > 5
+                                          int32_t factor_high, int32_t factor_low,
+#endif
+                                          NFORMER_TYPE* y) {
   using namespace nformer;
   if (heads == 0 || rows == 0) {
     return;
   }
-  float const given = __int_as_float(static_cast<int32_t>(static_cast<uint32_t>(scale_high) << 16 | scale_low));
+  float const given = float_of(scale_high, scale_low);
   float const scale = given == given ? given : __fdiv_rn(1.0F, __fsqrt_rn(static_cast<float>(size)));
-  AttentionTask const task{a,    b,       v,    neighbors,      y,     heads,
-                           rows, factors, size, neighbor_heads, count, scale,
-                           kType<NFORMER_TYPE>};
+  AttentionTask task{a, b, v, neighbors, y, heads, rows, factors, size, neighbor_heads, count, scale,
+                     kType<NFORMER_TYPE>};
+#if NFORMER_INPUTS > 4
+  task.t = t, task.threshold_heads = threshold_heads;
+#endif
+#if NFORMER_INPUTS > 5
+  task.cameras = cameras, task.camera_factor = float_of(factor_high, factor_low);
+#endif
   attention_block<kSlots, NFORMER_TYPE>({task, whole_words(task)}, blocks_a_head(rows, kWarps));
 }
 

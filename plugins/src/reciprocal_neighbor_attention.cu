@@ -16,7 +16,9 @@ bool sound(AttentionTask const& task) {
   bool const numbers = task.heads >= 0 && task.rows >= 0 && task.rows <= kMost && task.factors >= 1 &&
                        task.factors <= kMost && task.size >= 1 && task.size <= kMost && task.count >= 1 &&
                        task.count <= kMaxNeighbors && (task.neighbor_heads == 1 || task.neighbor_heads == task.heads);
-  return numbers && task.scale - task.scale == 0.0F &&
+  bool const gate = (task.threshold_heads == 1 || task.threshold_heads == task.heads) &&
+                    (task.cameras == nullptr || task.t != nullptr) && task.camera_factor - task.camera_factor == 0.0F;
+  return numbers && gate && task.scale - task.scale == 0.0F &&
          (task.type == Type::kFloat32 || task.type == Type::kFloat16);
 }
 

@@ -39,6 +39,9 @@ __device__ __forceinline__ void attention_block(PlacedTask const& task, int64_t 
                               static_cast<int>(task.size),
                               static_cast<int>(task.count),
                               task.scale,
+                              task.t != nullptr ? task.t + (task.threshold_heads == 1 ? 0 : h * task.rows) : nullptr,
+                              task.cameras,
+                              task.camera_factor,
                               task.words};
   attend<DeviceWarp, kSlots>(head, row);
 }

@@ -19,7 +19,7 @@ using namespace nvinfer1;
 template <class Operator>
 class Plugin final : public IPluginV2DynamicExt {
  public:
-  explicit Plugin(Operator const& op) : op_(op) {}
+  explicit Plugin(Operator const& op, int32_t inputs = Operator::kInputs) : op_(op), inputs_(inputs) {}
 
   // IPluginV2
   AsciiChar const* getPluginType() const noexcept override { return Operator::kName; }
@@ -28,9 +28,16 @@ class Plugin final : public IPluginV2DynamicExt {
   int32_t initialize() noexcept override { return 0; }
   void terminate() noexcept override {}
   void destroy() noexcept override { delete this; }
-  // An engine keeps the one attribute as its 4 bytes.
-  size_t getSerializationSize() const noexcept override { return kBytes; }
-  void serialize(void* buffer) const noexcept override { std::memcpy(buffer, op_.field().data, kBytes); }
+  // An engine keeps the attributes, 4 bytes each, and the number of inputs.
+  size_t getSerializationSize() const noexcept override { return bytes(); }
+  void serialize(void* buffer) const noexcept override {
+    char* to = static_cast<char*>(buffer);
+    for (PluginField const& field : op_.fields()) {
+      std::memcpy(to, field.data, 4);
+      to += 4;
+    }
+    std::memcpy(to, &inputs_, 4);
+  }
   void setPluginNamespace(AsciiChar const*) noexcept override {}
   AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
@@ -42,7 +49,7 @@ class Plugin final : public IPluginV2DynamicExt {
   // IPluginV2DynamicExt
   IPluginV2DynamicExt* clone() const noexcept override {
     try {
-      return new Plugin(op_);
+      return new Plugin(op_, inputs_);
     } catch (std::exception const& error) {
       report(Operator::kName, error.what());
       return nullptr;
@@ -52,51 +59,54 @@ class Plugin final : public IPluginV2DynamicExt {
                                 IExprBuilder& builder) noexcept override {
     DimsExprs shape{};
     shape.nbDims = -1;  // this interface's way to say no
-    if (output == 0 && counts(count, 1) && !op_.output_shape(inputs, shape, builder)) {
+    if (output == 0 && counts(count, 1) && !op_.output_shape(inputs, count, shape, builder)) {
       shape.nbDims = -1;
     }
     return shape;
   }
   bool supportsFormatCombination(int32_t place, Desc const* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
-    if (!counts(inputs, outputs) || place < 0 || place > Operator::kInputs) {
+    if (!counts(inputs, outputs) || place < 0 || place > inputs) {
       return false;
     }
-    std::array<DataType, Operator::kInputs + 1> types{};
+    std::array<DataType, Operator::kMostInputs + 1> types{};
     for (int32_t i = 0; i <= place; ++i) {
       types[static_cast<size_t>(i)] = tensors[i].type;
     }
-    return tensors[place].format == TensorFormat::kLINEAR && op_.takes_type(place, types.data());
+    return tensors[place].format == TensorFormat::kLINEAR && op_.takes_type(place, types.data(), inputs);
   }
-  void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
-                       int32_t) noexcept override {}
+  void configurePlugin(DynamicPluginTensorDesc const*, int32_t inputs, DynamicPluginTensorDesc const*,
+                       int32_t outputs) noexcept override {
+    inputs_ = counts(inputs, outputs) ? inputs : inputs_;
+  }
   size_t getWorkspaceSize(Desc const*, int32_t, Desc const*, int32_t) const noexcept override { return 0; }
   int32_t enqueue(Desc const* inputs, Desc const* outputs, void const* const* data, void* const* results, void*,
                   cudaStream_t stream) noexcept override {
     if (!checked(inputs, outputs)) {
       return -1;
     }
-    cudaError_t const error = op_.run(inputs, data, results[0], stream);
+    cudaError_t const error = op_.run(inputs, inputs_, data, results[0], stream);
     if (error != cudaSuccess) {
       report(Operator::kName, cudaGetErrorString(error));
     }
     return static_cast<int32_t>(error);
   }
 
-  static constexpr size_t kBytes = 4;
+  static size_t bytes() { return 4 * (Operator::attributes().size() + 1); }
 
  private:
   static bool counts(int32_t inputs, int32_t outputs) {
-    if (inputs == Operator::kInputs && outputs == 1) {
+    if (inputs >= Operator::kInputs && inputs <= Operator::kMostInputs && outputs == 1) {
       return true;
     }
     report(Operator::kName, "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
-                                " outputs, expected " + std::to_string(Operator::kInputs) + " and 1.");
+                                " outputs, expected " + std::to_string(Operator::kInputs) + " to " +
+                                std::to_string(Operator::kMostInputs) + " and 1.");
     return false;
   }
   bool checked(Desc const* inputs, Desc const* outputs) const noexcept {
     try {
-      return op_.check(inputs, outputs);
+      return op_.check(inputs, inputs_, outputs);
     } catch (std::exception const& error) {
       report(Operator::kName, error.what());
       return false;
@@ -104,6 +114,7 @@ class Plugin final : public IPluginV2DynamicExt {
   }
 
   Operator op_;
+  int32_t inputs_;
 };
 
 template <class Operator>
@@ -123,28 +134,36 @@ class Creator final : public IPluginCreator {
   AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
   IPluginV2* createPlugin(AsciiChar const*, PluginFieldCollection const* fields) noexcept override {
+    return fields != nullptr ? create(*fields, Operator::kInputs) : nullptr;
+  }
+  // What an engine kept goes through the same checks as a node's attributes.
+  IPluginV2* deserializePlugin(AsciiChar const*, void const* data, size_t bytes) noexcept override {
+    if (data == nullptr || bytes != Plugin<Operator>::bytes()) {
+      report(Operator::kName, "got " + std::to_string(bytes) + " bytes from the engine, expected " +
+                                  std::to_string(Plugin<Operator>::bytes()) + ". Rebuild it.");
+      return nullptr;
+    }
+    std::vector<int32_t> kept(bytes / 4);
+    std::memcpy(kept.data(), data, bytes);
+    std::vector<PluginField> given = names_;
+    for (size_t i = 0; i < given.size(); ++i) {
+      given[i].data = &kept[i];
+    }
+    PluginFieldCollection const fields{static_cast<int32_t>(given.size()), given.data()};
+    return create(fields, kept.back());
+  }
+
+ private:
+  static IPluginV2* create(PluginFieldCollection const& fields, int32_t inputs) noexcept {
     try {
       Operator op;
-      return fields != nullptr && op.read(*fields) ? new Plugin<Operator>(op) : nullptr;
+      return op.read(fields) ? new Plugin<Operator>(op, inputs) : nullptr;
     } catch (std::exception const& error) {
       report(Operator::kName, error.what());
       return nullptr;
     }
   }
-  // What an engine kept goes through the same checks as a node's attributes.
-  IPluginV2* deserializePlugin(AsciiChar const* name, void const* data, size_t bytes) noexcept override {
-    if (data == nullptr || bytes != Plugin<Operator>::kBytes) {
-      report(Operator::kName, "got " + std::to_string(bytes) + " bytes from the engine, expected 4. Rebuild it.");
-      return nullptr;
-    }
-    alignas(4) std::array<unsigned char, Plugin<Operator>::kBytes> kept{};
-    std::memcpy(kept.data(), data, kept.size());
-    PluginField const field{names_[0].name, kept.data(), names_[0].type, 1};
-    PluginFieldCollection const fields{1, &field};
-    return createPlugin(name, &fields);
-  }
 
- private:
   std::vector<PluginField> names_;
   PluginFieldCollection fields_{};
 };

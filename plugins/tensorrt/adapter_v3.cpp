@@ -18,7 +18,8 @@ using namespace nvinfer1;
 template <class Operator>
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
-  explicit Plugin(Operator const& op) : op_(op), identity_(op.identity()) {}
+  explicit Plugin(Operator const& op, int32_t inputs = Operator::kInputs)
+      : op_(op), inputs_(inputs), identity_(op.identity()) {}
 
   // IPluginV3
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
@@ -34,7 +35,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
   IPluginV3* clone() noexcept override {
     try {
-      return new Plugin(op_);
+      return new Plugin(op_, inputs_);
     } catch (std::exception const& error) {
       report(Operator::kName, error.what());
       return nullptr;
@@ -50,7 +51,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t getNbOutputs() const noexcept override { return 1; }
   int32_t configurePlugin(DynamicPluginTensorDesc const*, int32_t inputs, DynamicPluginTensorDesc const*,
                           int32_t outputs) noexcept override {
-    return counts(inputs, outputs) ? 0 : -1;
+    return take(inputs, outputs) ? 0 : -1;
   }
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, DataType const* inputs,
                              int32_t input_count) const noexcept override {
@@ -62,32 +63,32 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t input_count, DimsExprs const*, int32_t, DimsExprs* outputs,
                           int32_t output_count, IExprBuilder& builder) noexcept override {
-    return counts(input_count, output_count) && op_.output_shape(inputs, outputs[0], builder) ? 0 : -1;
+    return counts(input_count, output_count) && op_.output_shape(inputs, input_count, outputs[0], builder) ? 0 : -1;
   }
   bool supportsFormatCombination(int32_t place, DynamicPluginTensorDesc const* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
-    if (!counts(inputs, outputs) || place < 0 || place > Operator::kInputs) {
+    if (!counts(inputs, outputs) || place < 0 || place > inputs) {
       return false;
     }
-    std::array<DataType, Operator::kInputs + 1> types{};
+    std::array<DataType, Operator::kMostInputs + 1> types{};
     for (int32_t i = 0; i <= place; ++i) {
       types[static_cast<size_t>(i)] = tensors[i].desc.type;
     }
-    return tensors[place].desc.format == TensorFormat::kLINEAR && op_.takes_type(place, types.data());
+    return tensors[place].desc.format == TensorFormat::kLINEAR && op_.takes_type(place, types.data(), inputs);
   }
   char const* getTimingCacheID() noexcept override { return identity_.c_str(); }
 
   // IPluginV3OneRuntime
   int32_t onShapeChange(Desc const* inputs, int32_t input_count, Desc const* outputs,
                         int32_t output_count) noexcept override {
-    return counts(input_count, output_count) && checked(inputs, outputs) ? 0 : -1;
+    return take(input_count, output_count) && checked(inputs, outputs) ? 0 : -1;
   }
   int32_t enqueue(Desc const* inputs, Desc const* outputs, void const* const* data, void* const* results, void*,
                   cudaStream_t stream) noexcept override {
     if (!checked(inputs, outputs)) {
       return -1;
     }
-    cudaError_t const error = op_.run(inputs, data, results[0], stream);
+    cudaError_t const error = op_.run(inputs, inputs_, data, results[0], stream);
     if (error != cudaSuccess) {
       report(Operator::kName, cudaGetErrorString(error));
     }
@@ -95,24 +96,31 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
   PluginFieldCollection const* getFieldsToSerialize() noexcept override {
-    field_ = op_.field();
-    fields_.nbFields = 1;
-    fields_.fields = &field_;
+    kept_ = op_.fields();
+    fields_.nbFields = static_cast<int32_t>(kept_.size());
+    fields_.fields = kept_.data();
     return &fields_;
   }
 
  private:
   static bool counts(int32_t inputs, int32_t outputs) {
-    if (inputs == Operator::kInputs && outputs == 1) {
+    if (inputs >= Operator::kInputs && inputs <= Operator::kMostInputs && outputs == 1) {
       return true;
     }
     report(Operator::kName, "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
-                                " outputs, expected " + std::to_string(Operator::kInputs) + " and 1.");
+                                " outputs, expected " + std::to_string(Operator::kInputs) + " to " +
+                                std::to_string(Operator::kMostInputs) + " and 1.");
     return false;
+  }
+  // TensorRT says how many inputs there are before it enqueues, and not then.
+  bool take(int32_t inputs, int32_t outputs) {
+    bool const fits = counts(inputs, outputs);
+    inputs_ = fits ? inputs : inputs_;
+    return fits;
   }
   bool checked(Desc const* inputs, Desc const* outputs) const noexcept {
     try {
-      return op_.check(inputs, outputs);
+      return op_.check(inputs, inputs_, outputs);
     } catch (std::exception const& error) {
       report(Operator::kName, error.what());
       return false;
@@ -120,8 +128,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
   Operator op_;
+  int32_t inputs_;
   std::string identity_;
-  PluginField field_{};
+  std::vector<PluginField> kept_;
   PluginFieldCollection fields_{};
 };
 

@@ -86,11 +86,30 @@ PluginField const* find(nvinfer1::PluginFieldCollection const& fields, char cons
   return nullptr;
 }
 
+// Reads a float32 attribute that a node may have; false: refused, and reported why.
+bool read_float(char const* who, nvinfer1::PluginFieldCollection const& fields, char const* name, float& value) {
+  PluginField const* const given = find(fields, name);
+  if (given == nullptr || given->data == nullptr || given->length == 0) {
+    return true;
+  }
+  if (given->length != 1 || given->type != PluginFieldType::kFLOAT32) {
+    report(who, std::string(name) + ": got another type, expected one float32. Export the model again.");
+    return false;
+  }
+  value = *static_cast<float const*>(given->data);
+  if (std::isinf(value)) {
+    report(who, std::string(name) + ": got infinity, expected a finite number.");
+    return false;
+  }
+  return true;
+}
+
 bool ranks(char const* who, nvinfer1::DimsExprs const* inputs, int32_t count) {
   for (int32_t i = 0; i < count; ++i) {
-    if (inputs[i].nbDims != 3) {
+    int32_t const expected = i < 4 ? 3 : 6 - i;  // t [H, N], cameras [N]
+    if (inputs[i].nbDims != expected) {
       report(who, "input " + std::to_string(i) + ": got " + std::to_string(inputs[i].nbDims) +
-                      " dimensions, expected 3. Add the head axis.");
+                      " dimensions, expected " + std::to_string(expected) + ". Add the head axis.");
       return false;
     }
   }
@@ -150,15 +169,15 @@ bool RowTopK::read(nvinfer1::PluginFieldCollection const& fields) {
   return true;
 }
 
-PluginField RowTopK::field() const { return {"k", &k_, PluginFieldType::kINT32, 1}; }
+std::vector<PluginField> RowTopK::fields() const { return {{"k", &k_, PluginFieldType::kINT32, 1}}; }
 
 std::string RowTopK::identity() const { return "k=" + std::to_string(k_); }
 
 DataType RowTopK::output_type(DataType const*) const { return DataType::kINT32; }
 
-bool RowTopK::output_shape(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs& output,
+bool RowTopK::output_shape(nvinfer1::DimsExprs const* inputs, int32_t count, nvinfer1::DimsExprs& output,
                            nvinfer1::IExprBuilder& builder) const {
-  if (!ranks(kName, inputs, kInputs)) {
+  if (!ranks(kName, inputs, count)) {
     return false;
   }
   output.nbDims = 3;
@@ -168,7 +187,7 @@ bool RowTopK::output_shape(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExpr
   return output.d[2] != nullptr;
 }
 
-bool RowTopK::takes_type(int32_t place, DataType const* types) const {
+bool RowTopK::takes_type(int32_t place, DataType const* types, int32_t) const {
   switch (place) {
     case 0:
       return real(types[0]);
@@ -179,7 +198,7 @@ bool RowTopK::takes_type(int32_t place, DataType const* types) const {
   }
 }
 
-bool RowTopK::check(Desc const* inputs, Desc const* output) const {
+bool RowTopK::check(Desc const* inputs, int32_t, Desc const* output) const {
   Letters letters(kName);
   letters.set('k', k_);
   return real(inputs[0].type) && linear(kName, inputs[0], "a", inputs[0].type) &&
@@ -188,7 +207,8 @@ bool RowTopK::check(Desc const* inputs, Desc const* output) const {
          letters.match("neighbors", output->dims, "HNk");
 }
 
-cudaError_t RowTopK::run(Desc const* inputs, void const* const* data, void* output, cudaStream_t stream) const {
+cudaError_t RowTopK::run(Desc const* inputs, int32_t, void const* const* data, void* output,
+                         cudaStream_t stream) const {
   Dims const& a = inputs[0].dims;
   return row_top_k({data[0], data[1], static_cast<int32_t*>(output), a.d[0], a.d[1], inputs[1].dims.d[1], a.d[2], k_,
                     kernel_type(inputs[0].type)},
@@ -197,78 +217,81 @@ cudaError_t RowTopK::run(Desc const* inputs, void const* const* data, void* outp
 
 // ---- ReciprocalNeighborAttention ----
 
-std::vector<Attribute> ReciprocalNeighborAttention::attributes() { return {{"scale", PluginFieldType::kFLOAT32}}; }
+std::vector<Attribute> ReciprocalNeighborAttention::attributes() {
+  return {{"scale", PluginFieldType::kFLOAT32}, {"camera_factor", PluginFieldType::kFLOAT32}};
+}
 
 bool ReciprocalNeighborAttention::read(nvinfer1::PluginFieldCollection const& fields) {
   scale_ = std::numeric_limits<float>::quiet_NaN();  // the default: 1 / sqrt(D)
-  PluginField const* const given = find(fields, "scale");
-  if (given == nullptr || given->data == nullptr || given->length == 0) {
-    return true;
-  }
-  if (given->length != 1 || given->type != PluginFieldType::kFLOAT32) {
-    report(kName, "scale: got another type, expected one float32. Export the model again.");
-    return false;
-  }
-  scale_ = *static_cast<float const*>(given->data);
-  if (std::isinf(scale_)) {
-    report(kName, "scale: got infinity, expected a finite number.");
-    return false;
-  }
-  return true;
+  camera_factor_ = 1.0F;
+  return read_float(kName, fields, "scale", scale_) && read_float(kName, fields, "camera_factor", camera_factor_);
 }
 
-PluginField ReciprocalNeighborAttention::field() const { return {"scale", &scale_, PluginFieldType::kFLOAT32, 1}; }
+std::vector<PluginField> ReciprocalNeighborAttention::fields() const {
+  return {{"scale", &scale_, PluginFieldType::kFLOAT32, 1},
+          {"camera_factor", &camera_factor_, PluginFieldType::kFLOAT32, 1}};
+}
 
 std::string ReciprocalNeighborAttention::identity() const {
-  if (std::isnan(scale_)) {
-    return "scale=default";
-  }
-  char digits[32];
-  std::snprintf(digits, sizeof(digits), "scale=%.9g", static_cast<double>(scale_));  // 9 digits tell any two apart
-  return digits;
+  char digits[64];  // 9 digits tell any two apart
+  std::snprintf(digits, sizeof(digits), "scale=%.9g, camera_factor=%.9g", static_cast<double>(scale_),
+                static_cast<double>(camera_factor_));
+  return std::isnan(scale_) ? "scale=default" + std::string(std::strchr(digits, ',')) : digits;
 }
 
 DataType ReciprocalNeighborAttention::output_type(DataType const* type_of_inputs) const { return type_of_inputs[2]; }
 
-bool ReciprocalNeighborAttention::output_shape(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs& output,
-                                               nvinfer1::IExprBuilder&) const {
-  if (!ranks(kName, inputs, kInputs)) {
+bool ReciprocalNeighborAttention::output_shape(nvinfer1::DimsExprs const* inputs, int32_t count,
+                                               nvinfer1::DimsExprs& output, nvinfer1::IExprBuilder&) const {
+  if (!ranks(kName, inputs, count)) {
     return false;
   }
   output = inputs[2];
   return true;
 }
 
-bool ReciprocalNeighborAttention::takes_type(int32_t place, DataType const* types) const {
-  switch (place) {
-    case 0:
-      return real(types[0]);
-    case 3:
-      return types[3] == DataType::kINT32;
-    default:
-      return place >= 1 && place <= 4 && types[place] == types[0];
+bool ReciprocalNeighborAttention::takes_type(int32_t place, DataType const* types, int32_t count) const {
+  if (place == 0) {
+    return real(types[0]);
   }
+  if (place < 0 || place > count) {
+    return false;
+  }
+  bool const whole = place < count && (place == 3 || place == 5), threshold = place < count && place == 4;
+  return types[place] == (whole ? DataType::kINT32 : threshold ? DataType::kFLOAT : types[0]);
 }
 
-bool ReciprocalNeighborAttention::check(Desc const* inputs, Desc const* output) const {
+bool ReciprocalNeighborAttention::check(Desc const* inputs, int32_t count, Desc const* output) const {
   DataType const type = inputs[0].type;
   Letters letters(kName);
   bool const types = real(type) && linear(kName, inputs[0], "a", type) && linear(kName, inputs[1], "b", type) &&
                      linear(kName, inputs[2], "v", type) && linear(kName, inputs[3], "neighbors", DataType::kINT32) &&
+                     (count < 5 || linear(kName, inputs[4], "t", DataType::kFLOAT)) &&
+                     (count < 6 || linear(kName, inputs[5], "cameras", DataType::kINT32)) &&
                      linear(kName, *output, "y", type);
   return types && letters.match("a", inputs[0].dims, "HNR") && letters.match("b", inputs[1].dims, "HNR") &&
          letters.match("v", inputs[2].dims, "HND") && letters.match("y", output->dims, "HND") &&
-         letters.match("neighbors", inputs[3].dims, inputs[3].dims.d[0] == 1 ? "1NK" : "HNK");
+         letters.match("neighbors", inputs[3].dims, inputs[3].dims.d[0] == 1 ? "1NK" : "HNK") &&
+         (count < 5 || letters.match("t", inputs[4].dims, inputs[4].dims.d[0] == 1 ? "1N" : "HN")) &&
+         (count < 6 || letters.match("cameras", inputs[5].dims, "N"));
 }
 
-cudaError_t ReciprocalNeighborAttention::run(Desc const* inputs, void const* const* data, void* output,
+cudaError_t ReciprocalNeighborAttention::run(Desc const* inputs, int32_t count, void const* const* data, void* output,
                                              cudaStream_t stream) const {
   Dims const &a = inputs[0].dims, &v = inputs[2].dims, &neighbors = inputs[3].dims;
   float const scale = std::isnan(scale_) ? 1.0F / std::sqrt(static_cast<float>(v.d[2])) : scale_;
-  return reciprocal_neighbor_attention({data[0], data[1], data[2], static_cast<int32_t const*>(data[3]), output,
-                                        a.d[0], a.d[1], a.d[2], v.d[2], neighbors.d[0], neighbors.d[2], scale,
-                                        kernel_type(inputs[0].type)},
-                                       stream);
+  AttentionTask task{data[0], data[1], data[2], static_cast<int32_t const*>(data[3]), output,
+                     a.d[0],  a.d[1],  a.d[2],  v.d[2], neighbors.d[0], neighbors.d[2], scale,
+                     kernel_type(inputs[0].type)};
+  if (count > 4) {
+    task.t = static_cast<float const*>(data[4]);
+    task.threshold_heads = inputs[4].dims.d[0];
+  }
+  if (count > 5) {
+    task.cameras = static_cast<int32_t const*>(data[5]);
+    task.camera_factor = camera_factor_;
+  }
+  return reciprocal_neighbor_attention(task, stream);
 }
 
 }  // namespace nformer::trt

@@ -180,6 +180,9 @@ struct Face {
     return {maker->createPlugin("layer", runtime()->getFieldsToSerialize(), TensorRTPhase::kRUNTIME)};
   }
   std::string identity() const { return build()->getTimingCacheID(); }
+  void configure(std::vector<PluginTensorDesc> const& in) const {
+    EXPECT(build()->configurePlugin(nullptr, static_cast<int32_t>(in.size()), nullptr, 1) == 0);
+  }
   Face copy() const { return {plugin->clone()}; }
 };
 
@@ -205,6 +208,10 @@ struct Face {
   }
   bool supports(int32_t place, std::vector<PluginTensorDesc> const& tensors) const {
     return plugin->supportsFormatCombination(place, tensors.data(), static_cast<int32_t>(tensors.size()) - 1, 1);
+  }
+  // As when an engine is built: this interface counts the inputs then, and the engine keeps the number.
+  void configure(std::vector<PluginTensorDesc> const& in) const {
+    plugin->configurePlugin(nullptr, static_cast<int32_t>(in.size()), nullptr, 1);
   }
   int32_t enqueue(std::vector<PluginTensorDesc> const& in, PluginTensorDesc const& out, void const* const* data,
                   void* const* results) const {
@@ -361,11 +368,61 @@ void check_attention() {
   EXPECT(said("neighbors: got shape [3, 100, 20], expected [H=2, N=100, K]"));
 }
 
+void check_gate() {
+  AnyCreator* const maker = creator(1);
+  EXPECT(std::strcmp(maker->getFieldNames()->fields[1].name, "camera_factor") == 0);
+  int x = 0, thresholds = 0, cameras = 0;
+  void const* const data[] = {&x, &x, &x, &x, &thresholds, &cameras};
+  void* const results[] = {&x};
+  float const scale = 20.0F, factor = 0.5F;
+  PluginField const fields[] = {{"scale", &scale, PluginFieldType::kFLOAT32, 1},
+                                {"camera_factor", &factor, PluginFieldType::kFLOAT32, 1}};
+  for (size_t count : {5U, 6U}) {
+    auto const out = desc({2, 100, 64}, kF16);
+    auto const inputs = [&](int64_t heads_of_t, int64_t rows) {
+      std::vector<PluginTensorDesc> all{desc({2, 100, 5}, kF16),         desc({2, 100, 5}, kF16),
+                                        desc({2, 100, 64}, kF16),        desc({1, 100, 20}, kI32),
+                                        desc({heads_of_t, rows}, kF32), desc({rows}, kI32)};
+      all.resize(count);
+      return all;
+    };
+    Face const built = make(maker, {2, fields});
+    built.configure(inputs(1, 100));
+    Face const plugin = built.copy().through_an_engine(maker).copy();
+    EXPECT(plugin.enqueue(inputs(2, 100), out, data, results) == 0);
+    EXPECT(seen_attention.t == reinterpret_cast<float*>(&thresholds) && seen_attention.threshold_heads == 2);
+    EXPECT(seen_attention.cameras == (count == 6 ? &cameras : nullptr));
+    EXPECT(seen_attention.camera_factor == (count == 6 ? factor : 1.0F) && seen_attention.scale == scale);
+    EXPECT(plugin.enqueue(inputs(1, 100), out, data, results) == 0);
+    EXPECT(seen_attention.threshold_heads == 1);
+    EXPECT(plugin.enqueue(inputs(1, 99), out, data, results) == -1);
+    EXPECT(said("t: got shape [1, 99], expected [1=1, N=100]"));
+    auto wrong = inputs(1, 100);
+    wrong.push_back(out);
+    for (int32_t place = 0; place <= static_cast<int32_t>(count); ++place) {
+      EXPECT(plugin.supports(place, wrong));
+    }
+    wrong[4].type = kF16;
+    EXPECT(!plugin.supports(4, wrong));
+    std::vector<DimsExprs> shapes{exprs({2, 100, 5}), exprs({2, 100, 5}), exprs({2, 100, 64}), exprs({1, 100, 20}),
+                                  exprs({1, 100}),    exprs({100})};
+    shapes.resize(count);
+    EXPECT(same(plugin.output_shape(shapes), {2, 100, 64}));
+    shapes[4] = exprs({1, 100, 1});
+    EXPECT(plugin.output_shape(shapes).nbDims == -1);
+    EXPECT(said("input 4: got 3 dimensions, expected 2"));
+    shapes.resize(3);
+    EXPECT(plugin.output_shape(shapes).nbDims == -1);
+    EXPECT(said("expected 4 to 6 and 1"));
+  }
+}
+
 int main() {
   static Finder finder;
   setLoggerFinder(&finder);
   check_row_top_k();
   check_attention();
+  check_gate();
   EXPECT(nformer_register_plugins() == -1);  // no registry in this process
   if (failures == 0) {
     std::printf("TensorRT %d.%d headers: every check held\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR);

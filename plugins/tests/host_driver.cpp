@@ -83,7 +83,7 @@ void long_rows(Source const& a, Source const& b, int32_t* neighbors, int64_t row
 template <class T>
 void attention(void const* a, void const* b, void const* v, int32_t const* neighbors, void* y, int64_t heads,
                int64_t rows, int64_t factors, int64_t size, int64_t neighbor_heads, int64_t count, float scale,
-               bool words) {
+               float const* t, int64_t threshold_heads, int32_t const* cameras, float camera_factor, bool words) {
   for (int64_t h = 0; h < heads; ++h) {
     int64_t const from = h * rows * factors, values = h * rows * size;
     AttentionHead<T> const head{static_cast<T const*>(a) + from,
@@ -96,6 +96,9 @@ void attention(void const* a, void const* b, void const* v, int32_t const* neigh
                                 static_cast<int>(size),
                                 static_cast<int>(count),
                                 scale,
+                                t == nullptr ? nullptr : t + (threshold_heads == 1 ? 0 : h * rows),
+                                cameras,
+                                camera_factor,
                                 words};
     for (int64_t row = 0; row < rows; ++row) {
       with_slots(count, [&](auto slots) {
@@ -132,9 +135,12 @@ extern "C" void host_row_top_k(void const* a, void const* b, int32_t* neighbors,
 extern "C" void host_reciprocal_neighbor_attention(void const* a, void const* b, void const* v,
                                                    int32_t const* neighbors, void* y, int64_t heads, int64_t rows,
                                                    int64_t factors, int64_t size, int64_t neighbor_heads,
-                                                   int64_t count, float scale, int32_t half, int32_t words) {
+                                                   int64_t count, float scale, float const* t,
+                                                   int64_t threshold_heads, int32_t const* cameras,
+                                                   float camera_factor, int32_t half, int32_t words) {
   auto const run = half != 0 ? nformer::attention<nformer::Half> : nformer::attention<float>;
-  run(a, b, v, neighbors, y, heads, rows, factors, size, neighbor_heads, count, scale, words != 0);
+  run(a, b, v, neighbors, y, heads, rows, factors, size, neighbor_heads, count, scale, t, threshold_heads, cameras,
+      camera_factor, words != 0);
 }
 
 // Round trips of every half, for the test of the test.

@@ -18,7 +18,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto
 
-from nformer_edge.ops.contract import DOMAIN
+from nformer_edge.backends.tensorrt.plugin.library import ATTENTIONS
+from nformer_edge.ops.contract import DOMAIN, RECIPROCAL_NEIGHBOR_ATTENTION
 
 Edit = Callable[[Any], None]
 
@@ -59,6 +60,8 @@ def name_plugins(namespace: str) -> Edit:
         for node in graph.nodes:
             if node.domain == DOMAIN:
                 node.attrs |= {"plugin_version": "1", "plugin_namespace": namespace}
+                if namespace and node.op == RECIPROCAL_NEIGHBOR_ATTENTION:
+                    node.op = ATTENTIONS[len(node.inputs)]
 
     return name
 

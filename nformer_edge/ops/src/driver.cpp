@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "operators.h"
 #include "row_top_k.h"
 #include "table.h"
 #include "threads.h"
@@ -89,15 +90,20 @@ bool run_top_k(const Case& c, const std::vector<const Table*>& tables) {
 }
 
 struct Gradients {
-  std::vector<float> y, weight, slope, ga, gb, gv;
-  bool operator==(const Gradients& o) const { return y == o.y && ga == o.ga && gb == o.gb && gv == o.gv; }
+  std::vector<float> y, ga, gb, gv, gt;
+  bool operator==(const Gradients& o) const {
+    return y == o.y && ga == o.ga && gb == o.gb && gv == o.gv && gt == o.gt;
+  }
 };
 
-bool run_attention(int64_t n, int64_t r, int64_t d, int k, const std::vector<const Table*>& tables) {
+bool run_attention(int64_t n, int64_t r, int64_t d, int k, bool gated, const std::vector<const Table*>& tables) {
   const std::vector<float> a = random_floats(n * r, 0, 4), b = random_floats(n * r, 0, 4), v = random_floats(n * d, 0, 1);
   const std::vector<float> gy = random_floats(n * d, 0, 1);
   const std::vector<int32_t> lists = plain_top_k(a, b, n, n, r, k);
-  const Attention x{a.data(), b.data(), v.data(), lists.data(), n, r, d, k, 0.5};
+  AttentionTensors x{a.data(), b.data(), v.data(), lists.data(), 1, 1, n, r, d, k, 0.5};
+  const std::vector<float> t = random_floats(gated ? n : 0, 5, 1), cameras_as_floats = random_floats(gated ? n : 0, 4, 1);
+  const std::vector<int32_t> cameras(cameras_as_floats.begin(), cameras_as_floats.end());
+  if (gated) x.t = t.data(), x.cameras = cameras.data(), x.camera_factor = 0.5;
   Gradients first;
   bool right = true;
   for (const Table* table : tables)
@@ -105,23 +111,14 @@ bool run_attention(int64_t n, int64_t r, int64_t d, int k, const std::vector<con
       Gradients own;
       for (auto* part : {&own.y, &own.gv}) part->resize(n * d);
       for (auto* part : {&own.ga, &own.gb}) part->resize(n * r);
-      for (auto* part : {&own.weight, &own.slope}) part->resize(n * k);
-      const AttentionGradient g{gy.data(),      own.weight.data(), own.slope.data(),
-                                own.ga.data(), own.gb.data(),     own.gv.data()};
-      for (int pass = 0; pass < 2; ++pass)
-        parallel_ranges(threads, n, 16, [&](int64_t begin, int64_t end) {
-          std::vector<int32_t> slots(k);
-          std::vector<double> weights(k);
-          std::vector<float> shares(2 * k);
-          const Scratch scratch{slots.data(), weights.data(), shares.data()};
-          if (pass) return table->attend_backward_columns(x, g, begin, end, scratch);
-          table->attend(x, begin, end, own.y.data(), scratch);
-          table->attend_backward_rows(x, g, begin, end, scratch);
-        });
+      own.gt.resize(t.size());
+      attend(*table, x, own.y.data(), threads);
+      attend_backward(*table, x, gy.data(), own.ga.data(), own.gb.data(), own.gv.data(), own.gt.data(), threads);
       if (first.y.empty()) first = own;
-      right &= check(own == first, "attention", table->name, threads);
+      right &= check(own == first, gated ? "gated attention" : "attention", table->name, threads);
     }
-  for (const auto* part : {&first.y, &first.ga, &first.gb, &first.gv}) add(part->data(), part->size() * sizeof(float));
+  for (const auto* part : {&first.y, &first.ga, &first.gb, &first.gv, &first.gt})
+    add(part->data(), part->size() * sizeof(float));
   return right;
 }
 
@@ -142,9 +139,11 @@ int main() {
   {
     const StandardArithmetic scope;
     for (const Case& c : cases) right &= run_top_k(c, tables);
-    right &= run_attention(90, 5, 128, 20, tables);
-    right &= run_attention(41, 19, 37, 50, tables);
-    right &= run_attention(7, 1, 1, 3, tables);
+    right &= run_attention(90, 5, 128, 20, false, tables);
+    right &= run_attention(41, 19, 37, 50, false, tables);
+    right &= run_attention(7, 1, 1, 3, false, tables);
+    right &= run_attention(300, 5, 33, 20, true, tables);
+    right &= run_attention(41, 19, 37, 50, true, tables);
   }
   std::printf("checksum %016llx\n", static_cast<unsigned long long>(checksum));
   return right ? 0 : 1;

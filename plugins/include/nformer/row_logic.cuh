@@ -329,6 +329,9 @@ struct AttentionHead {
   int64_t rows;
   int factors, size, count;
   float scale;
+  float const* t;          // [rows]; null: not gated
+  int32_t const* cameras;  // [rows] or null
+  float camera_factor;
   bool words;  // four elements of every row of v and y make one aligned word
 };
 
@@ -341,7 +344,7 @@ struct Neighborhood {
 
   typename W::Int neighbor[kSlots];
   typename W::Float weight[kSlots];
-  uint32_t counting[kSlots];  // a bit for each lane whose neighbor chose this row too
+  uint32_t counting[kSlots];  // a bit for each lane whose neighbor counts
 
   // A neighbor out of 0 .. rows - 1 (-1 above all) never counts, nor does one whose score is not finite.
   template <class T>
@@ -351,7 +354,14 @@ struct Neighborhood {
       auto const place = W::lane() + W::splat(slot * kLanes);
       neighbor[slot] =
           W::load(head.neighbors + row * head.count, place, place < W::splat(head.count), kNoNeighbor);
-      counting[slot] = 0;
+      auto const self = W::splat(static_cast<int32_t>(row));
+      auto const other = (neighbor[slot] < self) | (neighbor[slot] > self);
+      auto const inside =
+          (neighbor[slot] >= W::splat(0)) & (neighbor[slot] < W::splat(static_cast<int32_t>(head.rows)));
+      counting[slot] = head.t != nullptr ? W::ballot(inside & other) : 0;
+    }
+    if (head.t != nullptr) {
+      return;  // gated: the list of the row alone counts
     }
     NFORMER_NO_UNROLL
     for (int start = 0; start < head.count; start += kTogether) {
@@ -409,6 +419,48 @@ struct Neighborhood {
     return bits;
   }
 
+  // The scores of the counting neighbors in one slot.
+  template <class T>
+  NFORMER_HD typename W::Float score(AttentionHead<T> const& head, int64_t row, int slot) const {
+    auto const in = W::has_bit(counting[slot]);
+    auto sum = W::splat(0.0F);
+    NFORMER_NO_UNROLL
+    for (int start = 0; start < head.factors; start += kChain) {
+      int const stop = start + kChain < head.factors ? start + kChain : head.factors;
+      auto part = W::splat(0.0F);
+      for (int r = start; r < stop; ++r) {
+        auto const left = W::splat(static_cast<float>(head.a[row * head.factors + r]));
+        part = W::fma(left, W::gather(head.b + r, neighbor[slot], head.factors, in), part);
+      }
+      sum = sum + part;
+    }
+    return sum;
+  }
+
+  // Gated: fills `weight` with sigmoid(scale * (score - (t_i + t_j) / 2)), times the camera factor for one known camera.
+  template <class T>
+  NFORMER_HD void gate(AttentionHead<T> const& head, int64_t row) {
+    int32_t const camera = head.cameras != nullptr ? head.cameras[row] : kNoNeighbor;
+    NFORMER_UNROLL
+    for (int slot = 0; slot < kSlots; ++slot) {
+      auto const in = W::has_bit(counting[slot]);
+      auto const sum = score(head, row, slot);
+      auto const mine = sum - W::splat(head.t[row]);
+      auto const theirs = sum - W::gather(head.t, neighbor[slot], 1, in);
+      auto const most = W::splat(kMaxFloat);
+      counting[slot] &= W::ballot((W::absolute(mine) <= most) & (W::absolute(theirs) <= most));
+      auto const half = W::splat(0.5F);
+      auto const scaled = W::splat(head.scale) * W::fma(half, mine, half * theirs);
+      auto const power = W::exp(W::splat(0.0F) - W::absolute(scaled));
+      auto const part = W::select(scaled >= W::splat(0.0F), W::splat(1.0F), power);
+      weight[slot] = part / (W::splat(1.0F) + power);
+      if (camera >= 0) {
+        auto const same = W::load(head.cameras, neighbor[slot], in, kNoNeighbor) == W::splat(camera);
+        weight[slot] = W::select(same, weight[slot] * W::splat(head.camera_factor), weight[slot]);
+      }
+    }
+  }
+
   // Fills `weight` with the softmax of scale * score over the counting neighbors. False: none counts.
   // The extreme score is subtracted before scaling, so that a large scale cannot overflow.
   template <class T>
@@ -417,18 +469,7 @@ struct Neighborhood {
     float extreme = -kInfinity;
     NFORMER_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
-      auto const in = W::has_bit(counting[slot]);
-      auto sum = W::splat(0.0F);
-      NFORMER_NO_UNROLL
-      for (int start = 0; start < head.factors; start += kChain) {
-        int const stop = start + kChain < head.factors ? start + kChain : head.factors;
-        auto part = W::splat(0.0F);
-        for (int r = start; r < stop; ++r) {
-          auto const left = W::splat(static_cast<float>(head.a[row * head.factors + r]));
-          part = W::fma(left, W::gather(head.b + r, neighbor[slot], head.factors, in), part);
-        }
-        sum = sum + part;
-      }
+      auto const sum = score(head, row, slot);
       counting[slot] &= W::ballot(W::absolute(sum) <= W::splat(kMaxFloat));
       weight[slot] = sum;
       auto const toward = falling ? W::splat(0.0F) - sum : sum;
@@ -518,7 +559,9 @@ template <class W, int kSlots, class T>
 NFORMER_HD void attend(AttentionHead<T> const& head, int64_t row) {
   Neighborhood<W, kSlots> near;
   near.find(head, row);
-  if (!near.weigh(head, row)) {
+  if (head.t != nullptr) {
+    near.gate(head, row);
+  } else if (!near.weigh(head, row)) {
     near.silence();
   }
   near.blend(head, row);

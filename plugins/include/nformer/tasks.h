@@ -27,6 +27,10 @@ struct AttentionTask {
   int64_t heads, rows, factors, size, neighbor_heads, count;
   float scale;
   Type type;  // of a, b, v and y
+  float const* t = nullptr;          // [threshold_heads, rows]; null: not gated
+  int32_t const* cameras = nullptr;  // [rows] or null, only with t
+  int64_t threshold_heads = 1;
+  float camera_factor = 1.0F;
 };
 
 }  // namespace nformer

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
+from nformer_edge.backends.tensorrt.plugin.library import ATTENTIONS
 from nformer_edge.backends.tensorrt.surgery import (
     fold,
     name_plugins,
@@ -71,6 +72,18 @@ def test_our_nodes_name_their_plugin_and_no_others_do(head, namespace):
         )
         scales = [a.f for a in node.attribute if a.name == "scale"]
         assert len(scales) == (node.op_type == "ReciprocalNeighborAttention")
+
+
+@pytest.mark.parametrize("inputs", ["a, b, v, n, t", "a, b, v, n, t, c"])
+def test_a_gated_attention_is_another_plugin_only_where_the_plan_carries_the_kernels(inputs):
+    given = "float[2, N, 5] a, float[2, N, 5] b, float[2, N, 9] v, int32[1, N, 4] n, float[1, N] t, int32[N] c"
+    node = f"y = nformer.ReciprocalNeighborAttention <scale = 1.0> ({inputs})"
+    text = f'<ir_version: 9, opset_import: ["": 18, "nformer": 2]> g ({given}) => (float[2, N, 9] y) {{ {node} }}'
+    model = onnx.parser.parse_model(text)
+    for namespace, name in (("", "ReciprocalNeighborAttention"), ("nformer", ATTENTIONS[inputs.count(",") + 1])):
+        made = operate(model, name_plugins(namespace))
+        assert [n.op_type for n in made.graph.node] == [name]
+        assert {o.domain: o.version for o in made.opset_import} == {"": 18, "nformer": 2}
 
 
 @pytest.fixture(scope="module")

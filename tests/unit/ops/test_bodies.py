@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -323,3 +327,32 @@ def test_a_scan_body_captures_no_value_but_the_table_of_values_of_version_1(func
     made = {value.name for value in body.input} | {name for node in body.node for name in node.output}
     captured = {name for node in body.node for name in node.input} - made
     assert captured == ({"values"} if len(function.input) == 4 else set())
+
+
+_PARSE = """
+import sys
+import tensorrt_rtx as trt
+logger = trt.Logger(trt.Logger.ERROR)
+network = trt.Builder(logger).create_network(0)
+parser = trt.OnnxParser(network, logger)
+assert parser.parse(sys.stdin.buffer.read()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+print(tuple(network.get_output(0).shape))
+"""
+
+
+@pytest.mark.optional
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no package tensorrt_rtx to parse with")
+@pytest.mark.parametrize("inputs", ["a, b, v, n", "a, b, v, n, t", "a, b, v, n, t, c"])
+def test_tensorrt_rtx_parses_every_variant_of_the_attention(inputs):
+    taken = inputs.count(",") + 1
+    given = "float[2, N, 5] a, float[2, N, 5] b, float[2, N, 9] v, int32[1, N, 4] n, float[1, N] t, int32[N] c"
+    node = f"y = nformer.ReciprocalNeighborAttention <scale = 1.0> ({inputs})"
+    versions = f'"": 18, "nformer": {OPSET_VERSION if taken == 4 else GATED_OPSET_VERSION}'
+    model = onnx.parser.parse_model(
+        f"<ir_version: 9, opset_import: [{versions}]> g ({given}) => (float[2, N, 9] y) {{ {node} }}"
+    )
+    model.functions.extend(operators.functions(inputs=taken))
+    command = [sys.executable, "-c", _PARSE]  # TensorRT writes to standard error, and a fault of it would end the tests
+    done = subprocess.run(command, input=model.SerializeToString(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().strip() == "(2, -1, 9)"

@@ -231,7 +231,7 @@ def test_gated_attention_is_the_dense_formula_and_has_the_gradients_of_finite_di
     thresholds: int, cameras: bool
 ) -> None:
     a, b, v, neighbors, scale, _, known = gated_case(2, 9, 3, 4, 5, lists=1, thresholds=1, cameras=cameras)
-    t = random(thresholds, 9, seed=4)  # no two are equal: the maximum has a corner there
+    t = random(thresholds, 9, seed=4)
     inputs = [x.double().requires_grad_() for x in (a, b, v, t)]
 
     def attend(a: Tensor, b: Tensor, v: Tensor, t: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ PLUGINS = ROOT / "plugins"
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wno-sign-conversion")
 
 
-def _pointer(x: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.ctypes.data)
+def _pointer(x: np.ndarray | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.ctypes.data)
 
 
 class RowLogic:
@@ -46,13 +46,17 @@ class RowLogic:
         neighbors: np.ndarray,  # int32 [H or 1, N, K]
         scale: float,
         wide: bool = False,
+        t: np.ndarray | None = None,  # float32 [H or 1, N]
+        cameras: np.ndarray | None = None,  # int32 [N]
+        camera_factor: float = 1.0,
     ) -> np.ndarray:  # [H, N, D]
         (heads, rows, factors), size = a.shape, v.shape[2]
         a, b, v, neighbors = (np.ascontiguousarray(x) for x in (a, b, v, neighbors))
         out = np.full(v.shape, 7, v.dtype)
         sizes = [ctypes.c_int64(n) for n in (heads, rows, factors, size, neighbors.shape[0], neighbors.shape[2])]
         self.lib.host_reciprocal_neighbor_attention(
-            *(_pointer(x) for x in (a, b, v, neighbors, out)), *sizes, ctypes.c_float(scale),
+            *(_pointer(x) for x in (a, b, v, neighbors, out)), *sizes, ctypes.c_float(scale), _pointer(t),
+            ctypes.c_int64(1 if t is None else len(t)), _pointer(cameras), ctypes.c_float(camera_factor),
             int(a.dtype == np.float16), int(wide),
         )  # fmt: skip
         return out

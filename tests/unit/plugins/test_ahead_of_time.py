@@ -19,14 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import fake_plugin
 from helpers import row_logic as logic
+from helpers.gated import FACTOR, gated_case, gated_formula
 from helpers.tensorrt_names import collect
 
 from nformer_edge.backends.engine import KernelInPlan
 from nformer_edge.backends.tensorrt.plugin import ahead as plugin_ahead
 from nformer_edge.backends.tensorrt.plugin import kernels as plugin_kernels
 from nformer_edge.backends.tensorrt.plugin.ahead import AheadOfTime
+from nformer_edge.backends.tensorrt.plugin.library import ATTENTIONS
 from nformer_edge.core.errors import BackendError
 
 HERE = Path(__file__).parent
@@ -41,7 +44,8 @@ needs_compiler = pytest.mark.skipif(
 
 POINTER, INTEGER = 64, 32
 ROW_TOP_K = (POINTER,) * 2 + (INTEGER,) * 5 + (POINTER,)
-ATTENTION = (POINTER,) * 4 + (INTEGER,) * 8 + (POINTER,)
+#: By the number of inputs: with t there is the number of its heads as well, with cameras a float's two halves.
+ATTENTION = {n: (POINTER,) * n + (INTEGER,) * (8, 9, 11)[n - 4] + (POINTER,) for n in (4, 5, 6)}
 
 
 # ---- what a compiler makes of them ----
@@ -62,9 +66,10 @@ def test_row_top_k_becomes_ptx_that_takes_inputs_integers_output(compiler, kind,
 
 @needs_compiler
 @pytest.mark.parametrize("compiler", COMPILERS, ids=lambda c: type(c).__name__)
-def test_attention_becomes_ptx_that_takes_inputs_integers_output(compiler):
-    kernel = plugin_kernels.compile_attention(compiler, 75, "fp16", 20)
-    assert (kernel.entry, kernel.parameters) == ("nformer_reciprocal_neighbor_attention", ATTENTION)
+@pytest.mark.parametrize("inputs", [4, 5, 6])
+def test_attention_becomes_ptx_that_takes_inputs_integers_output(compiler, inputs):
+    kernel = plugin_kernels.compile_attention(compiler, 75, "fp16", 20, inputs)
+    assert (kernel.entry, kernel.parameters) == ("nformer_reciprocal_neighbor_attention", ATTENTION[inputs])
     assert (kernel.threads, kernel.rows_per_block) == (256, 8)
 
 
@@ -133,7 +138,7 @@ def test_a_float_travels_as_two_small_integers(scale):
 
 
 def node(operator: str, inputs: list, sizes: dict, **attributes) -> dict:
-    kinds = {"k": ("int32", "INT32"), "scale": ("float32", "FLOAT32")}
+    kinds = {"k": ("int32", "INT32"), "scale": ("float32", "FLOAT32"), "camera_factor": ("float32", "FLOAT32")}
     listed = [[name, value, *kinds[name]] for name, value in attributes.items()]
     return {"operator": operator, "inputs": inputs, "attributes": listed, "sizes": sizes}
 
@@ -149,12 +154,21 @@ def attention(kind: str, heads: int, factors: int, size: int, lists: int, k: int
     return node("ReciprocalNeighborAttention", [*inputs, [[lists, "N", k], "INT32"]], {"N": rows}, scale=scale)
 
 
+def gated(kind: str, heads: int, size: int, lists: int, thresholds: int, k: int, rows: int, *, cameras: bool) -> dict:
+    plain = attention(kind, heads, 5, size, lists, k, rows, 1.3)
+    inputs = [*plain["inputs"], [[thresholds, "N"], "FLOAT"], *[[["N"], "INT32"]] * cameras]
+    more = {"camera_factor": FACTOR} if cameras else {}
+    return node(ATTENTIONS[len(inputs)], inputs, {"N": rows}, scale=1.3, **more)
+
+
 NODES = {
     "affinity": row_top_k("FLOAT", 2, 5, 20, 100),
     "features": row_top_k("HALF", 1, 40, 33, 70, 130),
     "no rows": row_top_k("FLOAT", 2, 5, 20, 0),
     "shared lists": attention("FLOAT", 2, 5, 16, 1, 20, 60, -0.25),
     "own lists": attention("HALF", 2, 5, 6, 2, 33, 37, math.nan),
+    "gated": gated("FLOAT", 2, 16, 1, 2, 20, 60, cameras=False),
+    "gated by camera": gated("HALF", 2, 7, 2, 1, 33, 37, cameras=True),
 }
 
 
@@ -187,7 +201,8 @@ class EmulatedCompiler:
         rows = ctypes.c_int32.in_dll(ctypes.CDLL(str(library)), "nformer_rows_per_block").value
         top_k = "-DNFORMER_ROW_TOP_K" in defined
         entry = "nformer_row_top_k" if top_k else "nformer_reciprocal_neighbor_attention"
-        parameters = ", ".join(f".param .u{bits} p" for bits in (ROW_TOP_K if top_k else ATTENTION))
+        inputs = next((int(option[-1]) for option in defined if option.startswith("-DNFORMER_INPUTS")), 2)
+        parameters = ", ".join(f".param .u{bits} p" for bits in (ROW_TOP_K if top_k else ATTENTION[inputs]))
         return (
             f"// {library}\n.target sm_{architecture}\n.const .align 4 .u32 nformer_rows_per_block = {rows};\n"
             f".visible .entry {entry}(\n{parameters}\n)\n.maxntid 256, 1, 1\n{{\n}}"
@@ -273,6 +288,24 @@ def test_attention_launched_as_the_plan_says_is_the_softmax_over_reciprocal_neig
     assert np.abs(found - expected).max() <= (1e-5 if kind is np.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("name", ["gated", "gated by camera"])
+def test_the_gated_attention_launched_as_the_plan_says_is_the_dense_formula(plan, name):
+    told, _ = plan(name)
+    kind = np.float32 if told["type"] == "FLOAT" else np.float16
+    heads, rows, size = told["output"]
+    (lists, _, k), (thresholds, _) = (shape for shape, _ in NODES[name]["inputs"][3:5])
+    case = gated_case(heads, rows, 5, size, k, lists=lists, thresholds=thresholds, cameras="camera" in name)
+    a, b, v, neighbors, scale, t, cameras = case
+    inputs = [
+        *(x.numpy().astype(kind) for x in (a, b, v)),
+        *(x.numpy() for x in (neighbors, t, cameras) if x is not None),
+    ]
+    wide = [torch.from_numpy(x).double() for x in inputs[:3]]
+    expected = gated_formula(*wide, neighbors, scale, t.double(), cameras).numpy()
+    error = np.abs(launched(told, inputs, kind) - expected)
+    assert (error <= (1e-5 if kind is np.float32 else 2e-3) * (1 + np.abs(expected))).all()
+
+
 def test_what_was_compiled_is_kept_by_its_hash(plan):
     told, ahead = plan("affinity")
     (sha256,) = ahead.kernels
@@ -329,4 +362,4 @@ def test_tensorrts_own_package_tells_a_plan_the_same(plan, tmp_path):
         for mine, theirs in zip(expected, told["answers"], strict=True):
             assert {**theirs, "ptx": ""} == {**mine, "ptx": ""}, wheel.name
             kernel = plugin_kernels.read_kernel(mine["entry"], theirs["ptx"], Path("ptx"))
-            assert kernel.parameters in (ROW_TOP_K, ATTENTION)
+            assert kernel.parameters in (ROW_TOP_K, *ATTENTION.values())

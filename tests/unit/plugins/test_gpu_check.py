@@ -29,6 +29,7 @@ def test_the_kernels_pass_the_gpu_checks_on_an_emulated_gpu(gpu_check, emulated_
     kernels = gpu_check.Kernels(emulated_library)
     done = gpu_check.check_exact_top_k(kernels, [(9, 40)])
     done += gpu_check.check_edges(kernels, 300) + gpu_check.check_attention(kernels, 12)
+    done += gpu_check.check_gate(kernels, 40)
     assert [name for name, ok in done if not ok] == []
     assert len(done) > 150
 
@@ -54,9 +55,11 @@ def test_the_gpu_checks_notice_a_wrong_kernel(gpu_check, emulated_library) -> No
 
     wrong = Wrong(emulated_library)
     done = gpu_check.check_exact_top_k(wrong, [(1, 40)]) + gpu_check.check_attention(wrong, 5)
+    done += gpu_check.check_gate(wrong, 20)
     failed = [name for name, ok in done if not ok]
     assert any(name.startswith("RowTopK") for name in failed)
     assert any(name.startswith("Attention") for name in failed)
+    assert any(name.startswith("Gate") for name in failed)
 
 
 def test_the_references_of_the_gpu_check_agree_with_the_plain_torch_operators(gpu_check) -> None:
@@ -67,6 +70,10 @@ def test_the_references_of_the_gpu_check_agree_with_the_plain_torch_operators(gp
         expected = reciprocal_neighbor_attention(a, b, v, lists, 0.3)
         assert (gpu_check.reference_attention(a, b, v, lists, 0.3) - expected).abs().max() <= 1e-12
         assert (gpu_check.plain_attention(a, b, v, lists, 0.3).double() - expected).abs().max() <= 1e-5
+        t, cameras = gpu_check.draw(4, 2, 60).double(), gpu_check.integers(5, -1, 3, 60, dtype=torch.int32)
+        for known in (None, cameras):
+            expected = reciprocal_neighbor_attention(a, b, v, lists, 0.3, t, known, 0.5)
+            assert (gpu_check.reference_gate(a, b, v, lists, 0.3, t, known, 0.5) - expected).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("rule", ["features", "affinity"])

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from helpers.gated import FACTOR, gated_case, gated_formula
 from helpers.row_logic import (
     assert_top_k_within_rounding,
     attention_case,
@@ -190,6 +192,35 @@ def test_attention_passes_over_scores_that_are_not_finite_and_places_out_of_rang
     got = row_logic.attention(a, b, v, neighbors, 0.7)
     assert (np.abs(got - reference_attention(a, b, v, neighbors, 0.7)) <= 1e-5).all()
     assert (got[0, 11] == 0).all()
+
+
+@pytest.mark.parametrize("cameras", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("heads", "lists", "thresholds", "k"), [(1, 1, 1, 20), (2, 1, 2, 33), (2, 2, 1, 128)])
+def test_the_gated_attention_agrees_with_float64(row_logic, heads, lists, thresholds, k, dtype, cameras) -> None:
+    case = gated_case(heads, 90, 5, 36, k, lists=lists, thresholds=thresholds, cameras=cameras)
+    a, b, v = (x.numpy().astype(dtype) for x in case[:3])
+    neighbors, scale, t, known = case[3:]
+    wide = [torch.from_numpy(x).double() for x in (a, b, v)]
+    expected = gated_formula(*wide, neighbors, scale, t.double(), known).numpy()
+    arrays = [None if x is None else x.numpy() for x in (t, known)]
+    got = row_logic.attention(a, b, v, neighbors.numpy(), scale, True, *arrays, FACTOR)
+    tolerance = 2e-3 if dtype == np.float16 else 1e-5
+    assert (np.abs(got - expected) <= tolerance * (1 + np.abs(expected))).all()
+
+
+def test_the_gated_attention_passes_over_what_is_not_finite_and_places_out_of_range(row_logic) -> None:
+    case = gated_case(1, 30, 5, 8, 30, lists=1, thresholds=1, cameras=False)
+    a, b, v, neighbors, scale, t = (x.numpy().copy() if isinstance(x, torch.Tensor) else x for x in case[:6])
+    bad = [3, 4, 5, 6, 7]
+    without = np.where(np.isin(neighbors, bad), -1, neighbors)
+    without[0, bad] = -1
+    expected = row_logic.attention(a, b, v, without, scale, t=t)
+    t[0, 3:6], b[0, 6:8], a[0, 6:8] = (np.nan, np.inf, -np.inf), np.nan, np.inf
+    assert np.array_equal(row_logic.attention(a, b, v, neighbors, scale, t=t), expected)
+    neighbors[neighbors == -1] = 30
+    neighbors[0, 9, neighbors[0, 9] == 30] = 2**31 - 1
+    assert np.array_equal(row_logic.attention(a, b, v, neighbors, scale, t=t), expected)
 
 
 def test_the_test_warp_reads_and_writes_halves_as_numpy_does(row_logic) -> None:

@@ -26,8 +26,9 @@ from nformer_edge.backends.tensorrt.plugin.kernels import (
     float_halves,
     newest_for,
 )
+from nformer_edge.backends.tensorrt.plugin.library import ATTENTIONS
 from nformer_edge.core.errors import BackendError
-from nformer_edge.ops.contract import DOMAIN, RECIPROCAL_NEIGHBOR_ATTENTION, ROW_TOP_K
+from nformer_edge.ops.contract import DOMAIN, ROW_TOP_K
 
 #: The first TensorRT that puts a kernel into the plan. 10.8 calls back into Python, earlier ones know no such plugin.
 SINCE = (10, 9)
@@ -132,23 +133,49 @@ class AheadOfTime:
         self._register(ROW_TOP_K, shape, types, kernel, {"a": tensor, "b": tensor, "k": _array_of(np.int32)})
 
     def _register_attention(self) -> None:
-        trtp, tensor = self._plugin, self._plugin.TensorDesc
+        """Each number of inputs is a plugin of its own: TensorRT reads the inputs from a function's parameters."""
+        floats, tensor = _array_of(np.float32), self._plugin.TensorDesc
+        plain = dict.fromkeys(("a", "b", "v", "neighbors"), tensor)
 
-        def shape(a: Any, b: Any, v: Any, neighbors: Any, scale: Any) -> Any:
-            return v.like()
+        def types(inputs: int) -> Any:
+            more = ("INT32", "FP32", "INT32")[: inputs - 3]
+            return [
+                self._plugin.AutoTuneCombination(", ".join((kind, kind, kind, *more, kind)))
+                for kind in ("FP32", "FP16")
+            ]
 
-        def types(a: Any, b: Any, v: Any, neighbors: Any, scale: Any, outputs: Any) -> Any:
-            return [trtp.AutoTuneCombination(f"{kind}, {kind}, {kind}, INT32, {kind}") for kind in ("FP32", "FP16")]
-
-        def kernel(a: Any, b: Any, v: Any, neighbors: Any, scale: Any, outputs: Any, tactic: int) -> Any:
+        def launch(a: Any, v: Any, neighbors: Any, scale: Any, t: Any = None, factor: Any = None) -> Any:
             (heads, rows, factors), (lists, _, count) = a.shape_expr, neighbors.shape_expr
-            longest = _known(count) or MAX_NEIGHBORS
-            compiled = compile_attention(self._compiler, self._architecture, self._kind(a), longest)
+            inputs, longest = 4 + (t is not None) + (factor is not None), _known(count) or MAX_NEIGHBORS
+            compiled = compile_attention(self._compiler, self._architecture, self._kind(a), longest, inputs)
             numbers = [heads, rows, factors, v.shape_expr[2], lists, count, *float_halves(scale[0])]
+            numbers += [] if t is None else [t.shape_expr[0]]
+            numbers += [] if factor is None else float_halves(factor[0])
             return self._launch(compiled, heads, rows, numbers)
 
-        inputs = {"a": tensor, "b": tensor, "v": tensor, "neighbors": tensor, "scale": _array_of(np.float32)}
-        self._register(RECIPROCAL_NEIGHBOR_ATTENTION, shape, types, kernel, inputs)
+        self._register(
+            ATTENTIONS[4],
+            lambda a, b, v, neighbors, scale: v.like(),
+            lambda a, b, v, neighbors, scale, outputs: types(4),
+            lambda a, b, v, neighbors, scale, outputs, tactic: launch(a, v, neighbors, scale),
+            {**plain, "scale": floats},
+        )
+        self._register(
+            ATTENTIONS[5],
+            lambda a, b, v, neighbors, t, scale: v.like(),
+            lambda a, b, v, neighbors, t, scale, outputs: types(5),
+            lambda a, b, v, neighbors, t, scale, outputs, tactic: launch(a, v, neighbors, scale, t),
+            {**plain, "t": tensor, "scale": floats},
+        )
+        self._register(
+            ATTENTIONS[6],
+            lambda a, b, v, neighbors, t, cameras, scale, camera_factor: v.like(),
+            lambda a, b, v, neighbors, t, cameras, scale, camera_factor, outputs: types(6),
+            lambda a, b, v, neighbors, t, cameras, scale, camera_factor, outputs, tactic: launch(
+                a, v, neighbors, scale, t, camera_factor
+            ),
+            {**plain, "t": tensor, "cameras": tensor, "scale": floats, "camera_factor": floats},
+        )
 
     def _register(self, name: str, shape: Callable, types: Callable, kernel: Callable, parameters: _Types) -> None:
         """TensorRT reads a function's parameters and annotations, which here follow the version that is installed."""

@@ -72,10 +72,10 @@ def compile_row_top_k(compiler: PtxCompiler, architecture: int, kind: str, facto
     return _compiled(ROW_TOP_K, compiler, architecture, kind, options)
 
 
-def compile_attention(compiler: PtxCompiler, architecture: int, kind: str, count: int) -> Kernel:
-    """ReciprocalNeighborAttention's kernel; `count` is K, the rest as for `compile_row_top_k`."""
+def compile_attention(compiler: PtxCompiler, architecture: int, kind: str, count: int, inputs: int = 4) -> Kernel:
+    """ReciprocalNeighborAttention's kernel for so many inputs; `count` is K, the rest as for `compile_row_top_k`."""
     _check("K", count, MAX_NEIGHBORS)
-    options = ("-DNFORMER_ATTENTION", f"-DNFORMER_COUNT={count}")
+    options = ("-DNFORMER_ATTENTION", f"-DNFORMER_COUNT={count}", f"-DNFORMER_INPUTS={inputs}")
     return _compiled(RECIPROCAL_NEIGHBOR_ATTENTION, compiler, architecture, kind, options)
 
 

@@ -27,6 +27,13 @@ Operators = Literal["library", "ahead-of-time", "inlined"]
 CREATORS = (ROW_TOP_K, RECIPROCAL_NEIGHBOR_ATTENTION)
 VERSION = "1"
 
+#: The attention as Python plugins, by its number of inputs: one has as many inputs as its function has parameters.
+ATTENTIONS = {
+    4: RECIPROCAL_NEIGHBOR_ATTENTION,
+    5: f"{RECIPROCAL_NEIGHBOR_ATTENTION}Gated",
+    6: f"{RECIPROCAL_NEIGHBOR_ATTENTION}GatedByCamera",
+}
+
 #: Names a library file, or a folder with one, before every other place; or ``none``: no library, wherever one may lie.
 ENVIRONMENT = "NFORMER_EDGE_PLUGINS"
 NO_LIBRARY = "none"
