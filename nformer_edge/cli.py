@@ -249,6 +249,10 @@ def _new(what: str) -> Option:
     "make-data", "generate a dataset of walking figures in Market-1501's layout", _new("DIR"), SEED,
     _option("--train-ids", type=int, help="identities to train on"),
     _option("--test-ids", type=int, help="identities to query"),
+    _option("--gallery-images", type=int, nargs="+", metavar="N",
+            help="gallery images of a test identity, by turns, such as 1 2 4 8 20 (default 12 each)"),
+    _option("--open-set", type=int, metavar="N", help="gallery identities that no query asks for (default 0)"),
+    _option("--distractors", type=int, metavar="N", help="gallery images of passers-by and of nobody (default 150)"),
     _flag("--force", "replace an earlier generated dataset"),
 )
 def _make_data(args: Args) -> None:

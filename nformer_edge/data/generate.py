@@ -36,6 +36,9 @@ class GenerateSpec:
         cameras: at least two, so that a query has a match under another camera.
         seen_by: each person walks past this many cameras (at most `cameras`).
         images: of one person by one camera; in the test split one of them is the query.
+        gallery_images: of a test person in the gallery: the first person has the first of these numbers, the next the
+            next, over and over, such as 1, 2, 4, 8, 20. All that `images` and `seen_by` leave if empty.
+        open_set: people in the gallery whom no query asks for, with as many images as test people have.
         alike: people come in groups of this many in the same main colors.
         distractors: gallery images of people whom no query asks for, or of nobody (identity 0).
         junk: badly framed gallery images of people who are asked for (identity -1).
@@ -49,6 +52,8 @@ class GenerateSpec:
     seen_by: int = 4
     images: int = 4
     alike: int = 1
+    gallery_images: tuple[int, ...] = ()
+    open_set: int = 0
     distractors: int = 150
     junk: int = 60
     height: int = 128
@@ -63,12 +68,26 @@ class GenerateSpec:
             ("seen_by", 2),
             ("images", 2),
             ("alike", 1),
+            ("open_set", 0),
             ("distractors", 0),
             ("junk", 0),
             ("height", 32),
             ("width", 16),
         ):
             check_at_least(name, getattr(self, name), least)
+        object.__setattr__(self, "gallery_images", tuple(self.gallery_images))
+        for count in self.gallery_images:
+            check_at_least("gallery_images", count, 1)
+
+    def in_gallery(self, i: int, cameras: int) -> list[int]:
+        """Of each of the cameras that see test person `i`, images in the gallery; dealt out one by one from the second.
+
+        So one image alone has another camera than the first query.
+        """
+        if not self.gallery_images:
+            return [self.images - 1] * cameras
+        total = self.gallery_images[i % len(self.gallery_images)]
+        return [len(range((place - 1) % cameras, total, cameras)) for place in range(cameras)]
 
     @classmethod
     def tiny(cls, seed: int = 0) -> GenerateSpec:
@@ -112,22 +131,26 @@ def _people(spec: GenerateSpec, count: int, split: str) -> list[Person]:
 def _shots(spec: GenerateSpec) -> Iterator[_Shot]:
     """Every image of the dataset, in the order of writing."""
     cameras = make_cameras(spec.seed, spec.cameras)
-    counts = dict.fromkeys(FOLDERS, 0)
+    numbers = dict.fromkeys(FOLDERS, 0)
 
     def shot(split: str, pid: int, person: Person | None, camera: Camera, framing: Framing) -> _Shot:
-        counts[split] += 1
-        return _Shot(FOLDERS[split], pid, person, camera, counts[split] - 1, framing)
+        numbers[split] += 1
+        return _Shot(FOLDERS[split], pid, person, camera, numbers[split] - 1, framing)
 
     pid = 0
     test_people = _people(spec, spec.test_ids, "test")
-    for split, people in (("train", _people(spec, spec.train_ids, "train")), ("test", test_people)):
-        for person in people:
+    splits = {"train": _people(spec, spec.train_ids, "train"), "test": test_people}
+    splits["open"] = _people(spec, spec.open_set, "open")
+    for split, people in splits.items():
+        for i, person in enumerate(people):
             pid += 1
             route = Draw(spec.seed, "route", pid).shuffle(cameras)[: spec.seen_by]
-            for camera in route:
-                for i in range(spec.images):
-                    target = "train" if split == "train" else "query" if i == 0 else "gallery"
-                    yield shot(target, pid, person, camera, Framing())
+            counts = [spec.images] * len(route) if split == "train" else spec.in_gallery(i, len(route))
+            for camera, count in zip(route, counts, strict=True):
+                if split == "test" and count < sum(counts):  # a query that no other camera's image answers is not asked
+                    yield shot("query", pid, person, camera, Framing())
+                for _ in range(count):
+                    yield shot("train" if split == "train" else "gallery", pid, person, camera, Framing())
     for i in range(spec.distractors):
         draw = Draw(spec.seed, "distractor", i)
         passer_by = draw_person(draw, draw.pick(CLOTHES), draw.pick(LOWERS)) if draw.chance(80) else None

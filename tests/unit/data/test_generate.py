@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,23 @@ def test_names_parse_back_to_the_spec(tiny: Dataset) -> None:
     assert len(identities(tiny.train)) == spec.train_ids
     assert not set(identities(tiny.train)) & set(identities(tiny.query))
     assert identities(tiny.query) == identities(tiny.gallery)
+
+
+def test_gallery_images_a_person_follow_the_mix_and_the_open_set_is_never_asked_for(tmp_path: Path) -> None:
+    mix = (1, 2, 5)
+    spec = replace(GenerateSpec.tiny(), test_ids=7, gallery_images=mix, open_set=4)
+    made = generate_dataset(tmp_path / "mixed", spec)
+    counts = Counter(r.pid for r in made.gallery if r.pid > 0)
+    first = spec.train_ids + 1
+    assert [counts[first + i] for i in range(7)] == [mix[i % 3] for i in range(7)]
+    assert [counts[first + 7 + i] for i in range(4)] == [1, 2, 5, 1]
+    assert {r.pid for r in made.query} == {first + i for i in range(7)}
+    for query in made.query:
+        assert any(g.pid == query.pid and g.camid != query.camid for g in made.gallery)
+    plain = {r.path.rpartition("/")[2] for r in generate_dataset(tmp_path / "plain", GenerateSpec.tiny()).train}
+    assert plain == {r.path.rpartition("/")[2] for r in made.train}
+    with pytest.raises(UsageError, match="gallery_images"):
+        GenerateSpec(gallery_images=(0,))
 
 
 def test_every_query_has_a_match_under_another_camera(tiny: Dataset) -> None:
