@@ -39,7 +39,7 @@ from nformer_edge.core.spec import HeadSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.exporting.trace import trace_head
 from nformer_edge.metrics.rerank import k_reciprocal_distances
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.nformer import NFormer, scaled
 from nformer_edge.ops import native
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.ops.operators import using
@@ -182,7 +182,7 @@ def training_step(rule: str, rows: int, way: str) -> dict[str, Any]:
 def top_k(rows: int, repeats: int) -> dict[str, Any]:
     head, x, landmarks = head_of("affinity", rows)
     with torch.inference_mode():
-        a, b, _ = (t.contiguous().numpy() for t in head.h[0].attn.factors(head.scaled(x), landmarks[0]))
+        a, b, _ = (t.contiguous().numpy() for t in head.h[0].attn.factors(scaled(x, head.spec), landmarks[0]))
     native.row_top_k(a[:, :512].copy(), b[:, :512].copy(), 20)
     first, peak = with_peak(lambda: native.row_top_k(a, b, 20))
     more = [with_peak(lambda: native.row_top_k(a, b, 20))[0] for _ in range(repeats - 1)]

@@ -281,13 +281,13 @@ def _summary(args: Args) -> None:
     _option("--device", help="cpu (default), or a CUDA device such as cuda:0"),
     _option("--backbone", metavar="CHECKPOINT", help="with --features: the model that computed them"),
     _flag("--resume", "continue an interrupted run of this training"),
-    _option("--preset", choices=("published", "demo"), help="configuration to start from (default published)"),
+    _option("--preset", choices=("gated", "published", "demo"), help="where to start (default gated)"),
     _option("--config", metavar="FILE.toml", help="configuration file; flags override it"),
     _option("--epochs", type=int, help="epochs of stage one"),
     _option("--head-epochs", type=int, help="epochs of stage two"),
     _option("--no-head", action="store_false", dest="with_head", help="train the backbone alone"),
     _option("--initial", metavar="CHECKPOINT", help="start from the backbone of this checkpoint"),
-    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="neighbor rule: features | affinity"),
+    _option("--rule", type=_choice(spec.NeighborRule), metavar="RULE", help="gated | features | affinity"),
     _option("--layers", type=int, help="layers of the head"),
     _option("--holdout", type=float, metavar="SHARE", help="share of the training identities held out for validation"),
     _option("--precision", metavar="NAME", help="fp32 | bf16 | fp16 (GPU) | fp64 (default fp32)"),
@@ -297,7 +297,7 @@ def _summary(args: Args) -> None:
 )
 def _train(args: Args) -> None:
     head = {k: v for k in ("rule", "k", "landmarks", "layers", "heads") if (v := getattr(args, k, None)) is not None}
-    start = getattr(args, "config", getattr(args, "preset", "published"))
+    start = getattr(args, "config", getattr(args, "preset", "gated"))
     config = _call(args, "training.config:configure", start=start, **head)
     history: Result = _call(args, "training.train:train", config=config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank

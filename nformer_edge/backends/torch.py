@@ -20,7 +20,7 @@ from nformer_edge.core.spec import ModelSpec
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.gated import Head
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.operators import FastestOperators, Operators, using
 
@@ -113,7 +113,7 @@ class TorchRunner:
         """The same model in double precision."""
         return Float64Runner(self)
 
-    def with_head(self, use: Callable[[NFormer], T]) -> T:
+    def with_head(self, use: Callable[[Head], T]) -> T:
         """What `use` makes of the head, computed as `relate` computes; see `gallery.protocols`."""
         require_head(self.spec)
         head = self._loaded().head

@@ -81,8 +81,8 @@ class Journal:
         except (ValueError, TypeError):  # a line whose hash holds, and that is no array
             del self._known[_sha256(facts)]
             return _decoded(self.recall(facts, encoded))
-        finally:
-            del self._known[_sha256(facts)]
+        finally:  # nothing is there where `compute` raised
+            self._known.pop(_sha256(facts), None)
 
     def remove(self) -> None:
         """Deletes the file: what it holds stands elsewhere."""

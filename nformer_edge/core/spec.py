@@ -15,7 +15,7 @@ Neck = Literal["bnneck", "bn", "fc", "none"]
 Pooling = Literal["avg", "gem"]
 LastStride = Literal[1, 2]
 Stem = Literal["standard", "no_relu", "ceil_pool"]
-NeighborRule = Literal["features", "affinity"]
+NeighborRule = Literal["features", "affinity", "gated"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
 CalibrationMethod = Literal["minmax", "entropy", "percentile", "mse"]
@@ -150,15 +150,17 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The NFormer head (Wang et al., CVPR 2022).
+    """The NFormer head (Wang et al., CVPR 2022), or the gated head that follows from it (`model.gated`).
 
     Args:
         features: numbers in one feature, D.
         layers: one after the other.
-        heads: of each layer, H.
+        heads: of each layer, H; 1 under the gated rule.
         k: neighbors of each image, K.
-        landmarks: of each layer.
-        rule: which vectors choose neighbors: ``features`` (the published code) or ``affinity`` (the paper).
+        landmarks: of each layer. The gated rule takes the mean of layer 1's landmarks as the center of the set.
+        rule: how neighbors are chosen and weighted: ``features`` (by cosine, as the published code does), ``affinity``
+            (by each layer's affinity, as the paper says) or ``gated`` (by cosine, each weighted by how far it stands
+            above what both images give strangers).
         input_scale: the L2 norm that each feature gets before the first layer: ``unit`` (1), ``sqrt_dim`` (square root
             of `features`) or ``none`` (unchanged).
     """
@@ -171,11 +173,18 @@ class HeadSpec:
     rule: NeighborRule = "features"
     input_scale: InputScale = "unit"
 
+    @classmethod
+    def gated(cls, features: int = 256) -> HeadSpec:
+        """The default of the gated rule."""
+        return cls(features, layers=2, heads=1, k=20, landmarks=1024, rule="gated")
+
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, typing.get_args(NeighborRule))
         check_choice("input_scale", self.input_scale, typing.get_args(InputScale))
         for name in ("features", "layers", "heads", "k", "landmarks"):
             check_size(name, getattr(self, name))
+        if self.rule == "gated" and self.heads != 1:
+            raise UsageError("heads", self.heads, "1 under the gated rule", "Leave heads out.")
         if self.features % self.heads:
             raise UsageError(
                 "heads",

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from nformer_edge import __version__
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.gated import Head
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
 from nformer_edge.ops.contract import (
     DOMAIN,
@@ -92,7 +92,7 @@ class _Nodes:
 class ExportedHead(nn.Module):
     """The head as it leaves: its operators are nodes. Its only job is to be exported."""
 
-    def __init__(self, head: NFormer) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = copy.deepcopy(head).eval()
 
@@ -128,7 +128,7 @@ def folded_neck(backbone: Backbone) -> Backbone:
     return folded
 
 
-def trace_head(head: NFormer, opset: int) -> ModelProto:
+def trace_head(head: Head, opset: int) -> ModelProto:
     """`head`: inputs "features" [N, D] and "landmarks" int32 [layers, l], output "embeddings" [N, D]."""
     spec = head.spec
     torch_in = (torch.ones(spec.k + 2, spec.features), torch.zeros(spec.layers, spec.landmarks, dtype=torch.int32))

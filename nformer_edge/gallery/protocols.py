@@ -27,7 +27,7 @@ from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.ops.contract import draw_landmarks, relate_jointly
 
 if TYPE_CHECKING:
-    from nformer_edge.model.nformer import NFormer
+    from nformer_edge.model.gated import Head
 
 JOINT: Final = "joint"
 PER_QUERY: Final = "per-query"
@@ -117,7 +117,7 @@ def relate_each(
         yield asked.with_features(related[-1:]), gallery.with_features(related[:-1])
 
 
-def per_query(head: NFormer, query: Features, gallery: Features, seed: int = 0, follow: bool = True) -> PerQuery:
+def per_query(head: Head, query: Features, gallery: Features, seed: int = 0, follow: bool = True) -> PerQuery:
     """The per-query protocol with a head of PyTorch, in evaluation mode.
 
     Args:
@@ -129,19 +129,19 @@ def per_query(head: NFormer, query: Features, gallery: Features, seed: int = 0, 
     """
     import torch
 
-    from nformer_edge.model.per_query import GalleryPass
+    from nformer_edge.model.per_query import gallery_pass
 
     if not len(gallery):
         raise DataError("gallery", "zero images", "at least one", "Check the path.")
     for name, s in (("query features", query), ("gallery features", gallery)):
         check_features(s.features, name, head.spec.features)
-    device = head.bottleneck.weight.device
+    device = next(head.parameters()).device
     drawn = draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, seed)
     with torch.inference_mode():
         theirs, asked, landmarks = (
             torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (gallery.features, query.features, drawn)
         )
-        passed = GalleryPass(head, theirs, landmarks)
+        passed = gallery_pass(head, theirs, landmarks)
         alone = passed.embeddings.cpu().numpy()
         unit = unit_rows(alone, "gallery embeddings")
         embeddings = np.empty((len(query), alone.shape[1]), np.float32)
@@ -157,5 +157,5 @@ def per_query(head: NFormer, query: Features, gallery: Features, seed: int = 0, 
             distances[rows.start + which[count:], image[count:]] = 1.0 - cosines
             changed += len(other)
     asked_as, seen_as = query.with_features(embeddings), gallery.with_features(alone)
-    exact = follow and head.spec.rule == "features"
+    exact = follow and head.spec.rule != "affinity"
     return PerQuery(asked_as, seen_as, distances, changed / max(len(query), 1), exact)

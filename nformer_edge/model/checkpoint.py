@@ -14,7 +14,7 @@ from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import ModelSpec, from_dict, to_dict
 from nformer_edge.core.values import JSON
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.gated import Head, make_head
 from nformer_edge.model.tensorfile import TensorFile
 
 _FILE = TensorFile("nformer-edge-checkpoint", "a checkpoint (.safetensors)", "Pass what `nformer-edge train` wrote.")
@@ -34,7 +34,7 @@ class Checkpoint:
 
     spec: ModelSpec
     backbone: Backbone | None
-    head: NFormer | None
+    head: Head | None
     extra: Mapping[str, JSON] = field(default_factory=dict)
     sha256: str = ""
 
@@ -43,7 +43,7 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     spec: ModelSpec,
     backbone: Backbone | None = None,
-    head: NFormer | None = None,
+    head: Head | None = None,
     extra: Mapping[str, JSON] | None = None,
 ) -> str:
     """Writes a checkpoint atomically: a killed run leaves the old file or the new one.
@@ -85,7 +85,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         backbone = Backbone(spec.backbone).eval()
         _fill(path, backbone, tensors, "backbone.")
     if spec.head is not None:
-        head = NFormer(spec.head).eval()
+        head = make_head(spec.head).eval()
         _fill(path, head, tensors, "head.")
     return Checkpoint(spec, backbone, head, extra, sha256_file(path))
 

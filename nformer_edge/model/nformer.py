@@ -23,14 +23,14 @@ _ROWS = 1024
 Agents = tuple[Tensor, Tensor | None]
 
 
-def _is_captured() -> bool:
+def is_captured() -> bool:
     """Whether what runs is being written down, for export or compilation, rather than computed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _is_whole() -> bool:
     """Whether all rows go at once: training keeps what lies between for its gradients, and a graph has no loop."""
-    return torch.is_grad_enabled() or _is_captured()
+    return torch.is_grad_enabled() or is_captured()
 
 
 class Projection(nn.Module):
@@ -169,7 +169,7 @@ class Block(nn.Module):
         return self.ln_2(x + self.mlp(x))
 
 
-def _unit(x: Tensor) -> Tensor:  # [N, D] -> [N, D]
+def unit(x: Tensor) -> Tensor:  # [N, D] -> [N, D]
     return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
@@ -201,35 +201,37 @@ class NFormer(nn.Module):
 
     def encode(self, features: Tensor, landmarks: Tensor) -> Tensor:
         """The output before the BN neck, [N, D]: where triplet and center loss act in training."""
-        if not _is_captured():
-            self._check(features, landmarks)
+        if not is_captured():
+            check_inputs(self.spec, features, landmarks)
             if features.shape[0] == 0:
                 return features
         neighbors = None
         if self.spec.rule == "features":
-            unit = _unit(features)
-            neighbors = operators().row_top_k(unit[None], unit[None], self.spec.k)
-        x = self.scaled(features)
+            rows = unit(features)[None]
+            neighbors = operators().row_top_k(rows, rows, self.spec.k)
+        x = scaled(features, self.spec)
         for layer, block in enumerate(self.h):
             x = block(x, landmarks[layer], neighbors)
         return x
 
-    def scaled(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
-        """What the first layer sees: features brought to the length that `input_scale` names."""
-        if self.spec.input_scale == "none":
-            return features
-        unit = _unit(features)
-        return unit if self.spec.input_scale == "unit" else unit * math.sqrt(self.spec.features)
 
-    def _check(self, features: Tensor, landmarks: Tensor) -> None:
-        if features.dim() != 2 or features.shape[1] != self.spec.features:
-            got, expected = f"shape {tuple(features.shape)}", f"[N, {self.spec.features}]"
-            raise UsageError("features", got, expected, "Embed with this head's own backbone.")
-        rows = features.shape[0]
-        fits = landmarks.dim() == 2 and landmarks.shape[0] == self.spec.layers and landmarks.shape[1] >= 1
-        if not fits or landmarks.dtype not in (torch.int32, torch.int64):
-            got, expected = f"shape {tuple(landmarks.shape)} {landmarks.dtype}", f"int32 [{self.spec.layers}, l]"
-            raise UsageError("landmarks", got, expected, "Call ops.contract.draw_landmarks.")
-        if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
-            got = f"{int(landmarks.min())}..{int(landmarks.max())}"
-            raise UsageError("landmarks", got, f"0..{rows - 1}", "Draw them for N images.")
+def scaled(features: Tensor, spec: HeadSpec) -> Tensor:  # [N, D] -> [N, D]
+    """Features brought to the length that `input_scale` names: what a head works on."""
+    if spec.input_scale == "none":
+        return features
+    return unit(features) if spec.input_scale == "unit" else unit(features) * math.sqrt(spec.features)
+
+
+def check_inputs(spec: HeadSpec, features: Tensor, landmarks: Tensor) -> None:
+    """Raises UsageError unless these are features [N, D] and landmarks int [layers, l] of N images, for this head."""
+    if features.dim() != 2 or features.shape[1] != spec.features:
+        got, expected = f"shape {tuple(features.shape)}", f"[N, {spec.features}]"
+        raise UsageError("features", got, expected, "Embed with this head's own backbone.")
+    rows = features.shape[0]
+    fits = landmarks.dim() == 2 and landmarks.shape[0] == spec.layers and landmarks.shape[1] >= 1
+    if not fits or landmarks.dtype not in (torch.int32, torch.int64):
+        got, expected = f"shape {tuple(landmarks.shape)} {landmarks.dtype}", f"int32 [{spec.layers}, l]"
+        raise UsageError("landmarks", got, expected, "Call ops.contract.draw_landmarks.")
+    if rows and not (int(landmarks.min()) >= 0 and int(landmarks.max()) < rows):
+        got = f"{int(landmarks.min())}..{int(landmarks.max())}"
+        raise UsageError("landmarks", got, f"0..{rows - 1}", "Draw them for N images.")

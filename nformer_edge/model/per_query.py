@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.model.nformer import Agents, Block, NFormer
+from nformer_edge.model.gated import LISTED, GatedHead, Head, profile
+from nformer_edge.model.nformer import Agents, Block, NFormer, scaled, unit
 from nformer_edge.ops.operators import operators
 
 #: Changed rows whose neighbors' values are gathered at once: 2048 x 21 x 512 floats take 84 MiB.
@@ -100,7 +101,7 @@ class GalleryPass:
         self.layers: list[Layer] = []
         unit = torch.nn.functional.normalize(gallery, dim=1, eps=1e-12)
         shared = _lists(unit[None], unit[None], head.spec.k) if head.spec.rule == "features" else None
-        x = head.scaled(gallery)
+        x = scaled(gallery, head.spec)
         for block, drawn in zip(head.h, landmarks, strict=True):
             agents = block.attn.agents(x.index_select(0, drawn))
             a, b, v = block.attn.factors_by(agents, x)
@@ -127,7 +128,7 @@ class GalleryPass:
         """
         count, size = len(queries), len(self)
         index = torch.arange(count, device=queries.device)
-        state = Changed(index, torch.full_like(index, size), self.head.scaled(queries))
+        state = Changed(index, torch.full_like(index, size), scaled(queries, self.head.spec))
         if self.head.spec.rule == "features":
             unit = torch.nn.functional.normalize(queries, dim=1, eps=1e-12)
             meeting = Meeting.of(self.layers[0].lists, unit[None], unit[None])
@@ -144,6 +145,71 @@ class GalleryPass:
         for start in tqdm(range(0, len(queries), batch), desc="per query", unit="batch", **PROGRESS):
             rows = slice(start, min(start + batch, len(queries)))
             yield rows, self.ask(queries[rows], follow)
+
+
+class GatedPass:
+    """As `GalleryPass`, for the gated head. Center and gauge are the gallery's own.
+
+    A query enters some hundred lists, and through thresholds and layers nearly every row changes a little: `ask` runs
+    the layers over the whole set and chooses only the lists anew that the query enters.
+    """
+
+    def __init__(self, head: GatedHead, gallery: Tensor, landmarks: Tensor) -> None:
+        self.head = head
+        mapped = head.map(scaled(gallery, head.spec))
+        self.center = mapped.index_select(0, landmarks[0]).mean(dim=0)
+        self.own = unit(mapped - self.center)
+        self.lists = operators().row_top_k(self.own[None], self.own[None], LISTED)[0]
+        self.last = _last_scores(self.own[None], self.own[None], self.lists[None].long())[0]
+        self.crowd = head.gauge(profile(self.own, self.lists).index_select(0, landmarks[0]))
+        self.layers = [self.own]
+        self.thresholds: list[Tensor] = []
+        for gate in head.h:
+            x = self.layers[-1]
+            scores = profile(x, self.lists)
+            self.thresholds.append(gate.thresholds(scores, self.crowd))
+            self.layers.append(gate(x, scores, self.lists[None], self.crowd))
+        self.embeddings: Tensor = head.output(self.layers[-1], self.own, self.crowd)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def ask(self, query: Tensor, follow: bool = True) -> Changed:
+        """The head over the gallery and `query` [1, D]; without `follow` the gallery stays as in its own pass."""
+        mine = unit(self.head.map(scaled(query, self.head.spec)) - self.center)
+        both, size = torch.cat([self.own, mine]), len(self)
+        chosen = operators().row_top_k(mine[None], both[None], LISTED)[0]
+        image = torch.arange(size + 1, device=query.device).roll(1)
+        if not follow:
+            x = self._alone(mine, chosen)
+            return Changed(torch.zeros_like(image[:1]), image[:1], self.head.output(x, mine, self.crowd))
+        entered = _rounded((self.own.double() @ mine[0].double()), mine) > self.last
+        lists = torch.cat([self.lists, chosen])
+        if entered.any():
+            lists[:size][entered] = operators().row_top_k(self.own[entered][None], both[None], LISTED)[0]
+        x = both
+        for gate in self.head.h:
+            x = gate(x, profile(x, lists), lists[None], self.crowd)
+        return Changed(torch.zeros_like(image), image, self.head.output(x, both, self.crowd)[image])
+
+    def _alone(self, x: Tensor, chosen: Tensor) -> Tensor:  # [1, D], int32 [1, LISTED] -> [1, D]
+        for gate, rows, thresholds in zip(self.head.h, self.layers, self.thresholds, strict=False):
+            t = gate.thresholds(profile(x, chosen, torch.cat([rows, x])), self.crowd)
+            near = chosen[0, : gate.k + 1]
+            near = near[(near >= 0) & (near < len(self))].long()
+            weights = (gate.slope(self.crowd) * (x @ rows[near].T - (t + thresholds[near]) / 2)).sigmoid()
+            x = gate.joined(x, weights @ rows[near], self.crowd)
+        return x
+
+    def ask_all(self, queries: Tensor, follow: bool = True, batch: int = 1) -> Iterator[tuple[slice, Changed]]:
+        """`ask` for each of [Q, D], with a progress bar; `batch` is 1 whatever it says."""
+        for i in tqdm(range(len(queries)), desc="per query", unit="query", **PROGRESS):
+            yield slice(i, i + 1), self.ask(queries[i : i + 1], follow)
+
+
+def gallery_pass(head: Head, gallery: Tensor, landmarks: Tensor) -> GalleryPass | GatedPass:
+    """The pass over `gallery` [N, D] alone that the head's rule takes."""
+    return (GatedPass if isinstance(head, GatedHead) else GalleryPass)(head, gallery, landmarks)  # type: ignore[arg-type]
 
 
 class Meeting:

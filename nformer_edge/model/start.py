@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.model.nformer import Block, NFormer
+from nformer_edge.model.nformer import Block, NFormer, scaled
 
 #: Directions with hardly any variance are raised to this share of the largest before they are divided by.
 FLOOR = 1e-3
@@ -51,7 +51,7 @@ def start_as_reciprocal_mean(
     """
     spec = head.spec
     size = spec.features // spec.heads
-    x = head.scaled(features)
+    x = scaled(features, head.spec)
     for block in head.h:
         if sharpness is not None:
             relate_by_cosine(block, x, strength, sharpness, spec.landmarks)
@@ -245,7 +245,7 @@ def start_as_discriminant(
     if spec.rule == "affinity" and spec.layers < 2:
         hint = "Add a layer, or start as reciprocal_mean."
         raise UsageError("layers", spec.layers, "2 or more under the affinity rule", hint)
-    x = head.scaled(features)
+    x = scaled(features, head.spec)
     for layer, block in enumerate(head.h):
         relates = layer > 0 or spec.rule == "features"
         relate_by_cosine(block, x, strength if relates else 0.0, sharpness, spec.landmarks)

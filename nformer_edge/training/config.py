@@ -178,22 +178,34 @@ class TrainConfig:
             raise UsageError("holdout", self.holdout, "0 <= holdout < 1", "Hold out fewer people.")
 
     @classmethod
-    def demo(cls, seed: int = 0, rule: str = "features") -> TrainConfig:
+    def gated(cls, seed: int = 0) -> TrainConfig:
+        """The published backbone with the gated head, whose gates need no training."""
+        return cls(ModelSpec(head=HeadSpec.gated()), head=HeadConfig(epochs=0, views=1), seed=seed)
+
+    @classmethod
+    def demo(cls, seed: int = 0, rule: str = "gated") -> TrainConfig:
         """For the generated dataset on a laptop's CPU: ResNet-18 at 96 x 48 in a few minutes."""
-        # fewer neighbors than a person has images (16): docs/results.md says how they were chosen
-        # chosen on held-out training identities: the landmark product needs many landmarks to find neighbors
+        # the paper's head: fewer neighbors than a person has images (16), as docs/results.md says; the landmark product
+        # needs many landmarks to find neighbors. Chosen on held-out training identities.
         layers, landmarks = (2, 256) if rule == "affinity" else (4, 5)
-        head = HeadSpec(256, layers, heads=2, k=12, landmarks=landmarks, rule=rule)  # type: ignore[arg-type]
+        head = HeadSpec.gated(256)
+        if rule != "gated":
+            head = HeadSpec(256, layers, heads=2, k=12, landmarks=landmarks, rule=rule)  # type: ignore[arg-type]
         model = ModelSpec(BackboneSpec("resnet18", 256), head, PreprocessSpec(96, 48))
         augment = AugmentSpec(pad=2, erase=0.1)
         stage_one = BackboneConfig(
             epochs=7, p=8, lr=1.5e-3, schedule="cosine", warmup=1, warmup_factor=0.1, augment=augment
         )
-        return cls(model, stage_one, HeadConfig(epochs=2, sets=10, views=3, lr=3e-5), holdout=0.1, seed=seed)
+        learnt = HeadConfig(epochs=0, views=1) if rule == "gated" else HeadConfig(epochs=2, sets=10, views=3, lr=3e-5)
+        return cls(model, stage_one, learnt, holdout=0.1, seed=seed)
 
 
 #: Where a configuration can start.
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"published": TrainConfig, "demo": TrainConfig.demo}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "gated": TrainConfig.gated,
+    "published": TrainConfig,
+    "demo": TrainConfig.demo,
+}
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -218,7 +230,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
 
 
 def configure(
-    start: str | os.PathLike[str] = "published",
+    start: str | os.PathLike[str] = "gated",
     *,
     seed: int | None = None,
     arch: str | None = None,
@@ -252,6 +264,12 @@ def configure(
     if not with_head:
         model = replace(model, head=None)
     elif model.head is not None:
+        rule = head.get("rule") or model.head.rule
+        if rule != model.head.rule and "gated" in (rule, model.head.rule):  # another head altogether
+            other = PRESETS["gated" if rule == "gated" else "published"]()
+            assert other.model.head is not None
+            model = replace(model, head=replace(other.model.head, features=model.head.features))
+            config = replace(config, head=other.head)
         model = replace(model, head=_with(model.head, **head))
     size = dict(zip(("height", "width"), imgsz, strict=True)) if imgsz else {}
     model = replace(model, backbone=_with(model.backbone, arch=arch), preprocess=_with(model.preprocess, **size))

@@ -13,6 +13,7 @@ from torch import Tensor
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.spec import HeadSpec
+from nformer_edge.model.gated import GatedHead, Head, make_head, start_as_gates
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_discriminant, start_as_reciprocal_mean
 from nformer_edge.ops.contract import draw_landmarks, relate_jointly
@@ -20,10 +21,11 @@ from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import HeadConfig
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import Criterion
+from nformer_edge.training.mixed import IMAGES, MixedSet, draw_mixed, ranking_loss
 from nformer_edge.training.optimize import Optimizer
 from nformer_edge.training.state import TrainingState
 
-Watch = Callable[[NFormer], float]
+Watch = Callable[[Head], float]
 
 
 def train_head(
@@ -36,7 +38,7 @@ def train_head(
     watch: Watch | None = None,
     compute: Compute | None = None,
     **kept: Any,
-) -> tuple[NFormer, list[Epoch]]:
+) -> tuple[Head, list[Epoch]]:
     """Trains a head on the features of the training images.
 
     Args:
@@ -59,22 +61,27 @@ def train_head(
     stack, labels = _stack(views, spec, config.spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = NFormer(spec)
+        head = make_head(spec)
         criterion = Criterion(config.loss, int(labels.max()) + 1, spec.features)
     criterion.to(compute.device, compute.dtype)
-    _start(head, stack[0], labels, views[0].camids, config)
+    camids = torch.from_numpy(views[0].camids.astype(np.int64))
+    _start(head, stack[0], labels, camids, config)
     head.to(compute.device, compute.dtype)
     on_last = kept.pop("on_last", None)
     rng = np.random.default_rng([seed, 2])  # everything random in this stage comes from here: its state is saved
     state = TrainingState(head, criterion, Optimizer(head, criterion, config, compute), watch=watch, rng=rng, **kept)
     if not state.restore():
-        _settle(head, stack, config, rng, compute)
+        if isinstance(head, NFormer):
+            _settle(head, stack, config, rng, compute)
         if watch is not None:
             state.note(Epoch(0))
-    held = _Held(head if config.hold_choice else None)
+    held = _Held(head if config.hold_choice and isinstance(head, NFormer) else None)
     with state.bar("head", config.epochs) as bar:
         while state.epoch < config.epochs:
-            _epoch(state, stack, labels, head, config, held)
+            if isinstance(head, NFormer):
+                _epoch(state, stack, labels, head, config, held)
+            else:
+                _mixed_epoch(state, stack, labels, camids, head, config)
             row = state.close_epoch()
             bar.set_postfix(loss=f"{row.loss:.3f}")
             bar.update()
@@ -118,12 +125,15 @@ def _stack(views: Sequence[Features], spec: HeadSpec, factor: float) -> tuple[Te
     return torch.from_numpy(stack), torch.from_numpy(labels.astype(np.int64))
 
 
-def _start(head: NFormer, features: Tensor, labels: Tensor, camids: np.ndarray, config: HeadConfig) -> None:
+def _start(head: Head, features: Tensor, labels: Tensor, camids: Tensor, config: HeadConfig) -> None:
     """Gives the head the weights that `config.start` names; ``random`` leaves those it has."""
-    if config.start == "reciprocal_mean":
+    cameras = camids if config.start == "camera_discriminant" else None
+    if isinstance(head, GatedHead):
+        if config.start != "random":
+            start_as_gates(head, features, None if config.start == "reciprocal_mean" else labels, cameras, config.power)
+    elif config.start == "reciprocal_mean":
         start_as_reciprocal_mean(head, features, config.strength, config.sharpness)
     elif config.start != "random":
-        cameras = torch.from_numpy(camids.astype(np.int64)) if config.start == "camera_discriminant" else None
         sharpness = config.sharpness or 0.0
         start_as_discriminant(head, features, labels, config.strength, sharpness, cameras, config.power)
 
@@ -201,10 +211,43 @@ def _epoch(state: TrainingState, stack: Tensor, labels: Tensor, head: NFormer, c
         state.took(value, float(accuracy), part)
 
 
+def _mixed_epoch(
+    state: TrainingState, stack: Tensor, labels: Tensor, camids: Tensor, head: GatedHead, config: HeadConfig
+) -> None:
+    """What is left of an epoch of the gated head: a ranking loss over sets of mixed composition (`training.mixed`)."""
+    compute, optimizer, rng = state.compute, state.optimizer, state.rng
+    assert rng is not None
+    head.train()
+    share, people, cameras = config.batch // compute.world, labels.numpy(), camids.numpy()
+    while state.step < config.sets:
+        part = optimizer.part(state.step, config.sets)
+        optimizer.schedule(state.epoch + (state.step - part[0]) / config.sets)
+        sets = []
+        for place in range(config.batch):  # every rank draws every set, so that all go on from the same state
+            images = IMAGES[(state.step * config.batch + place) % len(IMAGES)]
+            drawn = draw_mixed(people, cameras, images, config.set_size, rng)
+            landmarks = _landmarks(head.spec, len(drawn.rows), rng, compute.device)
+            view, seed = int(rng.integers(len(stack))), int(rng.integers(2**31))
+            if place // share == compute.rank:
+                sets.append((stack[view, drawn.rows].to(compute.device, compute.dtype), landmarks, drawn, seed))
+        related = compute.forward(partial(_relate, sets=sets), sync=part[0] == part[1] - 1)
+        losses, accuracies = [], []
+        for x, (_, _, drawn, seed) in zip(related, sets, strict=True):
+            mine = (labels[drawn.rows].to(x.device), camids[drawn.rows].to(x.device))
+            loss, accuracy = ranking_loss(x, *mine, drawn.queries, np.random.default_rng(seed))
+            losses.append(loss)
+            accuracies.append(float(accuracy))
+        state.took(optimizer.step(torch.stack(losses).mean(), part), float(np.mean(accuracies)), part)
+
+
+def _relate(head: GatedHead, sets: Sequence[tuple[Tensor, Tensor, MixedSet, int]]) -> list[Tensor]:
+    return [head(features, landmarks) for features, landmarks, _, _ in sets]
+
+
 @torch.inference_mode()
-def relate(head: NFormer, query: Features, gallery: Features, seed: int = 0) -> tuple[Features, Features]:
+def relate(head: Head, query: Features, gallery: Features, seed: int = 0) -> tuple[Features, Features]:
     """`relate_jointly` with a head of PyTorch: the held-out evaluation's way."""
-    device, dtype = head.bottleneck.weight.device, head.bottleneck.weight.dtype
+    device, dtype = next(head.parameters()).device, next(head.parameters()).dtype
 
     def run(rows: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         features = torch.from_numpy(rows.astype(np.float32)).to(device, dtype)

@@ -23,7 +23,7 @@ from nformer_edge.metrics.composition import Composition, composition
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.gated import Head, make_head
 from nformer_edge.training.backbone import extract, extract_view, train_backbone
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.head import relate, train_head
@@ -120,13 +120,13 @@ def second_stage(
         run.clean(BEST_HEAD)  # an earlier run's
     state = run.state("head", replace(run.identity, config=config_identity(config, "backbone"), features=source))
 
-    def watch(head: NFormer) -> float:
+    def watch(head: Head) -> float:
         assert held is not None
         return evaluate(*relate(head, *held, seed=config.seed)).mAP
 
     def keep(name: str, tensors: dict[str, Tensor], epoch: int) -> None:
         assert spec.head is not None
-        head = NFormer(spec.head)
+        head = make_head(spec.head)
         head.load_state_dict(tensors)
         if run.compute.leads:
             save_checkpoint(run.beside(name), spec, None, head, {**extra, "epoch": epoch})
@@ -150,7 +150,7 @@ def second_stage(
     return Stage(tuple(rows), Best.of(rows), time.perf_counter() - start), sha256_file(run.out)
 
 
-def _accuracy(head: NFormer, query: Features, gallery: Features, seed: int) -> Composition:
+def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Composition:
     """Backbone and head by images a person, on the held-out identities."""
     people = f"{len(np.unique(query.pids))} people held out of training"
     together = partial(relate, head)

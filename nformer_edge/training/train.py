@@ -66,7 +66,8 @@ def train(
 
     Args:
         data: a dataset, or where one lies.
-        config: the published recipe if None. With `features` the model's other parts are those that made them.
+        config: the published backbone with the gated head if None. With `features` the model's other parts are those
+            that made them.
         features: a feature store with a split ``train``, as `nformer-edge embed` wrote it, in place of `data`: all its
             views are learnt from, and held-out identities are watched in the plain one.
         backbone: the checkpoint that made `features`: `out` is then a whole model, otherwise a head alone.
@@ -84,7 +85,7 @@ def train(
         ArtifactError: if the store has no training images or does not say what made it, or another backbone did.
     """
     start = time.perf_counter()
-    config = config or TrainConfig()
+    config = config or TrainConfig.gated()
     with torch.random.fork_rng(devices=[]):
         if data is not None and features is None and backbone is None:
             source = _images(data, config, layout, initial)

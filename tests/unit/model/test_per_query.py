@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.model.nformer import NFormer
-from nformer_edge.model.per_query import GalleryPass
+from nformer_edge.model.gated import LISTED, RANKS, GatedHead, profile, start_as_gates
+from nformer_edge.model.nformer import NFormer, scaled, unit
+from nformer_edge.model.per_query import GalleryPass, GatedPass, gallery_pass
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.ops.operators import operators
 
@@ -43,7 +44,7 @@ def whole_pass(head: NFormer, gallery: Tensor, query: Tensor, landmarks: Tensor,
     """
     every = torch.cat([gallery, query[None]])
     unit = every / every.norm(dim=1, keepdim=True)
-    x, alone = head.scaled(every), head.scaled(gallery)
+    x, alone = scaled(every, head.spec), scaled(gallery, head.spec)
     shared = operators().row_top_k(unit[None], unit[None], head.spec.k)
     mine = operators().row_top_k(unit[None, :-1], unit[None, :-1], head.spec.k)
     for block, drawn in zip(head.h, landmarks, strict=True):
@@ -105,7 +106,7 @@ def test_with_one_layer_it_is_the_head_itself() -> None:
 def kept_lists(head: NFormer, gallery: Tensor, query: Tensor, landmarks: Tensor) -> Tensor:
     """The head over [gallery; query], layer by layer; the gallery's lists are those of its own pass, with the query in
     the last place of those that it enters: [N + 1, D]."""
-    x, alone, size = head.scaled(torch.cat([gallery, query[None]])), head.scaled(gallery), len(gallery)
+    x, alone, size = scaled(torch.cat([gallery, query[None]]), head.spec), scaled(gallery, head.spec), len(gallery)
     for block, drawn in zip(head.h, landmarks, strict=True):
         base = block.attn.factors(alone, drawn)
         a, b, v = block.attn.factors(torch.cat([x, alone[drawn]]), torch.arange(size + 1, size + 1 + len(drawn)))
@@ -174,3 +175,58 @@ def test_what_no_query_reaches_is_not_computed() -> None:
     far = -100 * torch.ones(40, 16, dtype=torch.float64) + images[:40]
     passed = GalleryPass(head, torch.cat([images[41:] + 50, far]), landmarks_of(head, 79))
     assert int(passed.ask(images[40:41] + 50).image[1:].max()) < 39
+
+
+@torch.no_grad()
+def _gated() -> GatedHead:
+    torch.manual_seed(0)
+    head = GatedHead(HeadSpec(16, 2, 1, 5, 40, "gated"))
+    start_as_gates(head, torch.zeros(1, 16), None)
+    return head.double().eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("people", "shots"), [(60, 4), (200, 1), (7, 3)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_query_alone_equals_a_whole_pass_of_the_gated_head(people: int, shots: int, copied: bool) -> None:
+    head, every = _gated(), crowd(people, shots)
+    gallery, queries = every[3:], torch.cat([every[:3], every[4:5]]) if copied else every[:3]
+    landmarks = torch.from_numpy(draw_landmarks(len(gallery), 2, 40, 3))
+    passed = gallery_pass(head, gallery, landmarks)
+    assert isinstance(passed, GatedPass)
+    assert torch.allclose(passed.embeddings, head(gallery, landmarks), atol=1e-12)
+    for query in queries:
+        rows = torch.cat([gallery, query[None]])
+        own = head.map(scaled(rows, head.spec))
+        own = unit(own - own[:-1].index_select(0, landmarks[0]).mean(dim=0))
+        lists = operators().row_top_k(own[None], own[None], LISTED)
+        x = own
+        for gate in head.h:
+            x = gate(x, profile(x, lists[0]), lists, passed.crowd)
+        exact = head.output(x, own, passed.crowd)
+        answer = passed.ask(query[None])
+        assert torch.allclose(answer.x, exact[answer.image], atol=1e-12)
+        frozen = passed.ask(query[None], follow=False)
+        assert frozen.x.shape == (1, 16)
+        assert torch.nn.functional.cosine_similarity(frozen.x, exact[-1:]) > 0.95
+
+
+@torch.no_grad()
+def test_a_frozen_gallery_answers_with_its_own_rows_and_thresholds() -> None:
+    head, gallery = _gated(), crowd(50, 3)
+    landmarks = torch.from_numpy(draw_landmarks(len(gallery) - 1, 2, 40, 3))
+    passed = gallery_pass(head, gallery[1:], landmarks)
+    assert isinstance(passed, GatedPass)
+    query = gallery[:1]
+    own = unit(head.map(scaled(query, head.spec)) - passed.center)
+    lists = operators().row_top_k(own[None], torch.cat([passed.own, own])[None], LISTED)[0, 0].long()
+    x = own
+    for gate, rows, thresholds in zip(head.h, passed.layers, passed.thresholds, strict=False):
+        scores = torch.cat([rows, x])[lists[list(RANKS)]] @ x[0]
+        t = gate.thresholds(scores[None], passed.crowd)
+        near = [int(j) for j in lists[: gate.k + 1] if j != len(passed)]
+        y = sum(
+            torch.sigmoid(gate.slope(passed.crowd) * (rows[j] @ x[0] - (t + thresholds[j]) / 2)) * rows[j] for j in near
+        )
+        x = gate.joined(x, torch.as_tensor(y)[None], passed.crowd)
+    assert torch.allclose(passed.ask(query, follow=False).x, head.output(x, own, passed.crowd), atol=1e-12)

@@ -1,0 +1,251 @@
+"""The gated head: a neighbor weighs by how far its score stands above what both images give strangers.
+
+The published head gives every image its k neighbors, whoever they are; where a person has one image in the gallery,
+all twenty are strangers. Here image i has a threshold t_i, read from the scores along its own list (its profile), and a
+neighbor j weighs ``sigmoid(slope * (s_ij - (t_i + t_j) / 2))``: hardly anything where nobody stands out. The mean of
+both thresholds is what adaptive score normalization subtracts (Matejka et al., Interspeech 2017). How much the gates
+let through follows from the set itself (`Gauge`). `docs/operators.md` has the operator, `docs/training.md` how gates
+are learnt.
+
+Letters: N images seen together, D features, K listed neighbors, l landmarks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import HeadSpec
+from nformer_edge.model.nformer import NFormer, Projection, check_inputs, is_captured, scaled, unit
+from nformer_edge.model.start import discriminant
+from nformer_edge.ops.operators import operators
+from nformer_edge.ops.reference import check_finite
+
+#: Places in an image's list, itself at 0, whose scores make its profile.
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+#: Names in every list: itself, and as far down as the profile looks.
+LISTED = RANKS[-1] + 1
+
+#: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
+MISSING = 0.05
+
+#: The gates that a new head starts with, and how they were learnt.
+GATES = Path(__file__).with_name("gates.json")
+
+#: Of `RANKS`: where strangers begin, where the profile ends, and what lies between them.
+_TOP, _NEAR, _FAR = RANKS.index(16), RANKS.index(32), RANKS.index(128)
+
+#: By how much the line through `_NEAR` and `_FAR`, straight over the logarithm of the rank, is above `_NEAR`.
+_FALL = (math.log(RANKS[_NEAR]) - torch.tensor(RANKS).log()) / math.log(RANKS[_FAR] / RANKS[_NEAR])
+
+
+class Map(nn.Module):
+    """Features to the space where they are compared: ``sign(x) |x|^power w + b``, at first the identity. Not trained
+    by gradients: `start_as_gates` fits it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.ones(()))
+        self.linear = Projection(features, features)
+        nn.init.eye_(self.linear.w)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        mapped: Tensor = self.linear(self.raised(x))
+        return mapped
+
+    def raised(self, x: Tensor) -> Tensor:
+        """What the linear part gets."""
+        return x.sign() * x.abs().pow(self.power)
+
+
+class Gauge(nn.Module):
+    """How many images of each person a set has, from 0 (few) to 1 (many), judged by the profiles of its landmarks.
+
+    Strangers' scores fall by the logarithm of their rank. What the first places of a list have above that line, in
+    units of the set's own spread, and by how much that differs from image to image, tells the composition without
+    labels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = Projection(2 * len(RANKS), 16)
+        self.out = Projection(16, 1)
+
+    def forward(self, scores: Tensor) -> Tensor:  # [l, RANKS], the landmarks' profiles -> [1]
+        near, far = scores[:, _NEAR, None], scores[:, _FAR, None]
+        strangers = near + (near - far) * _FALL.to(scores)
+        spread = (scores[:, _TOP] - scores[:, _FAR]).mean().clamp_min(1e-3)
+        excess = (scores - strangers) / spread
+        mean = excess.mean(dim=0)
+        seen = torch.cat([mean, (excess - mean).square().mean(dim=0).sqrt()])
+        found: Tensor = self.out(torch.tanh(self.hidden(seen[None])))[0].sigmoid()
+        return found
+
+
+class Gate(nn.Module):
+    """One layer: ``unit(x_i + strength * sum_j w_ij x_j)``.
+
+    Each number is learnt twice, for sets with one image a person and with many; the gauge says how they are mixed.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.profile = nn.Parameter(torch.zeros(2, len(RANKS)))
+        self.offset = nn.Parameter(torch.zeros(2))
+        self.log_slope = nn.Parameter(torch.full((2,), math.log(20.0)))
+        self.log_strength = nn.Parameter(torch.zeros(2))
+
+    def forward(
+        self,
+        x: Tensor,  # [N, D], unit rows
+        scores: Tensor,  # [N, RANKS], its profiles
+        neighbors: Tensor,  # int32 [1, N, LISTED]
+        crowd: Tensor,  # [1], what the gauge says
+    ) -> Tensor:  # [N, D], unit rows
+        slope = self.slope(crowd)  # in the scores, not in the operator's attribute: a gradient flows
+        t = slope * self.thresholds(scores, crowd)
+        rows, chosen = x[None], neighbors[:, :, : self.k + 1]
+        y = operators().reciprocal_neighbor_attention(slope * rows, rows, rows, chosen, 1.0, t[None])
+        return self.joined(x, y[0], crowd)
+
+    def slope(self, crowd: Tensor) -> Tensor:
+        """Of the sigmoid."""
+        return _mixed(self.log_slope, crowd).exp()
+
+    def thresholds(self, scores: Tensor, crowd: Tensor) -> Tensor:  # [N, RANKS], [1] -> [N]
+        """t, in the unit of the scores."""
+        return scores @ _mixed(self.profile, crowd) + _mixed(self.offset, crowd)
+
+    def joined(self, x: Tensor, y: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [1] -> [N, D]
+        """Rows and what their neighbors add."""
+        return unit(x + _mixed(self.log_strength, crowd).exp() * y)
+
+
+def _mixed(numbers: Tensor, crowd: Tensor) -> Tensor:  # [2, ...], [1] -> [...]
+    return numbers[0] + crowd * (numbers[1] - numbers[0])
+
+
+def profile(
+    x: Tensor,  # [N, D], unit rows
+    neighbors: Tensor,  # int32 [N, LISTED], by descending score
+    table: Tensor | None = None,  # [M, D], whom the lists name; x if None
+) -> Tensor:  # [N, len(RANKS)]
+    """The scores of each image with the neighbors at `RANKS` of its list.
+
+    A place that a small set does not have repeats the one before, less `MISSING`.
+    """
+    table = x if table is None else table
+    last, drop, columns = neighbors[:, 0], torch.zeros_like(x[:, 0]), []
+    for rank in RANKS:
+        there = neighbors[:, rank] >= 0
+        last = torch.where(there, neighbors[:, rank], last)
+        drop = torch.where(there, drop, drop + MISSING)
+        columns.append((x * table.index_select(0, last.clamp_min(0))).sum(dim=1) - drop)
+    return torch.stack(columns, dim=1)
+
+
+class GatedHead(nn.Module):
+    """Features of N images in, features that know their neighbors out, whatever the set is composed of.
+
+    The lists are chosen once, by the cosine of the mapped features less their center, and every layer weighs anew.
+    """
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.map = Map(spec.features)
+        self.h: Sequence[Gate] = nn.ModuleList(Gate(spec.k) for _ in range(spec.layers))  # type: ignore[assignment]
+        self.gauge = Gauge()
+        self.own = nn.Parameter(torch.zeros(2))
+
+    def forward(
+        self,
+        features: Tensor,  # [N, D]
+        landmarks: Tensor,  # int32 [layers, l]
+    ) -> Tensor:  # [N, D]
+        """The layers' output, and `own` times what went into them.
+
+        Raises:
+            UsageError: if a shape does not fit, or a landmark is out of range.
+            DataError: if a feature is not finite.
+        """
+        if not is_captured():
+            check_inputs(self.spec, features, landmarks)
+            check_finite("features", features)
+            if features.shape[0] == 0:
+                return features
+        return self.relate(self.mapped(features, landmarks), landmarks)
+
+    def relate(
+        self,
+        own: Tensor,  # [N, D], as `mapped` gives them
+        landmarks: Tensor,  # int32 [layers, l]
+    ) -> Tensor:  # [N, D]
+        """What follows the map."""
+        neighbors = operators().row_top_k(own[None], own[None], LISTED)
+        x, scores = own, profile(own, neighbors[0])
+        crowd = self.gauge(scores.index_select(0, landmarks[0]))
+        for layer, gate in enumerate(self.h):
+            x = gate(x, profile(x, neighbors[0]) if layer else scores, neighbors, crowd)
+        return self.output(x, own, crowd)
+
+    def output(self, x: Tensor, own: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [1] -> [N, D]
+        """The last layer's rows, with a share of what went into the first."""
+        return x + _mixed(self.own, crowd) * own
+
+    def mapped(self, features: Tensor, landmarks: Tensor) -> Tensor:
+        """What is compared: unit rows [N, D]. The center is the mean of the first layer's landmarks."""
+        x: Tensor = self.map(scaled(features, self.spec))
+        return unit(x - x.index_select(0, landmarks[0]).mean(dim=0))
+
+
+#: Either head: both take features [N, D] and landmarks [layers, l], and have a `spec`.
+Head = NFormer | GatedHead
+
+
+def make_head(spec: HeadSpec) -> Head:
+    """A new head of the rule that `spec` names."""
+    return GatedHead(spec) if spec.rule == "gated" else NFormer(spec)
+
+
+@torch.no_grad()
+def start_as_gates(
+    head: GatedHead,
+    features: Tensor,  # [M, D]
+    labels: Tensor | None,  # int64 [M]
+    cameras: Tensor | None = None,  # int64 [M]
+    power: float = 1.0,
+) -> None:
+    """Sets the weights: the map in closed form, the gates as `benchmarks/gates.py` learnt them.
+
+    Args:
+        head: changed in place.
+        features: training features, as the head will get them.
+        labels: fit the map by `model.start.discriminant`; None leaves the features as they are.
+        cameras: as `discriminant` takes them.
+        power: each number is raised to it before the map; 1 leaves it.
+
+    Raises:
+        UsageError: for more layers than were learnt.
+    """
+    head.map.power.fill_(power)
+    if labels is not None:
+        w, mean = discriminant(head.map.raised(scaled(features, head.spec)), labels, cameras)
+        head.map.linear.w.copy_(w)
+        head.map.linear.b.copy_(-(mean @ w))
+    learnt = json.loads(GATES.read_text("utf-8"))
+    if head.spec.layers > len(learnt["layers"]):
+        hint = "Lower layers, or start at random."
+        raise UsageError("layers", head.spec.layers, f"at most {len(learnt['layers'])} under the gated rule", hint)
+    for part, numbers in zip([head.gauge, *head.h], [learnt["gauge"], *learnt["layers"]], strict=False):
+        part.load_state_dict({name: torch.tensor(value) for name, value in numbers.items()})
+    head.own.copy_(torch.tensor(learnt["own"]))
