@@ -105,7 +105,7 @@ def test_a_profile_repeats_the_last_place_of_a_small_set_and_falls() -> None:
 
 def test_gradients_reach_every_gate_and_leave_the_map() -> None:
     head = _started().train()
-    x, labels = _people(30, 4)
+    x, _ = _people(30, 4)
     y = head(x, _landmarks(len(x)))
     (unit(y) * y.detach().roll(1, 0)).sum().backward()
     for name, parameter in head.named_parameters():
