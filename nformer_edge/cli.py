@@ -23,6 +23,7 @@ from nformer_edge import __version__
 from nformer_edge.backends.base import get, names
 from nformer_edge.core import spec
 from nformer_edge.core.errors import Error, UsageError
+from nformer_edge.core.signature import required
 from nformer_edge.core.terminal import inert
 from nformer_edge.core.values import Result, Written
 
@@ -188,8 +189,13 @@ def _calls(where: str, name: str, summary: str, *options: Option) -> None:
 
 # A table of flags: one a line.
 # fmt: off
-MODEL = _option("model", help="checkpoint (.safetensors), bundle or engine")
-BUNDLE = _option("bundle", help="folder that `export` wrote")
+SIGNED = _all(
+    _option("--require-signed", metavar="PUBLIC.pem", help="refuse bundles and engines that this key did not sign"),
+    _option("--signed-since", metavar="TIME", help="with it: refuse what was signed before, such as 2026-11-28T12:00Z"),
+)
+SIGN = _option("--sign", metavar="PRIVATE.pem", help="sign what is written with this Ed25519 key")
+MODEL = _all(_option("model", help="checkpoint (.safetensors), bundle or engine"), SIGNED)
+BUNDLE = _all(_option("bundle", help="folder that `export` wrote"), SIGNED)
 DATA = _option("--data", required=True, metavar="DIR", help="dataset folder or CSV file (the layout is detected)")
 LAYOUT = _all(
     _option("--layout", metavar="NAME",
@@ -335,7 +341,7 @@ _calls(
 
 @_command(
     "export", "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
-    _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"),
+    _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"), SIGN,
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
     _option("--data", metavar="DIR", help="dataset or feature store: measures the manifest's table by images a person "
@@ -352,7 +358,7 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt", "bundle -> bundle with a backbone quantized to INT8 or FP16 by NVIDIA ModelOpt, for TensorRT",
-    BUNDLE, _new("DIR"), SEED, *PRECISION[1:], LAYOUT,
+    BUNDLE, _new("DIR"), SIGN, SEED, *PRECISION[1:], LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), help="for INT8 (default entropy)"),
@@ -382,7 +388,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
 
 @_command(
     "build-engine", "bundle -> engine for one backend and precision",
-    BUNDLE, _out("DIR", help="default: a name made of model, size and precision"),
+    BUNDLE, _out("DIR", help="default: a name made of model, size and precision"), SIGN,
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
     _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,
@@ -419,6 +425,7 @@ def _prepare(args: Args) -> None:
 _calls(
     "backends.upgrade:upgrade", "upgrade", "bring a bundle or engine of manifest format 1 to this version",
     _option("path", metavar="DIR", help="its folder; replaced after verification and a run of its golden vectors"),
+    SIGN,
 )
 
 
@@ -479,6 +486,7 @@ _calls(
 @_command(
     "parity", "compare the ranking of an engine with its reference; exit code 1 if a gate fails",
     _option("reference", help="usually the checkpoint"), _option("engine"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    SIGNED,
     _option("--limit", type=int, help="use at most this many query and gallery images"),
     _option("--landmark-seeds", type=int, nargs="+", metavar="N",
             help="landmark seeds of the head; the worst result counts (default: the engine's own and two more)"),
@@ -494,7 +502,7 @@ def _parity(args: Args) -> None:
 _calls(
     "report.cross_model:cross_model", "fleet",
     "queries of one model against a gallery of another: accuracy and threshold of every pairing",
-    _option("models", nargs="+", metavar="model", help="models or feature stores; the first is the reference"),
+    _option("models", nargs="+", metavar="model", help="models or feature stores; the first is the reference"), SIGNED,
     _option("--data", metavar="DIR", help="dataset folder or CSV file; not needed for feature stores alone"),
     LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--false-match-rate", type=float, metavar="SHARE",
@@ -504,7 +512,7 @@ _calls(
 
 @_command(
     "benchmark", "latency and throughput by MLPerf's rules; several models are timed alternately",
-    _option("models", nargs="+", metavar="model"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("models", nargs="+", metavar="model"), SIGNED, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--single-stream", type=int, metavar="N", help="queries of one image (default 130)"),
     _option("--multi-stream", type=int, metavar="N", help="queries of eight images; valid from 662 on (default 0)"),
     _option("--offline", type=int, metavar="N", help="images of one large query (default 0)"),
@@ -569,7 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         _read_datasets(args)
-        COMMANDS[args.command].run(args)
+        with required(getattr(args, "require_signed", None), getattr(args, "signed_since", None)):
+            COMMANDS[args.command].run(args)
     except Error as e:
         return _fail(args, str(e), e.exit_code)
     except ModuleNotFoundError as e:

@@ -15,6 +15,7 @@ from nformer_edge.backends.runner import model_name
 from nformer_edge.backends.spec import AUTO, EngineSpec, resolve
 from nformer_edge.core.artifact import atomic_folder, write_manifest
 from nformer_edge.core.errors import BackendError
+from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import Result, to_table
 from nformer_edge.exporting.bundle import Bundle, ModelManifest, open_bundle
@@ -57,6 +58,7 @@ def build_engine(
     calib_data: CalibrationData | Data | None = None,
     *,
     recipe: EngineSpec | None = None,
+    sign: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Builds the engine folder `out` from `bundle`.
 
@@ -67,6 +69,7 @@ def build_engine(
         calib_data: for INT8, what to calibrate with, alone or with an accuracy budget: `CalibrationData`. For FP16
             optional: images to search for overflow.
         recipe: a target's.
+        sign: PEM file of an Ed25519 private key: the engine carries its signature (`core.signature`).
 
     Returns:
         The engine's folder.
@@ -76,6 +79,7 @@ def build_engine(
         BackendError: if the backend cannot build this here.
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
+    check_private_key(sign)
     chosen = resolve(spec, recipe)
     name, why = choose_backend(chosen.backend, chosen.precision)
     backend, opened = get(name), open_bundle(bundle)
@@ -96,6 +100,7 @@ def build_engine(
             float_nodes=low.exclude_nodes,
         )
         write_manifest(folder, KIND, to_table(manifest))
+        sign_folder(folder, KIND, sign)
     return path
 
 

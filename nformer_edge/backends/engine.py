@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nformer_edge.backends.spec import BuildSpec
-from nformer_edge.core.artifact import MANIFEST, OWN_FIELDS, open_artifact
+from nformer_edge.core.artifact import MANIFEST, OWN_FIELDS, open_artifact, read_text
 from nformer_edge.core.errors import ArtifactError, Error
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import from_json
@@ -225,8 +225,8 @@ def telling_rebuild(where: str, manifest: EngineManifest | None = None) -> Itera
 
 def _unverified_manifest(where: str) -> EngineManifest | None:
     try:
-        found = json.loads((Path(where) / MANIFEST).read_text())
+        found = json.loads(read_text(Path(where) / MANIFEST, "a manifest"))
         fields = {key: value for key, value in found.items() if key not in OWN_FIELDS}
         return from_json(EngineManifest, fields)
-    except (OSError, ValueError, AttributeError, Error):
+    except (ValueError, AttributeError, RecursionError, Error):
         return None

@@ -14,10 +14,11 @@ from nformer_edge.backends.engine import KIND as ENGINE
 from nformer_edge.backends.engine import Engine, open_engine
 from nformer_edge.backends.runner import Runner
 from nformer_edge.backends.spec import AUTO
-from nformer_edge.core.artifact import MANIFEST
+from nformer_edge.core.artifact import kind_of
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.filekind import FileKind, file_kind
 from nformer_edge.core.machine import instruction_sets, nvidia_driver, versions
+from nformer_edge.core.signature import refuse_unsigned
 from nformer_edge.exporting.bundle import KIND as BUNDLE
 from nformer_edge.exporting.bundle import Bundle, open_bundle
 from nformer_edge.metrics.agreement import row_errors
@@ -68,6 +69,7 @@ def open_model(
         if contexts is not None:
             hint = "Set intra_op_threads: CPU threads of one forward pass."
             raise UsageError("contexts", contexts, "nothing for a checkpoint", hint)
+        refuse_unsigned(path, "a checkpoint")
         return _open_checkpoint(path, intra_op_threads, device, reference, native)
     model = open_files(path)
     runs_on = model.manifest.backend if isinstance(model, Engine) else names()[-1]  # ONNX files run on any machine
@@ -102,16 +104,7 @@ def open_files(path: str | os.PathLike[str]) -> Bundle | Engine:
     Raises:
         ArtifactError: if it is damaged, or neither.
     """
-    path = Path(path)
-    try:
-        kind = json.loads((path / MANIFEST).read_text())["kind"]
-    except FileNotFoundError:
-        kind = "folder without a manifest"
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = "folder with an unreadable manifest"
-    if kind not in (BUNDLE, ENGINE):
-        raise ArtifactError(str(path), f"a {kind}", "a bundle or an engine", "Make it again, or check the path.")
-    return open_bundle(path) if kind == BUNDLE else open_engine(path)
+    return open_bundle(path) if kind_of(path, BUNDLE, ENGINE) == BUNDLE else open_engine(path)
 
 
 def self_test(runner: Runner) -> dict[str, float]:

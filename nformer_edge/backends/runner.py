@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import check_features
+from nformer_edge.core.features import check_features, check_range
 from nformer_edge.core.spec import HeadSpec, ModelSpec
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.ops.contract import draw_landmarks
@@ -95,13 +95,17 @@ def check_head_input(
 
     Raises:
         UsageError: if the model has no head, or the landmarks do not fit.
-        DataError: if a feature is NaN, infinite or all zeros, naming the first such row.
+        DataError: if a feature is no real number, NaN, infinite, all zeros or out of range, naming the first such row.
     """
     head = require_head(spec)
     check_features(features, dim=head.features)
+    check_range(features)
     rows = np.ascontiguousarray(features, dtype=np.float32)
     if landmarks is None:
         landmarks = draw_landmarks(max(len(rows), 1), head.layers, head.landmarks, seed)
+    if landmarks.dtype.kind not in "iu":
+        hint = "Draw them with ops.contract.draw_landmarks."
+        raise UsageError("landmarks", f"type {landmarks.dtype}", "whole numbers", hint)
     if landmarks.ndim != 2 or landmarks.shape[0] != head.layers or landmarks.shape[1] < 1:
         hint = "Draw them with ops.contract.draw_landmarks."
         raise UsageError("landmarks", f"shape {landmarks.shape}", f"[{head.layers}, l]", hint)

@@ -6,16 +6,24 @@ import json
 import os
 from pathlib import Path
 
+from nformer_edge.backends.engine import KIND as ENGINE
 from nformer_edge.backends.open import open_model
-from nformer_edge.core.artifact import MANIFEST, atomic_folder, read_manifest, read_verified, write_manifest
+from nformer_edge.core.artifact import atomic_folder, kind_of, read_manifest, read_verified, write_manifest
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.values import Written
+from nformer_edge.core.signature import check_private_key, sign_folder
+from nformer_edge.core.values import Result, Written, digest_of, dumps
+from nformer_edge.exporting.bundle import KIND as BUNDLE
+from nformer_edge.quantize.values import BUDGET, TABLE, BudgetSearch, Ranges
 
 
-def upgrade(path: str | os.PathLike[str]) -> Written:
+def upgrade(path: str | os.PathLike[str], *, sign: str | os.PathLike[str] | None = None) -> Written:
     """Gives a bundle's or an engine's folder a manifest of this version, after its golden vectors gave what they gave.
 
     The folder is replaced whole, or stays as it is.
+
+    Args:
+        path: the folder.
+        sign: PEM file of an Ed25519 private key: the new folder carries its signature (`core.signature`).
 
     Raises:
         ArtifactError: for a folder of another kind or version, a file that does not match its sha256, fields that this
@@ -23,20 +31,30 @@ def upgrade(path: str | os.PathLike[str]) -> Written:
         BackendError: for an engine that does not run on this machine: upgrade it where it runs.
     """
     folder = Path(path)
-    try:
-        kind = str(json.loads((folder / MANIFEST).read_text())["kind"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        hint = "Pass the folder of a bundle or an engine."
-        raise ArtifactError(str(folder), f"no readable manifest ({e})", "one of the first format", hint) from e
-    if kind not in ("bundle", "engine"):
-        raise ArtifactError(str(folder), f"a {kind}", "a bundle or an engine", "Make it again with this version.")
+    check_private_key(sign)
+    kind = kind_of(folder, BUNDLE, ENGINE)
     manifest = read_manifest(folder, kind, version=1)
     files = {name: read_verified(folder, manifest, name) for name in manifest["files"]}
+    for name, result in ((TABLE, Ranges), (BUDGET, BudgetSearch)):
+        if name in files:
+            files[name] = _sealed(files[name], result, str(folder / name))
     with atomic_folder(folder, kind) as new:
         for name, data in files.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(data)
         write_manifest(new, kind, manifest)
+        sign_folder(new, kind, sign)
         with open_model(new):
             pass  # it has been verified, and its golden vectors run
     return Written(folder)
+
+
+def _sealed(data: bytes, result: type[Result], where: str) -> bytes:
+    """A result of the version before this one, which had the same fields and no digest."""
+    try:
+        fields = {**json.loads(data), "version": result.version}
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ArtifactError(where, f"no readable JSON ({e})", result.kind, "Make it again.") from e
+    sealed = {**fields, "sha256": digest_of(fields)}
+    result.from_json(sealed, where)
+    return dumps(sealed).encode() + b"\n"

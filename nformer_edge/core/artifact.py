@@ -13,6 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from nformer_edge.core.errors import ArtifactError
-from nformer_edge.core.values import Table
+from nformer_edge.core.values import JSON, Table, digest_of
 
 MANIFEST = "manifest.json"
+
+#: Beside a manifest that was signed; see `core.signature`.
+SIGNATURE = "signature.json"
 FORMAT_VERSION = 2
 
 #: Fields of a manifest that this module writes and reads.
@@ -36,7 +40,7 @@ _HOST = re.sub(r"\W", "_", platform.node()) or "host"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _STALE_SECONDS = 24 * 3600.0
 _CHUNK = 1 << 20
-_MAX_TEXT = 1 << 30
+_MAX_TEXT = 256 << 20
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -48,24 +52,52 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def read_text(path: str | os.PathLike[str], what: str = "a text file") -> str:
-    """The text of a plain file, UTF-8.
+def open_plain(path: str | os.PathLike[str], what: str) -> IO[bytes]:
+    """Opens a plain file for reading; `what` it should be stands in errors.
 
     Raises:
-        ArtifactError: if it is missing, no plain file (a FIFO would never end), too large or not UTF-8.
+        ArtifactError: if it is missing, cannot be read, or is a folder, a FIFO or a device, which might never end.
     """
     where = os.fspath(path)
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise ArtifactError(where, "a folder or a device", what, "Pass a plain file.")
-        if found.st_size > _MAX_TEXT:
-            raise ArtifactError(where, f"{found.st_size} bytes", f"{what} of at most {_MAX_TEXT}", "Check the path.")
-        return Path(path).read_bytes().decode()
+            got = "a folder" if stat.S_ISDIR(found.st_mode) else "a device or a FIFO"
+            raise ArtifactError(where, got, what, "Pass a plain file.")
+        return open(path, "rb")
     except FileNotFoundError as e:
         raise ArtifactError(where, "no such file", what, "Check the path.") from e
-    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name, or bytes that are no UTF-8
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
         raise ArtifactError(where, f"an unreadable file ({e})", what, "Check the file.") from e
+
+
+def read_text(path: str | os.PathLike[str], what: str = "a text file", encoding: str = "utf-8") -> str:
+    """The text of a plain file.
+
+    Raises:
+        ArtifactError: as `open_plain`; if it is too large or no UTF-8.
+    """
+    try:
+        with open_plain(path, what) as file:
+            data = file.read(_MAX_TEXT + 1)
+        if len(data) > _MAX_TEXT:
+            raise ArtifactError(os.fspath(path), f"more than {_MAX_TEXT >> 20} MiB", what, "Check the path.")
+        return data.decode(encoding)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ArtifactError(os.fspath(path), f"an unreadable file ({e})", f"{what} in UTF-8", "Check the file.") from e
+
+
+def read_json(path: str | os.PathLike[str], what: str, hint: str) -> JSON:
+    """The data of a JSON file.
+
+    Raises:
+        ArtifactError: as `read_text`; if it is no JSON, or nested too deep to be read.
+    """
+    text = read_text(path, what)
+    try:
+        return typing.cast(JSON, json.loads(text))
+    except (ValueError, RecursionError) as e:
+        raise ArtifactError(os.fspath(path), f"no readable JSON ({e})", what, hint) from e
 
 
 def _temporary(folder: Path, directory: bool = False) -> Path:
@@ -261,23 +293,37 @@ def _may_replace(path: Path, kind: str) -> bool:
         return False
 
 
+def kind_of(folder: str | os.PathLike[str], *known: str) -> str:
+    """What a folder's manifest says it is, unverified: one of `known`.
+
+    Raises:
+        ArtifactError: if it is something else, or has no readable manifest.
+    """
+    path = Path(folder)
+    recover(path)
+    expected = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in known)
+    hint = "Make it again, or check the path."
+    if not (path / MANIFEST).exists():
+        got = "a folder without a manifest" if path.is_dir() else "no such folder"
+        raise ArtifactError(str(path), got, expected, hint)
+    data = read_json(path / MANIFEST, "a manifest", hint)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in known:
+        raise ArtifactError(str(path), f"a {kind}" if kind else "no kind in it", expected, hint)
+    return kind
+
+
 def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
     """Hashes every file in `folder` and writes its `manifest.json`: kind, format, `fields`, files with sha256.
 
     The last field, ``sha256``, is over all others: a manifest is verified like the files that it lists.
     """
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, SIGNATURE))
     entries = {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
     own = {key: value for key, value in fields.items() if key not in OWN_FIELDS}
     manifest = {"kind": kind, "format_version": FORMAT_VERSION, **own, "files": entries}
     atomic_write_json(folder / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
-
-
-def digest_of(manifest: Mapping[str, Any]) -> str:
-    """The sha256 over every field but ``sha256``, whatever their order: JSON with sorted keys and no spaces."""
-    fields = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -317,9 +363,8 @@ def open_artifact(folder: str | os.PathLike[str], kind: str) -> Artifact:
     while True:  # where a writer replaced the folder meanwhile, half of the old one was read: the new one follows
         before = _identity(folder)
         try:
-            manifest = read_manifest(folder, kind)
+            manifest, sha256 = _read_manifest(folder, kind)
             files = {str(name): read_verified(folder, manifest, str(name)) for name in manifest["files"]}
-            sha256 = sha256_file(folder / MANIFEST)
         except (OSError, ArtifactError):
             if _identity(folder) == before:
                 raise
@@ -343,16 +388,26 @@ def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORM
     Nothing else may open a file of the folder before this has returned.
 
     Raises:
-        ArtifactError: naming the file and what does not match.
+        ArtifactError: naming the file and what does not match; where signatures are required, for one that does not
+            hold.
     """
-    folder = Path(folder)
+    return _read_manifest(Path(folder), kind, version)[0]
+
+
+def _read_manifest(folder: Path, kind: str, version: int = FORMAT_VERSION) -> tuple[dict[str, Any], str]:
+    """A verified manifest, and the sha256 of its file."""
+    from nformer_edge.core.signature import require_signature  # it reads and writes by this module
+
     recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
         got = "no such folder" if not folder.exists() else f"no {MANIFEST} in it"
         raise ArtifactError(str(folder), got, f"a {kind}", f"Pass the folder of a {kind}.")
+    text = read_text(path, "a manifest")
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    require_signature(folder, kind, sha256)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
         found, written, files = manifest["kind"], manifest["format_version"], manifest["files"]
         entries = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in files.items()}
         digest = digest_of(manifest)
@@ -369,7 +424,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORM
         raise ArtifactError(str(path), f"sha256 {digest[:12]}...", f"{told[:12]}... as it says", hint)
     for name, (digest, size) in entries.items():
         _verify(folder, name, digest, size)
-    return manifest
+    return manifest, sha256
 
 
 def read_verified(folder: str | os.PathLike[str], manifest: Mapping[str, Any], name: str) -> bytes:

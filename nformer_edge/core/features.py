@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import typing
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from nformer_edge.core.artifact import atomic_write
+from nformer_edge.core.artifact import atomic_write, open_plain
 from nformer_edge.core.errors import ArtifactError, DataError
+from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import Result
 
 #: A label that nobody gave, of a person or a camera.
 UNKNOWN = -1
 
-_FORMAT = "nformer-edge-features-1"
+_FORMAT = "nformer-edge-features-2"
 
 #: What numpy and zipfile raise for a damaged ``.npz``; RuntimeError is an encrypted one or an unknown compression.
-UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    *(ValueError, TypeError, KeyError, AttributeError, OSError, EOFError, RuntimeError, MemoryError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+#: A row's largest number: the squares of what counts, and the sum of 10,000 such, stay in float32's range.
+_SMALLEST, _LARGEST = 1e-12, 1e16
+
+#: Arrays of a split, and those that may be missing.
+_ARRAYS = ("features", "pids", "camids", "paths", "model")
+_MORE = ("augmented", "sha256", "ids", "augmentation", "spec", "checkpoint", "precision")
 
 
 def _unknown() -> np.ndarray:
@@ -65,12 +77,12 @@ class Features(Result):
     precision: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "features", np.asarray(self.features, np.float32))
-        rows = len(self.features)
-        if self.features.ndim != 2:
+        object.__setattr__(self, "features", _numbers("features", self.features))
+        if self.features.ndim != 2 or not self.features.shape[1]:
             raise DataError("features", f"shape {self.features.shape}", "[N, D]", "Pass one row an image.")
+        rows = len(self.features)
         for name in ("pids", "camids"):
-            labels = np.asarray(getattr(self, name), np.int64)
+            labels = labels_of(name, getattr(self, name))
             object.__setattr__(self, name, labels if len(labels) else np.full(rows, UNKNOWN, np.int64))
         object.__setattr__(self, "paths", self.paths or ("",) * rows)
         for name in ("pids", "camids", "paths", "hashes", "ids"):
@@ -78,6 +90,10 @@ class Features(Result):
             if count != rows and not (name in ("hashes", "ids") and count == 0):
                 hint = f"Pass {name} of exactly these images, or leave them out."
                 raise DataError(name, f"{count} entries", f"{rows}, one for each feature", hint)
+        if self.precision not in ("", *typing.get_args(Precision)):
+            raise DataError("precision", repr(self.precision), "fp32, fp16, int8 or nothing", "Embed again.")
+        if self.augmented is not None:
+            object.__setattr__(self, "augmented", _numbers("augmented", self.augmented))
         if self.augmented is not None and (self.augmented.ndim != 3 or self.augmented.shape[1:] != self.features.shape):
             expected = f"[V - 1, {rows}, {self.features.shape[1]}]"
             hint = "Pass each view's features of exactly these images."
@@ -161,8 +177,38 @@ class Features(Result):
         return sets[name]
 
 
+def _numbers(subject: str, values: np.ndarray) -> np.ndarray:
+    """As float32, or DataError for anything but real numbers in this machine's byte order."""
+    given = np.asarray(values)
+    _check_numbers(subject, given)
+    with np.errstate(over="ignore"):  # infinity is refused by `check_features`
+        return given.astype(np.float32, copy=False)
+
+
+def _check_numbers(subject: str, given: np.ndarray) -> None:
+    if given.dtype.kind not in "fiu" or not given.dtype.isnative:
+        raise DataError(subject, f"type {given.dtype}", "float32", "Pass real numbers, one row an image.")
+
+
+def labels_of(subject: str, values: object) -> np.ndarray:
+    """People or cameras as int64, or DataError for anything but whole numbers of -1 (unknown) or more."""
+    given = np.asarray(values)
+    whole = given.dtype.kind in "iu" or (given.dtype.kind == "f" and bool((given == np.rint(given)).all()))
+    if given.size and not (whole and given.dtype.isnative):
+        raise DataError(subject, f"type {given.dtype}", "whole numbers", "Number people and cameras.")
+    if given.size and not (given.min() >= UNKNOWN and given.max() < 2**63):
+        got = f"{given.min()}..{given.max()}"
+        raise DataError(subject, got, f"{UNKNOWN} (unknown) or more", "Number people and cameras.")
+    return given.astype(np.int64, copy=False)
+
+
 def check_features(features: np.ndarray, subject: str = "features", dim: int | None = None) -> None:
-    """The door: finite, non-zero rows of the right length, or a DataError that names the first bad row."""
+    """The door: finite, non-zero rows of the right length.
+
+    Raises:
+        DataError: naming the first bad row; for complex numbers, objects and another byte order.
+    """
+    _check_numbers(subject, features)
     if features.ndim != 2 or (dim is not None and features.shape[1] != dim):
         hint = "Embed the images with the model that this head was trained on."
         raise DataError(subject, f"shape {features.shape}", f"[N, {dim if dim is not None else 'D'}]", hint)
@@ -176,6 +222,21 @@ def check_features(features: np.ndarray, subject: str = "features", dim: int | N
         raise DataError(subject, got, "a direction in every row", "Embed these images again.")
 
 
+def check_range(features: np.ndarray, subject: str = "features") -> None:
+    """Raises DataError for the first row of [N, D] whose squares over- or underflow in float32: a model squares them.
+
+    What ranks features scales them first (`metrics.distance.unit_rows`).
+    """
+    if not len(features):
+        return
+    largest = np.maximum(features.max(axis=1), -features.min(axis=1))
+    far = (largest < _SMALLEST) | (largest > _LARGEST)
+    if far.any():
+        got = f"a largest number of {largest[far.argmax()]:.3g} in row {int(far.argmax())} ({int(far.sum())} such rows)"
+        hint = "Embed these images again; scale features of your own to a norm near 1."
+        raise DataError(subject, got, f"{_SMALLEST:g} to {_LARGEST:g}: squares stay in float32's range", hint)
+
+
 def save_features(path: str | os.PathLike[str], sets: Mapping[str, Features]) -> None:
     """Writes a feature store, one `.npz` without pickles, atomically. Keys are split names such as ``query``."""
     arrays: dict[str, np.ndarray] = {"format": np.array(_FORMAT), "splits": np.array(list(sets))}
@@ -187,46 +248,67 @@ def save_features(path: str | os.PathLike[str], sets: Mapping[str, Features]) ->
         for name in ("augmentation", "spec", "checkpoint", "precision"):
             found[name] = np.array(getattr(s, name)) if getattr(s, name) else None
         arrays |= {f"{split}/{name}": array for name, array in found.items() if array is not None}
+    arrays["sha256"] = np.array(_digest(arrays))
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Sha256 over name, type, shape and numbers of every array but ``sha256``."""
+    digest = hashlib.sha256()
+    for name in sorted(set(arrays) - {"sha256"}):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 def load_features(path: str | os.PathLike[str]) -> dict[str, Features]:
-    """Reads a feature store that `save_features` wrote, of this version or an earlier one (without hashes and views).
+    """Reads a feature store that `save_features` wrote, and verifies it whole.
 
     Raises:
-        ArtifactError: if the file is missing, damaged or something else.
+        ArtifactError: if the file is missing, damaged, changed, of an earlier version or something else.
     """
-    if not Path(path).is_file():
-        raise ArtifactError(str(path), "no such file", "a feature store", "Make one with `nformer-edge embed`.")
+    where, again = str(path), "Make it again with `nformer-edge embed`."
     try:
-        with np.load(path, allow_pickle=False) as z:
-            if "format" not in z or str(z["format"]) != _FORMAT:
-                raise ArtifactError(str(path), "another kind of .npz", _FORMAT, "Make one with `nformer-edge embed`.")
-            return {str(split): _read_split(z, str(split)) for split in z["splits"]}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-        hint = "Make it again with `nformer-edge embed`."
-        raise ArtifactError(str(path), f"an unreadable file ({e})", "a feature store", hint) from e
+        with open_plain(path, "a feature store") as file, np.load(file, allow_pickle=False) as z:
+            _refuse_bombs(z.zip)
+            arrays = {name: z[name] for name in z.files}
+    except UNREADABLE as e:
+        raise ArtifactError(where, f"an unreadable file ({e})", "a feature store", again) from e
+    found = str(arrays.get("format", "another kind of .npz"))
+    if found != _FORMAT:
+        raise ArtifactError(where, found, _FORMAT, again)
+    if str(arrays.get("sha256")) != _digest(arrays):
+        raise ArtifactError(where, "contents that do not match their sha256", "the file as written", again)
+    splits = [str(split) for split in np.atleast_1d(arrays.get("splits", ()))]
+    own = {"format", "sha256", "splits"}
+    required = own | {f"{split}/{name}" for split in splits for name in _ARRAYS}
+    known = required | {f"{split}/{name}" for split in splits for name in _MORE}
+    for what, names in (("no", required - set(arrays)), ("an unknown", set(arrays) - known)):
+        if names:
+            raise ArtifactError(where, f"{what} array {min(names)}", "the arrays of this version", again)
+    return {split: _read_split(arrays, split, where) for split in splits}
 
 
-def _read_split(z: Mapping[str, np.ndarray], split: str) -> Features:
+def _refuse_bombs(archive: zipfile.ZipFile) -> None:
+    """`save_features` compresses nothing: whatever is larger unpacked is not its work."""
+    for entry in archive.infolist():
+        if entry.file_size > entry.compress_size:
+            raise ValueError(f"{entry.filename} is compressed")
+
+
+def _read_split(arrays: Mapping[str, np.ndarray], split: str, where: str) -> Features:
     def texts(name: str) -> tuple[str, ...]:
-        return tuple(str(text) for text in z[f"{split}/{name}"]) if f"{split}/{name}" in z else ()
+        return tuple(str(text) for text in np.atleast_1d(arrays.get(f"{split}/{name}", ())))
 
     def text(name: str) -> str:
-        return str(z[f"{split}/{name}"]) if f"{split}/{name}" in z else ""
+        return str(arrays.get(f"{split}/{name}", ""))
 
-    return Features(
-        z[f"{split}/features"],
-        z[f"{split}/pids"],
-        z[f"{split}/camids"],
-        tuple(str(path) for path in z[f"{split}/paths"]),
-        str(z[f"{split}/model"]),
-        hashes=texts("sha256"),
-        augmented=z.get(f"{split}/augmented"),
-        augmentation=text("augmentation"),
-        spec=text("spec"),
-        ids=texts("ids"),
-        checkpoint=text("checkpoint"),
-        precision=text("precision"),
-    )
+    fields: dict[str, Any] = {name: arrays[f"{split}/{name}"] for name in ("features", "pids", "camids")}
+    fields |= {"paths": texts("paths"), "hashes": texts("sha256"), "ids": texts("ids")}
+    fields |= {name: text(name) for name in ("model", "augmentation", "spec", "checkpoint", "precision")}
+    try:
+        return Features(**fields, augmented=arrays.get(f"{split}/augmented"))
+    except DataError as e:
+        raise ArtifactError(f"{where}: {split}/{e.subject}", e.got, e.expected, e.hint) from e

@@ -8,11 +8,13 @@ again where a plain ``float`` is expected: JSON has no NaN.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -56,6 +58,12 @@ def to_json(value: object) -> JSON:
 def to_table(value: object) -> Table:
     """`to_json` of a dataclass or mapping, typed as the object that it is."""
     return typing.cast(Table, to_json(value))
+
+
+def digest_of(data: Mapping[str, object]) -> str:
+    """The sha256 over every field but ``sha256``, whatever their order: JSON with sorted keys and no spaces."""
+    fields = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def from_json(
@@ -121,7 +129,7 @@ def _convert(hint: object, value: object, where: str, error: type[Error], comple
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast("type[object]", hint), value, where, error=error, complete=complete)
     if origin is Literal:
-        if value not in args:
+        if not any(value == a and type(value) is type(a) for a in args):
             near = get_close_matches(str(value), [str(a) for a in args], n=1)
             expected = " | ".join(map(str, args))
             raise error(where, repr(value), expected, f"Did you mean {near[0]!r}?" if near else "Choose one of these.")
@@ -135,52 +143,62 @@ def _convert(hint: object, value: object, where: str, error: type[Error], comple
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise wrong("a table of keys and values")
-        return {_key(args[0], key): inner(args[1], v, key) for key, v in value.items()}
+        if args[0] is int and not all(str(key).lstrip("-").isdecimal() for key in value):
+            raise wrong("whole numbers as keys")
+        return {int(key) if args[0] is int else key: inner(args[1], v, key) for key, v in value.items()}
     if hint is np.ndarray:
-        return np.array(value)
+        try:
+            return np.array(value)
+        except ValueError:  # rows of unequal length
+            raise wrong("rows of equal length") from None
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float:
         if value is None:
             return math.nan
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not abs(value) <= sys.float_info.max:
+                raise wrong("a finite number")
             return float(value)
     if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise wrong(getattr(hint, "__name__", str(hint)))
     return value
 
 
-def _key(kind: object, key: object) -> object:
-    return int(str(key)) if kind is int else key
-
-
 @dataclass(frozen=True)
 class Result:
     """Base of what commands and functions give back: a value with a kind, a JSON form and a table to print.
 
-    Subclasses are frozen dataclasses that set `kind` and, once their fields change, `version`.
+    Subclasses are frozen dataclasses that set `kind` and, once their fields change, `version`. What other commands
+    take as input is `sealed`: its last field, ``sha256``, is over all others (`digest_of`); `from_json` verifies it.
     """
 
     kind: ClassVar[str] = ""
     version: ClassVar[int] = 1
+    sealed: ClassVar[bool] = False
 
     def to_json(self) -> Table:
         """Plain JSON data, with ``kind`` and ``version`` first."""
-        return {"kind": self.kind, "version": self.version, **to_table(self)}
+        data = {"kind": self.kind, "version": self.version, **to_table(self)}
+        return {**data, "sha256": digest_of(data)} if self.sealed else data
 
     @classmethod
     def from_json(cls: type[R], data: object, where: str = "") -> R:
         """The value that `to_json` gave.
 
         Raises:
-            ArtifactError: for another kind or version, or fields that do not fit, by name.
+            ArtifactError: for another kind or version, a digest that does not hold, or fields that do not fit, by name.
         """
         where = where or cls.kind
         if not isinstance(data, Mapping) or data.get("kind") != cls.kind or data.get("version") != cls.version:
             got = f"{data.get('kind')} {data.get('version')}" if isinstance(data, Mapping) else type(data).__name__
             hint = "Make it again with this version."
             raise ArtifactError(where, got, f"{cls.kind}, version {cls.version}", hint)
-        fields = {key: value for key, value in data.items() if key not in ("kind", "version")}
+        if cls.sealed and data.get("sha256") != digest_of(data):
+            got, hint = "contents that do not match their sha256", "It was changed: copy it again, or make it again."
+            raise ArtifactError(where, got, "the file as written", hint)
+        own = ("kind", "version", "sha256") if cls.sealed else ("kind", "version")
+        fields = {key: value for key, value in data.items() if key not in own}
         return from_json(cls, fields, where, error=ArtifactError, complete=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -227,9 +245,11 @@ def schema(cls: type) -> Table:
     defs: Table = {}
     body = _object_schema(cls, defs)
     if issubclass(cls, Result):
-        own = typing.cast(Table, body["properties"])
-        body["properties"] = {"kind": {"const": cls.kind}, "version": {"const": cls.version}, **own}
-        body["required"] = ["kind", "version", *typing.cast("list[JSON]", body["required"])]
+        own, names = typing.cast(Table, body["properties"]), typing.cast("list[JSON]", body["required"])
+        about = "over all other fields: JSON with sorted keys and no spaces"
+        last: Table = {"sha256": {"type": "string", "description": about}} if cls.sealed else {}
+        body["properties"] = {"kind": {"const": cls.kind}, "version": {"const": cls.version}, **own, **last}
+        body["required"] = ["kind", "version", *names, *last]
     top: Table = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": cls.__name__, **body}
     return top | ({"$defs": {name: defs[name] for name in sorted(defs)}} if defs else {})
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.artifact import read_text
+from nformer_edge.core.errors import ArtifactError, DataError
 from nformer_edge.core.preprocess import SUFFIXES, check_image, load_image
 
 #: Folders that other programs leave between images: macOS archives, Synology, Jupyter, Windows.
@@ -16,6 +17,9 @@ _LEFT_BEHIND = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", 
 
 #: Bad images that one error names.
 _NAMED = 20
+
+#: Characters of a line in a list of images: far below the limit of `csv` for one field.
+_MAX_LINE = 65_536
 
 
 def is_image(name: str) -> bool:
@@ -184,12 +188,11 @@ def read_lines(file: Path) -> list[str]:
         DataError: if it is missing or no such text.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as e:
-        raise DataError(str(file), "no such file", "a list of images", "Copy it beside the images.") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(str(file), f"an unreadable file ({e})", "UTF-8 text", "Save it as UTF-8.") from e
-    number = next((i for i, line in enumerate(lines, start=1) if "\0" in line), None)
-    if number is not None:
-        raise DataError(f"{file}, line {number}", "a zero byte", "UTF-8 text", "Save it as UTF-8.")
+        lines = read_text(file, "a list of images", "utf-8-sig").splitlines()
+    except ArtifactError as e:
+        raise DataError(e.subject, e.got, e.expected, e.hint) from e
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line or len(line) > _MAX_LINE:
+            got = "a zero byte" if "\0" in line else f"{len(line)} characters"
+            raise DataError(f"{file}, line {number}", got, f"text of at most {_MAX_LINE}", "Correct the line.")
     return lines

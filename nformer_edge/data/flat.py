@@ -18,10 +18,10 @@ _VERI_FOLDERS = {"train": "image_train", "query": "image_query", "gallery": "ima
 
 # Some files of the original Market-1501 archive end in .jpg.jpg.
 _IMAGE = r"(?:\.(?:jpg|jpeg|png|bmp|webp|tiff?))+$"
-MARKET1501 = re.compile(r"(-1|\d{4,})_c(\d+)s\d+_\d+_\d+" + _IMAGE, re.IGNORECASE)
-DUKEMTMC = re.compile(r"(\d{4,})_c(\d+)_f\d+" + _IMAGE, re.IGNORECASE)
-VERI776 = re.compile(r"(\d{4,})_c(\d+)_\d+_\d+" + _IMAGE, re.IGNORECASE)
-CUHK03_NP = re.compile(r"(\d{4,})_c(\d+)_\d+" + _IMAGE, re.IGNORECASE)
+MARKET1501 = re.compile(r"(-1|\d{4,18})_c(\d{1,18})s\d+_\d+_\d+" + _IMAGE, re.IGNORECASE)
+DUKEMTMC = re.compile(r"(\d{4,18})_c(\d{1,18})_f\d+" + _IMAGE, re.IGNORECASE)
+VERI776 = re.compile(r"(\d{4,18})_c(\d{1,18})_\d+_\d+" + _IMAGE, re.IGNORECASE)
+CUHK03_NP = re.compile(r"(\d{4,18})_c(\d{1,18})_\d+" + _IMAGE, re.IGNORECASE)
 
 
 def _image_names(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.data.files import Inside, read_lines, require_files
+from nformer_edge.data.names import is_number
 from nformer_edge.data.records import Dataset, ImageRecord
 
 _FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))
@@ -44,7 +45,7 @@ def _read_list(folder: Path, file: Path) -> tuple[ImageRecord, ...]:
             continue
         name, _, pid = line.strip().rpartition(" ")
         fields = name.rpartition("/")[2].split("_")
-        if not pid.isdigit() or len(fields) < 4 or not fields[2].isdigit():
+        if not is_number(pid) or len(fields) < 4 or not is_number(fields[2]):
             where, got = f"{file}, line {number}", f"{line.strip()!r}, which does not parse"
             expected = "one like 0000/0000_000_01_0303morning_0008_0.jpg 0"
             raise DataError(where, got, expected, "Take the list of the archive.")

@@ -59,6 +59,11 @@ def role(name: str) -> Role | None:
     return next(role for role, _ in _ROLES if role in found)
 
 
+def is_number(text: str) -> bool:
+    """Whether a label is a whole number that an int64 holds."""
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
+
+
 def camera(name: str) -> str:
     """The camera that a file's or folder's name tells (``c3``, ``cam3``, ``camera_03``, ``cam_a``), "" for none."""
     hit = _CAMERA.search(name)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nformer_edge.data.names import Role
+from nformer_edge.data.names import Role, is_number
 from nformer_edge.data.names import camera as camera_of
 from nformer_edge.data.records import DISTRACTOR, JUNK, UNKNOWN_CAMERA, Dataset, ImageRecord
 
@@ -111,16 +111,16 @@ def _number_people(sightings: Iterable[Sighting], said: list[str]) -> dict[str, 
         said.append("people are numbered from 0, and 0 marks a distractor here: every number is taken one up")
     marks = {name: JUNK for name in names if name == "-1"} | ({} if shift else dict.fromkeys(zeros, DISTRACTOR))
     rest = sorted(names - marks.keys() - {""})
-    if all(re.fullmatch(r"[0-9]+", name) for name in rest) and len({int(name) for name in rest}) == len(rest):
+    if all(map(is_number, rest)) and len({int(name) for name in rest}) == len(rest):
         return numbers | marks | {name: int(name) + shift for name in rest}
     return numbers | marks | {name: i for i, name in enumerate(rest, start=1)}
 
 
 def _number_cameras(names: set[str], said: list[str]) -> dict[str, int]:
     """Camera numbers keep their value, a letter is its place in the alphabet; other names are numbered from 1."""
-    told = {name: name if name.isdigit() else camera_of(name) or name for name in names}
-    if all(text.isdigit() or re.fullmatch(r"[A-Za-z]", text) for text in told.values()):
-        return {n: int(text) if text.isdigit() else ord(text.lower()) - ord("a") + 1 for n, text in told.items()}
+    told = {name: name if is_number(name) else camera_of(name) or name for name in names}
+    if all(is_number(text) or re.fullmatch(r"[A-Za-z]", text) for text in told.values()):
+        return {n: int(text) if is_number(text) else ord(text.lower()) - ord("a") + 1 for n, text in told.items()}
     said.append(f"cameras are named, not numbered: {len(names)} are numbered from 1 by their names")
     return {name: i for i, name in enumerate(sorted(names), start=1)}
 

@@ -25,7 +25,7 @@ _COLUMNS = {
 _NEEDED = ("path", "pid")
 _UNKNOWN = ("", "nan", "none", "null", "na", "n/a")
 
-_WHOLE = re.compile(r"(-?\d+)(?:\.0+)?")
+_WHOLE = re.compile(r"(-?\d{1,18})(?:\.0+)?")
 
 
 def csv_files(root: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from nformer_edge.core.artifact import atomic_folder, atomic_write, write_manife
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.preprocess import normalize
+from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.core.values import to_table
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
@@ -45,6 +46,7 @@ def export_bundle(
     opset: int = DEFAULT_OPSET,
     landmark_seed: int = 0,
     accuracy: Composition | None = None,
+    sign: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
 
@@ -55,6 +57,7 @@ def export_bundle(
         landmark_seed: recorded in the manifest; runners draw landmarks from it.
         accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
             if None what its training measured on held-out people, where it did. `search` decides by it.
+        sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
 
     Raises:
         UsageError: for an opset without bodies, or a negative seed.
@@ -62,6 +65,7 @@ def export_bundle(
         BackendError: if onnxruntime, which the check needs, is not installed.
     """
     check_opset(opset)
+    check_private_key(sign)
     if landmark_seed < 0:
         raise UsageError("landmark_seed", landmark_seed, "0 or more", "Choose another seed.")
     loaded = load_checkpoint(checkpoint)
@@ -78,6 +82,7 @@ def export_bundle(
             np.savez(file, **golden)  # type: ignore[arg-type]
         worst = check_against(folder, golden, _exact(loaded, golden))
         write_manifest(folder, KIND, to_table(_manifest(loaded, opset, landmark_seed, worst, accuracy)))
+        sign_folder(folder, KIND, sign)
     return Path(out)
 
 

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import Features, check_features
+from nformer_edge.core.features import Features, check_features, labels_of
+from nformer_edge.core.signature import required
 from nformer_edge.core.values import Result, Table
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.images import Images
@@ -122,7 +123,7 @@ class Gallery:
         numbers = range(self._added, self._added + len(new))
         names = [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
         given = names if ids is None else [ids] * len(new) if isinstance(ids, str) else [str(name) for name in ids]
-        camids = new.camids if cameras is None else np.asarray(cameras, np.int64)
+        camids = new.camids if cameras is None else labels_of("cameras", cameras)
         camids = np.full(len(new), camids) if camids.ndim == 0 else camids
         for name, values in (("ids", given), ("cameras", camids)):
             if len(values) != len(new):
@@ -265,9 +266,17 @@ def open(
     device: str | None = None,
     intra_op_threads: int | None = None,
     contexts: int | None = None,
+    require_signed: str | os.PathLike[str] | None = None,
+    signed_since: str | None = None,
 ) -> Model:
-    """Opens a checkpoint, bundle or engine. Arguments and errors are those of `backends.open.open_model`."""
-    return Model(open_model(path, backend=backend, device=device, intra_op_threads=intra_op_threads, contexts=contexts))
+    """Opens a checkpoint, bundle or engine. Arguments and errors are those of `backends.open.open_model`.
+
+    With `require_signed`, a PEM file of an Ed25519 public key, a bundle or an engine is refused that this key did not
+    sign, or signed before `signed_since`, or before one that was opened here earlier; see `core.signature.required`.
+    """
+    with required(require_signed, signed_since):
+        runner = open_model(path, backend=backend, device=device, intra_op_threads=intra_op_threads, contexts=contexts)
+        return Model(runner)
 
 
 def embed(model: Model | str | os.PathLike[str], images: Images, boxes: ArrayLike | None = None) -> Features:

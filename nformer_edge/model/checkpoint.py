@@ -77,7 +77,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         spec = from_dict(ModelSpec, json.loads(metadata["spec"]))
         extra = json.loads(metadata["extra"])
-    except (Error, KeyError, ValueError) as e:
+    except (Error, KeyError, ValueError, RecursionError) as e:
         got, hint = f"an unreadable spec ({e})", "Train again with this version."
         raise ArtifactError(str(path), got, "this version's", hint) from e
     backbone = head = None

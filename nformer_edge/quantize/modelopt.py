@@ -26,6 +26,7 @@ import onnx
 
 from nformer_edge.core.artifact import atomic_folder, write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision, check_choice
 from nformer_edge.core.values import Result, Table, from_json, to_table
 from nformer_edge.data.batches import iter_batches
@@ -89,6 +90,7 @@ def bundle_by_modelopt(
     seed: int = 0,
     own_choice: bool = False,
     force_calibration: bool = False,
+    sign: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Writes a bundle like `bundle` in which the backbone is INT8 (Q/DQ nodes) beside FP16, or FP16.
 
@@ -102,6 +104,7 @@ def bundle_by_modelopt(
         seed: of the choice of images.
         own_choice: ModelOpt alone decides which nodes it leaves out; otherwise those that our INT8 and FP16 leave out.
         force_calibration: accept query or gallery images.
+        sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
 
     Raises:
         ArtifactError: if the bundle does not verify.
@@ -109,6 +112,7 @@ def bundle_by_modelopt(
         DataError: for calibration images that cannot be used.
         UsageError: for a backbone that is not FP32.
     """
+    check_private_key(sign)
     check_choice("precision", precision, ("fp16", "int8"))
     check_choice("calib_method", calib_method, tuple(METHODS))
     require_modelopt()
@@ -138,6 +142,7 @@ def bundle_by_modelopt(
         if source.has_head:
             source.files.copy(HEAD, folder)
         write_manifest(folder, KIND, to_table(manifest))
+        sign_folder(folder, KIND, sign)
     return Path(out)
 
 

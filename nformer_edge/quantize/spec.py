@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,11 @@ def read_exclude(sources: Iterable[str]) -> tuple[str, ...]:
 
     Raises:
         UsageError: for JSON that is neither, or a search that chose nothing.
+        ArtifactError: for a file that cannot be read.
     """
     names: list[str] = []
     for source in sources:
-        names += _from_file(Path(source)) if Path(source).exists() else [source]
+        names += _from_file(Path(source)) if os.path.exists(source) else [source]
     return tuple(dict.fromkeys(names))
 
 

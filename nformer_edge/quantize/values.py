@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nformer_edge.core.artifact import read_json
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.spec import CalibrationMethod
 from nformer_edge.core.values import Result
@@ -50,6 +50,11 @@ class Score:
     map_drop: float
     map_drop_upper: float
     overlap_at_10: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (-1 if name.startswith("map_drop") else 0) <= value <= 1:
+                raise ArtifactError(name, value, "a share", "Measure again.")
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,18 @@ class Ranges(Result):
     """
 
     kind = "calibration"
+    version = 2
+    sealed = True
 
     method: CalibrationMethod
     table: Mapping[str, tuple[float, float]]
     backbone_sha256: str = ""
     calibration: CalibrationFacts | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.table.items():
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ArtifactError(f"table[{name}]", (low, high), "two finite ends", "Calibrate again.")
 
     def largest(self, tensor: str) -> float:
         """The range of `tensor` when it is symmetric about 0.
@@ -149,16 +161,9 @@ def read_ranges(path: str | os.PathLike[str]) -> Ranges:
     """An engine's `TABLE`.
 
     Raises:
-        ArtifactError: if it is something else, or a range is not finite.
+        ArtifactError: if it is something else, or was changed.
     """
-    where = os.fspath(path)
-    try:
-        ranges = Ranges.from_json(json.loads(Path(path).read_bytes()), where)
-    except (OSError, ValueError) as e:
-        raise ArtifactError(where, f"no readable JSON ({e})", f"an engine's {TABLE}", "Calibrate again.") from e
-    if not all(math.isfinite(end) for ends in ranges.table.values() for end in ends):
-        raise ArtifactError(where, "a range that is not finite", "finite ranges", "Calibrate again.")
-    return ranges
+    return Ranges.from_json(read_json(path, f"an engine's {TABLE}", "Calibrate again."), os.fspath(path))
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,8 @@ class BudgetSearch(Result):
     """
 
     kind = "budget"
-    version = 2
+    version = 3
+    sealed = True
 
     model: str
     calibration: str
@@ -237,6 +243,15 @@ class BudgetSearch(Result):
     measured: int
     reused: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        if self.chosen is not None and not 0 <= self.chosen < len(self.frontier):
+            raise ArtifactError("chosen", self.chosen, f"0..{len(self.frontier) - 1}", "Search again.")
+        unscored = [p for p in (self.fp32, *self.frontier) if self.scope not in p.scores]
+        if unscored or not self.frontier:
+            raise ArtifactError(
+                "frontier", f"no score of the scope {self.scope!r}", "one of each point", "Search again."
+            )
 
     @property
     def float_nodes(self) -> tuple[str, ...]:

@@ -63,6 +63,7 @@ def build_for_target(
     calib_data: CalibrationData | Data | None = None,
     *,
     target: str | None = None,
+    sign: str | os.PathLike[str] | None = None,
 ) -> Path:
     """`build_engine` by a recipe, where one is named.
 
@@ -72,13 +73,14 @@ def build_for_target(
         spec: what is asked for besides; it wins over the recipe.
         calib_data: likewise.
         target: name of a recipe, or a recipe file; None for none.
+        sign: as for `build_engine`.
 
     Raises:
         UsageError: if there is no such target.
         BackendError: if this machine is not the target's, naming everything that does not match.
     """
     if target is None:
-        return build_engine(bundle, out, spec, calib_data)
+        return build_engine(bundle, out, spec, calib_data, sign=sign)
     recipe, opened = read_target(target), open_bundle(bundle)
     require_match(recipe, machine(), conditions(), with_head=opened.has_head)
-    return build_engine(opened, out, spec, calib_data, recipe=recipe.engine)
+    return build_engine(opened, out, spec, calib_data, recipe=recipe.engine, sign=sign)

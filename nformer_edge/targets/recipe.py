@@ -10,7 +10,8 @@ from pathlib import Path
 
 from nformer_edge.backends import base
 from nformer_edge.backends.spec import EngineSpec
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.artifact import read_text
+from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import shipped, version_key
 from nformer_edge.core.spec import check_choice
 from nformer_edge.core.values import from_json
@@ -79,7 +80,7 @@ def read_target(name: str) -> Target:
         hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these, or name a recipe file."
         raise UsageError("target", repr(name), " | ".join(known), hint)
     try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        data = tomllib.loads(read_text(path, "a recipe"))
+    except (ValueError, RecursionError, ArtifactError) as e:
         raise UsageError(str(path), f"no readable TOML ({e})", "a recipe", "Correct the file.") from e
     return from_json(Target, {"name": path.stem, **data}, path.name)

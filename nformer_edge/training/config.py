@@ -217,7 +217,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
         UsageError: if the file is missing or not TOML, or holds an unknown key or a value of the wrong type.
     """
     try:
-        data = tomllib.loads(read_text(path))
+        data = tomllib.loads(read_text(path, "a TOML file"))
     except (ValueError, RecursionError, ArtifactError) as e:
         raise UsageError(str(path), str(e), "a TOML file", "Check the file.") from e
     if isinstance(model := data.get("model"), dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nformer_edge.core.artifact import atomic_write, sha256_file
+from nformer_edge.core.artifact import atomic_write, read_json, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.training.compute import Compute
@@ -122,8 +121,8 @@ class Run:
         if not (self.resume and self.history.is_file() and self.out.is_file()):
             return None
         try:
-            history = History.from_json(json.loads(self.history.read_text()))
-        except (ValueError, ArtifactError):
+            history = History.from_json(read_json(self.history, "a history", "Train again."))
+        except ArtifactError:
             return None
         same = history.identity == self.identity and history.sha256 == sha256_file(self.out)
         return history if same else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
-from nformer_edge.core.artifact import atomic_write, read_text
+from nformer_edge.core.artifact import atomic_write, read_json
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.values import Result
 from nformer_edge.quantize.values import BudgetSearch
@@ -40,10 +39,7 @@ def read_result(source: Readable) -> Result:
     if not isinstance(source, (str, os.PathLike)):
         return source
     where = os.fspath(source)
-    try:
-        data = json.loads(read_text(source, "a result in JSON"))
-    except (ValueError, RecursionError) as e:
-        raise ArtifactError(where, f"no readable JSON ({e})", "a result", "Run the command again.") from e
+    data = read_json(source, "a result in JSON", "Run the command again.")
     kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
     if not isinstance(kind, str) or kind not in KINDS:
         hint = "Pass a JSON file that a command wrote with -o, such as `evaluate` or `benchmark`."

@@ -19,6 +19,7 @@ from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.core import machine as cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
+from nformer_edge.core.values import digest_of
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.placement_cpu import channel_gates
@@ -212,11 +213,15 @@ def test_a_table_of_ranges_serves_a_second_build_without_images(int8_engine, tin
 
 def test_a_table_of_another_backbone_is_refused(int8_engine, tiny_bundle, tmp_path):
     table = json.loads((int8_engine / "calibration.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps(table | {"backbone_sha256": "0" * 64}))
+    other = table | {"backbone_sha256": "0" * 64}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ArtifactError, match="contents that do not match their sha256"):
+        build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "other.json")
+    (tmp_path / "other.json").write_text(json.dumps(other | {"sha256": digest_of(other)}))
     with pytest.raises(ArtifactError, match="got ranges of another backbone"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "other.json")
     (tmp_path / "broken.json").write_text('{"kind": "calibration", "ranges": {"x": [1]}}')
-    with pytest.raises(ArtifactError, match="expected calibration, version 1"):
+    with pytest.raises(ArtifactError, match="expected calibration, version 2"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "broken.json")
 
 

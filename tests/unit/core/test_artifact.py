@@ -165,8 +165,8 @@ def test_a_text_is_read_from_a_plain_file_only(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
     for name, got in (
-        ("fifo", "a folder or a device"),
-        (".", "a folder or a device"),
+        ("fifo", "a device or a FIFO"),
+        (".", "a folder"),
         ("latin", "an unreadable"),
         ("none", "no such file"),
     ):

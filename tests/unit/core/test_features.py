@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from nformer_edge.core.errors import ArtifactError, DataError
-from nformer_edge.core.features import Features, check_features, load_features, save_features
+from nformer_edge.core.features import Features, _digest, check_features, check_range, load_features, save_features
 
 
 def make(rows: int = 4) -> Features:
@@ -45,14 +46,89 @@ def test_views_and_hashes_come_back_as_they_were(tmp_path: Path) -> None:
         s.view(3)
 
 
-def test_a_store_written_before_there_were_hashes_and_views_is_read(tmp_path: Path) -> None:
-    arrays = {"features": make().features, "pids": np.arange(4), "camids": np.arange(4), "model": np.array("abc")}
-    arrays["paths"] = np.array(["a", "b", "c", "d"])
-    named = {f"query/{name}": value for name, value in arrays.items()}
-    np.savez(tmp_path / "f.npz", format=np.array("nformer-edge-features-1"), splits=np.array(["query"]), **named)
-    old = load_features(tmp_path / "f.npz")["query"]
-    assert (old.views, old.hashes, old.augmentation) == (1, (), "")
-    np.testing.assert_array_equal(old.view(0).features, make().features)
+def arrays_of(store: Path) -> dict[str, np.ndarray]:
+    with np.load(store) as z:
+        return {name: z[name] for name in z.files}
+
+
+def sealed(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """A store with these arrays and a digest that holds."""
+    np.savez(path, **arrays | {"sha256": np.array(_digest(arrays))})
+    return path
+
+
+def test_a_store_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", format=np.array("nformer-edge-features-1"), splits=np.array(["query"]))
+    match = r"got nformer-edge-features-1, expected nformer-edge-features-2\. Make it again"
+    with pytest.raises(ArtifactError, match=match):
+        load_features(tmp_path / "f.npz")
+
+
+def test_a_number_or_a_label_changed_in_a_store_is_refused(tmp_path: Path) -> None:
+    save_features(tmp_path / "f.npz", {"query": make()})
+    for name in ("query/features", "query/pids"):
+        arrays = arrays_of(tmp_path / "f.npz")
+        arrays[name].flat[2] += 1
+        np.savez(tmp_path / "g.npz", **arrays)
+        with pytest.raises(ArtifactError, match="contents that do not match their sha256"):
+            load_features(tmp_path / "g.npz")
+    assert load_features(sealed(tmp_path / "g.npz", arrays)), "what is sealed again is another store"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"query/camids": None}, "no array query/camids"),
+        ({"query/more": np.zeros(1)}, "an unknown array query/more"),
+        ({"train/features": np.zeros(1)}, "an unknown array train/features"),
+        ({"query/pids": np.array([1, 2, 3, -2])}, r"query/pids: got -2\.\.3, expected -1 \(unknown\) or more"),
+        ({"query/pids": np.array([1.5, 2, 3, 4])}, "query/pids: got type float64, expected whole numbers"),
+        ({"query/features": np.ones((4, 8), ">f4")}, "query/features: got type >f4, expected float32"),
+        ({"query/precision": np.array("int4")}, "query/precision: got 'int4', expected fp32, fp16, int8"),
+        ({"query/paths": np.array(["a"])}, "query/paths: got 1 entries, expected 4"),
+    ],
+)
+def test_unknown_missing_and_impossible_fields_are_refused_by_name(tmp_path: Path, change, match: str) -> None:
+    save_features(tmp_path / "f.npz", {"query": make()})
+    arrays = {name: array for name, array in (arrays_of(tmp_path / "f.npz") | change).items() if array is not None}
+    with pytest.raises(ArtifactError, match=match):
+        load_features(sealed(tmp_path / "g.npz", arrays))
+
+
+def test_a_compressed_store_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "f.npz", format=np.zeros(1 << 20))
+    with pytest.raises(ArtifactError, match=r"format\.npy is compressed"):
+        load_features(tmp_path / "f.npz")
+
+
+def test_a_fifo_is_no_store(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f.npz")
+    with pytest.raises(ArtifactError, match="got a device or a FIFO, expected a feature store"):
+        load_features(tmp_path / "f.npz")
+
+
+@pytest.mark.parametrize("dtype", [complex, object, str, bool, ">f4"])
+def test_features_are_real_numbers_of_this_machine(dtype: type) -> None:
+    features = make().features.astype(dtype)
+    for door in (Features, check_features):
+        with pytest.raises(DataError, match=r"features: got type .*, expected float32"):
+            door(features)
+
+
+@pytest.mark.parametrize("factor", [1e-18, 3e19])
+def test_a_row_whose_squares_leave_the_range_is_refused(factor: float) -> None:
+    features = make().features
+    features[2] *= np.float32(factor)
+    with pytest.raises(DataError, match=r"a largest number of .* in row 2 \(1 such rows\)"):
+        check_range(features)
+    check_range(make().features)
+    check_range(make(0).features)
+
+
+@pytest.mark.parametrize("labels", [np.array([0.5] * 4), np.array([2**63] * 4, np.uint64), [10**30] * 4, [-2] * 4])
+def test_people_and_cameras_are_whole_numbers(labels) -> None:
+    with pytest.raises(DataError, match="camids: got"):
+        replace(make(), camids=labels)
 
 
 def test_views_and_hashes_must_fit_the_rows() -> None:
@@ -89,7 +165,7 @@ def test_another_npz_is_refused(tmp_path: Path) -> None:
 
 def test_labels_must_match_the_rows() -> None:
     with pytest.raises(DataError, match="pids: got 2 entries, expected 3"):
-        Features(np.zeros((3, 8), np.float32), np.zeros(2), np.zeros(3), ("a",) * 3)
+        Features(np.zeros((3, 8), np.float32), np.arange(2), np.arange(3), ("a",) * 3)
 
 
 @pytest.mark.parametrize(

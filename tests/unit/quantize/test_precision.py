@@ -173,6 +173,10 @@ def test_ranges_survive_being_written_and_read(ranges, tmp_path):
     ranges.save(tmp_path / "t.json")
     again = read_ranges(tmp_path / "t.json")
     assert again == ranges
-    Ranges("minmax", {"x": (0.0, float("nan"))}).save(tmp_path / "nan.json")
-    with pytest.raises(ArtifactError, match="a range that is not finite"):
-        read_ranges(tmp_path / "nan.json")
+    for ends in ((0.0, float("nan")), (0.0, float("inf"))):
+        with pytest.raises(ArtifactError, match=r"table\[x\]: got .*, expected two finite ends"):
+            Ranges("minmax", {"x": ends})
+    text = (tmp_path / "t.json").read_text()
+    (tmp_path / "t.json").write_text(text.replace('"method": "minmax"', '"method": "entropy"'))
+    with pytest.raises(ArtifactError, match="contents that do not match their sha256"):
+        read_ranges(tmp_path / "t.json")
