@@ -31,6 +31,7 @@ CALLED = {
 
 #: Flags that a command reads itself.
 OWN = {"json", "verbose", "out_json", "help"} | {"layout", "pattern", "root", "same_camera"}
+OWN |= {"require_signed", "signed_since"}
 READ = {
     "summary": {"data"}, "train": {"features", "preset", "config"}, "benchmark": {"models"},
     "build-engine": {"calib_data", "force_calibration", "budget_images", "budget_scope"},
