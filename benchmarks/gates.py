@@ -195,10 +195,10 @@ def main() -> None:
     parser.add_argument("foreign", help="store of a backbone that never saw the site")
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=220)
-    parser.add_argument("--sets", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--sets", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     since = time.perf_counter()
     stores = [load_features(path)["train"] for path in (args.trained, args.foreign)]
