@@ -8,7 +8,7 @@ to less than float32 can tell, any backend may take either as its k-th neighbor,
 than rounding: ``border_ties`` counts such rows, so that ``rows_outside_tolerance`` can be read.
 
 The peak is that of a process of its own which loads onnxruntime and numpy alone; PyTorch runs in another. The head is
-seeded and untrained, the input clustered like people: neither time nor memory depends on the weights.
+seeded and untrained (the gated one has its learnt gates), the input clustered like people: neither time nor memory depends on the weights.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ def run_reference(folder: Path, args: argparse.Namespace) -> None:
 
     from nformer_edge.core.spec import HeadSpec
     from nformer_edge.exporting.trace import trace_head
-    from nformer_edge.model.nformer import NFormer
+    from nformer_edge.model.gated import GatedHead, make_head, start_as_gates
     from nformer_edge.ops import reference as ops
     from nformer_edge.ops.contract import draw_landmarks
     from nformer_edge.ops.operators import using
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    spec = HeadSpec(rule=args.rule)
-    head = NFormer(spec).eval()
+    spec = HeadSpec.gated() if args.rule == "gated" else HeadSpec(rule=args.rule)
+    head = make_head(spec).eval()
+    if isinstance(head, GatedHead):
+        start_as_gates(head, torch.zeros(1, spec.features), None)
     (folder / "nformer.onnx").write_bytes(trace_head(head, args.opset).SerializeToString())
     landmarks = draw_landmarks(args.images, spec.layers, spec.landmarks, 0)
     rows = make_input(args.images, spec.features, args.seed)
@@ -130,7 +132,7 @@ def _cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20000, help="N (default 20000)")
-    parser.add_argument("--rule", choices=("features", "affinity"), default="features")
+    parser.add_argument("--rule", choices=("gated", "features", "affinity"), default="gated")
     parser.add_argument("--seed", type=int, default=0, help="of the input (default 0)")
     parser.add_argument("--opset", type=int, default=18)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -39,6 +39,7 @@ from nformer_edge.core.spec import HeadSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.exporting.trace import trace_head
 from nformer_edge.metrics.rerank import k_reciprocal_distances
+from nformer_edge.model.gated import LISTED, GatedHead, start_as_gates
 from nformer_edge.model.nformer import NFormer, scaled
 from nformer_edge.ops import native
 from nformer_edge.ops.contract import draw_landmarks
@@ -233,9 +234,32 @@ def rerank(store: str | None, repeats: int) -> dict[str, Any]:
     return found | {"times_faster": faster, "at_least": 3.5, "peak_mb_at_most": 1500}
 
 
+def gated(store: str | None, repeats: int) -> dict[str, Any]:
+    """The whole gated head, the lists that it needs alone, and k-reciprocal re-ranking of the same features."""
+    query, gallery = query_and_gallery(store)
+    features = np.concatenate([query, gallery])
+    head = GatedHead(HeadSpec.gated(features.shape[1])).eval()
+    start_as_gates(head, torch.zeros(1, features.shape[1]), None)
+    x, landmarks = torch.from_numpy(features), torch.from_numpy(draw_landmarks(len(features), 2, 1024, 0))
+    with torch.inference_mode():
+        rows = head.mapped(x, landmarks).numpy()[None]
+        head(x[:2048], landmarks % 2048)
+        _, peak = with_peak(lambda: head(x, landmarks))
+        seconds = in_turn(
+            repeats,
+            head=lambda: head(x, landmarks),
+            lists=lambda: native.row_top_k(rows, rows, LISTED),
+            k_reciprocal=lambda: k_reciprocal_distances(query, gallery),
+        )
+    ratio = statistics.median(h / k for h, k in zip(seconds["head"], seconds["lists"], strict=True))
+    slower = statistics.median(k / h for h, k in zip(seconds["head"], seconds["k_reciprocal"], strict=True))
+    found = {"rows": len(features), "seconds": seconds, "peak_mb": peak, "by_its_lists": ratio, "at_most": 1.3}
+    return found | {"k_reciprocal_by_head": slower, "above": 1.0}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "head_time": head_time, "head_peak": head_peak, "training_step": training_step, "top_k": top_k,
-    "whole_head": whole_head, "rerank": rerank,
+    "whole_head": whole_head, "rerank": rerank, "gated": gated,
 }  # fmt: skip
 
 
@@ -283,12 +307,14 @@ def measure(only: list[str], repeats: int, store: str | None) -> dict[str, Any]:
         results["top_k"] = {"runs": list(runs.values()), "growth_25k_to_100k": growth, "at_most": 6.0}
     if "rerank" in only:
         results["k_reciprocal"] = child("rerank", store, repeats)
+    if "gated" in only:
+        results["gated"] = child("gated", store, repeats)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["head", "msmt17", "top-k", "training", "onnxruntime", "rerank"]
+    parts = ["head", "msmt17", "top-k", "training", "onnxruntime", "rerank", "gated"]
     parser.add_argument("-o", "--out", default="runs/operators.json")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", metavar="STORE", help="feature store with the splits query and gallery")
