@@ -18,6 +18,7 @@ from nformer_edge.data.summary import summarize
 from nformer_edge.report.accuracy import Evaluation
 from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.parity import Parity
+from nformer_edge.report.summary import format_ends
 from nformer_edge.report.summary import format_summary as format_models
 from nformer_edge.training.history import History
 
@@ -55,8 +56,9 @@ class Demo(Result):
         judged = "\n\n".join(map(str, self.parities))
         failed = [f"FAILED {p.engine.label}: {line}" for p in self.parities for line in p.failures]
         verdict = "\n".join(failed) or "no gate failed"
-        table, total = format_models([*self.evaluations, *self.benchmarks]), sum(self.seconds.values())
-        return f"\n{judged}\n\n{verdict}\n\n{table}\n\n{total:.0f} s in all\nreport: {self.report}"
+        tables = format_models([*self.evaluations, *self.benchmarks]), format_ends(self.evaluations)
+        total = f"{sum(self.seconds.values()):.0f} s in all\nreport: {self.report}"
+        return "\n" + "\n\n".join([judged, verdict, *tables, total])
 
 
 def run_demo(out: str | os.PathLike[str], *, seed: int = 0, tiny: bool = False, say: Say = print) -> Demo:

@@ -76,3 +76,16 @@ def format_summary(results: Sequence[Result]) -> str:
         body.append([r.model.label, r.ranking.name, *figures])
     latency = "ms/image" + (f" ({kinds[0]})" if len(kinds) == 1 else "")
     return format_table(["model", "part", "mAP", "Rank-1", latency, "MB"], body, left=2)
+
+
+def format_ends(results: Iterable[Result]) -> str:
+    """Backbone and head of every evaluated model with one gallery image a person and with all; "" without a head."""
+    body = []
+    for result in results:
+        if isinstance(result, Evaluation) and result.composition is not None:
+            for row in result.composition.rows:
+                for part, scores in ((BACKBONE, row.backbone), (NFORMER, row.head)):
+                    if row.images in (1, None) and row.head is not None and scores is not None:
+                        figures = [percent(scores.mAP.value), percent(scores.rank1.value)]
+                        body.append([result.label, row.title, part, *figures])
+    return format_table(["model", "images a person", "part", "mAP", "Rank-1"], body, left=3) if body else ""

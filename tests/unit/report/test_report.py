@@ -18,7 +18,7 @@ from nformer_edge.report.diagnosis import FirstOutside, Layers, Node, NodeInput
 from nformer_edge.report.html.page import write_report
 from nformer_edge.report.html.svg import Dot, Line, chart, decades, line_chart, linear, ticks
 from nformer_edge.report.parity import parity
-from nformer_edge.report.summary import format_summary
+from nformer_edge.report.summary import format_ends, format_summary
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.history import Best, Epoch, History, Identity, Stage
@@ -154,6 +154,18 @@ def test_every_section_is_drawn(page):
         "Summary", "Images a person", "Gates", "Cosine to the reference", "Layer by layer", "Accuracy budget",
         "Rank lists", "CMC", "Latency", "Latency ratios", "Re-ranking", "Training", "Machine",
     ]  # fmt: skip
+
+
+def test_the_ends_of_the_composition_table_are_one_and_all_images_a_person(results):
+    lines = [line.split() for line in format_ends(results).splitlines()[2:]]
+    rows = results[0].composition.rows
+    assert [line[-4:] for line in lines[:4]] == [
+        [row.title, part, f"{100 * scores.mAP.value:.1f}", f"{100 * scores.rank1.value:.1f}"]
+        for row in (rows[0], rows[-1])
+        for part, scores in (("backbone", row.backbone), ("+NFormer", row.head))
+    ]
+    assert len(lines) == 8
+    assert format_ends([replace(results[0], composition=None)]) == ""
 
 
 def test_what_stands_on_the_page_stands_in_the_json(page, results):
