@@ -18,6 +18,17 @@ from nformer_edge.targets.recipe import CUDA, L4T, Target, read_target
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
+#: First versions without known holes in what reads files that others made, and what older ones read badly.
+_FIXED = {
+    "Pillow": ("12.3", "images"),
+    "torch": ("2.10", "checkpoints of others"),
+    "onnx": ("1.21", "ONNX files that name other files"),
+    "protobuf": ("6.33.5", "nested messages"),
+    "onnxruntime": ("1.24", "ONNX files that name other files; it needs Python 3.11"),
+    "cryptography": ("46.0.5", "keys"),
+}
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """One thing that does not match.
@@ -137,8 +148,18 @@ def doctor(target: str | None = None) -> Doctor:
     ]
     for b in map(base.get, base.names()):
         found.append((b.NAME, package_version(b.NAME), f"{b.USE}: pip install 'nformer-edge[{b.EXTRA}]'"))
-    checks = [Check(name, there, "" if there else hint) for name, there, hint in found]
+    checks = [Check(name, there, "" if there else hint) for name, there, hint in found] + known_holes()
     return Doctor(here, int8_note(here), (*checks, _plugin_library(package_version(TENSORRT))), compared)
+
+
+def known_holes() -> list[Check]:
+    """Installed packages that are older than the version which mends what is known of them."""
+    found = [(name, package_version(name), fixed, reads) for name, (fixed, reads) in _FIXED.items()]
+    return [
+        Check(f"safe {name}", "", f"{here} has known holes in reading {reads}: pip install '{name}>={fixed}'")
+        for name, here, fixed, reads in found
+        if here and version_key(here) < version_key(fixed)
+    ]
 
 
 def int8_note(here: MachineFacts) -> str:
