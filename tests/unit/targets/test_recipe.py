@@ -11,6 +11,7 @@ from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.machine import Conditions, MachineFacts, conditions, package_version, version_key
 from nformer_edge.core.machine import machine as look_around
+from nformer_edge.targets import doctor as doctor_module
 from nformer_edge.targets import recipe
 from nformer_edge.targets.doctor import Doctor, Preflight, doctor, preflight, require_match
 from nformer_edge.targets.recipe import read_target, target_names
@@ -205,3 +206,16 @@ def test_the_doctor_names_the_next_step_for_whatever_is_missing():
     }
     assert all(bool(c.hint) != c.ok for c in found.checks)
     assert all(c.name in str(found) for c in found.checks)
+
+
+def test_the_doctor_names_installed_packages_with_known_holes(monkeypatch):
+    monkeypatch.setattr(
+        doctor_module, "package_version", lambda name: {"onnx": "1.20.1", "torch": "2.10.0"}.get(name, "")
+    )
+    assert [(c.name, c.ok, c.hint) for c in doctor_module.known_holes()] == [
+        (
+            "safe onnx",
+            False,
+            "1.20.1 has known holes in reading ONNX files that name other files: pip install 'onnx>=1.21'",
+        )
+    ]
