@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from torture import corruption, hostile, interruption
@@ -67,7 +66,7 @@ def run(
             tell(done[0])
             if kept:
                 with open(kept, "a") as file:
-                    file.write(json.dumps(asdict(done[0])) + "\n")
+                    file.write(json.dumps(vars(done[0])) + "\n")
         rows += done
     return rows
 

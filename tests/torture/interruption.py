@@ -165,7 +165,8 @@ def _once(module: Any, name: str) -> None:
     real, known = getattr(module, name), {}
 
     def call(*args: Any, **settings: Any) -> Any:
-        key = str(sum(float(p.sum()) for p in args[0].parameters())) if hasattr(args[0], "parameters") else repr(args)
+        model = hasattr(args[0], "parameters")
+        key = str(sum(p.detach().sum().item() for p in args[0].parameters())) if model else repr(args)
         if key not in known:
             known[key] = real(*args, **settings)
         return deepcopy(known[key])
@@ -482,17 +483,20 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         cases = []
         for writer, replacing, out in layouts():
             for at in range(1, count(writer, out, replacing)[0] + 1):
-                codes = (errno.EIO, errno.ENOSPC, errno.EINTR)
-                cases += [_case(writer, shim.FAIL, at, code, replacing) for code in codes]
-                cases.append(_case(writer, shim.SHORT, at, 0, replacing))
+                every = [
+                    _case(writer, shim.FAIL, at, code, replacing) for code in (errno.EIO, errno.ENOSPC, errno.EINTR)
+                ]
+                every.append(_case(writer, shim.SHORT, at, 0, replacing))
+                cases += every if replacing else [every[at % 4]]
         page = by_name("report")
         return cases, [_case(page, shim.FAIL, at, errno.EIO, True, fault=_deaf) for at in (3, 4)]
 
     def kills() -> Made:
         cases = []
         for writer, replacing, out in layouts():
-            for at in range(1, count(writer, out, replacing)[0] + 1):
-                cases += [_case(writer, how, at, 0, replacing) for how in (shim.KILL_BEFORE, shim.KILL_AFTER)]
+            calls = count(writer, out, replacing)[0]  # killed after a call is killed before the next one
+            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in range(1, calls + 1)]
+            cases.append(_case(writer, shim.KILL_AFTER, calls, 0, replacing))
         page, build = by_name("report"), by_name("build FP32")
         last = count(build, root / "count" / "planted" / "out", True)[0]
         middle = [_case(build, shim.KILL_BEFORE, at, 0, True, fault=_in_place) for at in range(1, last + 8)]
