@@ -171,7 +171,7 @@ class Workshop:
             Journal.remove = lambda self: None
             return command("embed", folder / "bundle", "--data", self.data, "-o", target, "--batch", 4)
 
-        assert attempt(embed).status == DONE
+        assert attempt(embed, limit_s=300).status == DONE
         Path(f"{target}.journal").rename(folder / "f.journal")
 
     def _format_1(self, folder: Path) -> None:
@@ -218,7 +218,7 @@ class Workshop:
             StateFile.write, StateFile.due = stop, lambda self: True
             return command(*self.training(folder, out))
 
-        attempt(train)
+        attempt(train, limit_s=300)
         (out.parent / "h.head.state.safetensors").rename(folder / "h.state")
 
     def training(self, folder: Path, out: Path) -> tuple[object, ...]:
@@ -228,10 +228,10 @@ class Workshop:
         a, b = self.root / "a", self.root / "b"
 
         def search(path: Path, work: Path) -> tuple[int, Any]:
-            return self._search(path, self.images)
+            return self.search(path, self.images)
 
         def head(path: Path, work: Path) -> tuple[int, Any]:
-            return self._search(a / "bundle", path)
+            return self.search(a / "bundle", path)
 
         rows = [
             Kind("checkpoint", a / "m.safetensors", b / "m.safetensors", search),
@@ -251,8 +251,9 @@ class Workshop:
         ]
         return rows
 
-    def _search(self, model: Path, gallery: Path) -> tuple[int, Any]:
-        code, out = command("search", model, "--query", self.query, "--gallery", gallery, "--json", "--threads", 1)
+    def search(self, model: Path, gallery: Path, *how: object) -> tuple[int, Any]:
+        plain = ("search", model, "--query", self.query, "--gallery", gallery, "--json", "--threads", 1)
+        code, out = command(*plain, *how)
         return code, digest(json.dumps(_plain(json.loads(out)))) if code == 0 else None
 
     def _calibrated(self, path: Path, work: Path) -> tuple[int, Any]:
@@ -291,7 +292,7 @@ class Workshop:
 
     def _upgraded(self, path: Path, work: Path) -> tuple[int, Any]:
         code, _ = command("upgrade", path)
-        return self._search(path, self.images) if code == 0 else (code, None)
+        return self.search(path, self.images) if code == 0 else (code, None)
 
     def _imported(self, path: Path, work: Path) -> tuple[int, Any]:
         out = work / "i.safetensors"

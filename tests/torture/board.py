@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from torture import corruption, hostile, interruption
+from torture import corruption, hostile, interruption, signed
 from torture.artifacts import Kind, Workshop
 from torture.cases import DONE, Outcome, Row, attempt, run_row
 
@@ -28,7 +28,7 @@ def prepare(root: Path) -> tuple[Workshop, list[Kind], dict[str, Outcome]]:
     for kind in kinds:
         work = root / "sound" / kind.name.replace(" ", "-")
         work.mkdir(parents=True)
-        runs = [attempt(lambda k=kind, w=work: k.run(w), limit_s=120) for _ in range(2)]
+        runs = [attempt(lambda k=kind, w=work: k.run(w), limit_s=300) for _ in range(2)]
         assert runs[0].status == DONE, (kind.name, runs)
         assert runs[0].value == runs[1].value, (kind.name, runs)
         sound[kind.name] = runs[1]
@@ -49,6 +49,7 @@ def run(
     workshop, kinds, sound = prepare(root)
     makers = {
         **corruption.rows(kinds, sound, each),
+        **signed.rows(workshop, kinds, 5 * each),
         **hostile.rows(workshop, kinds, sound),
         **interruption.rows(workshop, root),
     }
@@ -59,7 +60,7 @@ def run(
         done = [row for row in known if row.name == name]
         if not done and (not only or any(word in name for word in only)):
             cases, faults = make()
-            if name not in corruption.CHANGES:
+            if name not in (*corruption.CHANGES, signed.ROW):
                 step = 1 / share
                 cases = [cases[int(i * step)] for i in range(round(len(cases) * share))]
             done = [run_row(name, cases, faults, root / "cases", workers)]

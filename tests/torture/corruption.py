@@ -215,6 +215,8 @@ def _pickle_field(path: Path, rng: random.Random) -> str:
 
 
 def _npz_field(path: Path, rng: random.Random, rehash: bool) -> str:
+    from nformer_edge.core.features import _digest
+
     with np.load(path, allow_pickle=False) as z:
         arrays = {name: z[name] for name in z.files}
     name, what = rng.choice(sorted(arrays)), rng.choice(("changed", "removed", "added", "retyped", "duplicated"))
@@ -235,6 +237,8 @@ def _npz_field(path: Path, rng: random.Random, rehash: bool) -> str:
         arrays[name] = changed
     else:
         arrays[name] = np.char.add(found, "x") if found.dtype.kind == "U" else found
+    if rehash:
+        arrays["sha256"] = np.array(_digest(arrays))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     path.write_bytes(buffer.getvalue())
@@ -246,7 +250,7 @@ def _npz_field(path: Path, rng: random.Random, rehash: bool) -> str:
 
 def reseal(path: Path) -> None:
     """Makes every digest of a folder or JSON file hold again: what somebody does who knows the format."""
-    from nformer_edge.core import artifact
+    from nformer_edge.core.values import digest_of
 
     file = path / MANIFEST if path.is_dir() else path
     try:
@@ -256,7 +260,7 @@ def reseal(path: Path) -> None:
                 content = (path / name).read_bytes()
                 entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         if "sha256" in data:
-            data["sha256"] = artifact.digest_of(data)
+            data["sha256"] = digest_of(data)
         file.write_text(json.dumps(data))
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # the edit left nothing to hash

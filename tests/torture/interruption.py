@@ -189,7 +189,7 @@ def count(writer: Writer, out: Path, replacing: bool) -> tuple[int, int]:
             return code, (found, sum(len(op[4]) for op in read_log(log.read()) if op[0] == "write"))
 
     writer.lay(out, replacing)
-    outcome = attempt(run, 60)
+    outcome = attempt(run, 300)
     assert outcome.status == DONE, (writer.name, outcome)
     assert writer.state(out) == NEW, (writer.name, writer.state(out))
     return outcome.value
@@ -402,7 +402,7 @@ def record(writer: Writer, out: Path, replacing: bool, fault: Any = None) -> lis
             shim.off()
             return code, None
 
-        assert attempt(run, 60).status == DONE
+        assert attempt(run, 300).status == DONE
         log.seek(0)
         return read_log(log.read())
 
