@@ -18,9 +18,9 @@ from torture.corruption import Made, rehashed
 
 ROW = "signed, edited and hashed again"
 
-#: Kinds of folders that are signed, what they are called in a signature, and when they were signed.
+#: Kinds of folders that are signed, as a signature calls them; when they were signed, and since when it must be.
 _KINDS = {"bundle": "bundle", "engine FP32": "engine", "engine INT8": "engine"}
-_OLDER, _NEWER = 1_000_000_000, 2_000_000_000
+_OLDER, _NEWER, _SINCE = 1_500_000_000, 1_700_000_000, "2020-01-01T00:00:00Z"
 
 
 def _key(folder: Path, name: str) -> tuple[Path, Path]:
@@ -73,7 +73,7 @@ def rows(shop: Workshop, kinds: list[Kind], each: int) -> dict[str, Callable[[],
                 (kind.other, _NEWER, "other"),
             ):
                 _sign(copy(source, home / f"{kind.name} {name}"), kind, private, at)
-        asks = ("--require-signed", public, "--signed-since", str((_OLDER + _NEWER) // 2))
+        asks = ("--require-signed", public, "--signed-since", _SINCE)
 
         def change(kind: Kind, path: Path, rng: random.Random) -> str:
             what = rng.choice(
