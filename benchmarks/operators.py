@@ -1,7 +1,7 @@
 """The two operators on this CPU: every figure that the project claims for them, each beside a baseline of the same run.
 
-    python benchmarks/operators.py -o runs/operators.json [--only head msmt17 top-k training onnxruntime rerank]
-        [--features market1501.npz] [--repeats 3]
+    python benchmarks/operators.py -o runs/operators.json [--repeats 3]
+        [--only head msmt17 top-k training onnxruntime long-rows rerank] [--features market1501.npz]
 
 Each measurement runs in a process of its own, so that its peak memory is its own: the resident set's high-water mark
 less what was resident when the inputs stood ready. Times are wall clock; what is compared runs in turn, and the ratio
@@ -38,6 +38,7 @@ from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.exporting.trace import trace_head
+from nformer_edge.metrics.distance import unit_rows
 from nformer_edge.metrics.rerank import k_reciprocal_distances
 from nformer_edge.model.gated import LISTED, GatedHead, start_as_gates
 from nformer_edge.model.nformer import NFormer, scaled
@@ -257,9 +258,34 @@ def gated(store: str | None, repeats: int) -> dict[str, Any]:
     return found | {"k_reciprocal_by_head": slower, "above": 1.0}
 
 
+#: The same instruction set without integer products: RowTopK in float32 throughout.
+FLOAT32 = {"avx512vnni": "avx512", "avx2vnni": "avx2", "neondot": "neon"}
+
+
+def long_rows(store: str | None, rows: int, length: int, repeats: int) -> dict[str, Any]:
+    """RowTopK over long rows, by integer products first and in float32 alone."""
+    x = (unit_rows(np.concatenate(query_and_gallery(store))) if store else clustered(rows, length).numpy())[None]
+    isa = native.instruction_sets()[0]
+    plain = FLOAT32.get(isa, isa)
+    ways = {"integers": isa, "float32": plain}
+    threads = torch.get_num_threads()
+    runs = {way: lambda isa=isa: native.row_top_k(x, x, 20, threads=threads, isa=isa) for way, isa in ways.items()}
+    native.row_top_k(x[:, :512].copy(), x[:, :512].copy(), 20)
+    peaks = {way: with_peak(run)[1] for way, run in runs.items()}
+    seconds = in_turn(repeats, **runs)
+    faster = statistics.median(f / i for i, f in zip(seconds["integers"], seconds["float32"], strict=True))
+    pairs = x.shape[1] * (x.shape[1] + 1) // 2
+    return {
+        "rows": x.shape[1], "length": x.shape[2], "k": 20, "instruction_sets": ways, "seconds": seconds,
+        "peak_mb": peaks,
+        "confirmed_share": native.confirmed_scores(x, x, 20, threads=threads) / pairs, "times_faster": faster,
+        "at_least": 1.8,
+    }  # fmt: skip
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "head_time": head_time, "head_peak": head_peak, "training_step": training_step, "top_k": top_k,
-    "whole_head": whole_head, "rerank": rerank, "gated": gated,
+    "whole_head": whole_head, "rerank": rerank, "gated": gated, "long_rows": long_rows,
 }  # fmt: skip
 
 
@@ -305,6 +331,10 @@ def measure(only: list[str], repeats: int, store: str | None) -> dict[str, Any]:
         runs = {rows: child("top_k", rows, repeats if rows < 1_000_000 else 1) for rows in (25_000, 100_000, 1_000_000)}
         growth = runs[100_000]["seconds"] / runs[25_000]["seconds"]
         results["top_k"] = {"runs": list(runs.values()), "growth_25k_to_100k": growth, "at_most": 6.0}
+    if "long-rows" in only:
+        results["long_rows"] = [child("long_rows", None, MARKET, length, repeats) for length in (256, 512, 1024, 2048)]
+        if store:
+            results["long_rows"].append(child("long_rows", store, MARKET, 0, repeats))
     if "rerank" in only:
         results["k_reciprocal"] = child("rerank", store, repeats)
     if "gated" in only:
@@ -314,7 +344,7 @@ def measure(only: list[str], repeats: int, store: str | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["head", "msmt17", "top-k", "training", "onnxruntime", "rerank", "gated"]
+    parts = ["head", "msmt17", "top-k", "training", "onnxruntime", "long-rows", "rerank", "gated"]
     parser.add_argument("-o", "--out", default="runs/operators.json")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", metavar="STORE", help="feature store with the splits query and gallery")

@@ -53,8 +53,9 @@ def k_reciprocal_distances(
     unit = _together(query, gallery)
     queries, images = len(query), len(unit)
     same = _firsts(unit.view(np.dtype((np.void, unit.shape[1] * unit.itemsize)))[:, 0])
-    lists = native.row_top_k(unit[None], unit[None], min(k1 + 1, images))[0]
-    largest = (1 - native.smallest_scores(unit[None])[0]).astype(np.float32)
+    together = unit[None]
+    lists = native.row_top_k(together, together, min(k1 + 1, images))[0]
+    largest = (1 - native.smallest_scores(together)[0]).astype(np.float32)
     farthest = np.where(largest > 0, 2 * largest, 1)
     half, expand = (min(places, lists.shape[1]) for places in (int(np.around(k1 / 2)) + 1, k2))
     result = native.k_reciprocal(

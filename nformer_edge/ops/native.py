@@ -79,6 +79,28 @@ def row_top_k(
         DataError: if an input is not finite, naming the first bad row.
         BackendError: if the kernels are not compiled here.
     """
+    return _row_top_k(a, b, k, threads, isa, tree)[0]
+
+
+def confirmed_scores(
+    a: np.ndarray,  # [H, N, R]
+    b: np.ndarray,  # [H, M, R]
+    k: int,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> int:
+    """How many scores `row_top_k` computes exactly because its integer products do not rule them out.
+
+    0 where the instruction set, short factors or few columns leave all to float32. Raises as `row_top_k` does.
+    """
+    return _row_top_k(a, b, k, threads, isa, tree=False)[1]
+
+
+def _row_top_k(
+    a: np.ndarray, b: np.ndarray, k: int, threads: int | None, isa: str | None, tree: bool | None
+) -> tuple[np.ndarray, int]:
+    """The lists, and the number of `confirmed_scores`."""
     library = _library()
     _check_factors(a, b)
     check_at_least("k", k, 1)
@@ -92,17 +114,17 @@ def row_top_k(
     found = min(k, b.shape[1])
     neighbors = np.full((heads, rows, k), NO_NEIGHBOR, dtype=np.int32)
     if found == 0 or neighbors.size == 0:
-        return neighbors
+        return neighbors, 0
     if length == 0:
         neighbors[:, :, :found] = np.arange(found)  # every score is an empty sum
-        return neighbors
+        return neighbors, 0
     tree = length <= library.MAX_TREE_RANK if tree is None else tree
     if tree and length > library.MAX_TREE_RANK:
         raise UsageError("tree", f"R = {length}", f"R <= {library.MAX_TREE_RANK}", "Leave tree out.")
     chosen = neighbors if found == k else np.empty((heads, rows, found), dtype=np.int32)
-    library.row_top_k(a, b, chosen, count, name, tree, same)
+    confirmed: int = library.row_top_k(a, b, chosen, count, name, tree, same)
     neighbors[:, :, :found] = chosen
-    return neighbors
+    return neighbors, confirmed
 
 
 def kth_scores(

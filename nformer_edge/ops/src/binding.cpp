@@ -50,13 +50,13 @@ int64_t bad_list(Lists x, int64_t count, int threads) {
   return first_bad_list(x.data(), x.shape(0) * x.shape(1), x.shape(2), count, threads);
 }
 
-void top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree, bool symmetric) {
+int64_t top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree, bool symmetric) {
   const Table& table = table_of(isa);
   const nb::gil_scoped_release release;
   const TopKTensors x{a.data(),   b.data(),   static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1)),
                       static_cast<int64_t>(b.shape(1)), static_cast<int64_t>(a.shape(2)),
                       static_cast<int>(out.shape(2)),   out.data(), symmetric};
-  row_top_k(table, x, threads, tree);
+  return row_top_k(table, x, threads, tree);
 }
 
 // Exact scores of the pairs (i, columns[h, i, n]); -infinity where the column is -1.

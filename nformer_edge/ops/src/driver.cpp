@@ -83,7 +83,10 @@ bool run_top_k(const Case& c, const std::vector<const Table*>& tables) {
       for (int tree = 0; tree <= (c.r <= kMaxTreeRank); ++tree) {
         std::vector<int32_t> lists(c.n * c.k);
         const RowTopK x{a.data(), b.data(), c.n, m, c.r, c.k, lists.data(), same};
-        tree ? row_top_k_tree(*table, x, threads) : row_top_k_dense(*table, x, threads);
+        if (tree)
+          row_top_k_tree(*table, x, threads);
+        else
+          row_top_k_dense(*table, x, threads);
         right &= check(lists == expected, tree ? "tree" : "product", table->name, threads);
       }
   return right;

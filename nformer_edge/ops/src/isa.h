@@ -1,4 +1,4 @@
-// What filter.cpp and exact.cpp define for one instruction set. Included once for each: no guard; NFORMER_ISA names it.
+// What filter.cpp, exact.cpp and integers.cpp define for one instruction set. Included once for each: no guard; NFORMER_ISA names it.
 
 #include "table.h"
 
@@ -9,6 +9,7 @@
 namespace nformer {
 namespace NFORMER_ISA {
 
+IntegerFilter integer_filter();
 int tile_rows();
 int tile_columns();
 int64_t scan_panel(const float* rows, int64_t panels, const float* columns, int64_t r, const float* row_threshold,
@@ -17,6 +18,7 @@ int scan_blocks(int r, const float* base, int64_t stride, const int32_t* offset,
                 float threshold, const Entry* blocks, int count, Entry* out);
 float kth_largest(float* scores, int count, int k);
 void score(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
+void score_hits(const float* a, const float* b, int64_t r, double scale, Hit* hits, int64_t count);
 void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
 void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
                           const Scratch& scratch);

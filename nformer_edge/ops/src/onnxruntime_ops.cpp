@@ -137,7 +137,10 @@ void run_row_top_k(const Kernel& kernel, const Context& context) {
   const TopKTensors x{a.floats(), b.floats(), heads, n, m, r, static_cast<int>(found), lists, same};
   const bool finite = first_bad_row(x.a, heads * n, r, kernel.threads) < 0 &&
                       (same || first_bad_row(x.b, heads * m, r, kernel.threads) < 0);
-  (finite ? row_top_k : top_k_without_bad_rows)(table, x, kernel.threads, tree);
+  if (finite)
+    row_top_k(table, x, kernel.threads, tree);
+  else
+    top_k_without_bad_rows(table, x, kernel.threads, tree);
   for (int64_t row = 0; found < k && row < heads * n; ++row)
     std::fill(std::copy_n(lists + row * found, found, out + row * k), out + (row + 1) * k, -1);
 }

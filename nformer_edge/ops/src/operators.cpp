@@ -87,13 +87,18 @@ int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t c
   });
 }
 
-void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree) {
+int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree) {
+  int64_t confirmed = 0;
   const StandardArithmetic scope;
   for (int64_t h = 0; h < x.heads; ++h) {
     const RowTopK head{x.a + h * x.n * x.r,         x.b + h * x.m * x.r, x.n, x.m, x.r, x.k,
                        x.neighbors + h * x.n * x.k, x.symmetric};
-    tree ? row_top_k_tree(table, head, threads) : row_top_k_dense(table, head, threads);
+    if (tree)
+      row_top_k_tree(table, head, threads);
+    else
+      confirmed += row_top_k_dense(table, head, threads);
   }
+  return confirmed;
 }
 
 void attend(const Table& table, const AttentionTensors& tensors, float* y, int threads) {

@@ -37,7 +37,8 @@ int64_t first_bad_row(const float* x, int64_t rows, int64_t length, int threads)
 // The first row of x [rows, length] with an entry outside -1..count-1, or -1.
 int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t count, int threads);
 
-void row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
+// Returns how many pairs integer products left to exact scores.
+int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
 // y [H, N, D].
 void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
 // From gy [H, N, D]; ga, gb, gv, gt are shaped as a, b, v, t, and gt is zero before the call.

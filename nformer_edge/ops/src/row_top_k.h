@@ -22,8 +22,8 @@ struct Scaling {
 };
 
 Scaling find_scaling(const RowTopK& x, int threads);
-// Every pair through a blocked matrix product: any R.
-void row_top_k_dense(const Table& table, const RowTopK& x, int threads);
+// Every pair through a blocked matrix product: any R. Returns how many pairs integer products left to exact scores.
+int64_t row_top_k_dense(const Table& table, const RowTopK& x, int threads);
 // Blocks of near columns with a box around each; those that cannot hold a neighbor are skipped: R <= kMaxTreeRank.
 void row_top_k_tree(const Table& table, const RowTopK& x, int threads);
 

@@ -21,6 +21,33 @@ struct Hit {
   int32_t column;
 };
 
+// A row block, as panels [groups][mr] of 32-bit groups of numbers. The upper bound of score (i, j) is
+// scale_i * scale_j * (q_i . q_j) + norm_i * error_j + slack_i.
+struct IntegerRows {
+  const int32_t* packed;
+  const float* scale;
+  const float* norm;
+  const float* slack;
+  const float* threshold;
+};
+
+// One column panel [groups][nr].
+struct IntegerColumns {
+  const int32_t* packed;
+  const int32_t* start;  // what takes the rows' offset out of the sum
+  const float* scale;
+  const float* error;
+  const float* threshold;
+};
+
+struct IntegerFilter {
+  int group;   // numbers in 32 bits: four of 8 bits or two of 16; 0 where there is no filter
+  int offset;  // added to the rows' numbers, where the products' left side has no sign
+  // As Table::scan_panel: reports the pairs whose upper bound reaches either threshold, with that bound as the score.
+  int64_t (*scan)(const IntegerRows& rows, int64_t panels, const IntegerColumns& columns, int64_t groups, int32_t row,
+                  int32_t column, Hit* hits);
+};
+
 // One head of ReciprocalNeighborAttention. Row-major: a, b [N, R]; v [N, D]; neighbors [N, K]; t, cameras [N]. Gated if
 // there is a t.
 struct Attention {
@@ -69,7 +96,8 @@ constexpr int kLeaf = 32;  // columns in a leaf
 
 struct Table {
   const char* name;
-  int mr, nr;  // register tile of scan_panel
+  IntegerFilter integers;
+  int mr, nr;  // register tile of scan_panel and of the integer filter
 
   // Filter. Approximate scores, any rounding: results never depend on them, see select.h.
   // `panels` packed row panels [R][mr] against one packed column panel [R][nr]; a pair is reported unless its
@@ -88,6 +116,8 @@ struct Table {
 
   // Exact. The same bits on every instruction set.
   void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
+  // Sets the hits' scores to scale times a [row] . b [column].
+  void (*score_hits)(const float* a, const float* b, int64_t r, double scale, Hit* hits, int64_t count);
   // Rows (or columns) begin..end-1 of one head.
   void (*attend)(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
   void (*attend_backward_rows)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,

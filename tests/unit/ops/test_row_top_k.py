@@ -70,17 +70,34 @@ def make(kind: str, rows: int, columns: int, length: int, seed: int) -> tuple[np
         a, b = (
             x * np.float32(10.0) ** rng.integers(-30, 30, size=(*x.shape[:2], 1)).astype(np.float32) for x in (a, b)
         )
+    elif kind == "spiky":  # what is small beside a row's largest number, integers lose
+        a[:, :, 0], b[:, :, 0] = 1e4, 1e-3
+    elif kind == "near":  # scores nearer to each other than integers can tell
+        a, b = (np.float32(1) + x * np.float32(1e-5) for x in (a, b))
     elif kind == "zero":
         a[:], b[:, ::2] = 0, 0
     return np.ascontiguousarray(a, dtype=np.float32), np.ascontiguousarray(b, dtype=np.float32)
 
 
-KINDS = ["random", "clustered", "constant", "duplicated", "sorted", "one-hot", "huge", "tiny", "mixed", "zero"]
+KINDS = [
+    "random",
+    "clustered",
+    "constant",
+    "duplicated",
+    "sorted",
+    "one-hot",
+    "huge",
+    "tiny",
+    "mixed",
+    "spiky",
+    "near",
+    "zero",
+]
 
 
 # One shape for the boxes and one for the product; odd sizes between them are the next but one test's.
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "columns", "length", "k"), [(203, 203, 5, 20), (130, 193, 256, 20)])
+@pytest.mark.parametrize(("rows", "columns", "length", "k"), [(203, 203, 5, 20), (130, 593, 256, 20)])
 def test_row_top_k_equals_float64_on_every_path(kind: str, rows: int, columns: int, length: int, k: int) -> None:
     a, b = make(kind, rows, columns, length, seed=1)
     lists = [native.row_top_k(a, b, k, **variant) for variant in variants(length)]
@@ -177,6 +194,27 @@ def test_smallest_scores_are_float64s(kind: str, rows: int, length: int) -> None
     assert (np.abs(found - expected) <= 2.0**-23 * np.abs(expected) + 1e-13 * rounding(x, x)[:, :, 0]).all()
     sets = native.instruction_sets()
     assert all((native.smallest_scores(x, threads=t, isa=isa) == found).all() for t in (1, 3) for isa in sets)
+
+
+@pytest.mark.parametrize("columns", [900, 1337])
+def test_integers_leave_few_scores_and_change_no_list(columns: int) -> None:
+    rng = np.random.default_rng(11)
+    centers = rng.standard_normal((columns // 20, 512))
+    x = centers[rng.integers(len(centers), size=columns)] + 0.7 * rng.standard_normal((columns, 512))
+    b = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)[None]
+    for a in (b, b[:, :400].copy()):
+        lists = [native.row_top_k(a, b, 20, isa=isa) for isa in native.instruction_sets()]
+        check_list(a, b, 20, lists[0])
+        assert all((other == lists[0]).all() for other in lists)
+        with_integers = [isa for isa in native.instruction_sets() if native.confirmed_scores(a, b, 20, isa=isa)]
+        assert not {"avx512", "avx2", "neon"} & set(with_integers)  # float32 products are as fast there
+        for isa in with_integers:
+            assert native.confirmed_scores(a, b, 20, isa=isa) <= 0.1 * a.shape[1] * columns
+
+
+def test_where_integers_rule_out_little_float32_takes_over() -> None:
+    a, _ = make("near", 1200, 1, 256, seed=12)
+    assert all(native.confirmed_scores(a, a, 20, isa=isa) <= 0.05 * 1200**2 for isa in native.instruction_sets())
 
 
 def test_comparison_with_float64_notices_a_wrong_list() -> None:
