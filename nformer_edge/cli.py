@@ -305,9 +305,11 @@ def _train(args: Args) -> None:
     head = {k: v for k in ("rule", "k", "landmarks", "layers", "heads") if (v := getattr(args, k, None)) is not None}
     start = getattr(args, "config", getattr(args, "preset", "gated"))
     config = _call(args, "training.config:configure", start=start, **head)
-    history: Result = _call(args, "training.train:train", config=config)
+    history = _call(args, "training.train:train", config=config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
         _show(args, history)
+        for note in history.notes:
+            print(inert(f"nformer-edge train: warning: {note}"), file=sys.stderr)
 
 
 @_command(

@@ -7,6 +7,7 @@ the backbone's features, and, where the bundle has a head, what the head makes o
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from nformer_edge.core.machine import instruction_sets
 from nformer_edge.core.values import Table
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.holdout import split_holdout
-from nformer_edge.data.records import Dataset, ImageRecord
+from nformer_edge.data.records import DISTRACTOR, Dataset, ImageRecord
 from nformer_edge.data.spread import over_people
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, Bundle
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
@@ -44,6 +45,12 @@ SHARE = 0.2
 #: Images a person that the number of identities is computed by.
 _IMAGES_A_PERSON = 4
 
+#: Images that overlap@10 compares.
+_NEAREST = 10
+
+#: What is known of images that nobody labeled, before they are compared: no mAP.
+_UNKNOWN = Score(math.nan, math.nan, math.nan, math.nan, 1.0)
+
 #: Images a run: more gain nothing on a CPU and cost memory.
 _BATCH = 16
 
@@ -53,9 +60,14 @@ _ROUNDS, _WARMUP = 31, 3
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images of held-out identities. Each asks for all the others: it is query and gallery at once."""
+    """Images of held-out identities, or of nobody known. Each asks for all the others: query and gallery at once."""
 
     records: tuple[ImageRecord, ...]
+
+    @property
+    def labeled(self) -> bool:
+        """Whether it is known who is who; if not, there is no mAP, and overlap@10 alone counts."""
+        return any(r.pid > DISTRACTOR for r in self.records)
 
     @cached_property
     def facts(self) -> HeldOutFacts:
@@ -64,16 +76,22 @@ class HeldOut:
         for record in self.records:
             digest.update(f"{sha256_file(record.path)} {record.pid} {record.camid}\n".encode())
         count = len(self.records)
-        return HeldOutFacts(len({r.pid for r in self.records}), count, count, digest.hexdigest())
+        return HeldOutFacts(len({r.pid for r in self.records if r.pid > DISTRACTOR}), count, count, digest.hexdigest())
 
     def label(self, features: np.ndarray) -> Features:
-        """Features [N, D] of the images with their identities and cameras."""
+        """Features [N, D] of the images with their identities and cameras.
+
+        Of nobody known each image is a person of its own: the protocol then leaves out the image itself alone.
+        """
+        if not self.labeled:
+            rows = np.arange(len(self.records))
+            return Features(features, rows + 1, np.zeros(len(rows), np.int64), tuple(r.path for r in self.records))
         pids, camids = (np.array([getattr(r, name) for r in self.records], np.int64) for name in ("pid", "camid"))
         return Features(features, pids, camids, tuple(r.path for r in self.records))
 
 
 def hold_out(dataset: Dataset, images: int, seed: int) -> tuple[Dataset, HeldOut]:
-    """A dataset without some training identities, and images of these.
+    """A dataset without some training identities, and images of these; of images that nobody labeled, half of them.
 
     Args:
         dataset: with training images.
@@ -81,8 +99,17 @@ def hold_out(dataset: Dataset, images: int, seed: int) -> tuple[Dataset, HeldOut
         seed: of the choice of people and images.
 
     Raises:
-        DataError: if fewer than two people can be held out, each seen by two cameras.
+        DataError: if fewer than two people can be held out, each seen by two cameras, or too few unlabeled images.
     """
+    if dataset.train and not any(r.pid > DISTRACTOR for r in dataset.train):
+        order = np.random.default_rng(seed).permutation(len(dataset.train))
+        count = min(images, len(order) // 2)
+        if count <= _NEAREST:
+            got, expected = f"{len(order)} images", f"at least {2 * _NEAREST + 2}"
+            hint = "Give more images: half of them calibrate, half compare INT8 with FP32."
+            raise DataError(f"{dataset.root}: train", got, expected, hint)
+        chosen, rest_of = (tuple(dataset.train[i] for i in sorted(part)) for part in (order[:count], order[count:]))
+        return replace(dataset, train=rest_of), HeldOut(tuple(sorted(chosen, key=lambda r: r.path)))
     people = len({r.pid for r in dataset.train})
     wanted = min(SHARE, images / _IMAGES_A_PERSON / people) if people else 0.0
     rest, held = split_holdout(dataset.train, wanted, seed)
@@ -92,7 +119,7 @@ def hold_out(dataset: Dataset, images: int, seed: int) -> tuple[Dataset, HeldOut
             f"{dataset.root}: train",
             f"{people} people, too few to hold two of them out",
             "training images of more people, seen by several cameras",
-            "Name the dataset that the model was trained on, or build without a budget and --calib-method auto.",
+            "Name a dataset with more people. Without labels, --layout unlabeled compares by overlap@10 alone.",
         )
     return replace(dataset, train=rest), HeldOut(tuple(sorted(chosen, key=lambda r: r.path)))
 
@@ -127,7 +154,8 @@ class Evaluator:
     def score(self, model: ModelProto | None = None) -> dict[str, Score]:
         """What a backbone is worth, by scope; FP32 itself if None. One that gives an image no feature, nothing."""
         if model is None:
-            return {scope: Score(r.mAP, r.rank(1), 0.0, 0.0, 1.0) for scope, (_, r) in self._reference.items()}
+            found_by = {scope: ranked for scope, (_, ranked) in self._reference.items()}
+            return {s: _UNKNOWN if r is None else Score(r.mAP, r.rank(1), 0.0, 0.0, 1.0) for s, r in found_by.items()}
         found = self._features(model.SerializeToString())
         return {scope: self._compared(found[scope], *self._reference[scope]) for scope in self.scopes}
 
@@ -155,18 +183,22 @@ class Evaluator:
         return np.concatenate(list(iter_batches(paths, self._bundle.spec.preprocess)))
 
     @cached_property
-    def _reference(self) -> Mapping[str, tuple[np.ndarray, RankingResult]]:
+    def _reference(self) -> Mapping[str, tuple[np.ndarray, RankingResult | None]]:
         return {scope: (rows, self._ranked(rows)) for scope, rows in self._features(self._bundle.backbone).items()}
 
-    def _ranked(self, rows: np.ndarray) -> RankingResult:
+    def _ranked(self, rows: np.ndarray) -> RankingResult | None:
+        if not self.held_out.labeled:
+            return None
         labeled = self.held_out.label(rows)
         return evaluate(labeled, labeled)
 
-    def _compared(self, rows: np.ndarray, reference: np.ndarray, expected: RankingResult) -> Score:
+    def _compared(self, rows: np.ndarray, reference: np.ndarray, expected: RankingResult | None) -> Score:
         if not (np.isfinite(rows).all() and rows.any(axis=1).all()):
-            return Score(0.0, 0.0, expected.mAP, 1.0, 0.0)
+            return Score(0.0, 0.0, 0.0 if expected is None else expected.mAP, 1.0, 0.0)
         ranked, theirs, ours = self._ranked(rows), self.held_out.label(reference), self.held_out.label(rows)
         overlap = rank_agreement((theirs, theirs), (ours, ours)).overlap
+        if ranked is None or expected is None:
+            return replace(_UNKNOWN, overlap_at_10=overlap)
         gain = paired_difference(ranked.ap[ranked.valid], expected.ap[expected.valid], quantiles=ONE_SIDED)
         return Score(ranked.mAP, ranked.rank(1), expected.mAP - ranked.mAP, 0.0 - gain.lower, overlap)
 

@@ -5,6 +5,7 @@ The one way from a bundle to `LowPrecision`: `build-engine`, `prepare` and the b
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -148,6 +149,9 @@ def _evaluator(bundle: Bundle, spec: QuantizeSpec, data: CalibrationData) -> tup
         raise UsageError("budget_data", "no dataset", "one to hold training people out of", hint)
     dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
     rest, held_out = hold_out(dataset.as_training(), _IMAGES if data.budget is None else data.budget.images, spec.seed)
+    if not held_out.labeled and data.budget is not None and data.budget.max_map_drop is not None:
+        got, hint = "images that nobody labeled", "Ask for --min-overlap 0.95: it needs no labels."
+        raise UsageError("max_map_drop", got, "labels, because mAP is about who is who", hint)
     evaluator = Evaluator(bundle, held_out)
     if data.budget is not None:
         data.budget.counts(evaluator.scopes)  # refused before minutes are spent
@@ -190,7 +194,7 @@ def _measure(
 def choose_method(
     bundle: Bundle, found: dict[CalibrationMethod, Ranges], evaluator: Evaluator, journal: Journal, reduced: bool
 ) -> tuple[CalibrationMethod, MethodChoice]:
-    """The method of the ranges by which held-out people are found best; of equal mAP, the greater overlap@10."""
+    """The method of the ranges by which held-out people are found best; of equal or no mAP, the greater overlap@10."""
     from nformer_edge.quantize.placement_cpu import place_for_cpu
     from nformer_edge.quantize.search import Scores, recall_scores
 
@@ -203,7 +207,7 @@ def choose_method(
             return evaluator.score(place_for_cpu(bundle.backbone, ranges, reduce_range=reduced).without())
 
         scores[method] = recall_scores(journal, facts, score)
-    best = max(found, key=lambda m: (round(scores[m][scope].mAP, 3), scores[m][scope].overlap_at_10))
+    best = max(found, key=lambda m: scores[m][scope].order)
     return best, MethodChoice(scope, evaluator.held_out.facts, scores)
 
 
@@ -246,10 +250,12 @@ def _within_budget(
 def _infeasible(search: BudgetSearch, kept: Path) -> GateError:
     best = search.best()
     score = search.score(best)
-    got = (
-        f"{100 * score.map_drop:.2f} points lost at best ({100 * score.map_drop_upper:.2f} with 95 % confidence), "
-        f"overlap@10 {score.overlap_at_10:.3f}, with {len(best.float_nodes)} nodes in float"
-    )
+    lost = ""
+    if not math.isnan(score.map_drop):
+        lost = (
+            f"{100 * score.map_drop:.2f} points lost at best ({100 * score.map_drop_upper:.2f} with 95 % confidence), "
+        )
+    got = f"{lost}overlap@10 {score.overlap_at_10:.3f} at best, with {len(best.float_nodes)} nodes in float"
     hint = f"Allow more, measure with more images (--budget-images), or build FP16 or FP32. The search is in {kept}."
     return GateError("budget", got, search.budget, hint)
 

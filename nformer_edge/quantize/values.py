@@ -37,6 +37,8 @@ _NAMED = 5
 class Score:
     """What a backbone is worth on held-out images, against FP32 on the same images. All are fractions.
 
+    Of images that nobody labeled all but `overlap_at_10` are null.
+
     Args:
         mAP: mean average precision.
         rank1: share of queries whose nearest image is of the same person.
@@ -53,8 +55,14 @@ class Score:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (-1 if name.startswith("map_drop") else 0) <= value <= 1:
+            unknown = math.isnan(value) and name != "overlap_at_10"  # of images that nobody labeled
+            if not (unknown or (-1 if name.startswith("map_drop") else 0) <= value <= 1):
                 raise ArtifactError(name, value, "a share", "Measure again.")
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Greater is better: mAP to a thousandth, then overlap@10."""
+        return (0.0 if math.isnan(self.mAP) else round(self.mAP, 3)), self.overlap_at_10
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,11 @@ class HeldOutFacts:
     queries: int
     images: int
     sha256: str
+
+    @property
+    def whom(self) -> str:
+        """Who the images show, as far as it is known."""
+        return f"{self.identities:,} people" if self.identities else "people whom nobody named (no mAP)"
 
 
 @dataclass(frozen=True)
@@ -114,9 +127,15 @@ class CalibrationFacts:
         lines = [f"calibrated with {self.num} images, {self.method}, sha256 {self.sha256[:12]}"]
         if self.auto is not None:
             scores = {method: found[self.auto.scope] for method, found in self.auto.scores.items()}
-            told = ", ".join(f"{m} {100 * s.mAP:.2f} ({s.overlap_at_10:.3f})" for m, s in scores.items())
-            people = self.auto.held_out.identities
-            lines.append(f"chosen by mAP (overlap@10) of {people} people held out: {told}")
+            held = self.auto.held_out
+            told = ", ".join(
+                f"{m} {'' if math.isnan(s.mAP) else f'{100 * s.mAP:.2f} '}({s.overlap_at_10:.3f})"
+                for m, s in scores.items()
+            )
+            by = f"mAP (overlap@10) of {held.identities} people held out"
+            if not held.identities:
+                by = f"(overlap@10) of {held.images} images held out; nobody labeled them, so mAP could not be judged"
+            lines.append(f"chosen by {by}: {told}")
         return lines
 
 
@@ -271,8 +290,7 @@ class BudgetSearch(Result):
     def __str__(self) -> str:
         held, count = self.held_out, self.measured + self.reused
         lines = [
-            f"budget, {self.scope.replace('_', ' ')}: {self.budget}; on {held.images} images of {held.identities} "
-            "people held out",
+            f"budget, {self.scope.replace('_', ' ')}: {self.budget}; on {held.images} images of {held.whom} held out",
             f"  {count} measurements of {self.seconds:.0f} s, {self.reused} of them known before",
             "  in float    mAP  drop (95 %)  Rank-1  overlap@10  ms/image  ratio     MB",
             self._line("all", self.fp32),
@@ -284,16 +302,21 @@ class BudgetSearch(Result):
         for row in self.nodes[:_NODES]:
             more = f" and {len(row.members) - 1} more" if len(row.members) > 1 else ""
             lost, gained = 1 - row.alone.overlap_at_10, row.left_out.overlap_at_10 - whole
-            lines.append(f"  {lost:.3f}  {100 * row.alone.map_drop:5.2f}  {gained:6.3f}  {row.op} {row.node}{more}")
+            lines.append(f"  {lost:.3f}  {_points(row.alone.map_drop, 5)}  {gained:6.3f}  {row.op} {row.node}{more}")
         return "\n".join(lines)
 
     def _line(self, name: str, point: Point) -> str:
         score = self.score(point)
         return (
-            f"  {name:>8}  {100 * score.mAP:5.2f}  {100 * score.map_drop:4.2f} ({100 * score.map_drop_upper:4.2f})  "
-            f"{100 * score.rank1:6.2f}  {score.overlap_at_10:10.3f}  {point.latency_ms:8.2f}  "
+            f"  {name:>8}  {_points(score.mAP, 5)}  {_points(score.map_drop, 4)} ({_points(score.map_drop_upper, 4)})  "
+            f"{_points(score.rank1, 6)}  {score.overlap_at_10:10.3f}  {point.latency_ms:8.2f}  "
             f"{point.latency_ratio:5.2f}  {point.size_mb:5.2f}"
         )
+
+
+def _points(share: float, width: int) -> str:
+    """Per cent, or a dash for what could not be judged."""
+    return f"{'-' if math.isnan(share) else f'{100 * share:.2f}':>{width}}"
 
 
 @dataclass(frozen=True)

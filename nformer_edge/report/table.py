@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """0.8734 as ``87.3``; empty if there is none."""
-    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
+    """0.8734 as ``87.3``; empty if there is none, or it is NaN."""
+    return "" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f}"
 
 
 def number(value: float | None, digits: int = 1) -> str:

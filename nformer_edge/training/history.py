@@ -50,12 +50,14 @@ class Stage:
 
     Args:
         extraction_seconds: of the training images' views, for the head after its backbone; part of `seconds`.
+        backbone_map: of the head's stage, mAP of the held-out identities by the backbone alone, 0..1.
     """
 
     epochs: tuple[Epoch, ...]
     best: Best | None
     seconds: float
     extraction_seconds: float | None = None
+    backbone_map: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ class History(Result):
         checkpoint: the file that it wrote, with its `sha256`.
         images, identities: learnt from, without those held out.
         stages: by name, ``backbone`` and ``head``.
+        notes: what its user should know, such as a head that held-out people lose by.
         threads: PyTorch's intra-op threads.
         ranks: processes that trained together.
     """
 
     kind: ClassVar[str] = "training"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     dataset: str
     checkpoint: str
@@ -110,6 +113,7 @@ class History(Result):
     config: TrainConfig
     identity: Identity
     stages: Mapping[str, Stage]
+    notes: tuple[str, ...]
     versions: Mapping[str, str]
     threads: int
     ranks: int
@@ -125,3 +129,17 @@ class History(Result):
             kept = f"best held-out mAP {100 * best.held_out_map:.1f} after epoch {best.epoch}, " if best else ""
             lines.append(f"  {name}: {len(losses)} epochs, {fell}{kept}{stage.seconds:.0f} s")
         return "\n".join([*lines, f"wrote {self.checkpoint}"])
+
+
+def head_notes(stages: Mapping[str, Stage]) -> tuple[str, ...]:
+    """Whether held-out people lose by the head, or nobody was held out to tell."""
+    head = stages.get("head")
+    if head is None:
+        return ()
+    if head.best is None or head.backbone_map is None:
+        return ("nobody was held out: whether the head helps was not measured (--holdout 0.1 does)",)
+    before, after = 100 * head.backbone_map, 100 * head.best.held_out_map
+    if after >= before:
+        return ()
+    lost = f"held-out people lose by the head: mAP {before:.1f} by the backbone alone, {after:.1f} with it"
+    return (f"{lost}. Use the backbone alone (--no-head), or check that the labels say who is who",)

@@ -147,7 +147,9 @@ def second_stage(
         measured: Table = {} if held is None else {"accuracy": to_json(_accuracy(head, *held, config.seed))}
         save_checkpoint(run.out, spec, backbone, head, {**extra, **measured})
     run.compute.wait()
-    return Stage(tuple(rows), Best.of(rows), time.perf_counter() - start), sha256_file(run.out)
+    alone = None if held is None or not run.compute.leads else evaluate(*held).mAP
+    record = Stage(tuple(rows), Best.of(rows), time.perf_counter() - start, backbone_map=alone)
+    return record, sha256_file(run.out)
 
 
 def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Composition:

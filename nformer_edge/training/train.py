@@ -24,7 +24,7 @@ from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training.compute import open_compute
 from nformer_edge.training.config import TrainConfig
-from nformer_edge.training.history import History, Identity, Stage, config_identity
+from nformer_edge.training.history import History, Identity, Stage, config_identity, head_notes
 from nformer_edge.training.run import Run, determinism, images_identity
 from nformer_edge.training.stages import VIEWS, extract_views, first_stage, held_out, second_stage
 
@@ -103,7 +103,8 @@ def train(
         stages, sha256 = source.learn(run)
     size = (source.name, str(run.out), sha256, source.images, source.identities)
     where = ({"torch": torch.__version__}, torch.get_num_threads(), compute.world, device)
-    history = History(*size, config, source.identity, stages, *where, time.perf_counter() - start)
+    told = config, source.identity, stages, head_notes(stages)
+    history = History(*size, *told, *where, time.perf_counter() - start)
     if compute.leads:
         history.save(run.history)
     run.clean("backbone.state.safetensors", "head.state.safetensors", VIEWS)

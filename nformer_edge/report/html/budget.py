@@ -22,7 +22,7 @@ def budget(results: Results) -> str:
 def _search(search: BudgetSearch) -> str:
     held = search.held_out
     note = (
-        f"{search.model}: {search.budget}; measured on {held.images:,} images of {held.identities:,} people held out "
+        f"{search.model}: {search.budget}; measured on {held.images:,} images of {held.whom} held out "
         "of training. The number next to a dot is how many nodes are in float; the others are in INT8. The budget must "
         "hold with 95 % confidence."
     )
@@ -52,7 +52,7 @@ class _Bound:
 
 def _bounds(search: BudgetSearch) -> list[_Bound]:
     drop, overlap, mAP = search.budget.max_map_drop, search.budget.min_overlap, 100 * search.score(search.fp32).mAP
-    found = [_Bound("mAP", lambda score: 100 * score.mAP, None if drop is None else mAP - drop)]
+    found = [_Bound("mAP", lambda score: 100 * score.mAP, None if drop is None else mAP - drop)] if mAP >= 0 else []
     if overlap:  # 0 asks for none
         found.append(_Bound("overlap@10", lambda score: 100 * score.overlap_at_10, 100 * overlap))
     return found

@@ -20,6 +20,7 @@ from nformer_edge.core.errors import DataError, GateError, UsageError
 from nformer_edge.core.journal import Journal
 from nformer_edge.core.preprocess import preprocess_files
 from nformer_edge.data.readers import read_dataset
+from nformer_edge.data.records import Dataset
 from nformer_edge.exporting.bundle import open_bundle
 from nformer_edge.metrics.agreement import RankAgreement
 from nformer_edge.quantize import prepare as prepared
@@ -301,6 +302,47 @@ def test_images_that_calibrate_and_images_that_judge_show_different_people(bundl
 def test_too_few_people_to_hold_out_is_said(tiny_market):
     with pytest.raises(DataError, match="6 people, too few to hold two of them out"):
         hold_out(read_dataset(tiny_market), 600, seed=0)
+
+
+@pytest.fixture
+def crops(people):
+    """The same images, as if nobody had said who they show."""
+    images = tuple(replace(r, pid=-1, camid=-1) for r in read_dataset(people).train)
+    assert len(images) >= 40
+    return Dataset("crops", str(people), gallery=images, explicit=False)
+
+
+def test_half_of_the_crops_that_nobody_labeled_compare_and_the_others_calibrate(crops):
+    rest, held_out = hold_out(crops.as_training(), 600, seed=0)
+    assert len(held_out.records) == len(crops.gallery) // 2
+    assert not {r.path for r in rest.train} & {r.path for r in held_out.records}
+    assert not held_out.labeled
+    assert held_out.facts.identities == 0
+    few = replace(crops, gallery=crops.gallery[:20])
+    with pytest.raises(DataError, match="got 20 images, expected at least 22"):
+        hold_out(few.as_training(), 600, seed=0)
+
+
+def test_crops_that_nobody_labeled_are_compared_by_their_neighbors_alone(bundle, crops):
+    _, held_out = hold_out(crops.as_training(), 600, seed=0)
+    judge = Evaluator(open_bundle(bundle), held_out, intra_op_threads=1)
+    same, whole = judge.score(onnx.load(bundle / "backbone.onnx"))["backbone"], judge.score()["backbone"]
+    assert same.overlap_at_10 == whole.overlap_at_10 == 1
+    assert np.isnan([same.mAP, same.map_drop_upper, whole.mAP]).all()
+    rows = judge.held_out.label(np.eye(len(held_out.records), 8, dtype=np.float32) + 1)
+    assert len(set(rows.pids)) == len(rows)  # so that the protocol leaves out the image itself, and nothing else
+
+
+def test_auto_and_an_overlap_budget_need_no_labels_and_a_budget_of_map_does(bundle, crops, tmp_path):
+    settings = EngineSpec(backend="onnxruntime", precision="int8", calib_num=8, calib_method="auto")
+    engine = build_engine(bundle, tmp_path / "e", settings, CalibrationData(crops, budget=BudgetSpec(min_overlap=0.01)))
+    told = str(describe_engine(engine))
+    assert "nobody labeled them, so mAP could not be judged" in told
+    search = BudgetSearch.from_json(json.loads((engine / "budget.json").read_text()))
+    assert "people whom nobody named (no mAP)" in str(search)
+    assert "nan" not in str(search)
+    with pytest.raises(UsageError, match="Ask for --min-overlap"):
+        build_engine(bundle, tmp_path / "f", settings, CalibrationData(crops, budget=BudgetSpec(0.5)))
 
 
 def test_a_budget_needs_a_dataset_int8_and_the_stage_it_names(bundle, people, built, tmp_path):

@@ -117,6 +117,7 @@ def measured(dataset, grid_runner):
             config=TrainConfig(),
             identity=Identity({}),
             stages={"backbone": backbone, "head": head},
+            notes=(),
             versions={},
             threads=1,
             ranks=1,
