@@ -1,7 +1,8 @@
-"""Writes docs/api.md and docs/schemas/ from the package's own docstrings and types: `make docs`."""
+"""Writes docs/api.md, docs/schemas/ and docs/errors.md from the package's own docstrings and types: `make docs`."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -11,6 +12,7 @@ import typing
 from pathlib import Path
 
 import nformer_edge
+from nformer_edge.core import errors as error_types
 from nformer_edge.core.values import Result, arguments, descriptions, dumps, schema
 
 DOCS = Path(__file__).parent
@@ -121,6 +123,111 @@ def fields(cls: type) -> str:
     return f"### {cls.__name__}\n\n{about}\n\n" + "\n".join(lines) + "\n"
 
 
+ERRORS_START = """\
+# Errors
+
+Written by `make docs` from the code: do not edit it. What each error of the package says:
+`SUBJECT: got ..., expected .... HINT`. A part in braces depends on the case. Exit codes: 1, a gate failed; 2, bad
+input; 3, an error of this package's own.
+
+"""
+
+#: Names of the error classes.
+KINDS = {name for name, value in vars(error_types).items() if isinstance(value, type)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """One place that raises an error: where, its kind, and the texts that it may be given as got, expected and hint."""
+
+    module: str
+    kind: str
+    subject: str
+    got: str
+    expected: str
+    hint: str
+
+
+def errors() -> list[Told]:
+    """Every error that the package raises, in the order of modules and lines."""
+    found = []
+    root = Path(error_types.__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        nested = {id(n) for f in functions for n in ast.walk(f) if isinstance(n, ast.FunctionDef) and n is not f}
+        for function in (f for f in functions if id(f) not in nested):
+            found += _raised(module, function)
+    return found
+
+
+def _raised(module: str, function: ast.FunctionDef) -> list[Told]:
+    nodes = sorted((n for n in ast.walk(function) if hasattr(n, "lineno")), key=lambda n: (n.lineno, n.col_offset))
+    named: dict[str, list[tuple[int, ast.expr]]] = {}
+    for node in nodes:
+        if isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                names, given = [target], [node.value]
+                if isinstance(target, ast.Tuple):
+                    both = isinstance(node.value, ast.Tuple) and len(node.value.elts) == len(target.elts)
+                    names, given = target.elts, node.value.elts if both else [node.value] * len(target.elts)
+                for name, value in zip(names, given, strict=True):
+                    if isinstance(name, ast.Name):
+                        named.setdefault(name.id, []).append((node.lineno, value))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in KINDS]
+    rows, last = [], 0
+    for call in calls:
+        words = dict(zip(("subject", "got", "expected", "hint"), call.args, strict=False))
+        words |= {k.arg: k.value for k in call.keywords if k.arg}
+        texts = {name: _text(value, named, last, call.lineno) for name, value in words.items()}
+        rows.append(Told(module, call.func.id, *(texts.get(n, "") for n in ("subject", "got", "expected", "hint"))))
+        last = call.lineno
+    return rows
+
+
+def _text(value: ast.expr, named: dict[str, list[tuple[int, ast.expr]]], after: int, before: int) -> str:
+    """A string expression as text: what depends on the case in braces, alternatives between bars."""
+    if isinstance(value, ast.Constant):
+        return "" if value.value is None else str(value.value)
+    if isinstance(value, ast.JoinedStr):
+        return "".join(str(p.value) if isinstance(p, ast.Constant) else _braces(p.value) for p in value.values)
+    if isinstance(value, ast.IfExp):
+        return " / ".join(_text(v, named, after, before) for v in (value.body, value.orelse))
+    if isinstance(value, ast.Name) and value.id in named:
+        earlier = [(line, v) for line, v in named[value.id] if line < before]
+        near = [v for line, v in earlier if line > after] or [v for _, v in earlier[-1:]]
+        if near:
+            return " / ".join(dict.fromkeys(_text(v, {}, 0, 0) for v in near))
+    return _braces(value)
+
+
+def _braces(value: ast.expr) -> str:
+    names = [
+        n.attr if isinstance(n, ast.Attribute) else n.id
+        for n in ast.walk(value)
+        if isinstance(n, (ast.Name, ast.Attribute))
+    ]
+    return "{" + (names[0].strip("_").lower() if names else "...") + "}"
+
+
+def errors_page() -> str:
+    """`errors` as a table a module."""
+    lines: list[str] = []
+    found = errors()
+    for module in dict.fromkeys(told.module for told in found):
+        rows = [t for t in found if t.module == module]
+        lines += [f"## {module}", "", "| error | got | expected | hint |", "|---|---|---|---|"]
+        for t in rows:
+            cells = (
+                plain(x).replace("|", "\\|").replace("<", "&lt;")
+                for x in (f"{t.kind}: {t.subject}", t.got, t.expected, t.hint)
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return ERRORS_START + "\n".join(lines)
+
+
 def generate() -> dict[str, str]:
     """The text of each file, by its path in docs/."""
     results, manifests = values()
@@ -132,7 +239,7 @@ def generate() -> dict[str, str]:
     }
     pages = [f"## {title}\n\n" + "\n".join(filter(None, found)) for title, found in sections.items() if found]
     files = {f"schemas/{file_name(cls)}": dumps(schema(cls)) + "\n" for cls in results + manifests}
-    return {"api.md": START + "\n".join(pages), **files}
+    return {"api.md": START + "\n".join(pages), "errors.md": errors_page(), **files}
 
 
 def main() -> None:

@@ -247,6 +247,9 @@ def _out(what: str, **settings: Any) -> Option:
     return _option("-o", "--output", dest="out", metavar=what, **settings)
 
 
+FORCE = _flag("--force", "replace what is at -o")
+
+
 def _new(what: str) -> Option:
     return _out(what, required=True)
 
@@ -276,6 +279,14 @@ def _summary(args: Args) -> None:
     _call(args, "data.summary:require_readable", summary=summary)
 
 
+def _question_size(args: Args) -> None:
+    """A note where images would be wider than high: people are not."""
+    height, width = getattr(args, "imgsz", (2, 1))
+    if height < width and os.environ.get("RANK", "0") == "0":
+        told = f"--imgsz {height} {width} is height {height}, width {width}; for people, --imgsz {width} {height}?"
+        print(f"nformer-edge {args.command}: warning: {told}", file=sys.stderr)
+
+
 @_command(
     "train",
     "train the backbone on images, then the NFormer head on its features; or the head alone on a feature store",
@@ -302,6 +313,7 @@ def _summary(args: Args) -> None:
     _option("--tensorboard", metavar="DIR", help="write event files for TensorBoard"),
 )
 def _train(args: Args) -> None:
+    _question_size(args)
     head = {k: v for k in ("rule", "k", "landmarks", "layers", "heads") if (v := getattr(args, k, None)) is not None}
     start = getattr(args, "config", getattr(args, "preset", "gated"))
     config = _call(args, "training.config:configure", start=start, **head)
@@ -326,6 +338,7 @@ def _train(args: Args) -> None:
     _option("--partial", "--allow-partial", action="store_true", help="accept missing or unused tensors"),
 )
 def _import(args: Args) -> None:
+    _question_size(args)
     wanted = _call(args, "model.importers.plan:Wanted")
     _show(args, _call(args, "model.weights:import_checkpoint", wanted=wanted))
 
@@ -343,7 +356,7 @@ _calls(
 
 @_command(
     "export", "checkpoint -> bundle: backbone.onnx, nformer.onnx and a manifest",
-    _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"), SIGN,
+    _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"), SIGN, FORCE,
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
     _option("--data", metavar="DIR", help="dataset or feature store: measures the manifest's table by images a person "
@@ -360,7 +373,7 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt", "bundle -> bundle with a backbone quantized to INT8 or FP16 by NVIDIA ModelOpt, for TensorRT",
-    BUNDLE, _new("DIR"), SIGN, SEED, *PRECISION[1:], LAYOUT,
+    BUNDLE, _new("DIR"), SIGN, FORCE, SEED, *PRECISION[1:], LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), help="for INT8 (default entropy)"),
@@ -390,7 +403,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
 
 @_command(
     "build-engine", "bundle -> engine for one backend and precision",
-    BUNDLE, _out("DIR", help="default: a name made of model, size and precision"), SIGN,
+    BUNDLE, _out("DIR", help="default: a name made of model, size and precision"), SIGN, FORCE,
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
     _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,
@@ -416,7 +429,7 @@ def _build_engine(args: Args) -> None:
 
 @_command(
     "prepare", "bundle -> graphs and trtexec commands, for devices with TensorRT 8 and Python below 3.10 (JetPack 5.1)",
-    BUNDLE, _new("DIR"),
+    BUNDLE, _new("DIR"), FORCE,
     _option("--target", default="jetson-xavier-jp51", metavar="NAME", help="recipe (default jetson-xavier-jp51)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,
 )

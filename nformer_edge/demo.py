@@ -122,14 +122,14 @@ def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clo
     with clock("train"):
         training = train(dataset, checkpoint, config)
     with clock("export"):
-        export_bundle(checkpoint, bundle, landmark_seed=seed)
+        export_bundle(checkpoint, bundle, landmark_seed=seed, force=True)
     models = {PYTORCH: checkpoint, ONNX_FP32: out / "engine-fp32", ONNX_INT8: out / "engine-int8"}
     with clock("build-engine FP32"):
-        build_engine(bundle, models[ONNX_FP32], EngineSpec(backend=NAME, precision="fp32"))
+        build_engine(bundle, models[ONNX_FP32], EngineSpec(backend=NAME, precision="fp32"), force=True)
     with clock("build-engine INT8"):
         method: CalibrationChoice = "percentile" if tiny else "auto"  # auto holds people out; six are too few
         spec = EngineSpec(backend=NAME, precision="int8", calib_method=method, seed=seed)
-        build_engine(bundle, models[ONNX_INT8], spec, calib_data=dataset.root)
+        build_engine(bundle, models[ONNX_INT8], spec, calib_data=dataset.root, force=True)
     return models, training
 
 

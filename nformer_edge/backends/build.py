@@ -13,7 +13,7 @@ from nformer_edge.backends.base import get, names
 from nformer_edge.backends.engine import KIND, BuiltFor, Engine, EngineManifest, PartAudit, open_engine
 from nformer_edge.backends.runner import model_name
 from nformer_edge.backends.spec import AUTO, EngineSpec, resolve
-from nformer_edge.core.artifact import atomic_folder, write_manifest
+from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision
@@ -59,6 +59,7 @@ def build_engine(
     *,
     recipe: EngineSpec | None = None,
     sign: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Path:
     """Builds the engine folder `out` from `bundle`.
 
@@ -70,12 +71,13 @@ def build_engine(
             optional: images to search for overflow.
         recipe: a target's.
         sign: PEM file of an Ed25519 private key: the engine carries its signature (`core.signature`).
+        force: replace an earlier engine.
 
     Returns:
         The engine's folder.
 
     Raises:
-        ArtifactError: if the bundle does not verify, or too little came out quantized.
+        ArtifactError: if there is something at `out`, the bundle does not verify, or too little came out quantized.
         BackendError: if the backend cannot build this here.
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
@@ -85,6 +87,7 @@ def build_engine(
     backend, opened = get(name), open_bundle(bundle)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, chosen.precision)
     half = "fp16" in backend.PRECISIONS
+    require_new(path, force)
     low = prepare(opened, chosen, calib_data, path, half=half)
     model = {field.name: getattr(opened.manifest, field.name) for field in dataclasses.fields(ModelManifest)}
     with atomic_folder(path, KIND) as folder:

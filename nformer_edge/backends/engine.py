@@ -201,7 +201,7 @@ def how_to_rebuild(where: str, manifest: EngineManifest | None) -> str:
             if value is not False and value != getattr(default, name):
                 words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_flag_value(name, value)])
         words += ["--calib-data DIR"] if spec.precision == "int8" else []
-    return " ".join([*words, f"-o {where}"])
+    return " ".join([*words, f"-o {where} --force"])
 
 
 def _flag_value(name: str, value: object) -> str:

@@ -84,7 +84,7 @@ def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
     bad = ~np.isfinite(images).all(axis=(1, 2, 3))
     if bad.any():
         got = f"NaN or infinity in image {int(bad.argmax())}"
-        raise DataError("images", got, "finite numbers", "Look at that file.")
+        raise DataError("images", got, "finite numbers", "Look at the image that it was made from.")
     return np.ascontiguousarray(images)
 
 

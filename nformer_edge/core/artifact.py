@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.values import JSON, Table, digest_of
 
 MANIFEST = "manifest.json"
@@ -194,6 +195,18 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Writes `data` as indented JSON, atomically. NaN and infinity are refused with ValueError."""
     with atomic_write(path) as file:
         file.write(json.dumps(data, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def require_new(path: str | os.PathLike[str], force: bool) -> None:
+    """Asked before minutes are spent: whether a folder may be made at `path`, where there may be an earlier one.
+
+    Raises:
+        ArtifactError: if there is anything there, unless `force`.
+    """
+    recover(Path(path))
+    if not force and os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        hint = "Choose another -o, or replace it: --force"
+        raise ArtifactError(str(path), "something there already", "a new folder", hint)
 
 
 @contextmanager
@@ -401,8 +414,11 @@ def _read_manifest(folder: Path, kind: str, version: int = FORMAT_VERSION) -> tu
     recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        got = "no such folder" if not folder.exists() else f"no {MANIFEST} in it"
-        raise ArtifactError(str(folder), got, f"a {kind}", f"Pass the folder of a {kind}.")
+        got, hint = "no such folder" if not folder.exists() else f"no {MANIFEST} in it", f"Pass the folder of a {kind}."
+        if folder.is_file():
+            found_kind = file_kind(folder)
+            got, hint = found_kind.name, found_kind.hint
+        raise ArtifactError(str(folder), got, f"a {kind}", hint)
     text = read_text(path, "a manifest")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     require_signature(folder, kind, sha256)

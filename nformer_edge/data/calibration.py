@@ -31,7 +31,7 @@ def calibration_set(dataset: Dataset, num: int, seed: int) -> tuple[ImageRecord,
     """
     check_at_least("calib_num", num, 1)
     if not dataset.train:
-        hint = "Give the dataset that the model was trained on."
+        hint = "Give the dataset that the model was trained on, or a folder of your own crops: they need no labels."
         raise DataError(f"{dataset.root}: train", "no image", "training images to calibrate with", hint)
     return over_people(dataset.train, num, seed)
 

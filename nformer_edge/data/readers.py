@@ -116,7 +116,8 @@ def _detect(root: Path, whole: bool, labels: bool = True) -> str:
     looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
     hint = "Check the path, or name the layout."
     if root.is_dir() and holds_images(root):
-        hint = "Images lie flat here: say how names tell the person (--pattern '(?P<pid>...)'), or list them in a CSV."
+        hint = "Images lie flat here: say how names tell the person (--pattern '(?P<pid>...)'), or list them in a CSV. "
+        hint += "Without labels, parity, benchmark, threshold, embed, search and --calib-data take them as they are."
     raise DataError(str(root), "no known dataset layout", f"one of these ({looked_for})", hint)
 
 
@@ -153,7 +154,7 @@ def _check(dataset: Dataset) -> None:
         bad = next((r for r in dataset.train if r.pid <= DISTRACTOR), None)
         if bad is not None:
             got, expected = f"identity {bad.pid} in the training split", "1 or more (0 marks a distractor, -1 junk)"
-            raise DataError(bad.path, got, expected, "Take it out of the training split.")
+            raise DataError(bad.path, got, expected, "Take it out of the training split: training has to know who is who.")
         if len(people) < 2:
             got = f"one identity only ({people[0]}) in the training split"
             hint = "Add images of other people: telling them apart is what is learned."

@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from nformer_edge import __version__
-from nformer_edge.core.artifact import atomic_folder, atomic_write, write_manifest
+from nformer_edge.core.artifact import atomic_folder, atomic_write, require_new, write_manifest
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.preprocess import normalize
@@ -47,25 +47,29 @@ def export_bundle(
     landmark_seed: int = 0,
     accuracy: Composition | None = None,
     sign: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Path:
     """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
 
     Args:
         checkpoint: a `.safetensors` checkpoint with a backbone; without a head the bundle has no `nformer.onnx`.
-        out: the folder, written whole or not at all; an earlier bundle there is replaced.
+        out: the folder, written whole or not at all.
         opset: of the standard ONNX domain, 18 to 20.
         landmark_seed: recorded in the manifest; runners draw landmarks from it.
         accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
             if None what its training measured on held-out people, where it did. `search` decides by it.
         sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
+        force: replace an earlier bundle.
 
     Raises:
         UsageError: for an opset without bodies, or a negative seed.
-        ArtifactError: if the checkpoint cannot be read, or onnxruntime computes something else than PyTorch.
+        ArtifactError: if there is something at `out`, the checkpoint cannot be read, or onnxruntime computes something
+            else than PyTorch.
         BackendError: if onnxruntime, which the check needs, is not installed.
     """
     check_opset(opset)
     check_private_key(sign)
+    require_new(out, force)
     if landmark_seed < 0:
         raise UsageError("landmark_seed", landmark_seed, "0 or more", "Choose another seed.")
     loaded = load_checkpoint(checkpoint)

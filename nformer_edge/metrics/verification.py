@@ -204,7 +204,7 @@ def measure_acceptance(
             accepted += above
             queries, strangers = queries + 1, strangers + len(theirs)
     if not queries:
-        hint = "Give images of several people."
+        hint = "Give images of several people, or crops that nobody labeled: --layout unlabeled"
         raise DataError("pairs", "none of different people", "at least one", hint)
 
     def share(total: np.ndarray, count: int) -> np.ndarray:

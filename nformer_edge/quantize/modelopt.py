@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from nformer_edge.core.artifact import atomic_folder, write_manifest
+from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision, check_choice
@@ -91,6 +91,7 @@ def bundle_by_modelopt(
     own_choice: bool = False,
     force_calibration: bool = False,
     sign: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Path:
     """Writes a bundle like `bundle` in which the backbone is INT8 (Q/DQ nodes) beside FP16, or FP16.
 
@@ -105,9 +106,10 @@ def bundle_by_modelopt(
         own_choice: ModelOpt alone decides which nodes it leaves out; otherwise those that our INT8 and FP16 leave out.
         force_calibration: accept query or gallery images.
         sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
+        force: replace an earlier bundle.
 
     Raises:
-        ArtifactError: if the bundle does not verify.
+        ArtifactError: if there is something at `out`, or the bundle does not verify.
         BackendError: without ModelOpt.
         DataError: for calibration images that cannot be used.
         UsageError: for a backbone that is not FP32.
@@ -116,6 +118,7 @@ def bundle_by_modelopt(
     check_choice("precision", precision, ("fp16", "int8"))
     check_choice("calib_method", calib_method, tuple(METHODS))
     require_modelopt()
+    require_new(out, force)
     source = open_bundle(bundle)
     plain = onnx.load_from_string(source.backbone)
     _require_float32(str(bundle), plain)

@@ -156,7 +156,7 @@ def require_nodes(model: ModelProto, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Read them off the ONNX file."
+            hint = f"Did you mean {near[0]!r}?" if near else "Open the bundle's backbone.onnx, such as in Netron: nodes have these names."
             raise UsageError("exclude_nodes", repr(name), "names of the backbone's nodes", hint)
 
 

@@ -134,7 +134,7 @@ def _require_int8(bundle: Bundle, spec: QuantizeSpec) -> None:
 
 def _images(source: Data | None, spec: QuantizeSpec, data: CalibrationData) -> tuple[str, ...]:
     if source is None:
-        hint = "Name the dataset that the model was trained on: --calib-data DIR"
+        hint = "Name the dataset that it was trained on, or a folder of your own crops, without labels: --calib-data DIR"
         raise UsageError("calib_data", "none", "images to calibrate INT8 with", hint)
     return calibration_images(source, spec.calib_num, spec.seed, force=data.force)
 
@@ -145,8 +145,8 @@ def _evaluator(bundle: Bundle, spec: QuantizeSpec, data: CalibrationData) -> tup
 
     source = data.images if data.budget_data is None else data.budget_data
     if source is None or (not isinstance(source, Dataset) and Path(source).suffix == ".json"):
-        hint = "Name the dataset that the model was trained on: --budget-data DIR"
-        raise UsageError("budget_data", "no dataset", "one to hold training people out of", hint)
+        hint = "Name the dataset that it was trained on, or a folder of your own crops: --budget-data DIR"
+        raise UsageError("budget_data", "no dataset", "one to hold images out of", hint)
     dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
     rest, held_out = hold_out(dataset.as_training(), _IMAGES if data.budget is None else data.budget.images, spec.seed)
     if not held_out.labeled and data.budget is not None and data.budget.max_map_drop is not None:

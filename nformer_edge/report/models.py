@@ -106,6 +106,8 @@ def open_dataset(data: Data, layout: str = "auto", *, labels: bool = True) -> Da
     for split in ("query", "gallery") if labels else ("gallery",):
         if not dataset.split(split):
             hint = "Give a dataset with query and gallery images."
+            if dataset.unlabeled:
+                hint = "Accuracy needs labels. Without them `parity` compares models, and `threshold` chooses a cosine."
             raise DataError(f"{dataset.root}: {split}", "no image", "at least one", hint)
     return dataset
 

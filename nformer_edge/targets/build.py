@@ -28,6 +28,7 @@ def build(
     budget: BudgetSpec | None = None,
     budget_data: Data | None = None,
     force_calibration: bool = False,
+    force: bool = False,
     **spec: object,
 ) -> Path:
     """Builds an engine from a bundle; where a target is named, by its recipe, which the other arguments win over.
@@ -42,6 +43,7 @@ def build(
         budget: for INT8, what it may cost in accuracy.
         budget_data: the dataset of whose training people some are held out to measure that; `calib_data` if None.
         force_calibration: accept query or gallery images for calibration.
+        force: replace an earlier engine.
         **spec: the other fields of `EngineSpec`, such as ``batch=(1, 8, 32)``.
 
     Returns:
@@ -53,7 +55,7 @@ def build(
     """
     asked = from_json(EngineSpec, {"precision": precision, "backend": backend, **spec}, "build")
     data = CalibrationData(calib_data, force_calibration, budget, budget_data)
-    return build_for_target(bundle, out, asked, data, target=target)
+    return build_for_target(bundle, out, asked, data, target=target, force=force)
 
 
 def build_for_target(
@@ -64,6 +66,7 @@ def build_for_target(
     *,
     target: str | None = None,
     sign: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Path:
     """`build_engine` by a recipe, where one is named.
 
@@ -74,13 +77,14 @@ def build_for_target(
         calib_data: likewise.
         target: name of a recipe, or a recipe file; None for none.
         sign: as for `build_engine`.
+        force: replace an earlier engine.
 
     Raises:
         UsageError: if there is no such target.
         BackendError: if this machine is not the target's, naming everything that does not match.
     """
     if target is None:
-        return build_engine(bundle, out, spec, calib_data, sign=sign)
+        return build_engine(bundle, out, spec, calib_data, sign=sign, force=force)
     recipe, opened = read_target(target), open_bundle(bundle)
     require_match(recipe, machine(), conditions(), with_head=opened.has_head)
-    return build_engine(opened, out, spec, calib_data, recipe=recipe.engine, sign=sign)
+    return build_engine(opened, out, spec, calib_data, recipe=recipe.engine, sign=sign, force=force)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nformer_edge.backends.spec import BuildSpec, EngineSpec, resolve
 from nformer_edge.backends.tensorrt.plans import PLANS, prepare_part, profiles
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY
-from nformer_edge.core.artifact import atomic_folder, write_manifest
+from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
 from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.core.values import Result, to_table
 from nformer_edge.exporting.bundle import GOLDEN, open_bundle
@@ -88,13 +88,15 @@ def prepare_for_target(
     target: str,
     spec: EngineSpec | None = None,
     calib_data: CalibrationData | Data | None = None,
+    *,
+    force: bool = False,
 ) -> PreparedGraphs:
     """`prepare_for_trtexec` by a recipe: what `spec` has wins over it.
 
     Raises:
         UsageError: if there is no such target.
     """
-    return prepare_for_trtexec(bundle, out, resolve(spec, read_target(target).engine), calib_data)
+    return prepare_for_trtexec(bundle, out, resolve(spec, read_target(target).engine), calib_data, force=force)
 
 
 def prepare_for_trtexec(
@@ -102,6 +104,8 @@ def prepare_for_trtexec(
     out: str | os.PathLike[str],
     spec: BuildSpec,
     calib_data: CalibrationData | Data | None = None,
+    *,
+    force: bool = False,
 ) -> PreparedGraphs:
     """Writes the folder `out`: a bundle's graphs as TensorRT 8.5 and 8.6 parse them, and `SCRIPT`.
 
@@ -110,12 +114,14 @@ def prepare_for_trtexec(
         out: folder, written whole or not at all.
         spec: precision, sizes and workspace; the backend plays no part.
         calib_data: as for `build_engine`.
+        force: replace earlier graphs.
 
     Raises:
-        ArtifactError: if the bundle does not verify.
+        ArtifactError: if there is something at `out`, or the bundle does not verify.
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
     opened, path = open_bundle(bundle), Path(out)
+    require_new(path, force)
     low = prepare(opened, spec, calib_data, path, half=True)
     with atomic_folder(path, KIND) as folder:
         low.save(folder)
