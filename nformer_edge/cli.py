@@ -428,7 +428,7 @@ def _build_engine(args: Args) -> None:
 
 
 @_command(
-    "prepare", "bundle -> graphs and trtexec commands, for devices with TensorRT 8 and Python below 3.10 (JetPack 5.1)",
+    "prepare", "bundle -> graphs and trtexec commands, for devices without Python 3.10 (JetPack 5.1)",
     BUNDLE, _new("DIR"), FORCE,
     _option("--target", default="jetson-xavier-jp51", metavar="NAME", help="recipe (default jetson-xavier-jp51)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import check_features, check_range
-from nformer_edge.core.spec import HeadSpec, ModelSpec
+from nformer_edge.core.spec import HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.ops.contract import draw_landmarks
 
@@ -73,6 +74,8 @@ def model_name(spec: ModelSpec) -> str:
 def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
     """The door of `embed`. Returns contiguous float32 [B, 3, H, W].
 
+    Warns, once, where the numbers look like pixels that nobody normalized. Channels in the wrong order cannot be told.
+
     Raises:
         UsageError: if shape or type do not fit.
         DataError: if a number is NaN or infinite, naming the first such image.
@@ -85,7 +88,24 @@ def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
     if bad.any():
         got = f"NaN or infinity in image {int(bad.argmax())}"
         raise DataError("images", got, "finite numbers", "Look at the image that it was made from.")
+    _question_range(images, spec.preprocess)
     return np.ascontiguousarray(images)
+
+
+def _question_range(images: np.ndarray, spec: PreprocessSpec) -> None:
+    """Warns of pixels in 0..255 or 0..1 where the model takes others."""
+    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+    darkest = min(-mean / std for mean, std in zip(spec.mean, spec.std, strict=True))
+    brightest = max((1 - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True))
+    looks = "0..255" if high > max(20.0, 4 * brightest) and low >= 0 else ""
+    if darkest < -0.5 and 0 <= low < high <= 1:
+        looks = "0..1"
+    if looks:
+        told = (
+            f"images: numbers from {low:.3g} to {high:.3g} look like pixels in {looks}; this model takes pixels / 255, "
+        )
+        told += f"minus mean {spec.mean}, over std {spec.std}, in {spec.channels}: see core.preprocess"
+        warnings.warn(told, stacklevel=3)
 
 
 def check_head_input(

@@ -185,7 +185,9 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
     told = [_other_numbers(p.name, names[p]) for p in folders]
     flat = any(os.path.dirname(path) == str(p) for p, found in folders.items() for path in found.images)
     guess = propose_pattern([name for part in names.values() for name in part])
-    hint = "If each is a person, say --layout folders; if each is a camera, --layout cameras; if nobody said who is who, "
+    hint = (
+        "If each is a person, say --layout folders; if each is a camera, --layout cameras; if nobody said who is who, "
+    )
     hint += "--layout unlabeled, which parity, benchmark, threshold, embed, search and --calib-data can use."
     hint += f" Names look like --pattern '{guess}'." if guess else " Other names are read by --pattern."
     got = ""

@@ -154,7 +154,9 @@ def _check(dataset: Dataset) -> None:
         bad = next((r for r in dataset.train if r.pid <= DISTRACTOR), None)
         if bad is not None:
             got, expected = f"identity {bad.pid} in the training split", "1 or more (0 marks a distractor, -1 junk)"
-            raise DataError(bad.path, got, expected, "Take it out of the training split: training has to know who is who.")
+            raise DataError(
+                bad.path, got, expected, "Take it out of the training split: training has to know who is who."
+            )
         if len(people) < 2:
             got = f"one identity only ({people[0]}) in the training split"
             hint = "Add images of other people: telling them apart is what is learned."

@@ -29,6 +29,10 @@ MULTIPLICATIONS = ("Conv", "Gemm", "MatMul")
 #: From the backbone's output back to its last pooling.
 _TAIL = ("Flatten", "Gemm", "MatMul", "Relu", "Identity", "BatchNormalization", "Reshape", "Squeeze", "Add", "Mul")
 
+#: A pooling, and what generalized-mean pooling (GeM) is made of besides: powers reach far beyond FP16.
+_POOLINGS = ("GlobalAveragePool", "ReduceMean")
+_POWERS = ("Pow", "Clip", "Max", "Reciprocal")
+
 _NORMS = ("InstanceNormalization", "LayerNormalization", "GroupNormalization", "LpNormalization")
 
 #: Scales of Q/DQ may be float16 from this opset on.
@@ -49,18 +53,19 @@ def drop_unused(model: ModelProto) -> None:
 
 
 def backbone_float32(model: ModelProto) -> set[str]:
-    """Names of the backbone's nodes that stay FP32: norms, and from the last pooling to the output."""
+    """Names of the nodes that stay FP32: norms, and from the last pooling (GeM with its powers) to the output."""
     made_by = makers(model)
     kept = {node.name for node in model.graph.node if node.op_type in _NORMS}
-    waiting = [o.name for o in model.graph.output]
+    tail: tuple[str, ...] = _TAIL + _POWERS + _POOLINGS
+    waiting = [(o.name, tail) for o in model.graph.output]
     while waiting:
-        node = made_by.get(waiting.pop())
-        if node is None or node.name in kept:
+        name, wanted = waiting.pop()
+        node = made_by.get(name)
+        if node is None or node.name in kept or node.op_type not in wanted:
             continue
-        if node.op_type in (*_TAIL, "GlobalAveragePool", "ReduceMean"):
-            kept.add(node.name)
-        if node.op_type in _TAIL:
-            waiting += node.input
+        kept.add(node.name)
+        before = _POWERS if node.op_type in _POOLINGS or wanted is not tail else tail
+        waiting += [(name, before) for name in node.input]
     return kept
 
 

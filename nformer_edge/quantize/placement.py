@@ -156,7 +156,9 @@ def require_nodes(model: ModelProto, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Open the bundle's backbone.onnx, such as in Netron: nodes have these names."
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else "Open the bundle's backbone.onnx in a viewer, such as Netron."
+            )
             raise UsageError("exclude_nodes", repr(name), "names of the backbone's nodes", hint)
 
 

@@ -134,7 +134,9 @@ def _require_int8(bundle: Bundle, spec: QuantizeSpec) -> None:
 
 def _images(source: Data | None, spec: QuantizeSpec, data: CalibrationData) -> tuple[str, ...]:
     if source is None:
-        hint = "Name the dataset that it was trained on, or a folder of your own crops, without labels: --calib-data DIR"
+        hint = (
+            "Name the dataset that it was trained on, or a folder of your own crops, without labels: --calib-data DIR"
+        )
         raise UsageError("calib_data", "none", "images to calibrate INT8 with", hint)
     return calibration_images(source, spec.calib_num, spec.seed, force=data.force)
 

@@ -14,8 +14,12 @@ from nformer_edge.core.machine import Conditions, MachineFacts, conditions, mach
 from nformer_edge.core.values import Result
 from nformer_edge.targets.recipe import CUDA, L4T, Target, read_target
 
-#: Those of `core.machine.KNOWN` that multiply 8-bit integers.
+#: Those of `core.machine.KNOWN` that multiply 8-bit integers; and with which INT8 was timed here (docs/results.md).
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+_TIMED = {"avx512_vnni"}
+
+#: How to find out.
+_COMPARE = "`nformer-edge benchmark FP32 INT8 --data DIR` times both"
 
 
 #: First versions without known holes in what reads files that others made, and what older ones read badly.
@@ -164,9 +168,11 @@ def known_holes() -> list[Check]:
 
 def int8_note(here: MachineFacts) -> str:
     """What INT8 can gain on this CPU."""
-    if _INT8 & set(here.instruction_sets):
+    if _TIMED & set(here.instruction_sets):
         return "has instructions that multiply 8-bit integers: INT8 engines should be faster than FP32"
-    return "no instructions that multiply 8-bit integers: INT8 engines are smaller, but may not be faster"
+    if _INT8 & set(here.instruction_sets):
+        return f"has instructions that multiply 8-bit integers; INT8 was not timed with these: {_COMPARE}"
+    return f"no instructions that multiply 8-bit integers: INT8 engines are smaller, and may be faster: {_COMPARE}"
 
 
 def _plugin_library(tensorrt: str) -> Check:
@@ -192,7 +198,7 @@ def preflight(target: Target, here: MachineFacts, now: Conditions, *, with_head:
     """Compares, and changes nothing. An NFormer head needs the plugin library in TensorRT, or a CUDA compiler."""
     found = _versions(target, here) + _hardware(target, here, now)
     if target.engine.backend == TENSORRT and with_head:
-        found += _plugin(here)
+        found += _plugin(here, target)
     return Preflight(target.name, target.summary, target.note, tuple(found))
 
 
@@ -223,7 +229,9 @@ def _version_hint(name: str, target: Target) -> str:
         return "Only build-plugin needs it: install that CUDA toolkit."
     if L4T in target.machine.versions:
         return "JetPack brings it: apt install nvidia-jetpack, and make the environment with --system-site-packages."
-    return f"pip install 'nformer-edge[{base.get(name).EXTRA}]'"
+    first, end = target.machine.versions[name]
+    package = {TENSORRT: "tensorrt"}.get(name)
+    return f"pip install 'nformer-edge[{base.get(name).EXTRA}]'" + (f" '{package}>={first},<{end}'" if package else "")
 
 
 def _hardware(target: Target, here: MachineFacts, now: Conditions) -> list[Mismatch]:
@@ -247,13 +255,14 @@ def _hardware(target: Target, here: MachineFacts, now: Conditions) -> list[Misma
     return found
 
 
-def _plugin(here: MachineFacts) -> list[Mismatch]:
+def _plugin(here: MachineFacts, target: Target) -> list[Mismatch]:
+    below = version_key(target.machine.versions.get(TENSORRT, ("", ""))[1])
     what, tensorrt = "plugin library", version_key(here.versions.get(TENSORRT, ""))
     library, reason = find_plugin(tensorrt[0] if tensorrt else None), missing_ahead_of_time(tensorrt)
     if library is None and not reason:
         return []  # the plan carries the kernels
     if library is None:
-        return [Mismatch(what, f"no {LIBRARY}, and {reason}", "one of the two", hint_for_operators(tensorrt))]
+        return [Mismatch(what, f"no {LIBRARY}, and {reason}", "one of the two", hint_for_operators(tensorrt, below))]
     try:
         manifest = read_plugin(library)
     except Error as e:

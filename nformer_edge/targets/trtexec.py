@@ -1,6 +1,7 @@
-"""Graphs and commands for a TensorRT 8 that no Python of ours reaches: JetPack 5.1 has TensorRT 8.5 for Python 3.8.
+"""Graphs and commands for a TensorRT that no Python of ours reaches: JetPack 5.1 has TensorRT 8.5 for Python 3.8.
 
-What `backends.tensorrt.build` would ask of TensorRT 8 through its bindings is asked of its own trtexec on the device.
+What `backends.tensorrt.build` would ask of TensorRT through its bindings is asked of its own trtexec on the device:
+of TensorRT 8 precisions and layers that keep FP32; from 10 on the types are in the graph, and it is strongly typed.
 The plans are plain: trtexec runs them, and so does whatever is written in C++.
 """
 
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nformer_edge.backends.spec import BuildSpec, EngineSpec, resolve
+from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
 from nformer_edge.backends.tensorrt.plans import PLANS, prepare_part, profiles
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY
 from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.machine import version_key
 from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.core.values import Result, to_table
 from nformer_edge.exporting.bundle import GOLDEN, open_bundle
@@ -31,7 +35,7 @@ KIND = "graphs"
 SCRIPT = "build.sh"
 
 _HEADER = f"""#!/bin/sh
-# Builds plans of these graphs with TensorRT 8's trtexec, on the device that will run them.
+# Builds plans of these graphs with TensorRT's trtexec, on the device that will run them.
 set -eu
 cd "$(dirname "$0")"
 TRTEXEC="${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}"
@@ -96,7 +100,13 @@ def prepare_for_target(
     Raises:
         UsageError: if there is no such target.
     """
-    return prepare_for_trtexec(bundle, out, resolve(spec, read_target(target).engine), calib_data, force=force)
+    recipe = read_target(target)
+    if recipe.engine.backend != TENSORRT:
+        hint = f"Build it there: nformer-edge build-engine BUNDLE --target {recipe.name}"
+        raise UsageError("target", f"{recipe.name}, for {recipe.engine.backend}", "one for TensorRT", hint)
+    first = recipe.machine.versions.get(TENSORRT, ("8",))[0]
+    chosen = resolve(spec, recipe.engine)
+    return prepare_for_trtexec(bundle, out, chosen, calib_data, typed=version_key(first) >= (10,), force=force)
 
 
 def prepare_for_trtexec(
@@ -105,15 +115,17 @@ def prepare_for_trtexec(
     spec: BuildSpec,
     calib_data: CalibrationData | Data | None = None,
     *,
+    typed: bool = False,
     force: bool = False,
 ) -> PreparedGraphs:
-    """Writes the folder `out`: a bundle's graphs as TensorRT 8.5 and 8.6 parse them, and `SCRIPT`.
+    """Writes the folder `out`: a bundle's graphs as a TensorRT parses them, and `SCRIPT`.
 
     Args:
         bundle: folder that `export_bundle` wrote.
         out: folder, written whole or not at all.
         spec: precision, sizes and workspace; the backend plays no part.
         calib_data: as for `build_engine`.
+        typed: for TensorRT 10 and 11; otherwise for 8.5 and 8.6.
         force: replace earlier graphs.
 
     Raises:
@@ -127,9 +139,11 @@ def prepare_for_trtexec(
         low.save(folder)
         commands, beyond = [], {}
         for part, profile in profiles(opened, spec).items():
-            graph = prepare_part(part, opened, folder, spec, low, typed=False, operators="library")
+            graph = prepare_part(part, opened, folder, spec, low, typed=typed, operators="library")
             beyond[part] = graph.beyond
-            commands.append(trtexec_command(graph, PLANS[part], profile, spec.workspace, plugin=part == "head"))
+            commands.append(
+                trtexec_command(graph, PLANS[part], profile, spec.workspace, plugin=part == "head", typed=typed)
+            )
         opened.files.copy(GOLDEN, folder)
         (folder / SCRIPT).write_text(_HEADER + "".join(f"\n{command}\n" for command in commands))
         (folder / SCRIPT).chmod(0o755)
@@ -156,23 +170,28 @@ def trtexec_command(
     workspace: float | None,
     *,
     plugin: bool,
+    typed: bool = False,
 ) -> str:
     """A line of shell that builds `plan`; ``$TRTEXEC`` and ``$PLUGIN`` are set before it.
 
-    Nodes that keep FP32 are named twice, for what they compute in and for what they write.
+    For TensorRT 8, nodes that keep FP32 are named twice, for what they compute in and for what they write. From 10 on
+    (`typed`) the graph says it, and the flags have other names.
     """
-    options = [f"--onnx={graph.path.name}", f"--saveEngine={plan}", "--buildOnly", "--noTF32"]
+    options = [f"--onnx={graph.path.name}", f"--saveEngine={plan}", "--noTF32"]
+    options += ["--stronglyTyped", "--skipInference"] if typed else ["--buildOnly"]
     options.append("--profilingVerbosity=detailed")
     for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):
         sizes = ",".join(f"{tensor}:{'x'.join(map(str, shapes[which]))}" for tensor, shapes in profile.items())
         options.append(f"--{name}={sizes}")
     if workspace is not None:
         options.append(f"--memPoolSize=workspace:{round(workspace * 1024)}")
-    options += [f"--{flag.lower()}" for flag in graph.flags]
-    if graph.flags:
+    if not typed:
+        options += [f"--{flag.lower()}" for flag in graph.flags]
+    if graph.flags and not typed:
         options.append("--precisionConstraints=obey")
         computing, writing = graph.float_layers()
         options.append("--layerPrecisions=" + ",".join(f"{name}:fp32" for name in computing))
         options.append("--layerOutputTypes=" + ",".join(f"{name}:fp32" for name in writing))
-    line = ['"$TRTEXEC"', *(['--plugins="$PLUGIN"'] if plugin else []), *(shlex.quote(option) for option in options)]
+    library = f'--{"staticPlugins" if typed else "plugins"}="$PLUGIN"'
+    line = ['"$TRTEXEC"', *([library] if plugin else []), *(shlex.quote(option) for option in options)]
     return " \\\n    ".join(line)

@@ -119,7 +119,9 @@ def _stack(views: Sequence[Features], spec: HeadSpec, factor: float) -> tuple[Te
             raise DataError("training features", got, expected, "Extract all from one list.")
     classes, labels = np.unique(views[0].pids, return_inverse=True)
     if len(classes) < 2:
-        raise DataError("training features", f"{len(classes)} identities", "at least two", "Add images of other people.")
+        raise DataError(
+            "training features", f"{len(classes)} identities", "at least two", "Add images of other people."
+        )
     features = [v.features if factor == 1 else spread(v.features, v.pids, factor) for v in views]
     stack = np.stack([x.astype(np.float32) for x in features])
     return torch.from_numpy(stack), torch.from_numpy(labels.astype(np.int64))

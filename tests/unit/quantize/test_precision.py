@@ -180,3 +180,52 @@ def test_ranges_survive_being_written_and_read(ranges, tmp_path):
     (tmp_path / "t.json").write_text(text.replace('"method": "minmax"', '"method": "entropy"'))
     with pytest.raises(ArtifactError, match="contents that do not match their sha256"):
         read_ranges(tmp_path / "t.json")
+
+
+def gated(gate: list[onnx.NodeProto], scaled: str = "x") -> onnx.ModelProto:
+    """``x`` of a convolution, times what `gate` makes of it as ``g``."""
+    nodes = [onnx.helper.make_node("Conv", ["image", "w"], ["x"], name="conv"), *gate]
+    nodes.append(onnx.helper.make_node("Mul", [scaled, "g"], ["y"], name="scale"))
+    value = onnx.helper.make_tensor_value_info
+    ends = [value("image", 1, [1, 3, 4, 4])], [value("y", 1, None)]
+    arrays = {"w": np.zeros((3, 3, 1, 1), np.float32), "axes": np.array([2, 3]), "channels": np.array([1])}
+    return onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *ends, [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
+    )
+
+
+def node(kind, inputs, output):
+    return onnx.helper.make_node(kind, inputs, [output], name=output)
+
+
+@pytest.mark.parametrize("last", ["HardSigmoid", "Sigmoid", "Clip", "Tanh"])
+@pytest.mark.parametrize("pooling", [("GlobalAveragePool", ["x"]), ("ReduceMean", ["x", "axes"])])
+def test_a_channel_gate_is_found_by_its_structure(last, pooling):
+    branch = [node(*pooling, "pool"), node("Conv", ["pool", "w"], "fc"), node(last, ["fc"], "g")]
+    assert set(channel_gates(gated(branch))) == {"pool", "fc", "g", "scale"}
+
+
+def test_a_gate_with_a_hard_swish_inside_is_one_too():
+    swish = [node("HardSigmoid", ["fc"], "hard"), node("Mul", ["fc", "hard"], "swish")]
+    branch = [node("GlobalAveragePool", ["x"], "pool"), node("Conv", ["pool", "w"], "fc"), *swish]
+    found = channel_gates(gated([*branch, node("Sigmoid", ["swish"], "g")]))
+    assert set(found) == {"pool", "fc", "hard", "swish", "g", "scale"}
+
+
+def test_a_swish_a_spatial_gate_and_a_gate_of_another_tensor_are_none():
+    assert channel_gates(gated([node("Sigmoid", ["x"], "g")])) == []
+    assert channel_gates(gated([node("ReduceMean", ["x", "channels"], "m"), node("Sigmoid", ["m"], "g")])) == []
+    assert channel_gates(gated([node("GlobalAveragePool", ["image"], "p"), node("Sigmoid", ["p"], "g")])) == []
+
+
+def test_gem_pooling_stays_fp32_with_its_powers():
+    pytest.importorskip("torch", reason="the graph is traced")
+    from nformer_edge.core.spec import BackboneSpec
+    from nformer_edge.exporting.trace import trace_backbone
+    from nformer_edge.model.backbone import Backbone
+
+    model = trace_backbone(Backbone(BackboneSpec("resnet18", 512, "bnneck", pooling="gem")).eval(), (64, 32), 18)
+    pool = {n.name for n in model.graph.node if n.name.startswith("/pool/") and n.op_type != "Constant"}
+    assert len(pool) == 5
+    assert pool <= backbone_float32(model)
+    assert not any("trunk" in name for name in backbone_float32(model))

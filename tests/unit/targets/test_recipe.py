@@ -13,7 +13,7 @@ from nformer_edge.core.machine import Conditions, MachineFacts, conditions, pack
 from nformer_edge.core.machine import machine as look_around
 from nformer_edge.targets import doctor as doctor_module
 from nformer_edge.targets import recipe
-from nformer_edge.targets.doctor import Doctor, Preflight, doctor, preflight, require_match
+from nformer_edge.targets.doctor import Doctor, Preflight, doctor, int8_note, preflight, require_match
 from nformer_edge.targets.recipe import read_target, target_names
 
 ORIN = MachineFacts(
@@ -192,6 +192,28 @@ def test_the_doctor_compares_with_a_target():
     assert "NO    l4t: got none, expected from 36.4" in str(found)
     assert Doctor.from_json(found.to_json()) == found
     assert doctor().target is None
+
+
+def test_the_advice_for_a_missing_tensorrt_is_of_the_targets_own_version(monkeypatch):
+    monkeypatch.delenv(plugin_library.ENVIRONMENT, raising=False)
+    monkeypatch.setattr("nformer_edge.targets.doctor.find_plugin", lambda *_: None)
+    bare = MachineFacts(architecture="x86_64")
+    jetson = what("jetson-orin-jp62", bare)
+    assert "JetPack brings it" in jetson["tensorrt"].hint
+    assert jetson["plugin library"].hint == "nformer-edge build-plugin, with the headers of this TensorRT"
+    desktop = what("desktop-blackwell", bare)
+    assert "'tensorrt>=10.8,<12'" in desktop["tensorrt"].hint
+    assert "tensorrt>=10.9" in desktop["plugin library"].hint
+
+
+def test_int8_is_called_faster_only_where_it_was_timed():
+    def told(*sets):
+        return int8_note(MachineFacts(instruction_sets=sets))
+
+    assert "should be faster" in told("avx2", "avx512_vnni")
+    for sets in (("neon", "asimddp"), ("i8mm",), ("avx_vnni",), ("avx2",)):
+        assert "should be faster" not in told(*sets)
+        assert "nformer-edge benchmark FP32 INT8" in told(*sets)
 
 
 def test_versions_compare_by_number():

@@ -16,7 +16,7 @@ from helpers.planted import BAD, colored_people, planted_bundle
 from nformer_edge.backends.spec import BuildSpec, EngineSpec
 from nformer_edge.cli import main
 from nformer_edge.core.artifact import read_manifest
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.exporting.session import open_session
 from nformer_edge.metrics.agreement import cosines
 from nformer_edge.ops.bodies import functions
@@ -192,3 +192,26 @@ def float_convolutions(folder):
     graph = onnx.load(folder / "prepared-backbone.onnx").graph
     makers = {name: n.op_type for n in graph.node for name in n.output}
     return {n.name for n in graph.node if n.op_type == "Conv" and makers.get(n.input[1]) != "DequantizeLinear"}
+
+
+def test_a_target_of_tensorrt_10_gets_typed_graphs_and_the_flags_of_10(tiny_bundle, tiny_market, tmp_path):
+    spec = EngineSpec(calib_num=4, calib_method="minmax")
+    made = prepare_for_target(tiny_bundle, tmp_path / "g", "jetson-orin-jp62", spec, tiny_market)
+    script = (Path(made.graphs) / "build.sh").read_text()
+    assert script.count("--stronglyTyped") == script.count("--skipInference") == 2
+    assert '--staticPlugins="$PLUGIN"' in script
+    for old in ("--int8", "--fp16", "--precisionConstraints", "--layerPrecisions", "--buildOnly", "--plugins="):
+        assert old not in script
+
+
+def test_a_target_of_another_backend_is_not_prepared_for_trtexec(tiny_bundle, tmp_path):
+    with pytest.raises(UsageError, match="build-engine BUNDLE --target cpu"):
+        prepare_for_target(tiny_bundle, tmp_path / "g", "cpu")
+
+
+def test_graphs_are_replaced_only_by_force(tiny_bundle, tmp_path):
+    spec = EngineSpec(precision="fp32")
+    for force in (False, True):
+        prepare_for_target(tiny_bundle, tmp_path / "g", "jetson-xavier-jp51", spec, force=force)
+    with pytest.raises(ArtifactError, match="--force"):
+        prepare_for_target(tiny_bundle, tmp_path / "g", "jetson-xavier-jp51", spec)

@@ -54,8 +54,15 @@ def missing_ahead_of_time(tensorrt: tuple[int, ...]) -> str:
     return "" if find_compilers() else "no CUDA compiler for kernels in the plan"
 
 
-def hint_for_operators(tensorrt: tuple[int, ...]) -> str:
-    """How to get the head's operators: the library, or what makes `missing_ahead_of_time` empty."""
+def hint_for_operators(tensorrt: tuple[int, ...], below: tuple[int, ...] = ()) -> str:
+    """How to get the head's operators: the library, or what makes `missing_ahead_of_time` empty.
+
+    Args:
+        tensorrt: the version that is here; empty for none.
+        below: the version that a target's stays under, where it has one.
+    """
+    if () < below <= SINCE:
+        return "nformer-edge build-plugin, with the headers of this TensorRT"
     other = _COMPILER if tensorrt >= SINCE else "pip install 'tensorrt>=10.9'"
     return f"nformer-edge build-plugin; without TensorRT's headers: {other}"
 
