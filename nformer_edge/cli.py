@@ -492,7 +492,8 @@ _calls(
     _option("--rate", type=float, metavar="SHARE", help="of queries that may accept a stranger (default 0.01)"),
     _option("--gallery-size", type=int, metavar="N",
             help="images of others that a query meets in use (default: as many as in the data)"),
-    _option("--images-per-person", type=int, metavar="N", help="of crops that nobody labeled, about (default 8)"),
+    _option("--images-per-person", type=int, metavar="N",
+            help="of crops that nobody labeled, about; fewer are safer (default 4)"),
     _option("--limit", type=int, metavar="N",
             help="use at most this many queries (default: all; 200 where each is a pass of the head)"),
 )

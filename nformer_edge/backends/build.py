@@ -87,7 +87,7 @@ def build_engine(
     backend, opened = get(name), open_bundle(bundle)
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, chosen.precision)
     half = "fp16" in backend.PRECISIONS
-    require_new(path, force)
+    require_new(path, KIND, force)
     low = prepare(opened, chosen, calib_data, path, half=half)
     model = {field.name: getattr(opened.manifest, field.name) for field in dataclasses.fields(ModelManifest)}
     with atomic_folder(path, KIND) as folder:

@@ -197,16 +197,28 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any) -> None:
         file.write(json.dumps(data, indent=2, allow_nan=False).encode() + b"\n")
 
 
-def require_new(path: str | os.PathLike[str], force: bool) -> None:
-    """Asked before minutes are spent: whether a folder may be made at `path`, where there may be an earlier one.
+def require_new(path: str | os.PathLike[str], kind: str, force: bool) -> None:
+    """Asked before minutes are spent: whether a folder of this kind may be made at `path`.
 
     Raises:
-        ArtifactError: if there is anything there, unless `force`.
+        ArtifactError: if there is one already, unless `force`; if there is anything else, in any case.
     """
-    recover(Path(path))
-    if not force and os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+    path = Path(path)
+    recover(path)
+    _require_ours(path, kind)
+    if not force and path.exists() and any(path.iterdir()):
         hint = "Choose another -o, or replace it: --force"
-        raise ArtifactError(str(path), "something there already", "a new folder", hint)
+        raise ArtifactError(str(path), f"an earlier {kind} there", "a new folder", hint)
+
+
+def _require_ours(path: Path, kind: str) -> None:
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and _may_replace(path, kind))):
+        raise ArtifactError(
+            str(path),
+            "something that is not ours to replace",
+            f"nothing there, or an earlier {kind}",
+            "Choose another -o, or remove it yourself.",
+        )
 
 
 @contextmanager
@@ -217,13 +229,7 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         ArtifactError: if `path` holds anything that is not an artifact of `kind`, or the disk is full.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and _may_replace(path, kind))):
-        raise ArtifactError(
-            str(path),
-            "something that is not ours to replace",
-            f"nothing there, or an earlier {kind}",
-            "Choose another -o, or remove it yourself.",
-        )
+    _require_ours(path, kind)
     _prepare(path)
     recover(path)
     temporary, placed = _temporary(path.parent, directory=True), False

@@ -118,7 +118,7 @@ def bundle_by_modelopt(
     check_choice("precision", precision, ("fp16", "int8"))
     check_choice("calib_method", calib_method, tuple(METHODS))
     require_modelopt()
-    require_new(out, force)
+    require_new(out, KIND, force)
     source = open_bundle(bundle)
     plain = onnx.load_from_string(source.backbone)
     _require_float32(str(bundle), plain)

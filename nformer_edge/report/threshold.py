@@ -29,8 +29,9 @@ RATES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 #: Queries with the head, unless told otherwise, where each is a whole pass of it.
 PASSES = 200
 
-#: Images of one person, unless told otherwise, in crops that nobody labeled.
-IMAGES_PER_PERSON = 8
+#: Images of one person, unless told otherwise, in crops that nobody labeled. Too few make the threshold too strict, too
+#: many too lax.
+IMAGES_PER_PERSON = 4
 
 Rows = tuple[slice, np.ndarray]
 
@@ -155,7 +156,7 @@ def threshold(
         data: a dataset or its folder, or a folder of crops.
         rate: wanted share of queries that accept a stranger, above 0 and below 1.
         gallery_size: images of others that a query meets in use; as many as every query meets in `data` if None.
-        images_per_person: of crops that nobody labeled, about.
+        images_per_person: of crops that nobody labeled, about; fewer give a higher threshold, which is safer.
         limit: only so many queries (evenly spaced). If None, all; with a head that a graph runs, 200.
         batch: images that the backbone sees at once.
         intra_op_threads: of the backend; its own choice if None.
@@ -257,7 +258,7 @@ def _limits(dataset: Dataset, curves: list[Curve], size: int, images_per_person:
         own, flag = images_per_person - 1, f"--images-per-person {images_per_person}"
         said.append(
             f"weaker, because nobody labeled the images: of each crop its {own} nearest were taken for its own person "
-            f"({flag}) and left out; which share of people is found could not be judged"
+            f"({flag}; fewer are safer) and left out; which share of people is found could not be judged"
         )
     strangers = min(curve.strangers for curve in curves)
     if size > strangers:

@@ -133,7 +133,7 @@ def prepare_for_trtexec(
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
     opened, path = open_bundle(bundle), Path(out)
-    require_new(path, force)
+    require_new(path, KIND, force)
     low = prepare(opened, spec, calib_data, path, half=True)
     with atomic_folder(path, KIND) as folder:
         low.save(folder)

@@ -251,3 +251,11 @@ def test_a_trace_changes_nothing_in_the_module_it_takes():
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
     assert type(head.h[0].ln_1).__name__ == "LayerNorm"
     assert not isinstance(head.h[0].ln_1, torch.nn.LayerNorm)
+
+
+def test_an_earlier_bundle_is_replaced_only_by_force(tiny_checkpoint, tmp_path):
+    first = export.export_bundle(tiny_checkpoint, tmp_path / "bundle")
+    with pytest.raises(ArtifactError, match=r"got an earlier bundle there.*--force"):
+        export.export_bundle(tiny_checkpoint, first)
+    assert export.export_bundle(tiny_checkpoint, first, landmark_seed=5, force=True) == first
+    assert json.loads((first / "manifest.json").read_text())["landmark_seed"] == 5
