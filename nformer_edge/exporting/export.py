@@ -68,12 +68,8 @@ def export_bundle(
         BackendError: if onnxruntime, which the check needs, is not installed.
     """
     check_opset(opset)
-<<<<<<< HEAD
     check_private_key(sign)
-    require_new(out, force)
-=======
     require_new(out, KIND, force)
->>>>>>> 000f8db (exporting, backends: what is not ours is refused whatever --force says; threshold: fewer images a person are assumed, which is safer)
     if landmark_seed < 0:
         raise UsageError("landmark_seed", landmark_seed, "0 or more", "Choose another seed.")
     loaded = load_checkpoint(checkpoint)
