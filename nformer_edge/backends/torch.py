@@ -16,7 +16,7 @@ from torch import Tensor
 from nformer_edge.backends.base import PYTORCH
 from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
 from nformer_edge.core.errors import ArtifactError, BackendError
-from nformer_edge.core.spec import ModelSpec
+from nformer_edge.core.spec import ModelSpec, check_size
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
@@ -55,6 +55,8 @@ class TorchRunner:
         reference: bool = False,
         native: bool = True,
     ) -> None:
+        if intra_op_threads is not None:
+            check_size("intra_op_threads", intra_op_threads)
         checkpoint = load_checkpoint(path)
         self.spec: ModelSpec = checkpoint.spec
         self.name = model_name(checkpoint.spec)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,6 +22,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
 MAX_DECODED_BYTES = 256 * 2**20
+
+#: Decoded images above this wait for each other: several threads with MAX_DECODED_BYTES each would fill the memory.
+_LARGE_BYTES = 32 * 2**20
+_LARGE = threading.Lock()
 
 #: What shows through transparent pixels: white, as in most viewers.
 BACKGROUND = (255, 255, 255)
@@ -59,6 +65,12 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         return as_seen(image, os.fspath(path))
 
 
+def load_resized(path: str | os.PathLike[str], spec: PreprocessSpec) -> np.ndarray:
+    """`load_image`, then `resize`; of images that are large once decoded, one at a time, whatever the threads."""
+    with _open(path) as image, _LARGE if _decoded_bytes(image) > _LARGE_BYTES else nullcontext():
+        return resize(as_seen(image, os.fspath(path)), spec)
+
+
 def check_image(path: str | os.PathLike[str]) -> None:
     """Looks at the header and the end of an image file; decodes it only where the end looks cut.
 
@@ -80,6 +92,9 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     expected = "a JPEG, PNG, BMP, WebP or TIFF image"
     hint = "Remove the file or put a good copy in its place."
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise DataError(path, "a device or a FIFO", expected, hint)
         with Image.open(path, formats=FORMATS) as image:
             _check_size(path, image)
             yield image
@@ -94,8 +109,12 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise DataError(path, f"a damaged or unreadable file ({e})", expected, hint) from e
 
 
+def _decoded_bytes(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands()) * _DEEP.get(image.mode, 1)
+
+
 def _check_size(path: str, image: Image.Image) -> None:
-    decoded = image.width * image.height * len(image.getbands()) * _DEEP.get(image.mode, 1)
+    decoded = _decoded_bytes(image)
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE or decoded > MAX_DECODED_BYTES:
         expected = f"at most {MAX_PIXELS} in all, {MAX_SIDE} a side and {MAX_DECODED_BYTES >> 20} MiB decoded"
         raise DataError(path, f"{image.width} x {image.height} pixels", expected, "Crop the person first.")
@@ -151,4 +170,4 @@ def preprocess_files(paths: Sequence[str | os.PathLike[str]], spec: PreprocessSp
     """Image files to the backbone's input, float32 [B, 3, height, width]."""
     if not paths:
         return np.empty((0, 3, spec.height, spec.width), dtype=np.float32)
-    return normalize(np.stack([resize(load_image(p), spec) for p in paths]), spec)
+    return normalize(np.stack([load_resized(p, spec) for p in paths]), spec)

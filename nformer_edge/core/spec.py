@@ -54,7 +54,8 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 
 
-#: Largest values of a spec: far above any use, and small enough that a forged file neither hangs nor fills the memory.
+#: Largest values of a spec and of arguments: far above any use, and too small for a forged file to hang or to fill the
+#: memory.
 LIMITS = {
     "height": 8192,
     "width": 8192,
@@ -63,6 +64,8 @@ LIMITS = {
     "heads": 1024,
     "k": 16384,
     "landmarks": 1 << 20,
+    "threads": 1024,
+    "intra_op_threads": 1024,
 }
 
 

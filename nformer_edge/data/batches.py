@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from nformer_edge.core.preprocess import load_image, normalize, resize
-from nformer_edge.core.spec import PreprocessSpec, check_at_least
+from nformer_edge.core.preprocess import load_resized, normalize, resize
+from nformer_edge.core.spec import PreprocessSpec, check_at_least, check_size
 
 #: An image: its file, or its pixels in RGB.
 Path = str | os.PathLike[str] | Image.Image
@@ -19,7 +19,7 @@ Path = str | os.PathLike[str] | Image.Image
 
 def decode(path: Path, spec: PreprocessSpec) -> np.ndarray:
     """One image to uint8 [height, width, 3], RGB. Raises DataError as `load_image` does."""
-    return resize(path if isinstance(path, Image.Image) else load_image(path), spec)
+    return resize(path, spec) if isinstance(path, Image.Image) else load_resized(path, spec)
 
 
 def iter_batches(
@@ -50,7 +50,7 @@ def iter_pixels(
     """
     check_at_least("batch", batch, 1)
     workers = threads if threads is not None else min(8, os.cpu_count() or 1)
-    check_at_least("threads", workers, 1)
+    check_size("threads", workers)
     chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:

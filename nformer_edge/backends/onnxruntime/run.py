@@ -16,7 +16,7 @@ from nformer_edge.backends.onnxruntime.build import NAME
 from nformer_edge.backends.runner import check_head_input, check_images, model_name
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.core.machine import VNNI, saturates_int8
-from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.spec import check_at_least, check_size
 from nformer_edge.exporting.bundle import BACKBONE, HEAD, ModelFiles, check_graphs
 from nformer_edge.exporting.session import open_session
 from nformer_edge.ops import onnx_ops
@@ -47,7 +47,7 @@ class OnnxRuntimeRunner:
     ) -> None:
         check_at_least("max_batch", max_batch, 1)
         if intra_op_threads is not None:
-            check_at_least("intra_op_threads", intra_op_threads, 1)
+            check_size("intra_op_threads", intra_op_threads)
         check_graphs(model)
         refuse_saturation(model)
         self._model = model
@@ -76,9 +76,8 @@ class OnnxRuntimeRunner:
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`. Batches above `max_batch` are split."""
         images = check_images(images, self.spec)
-        session = self._session(BACKBONE)
         blocks = (images[i : i + self._max_batch] for i in range(0, len(images), self._max_batch))
-        parts = [session.run(["features"], {"images": block})[0] for block in blocks]
+        parts = [self._run(BACKBONE, "features", images=block) for block in blocks]
         return np.concatenate(parts) if parts else np.empty((0, self.spec.backbone.features), np.float32)
 
     def relate(self, features: np.ndarray, landmarks: np.ndarray | None = None) -> np.ndarray:
@@ -86,7 +85,16 @@ class OnnxRuntimeRunner:
         features, landmarks = check_head_input(features, landmarks, self.spec, self.landmark_seed)
         if len(features) == 0:
             return features
-        return self._session(HEAD).run(["embeddings"], {"features": features, "landmarks": landmarks})[0]
+        return self._run(HEAD, "embeddings", features=features, landmarks=landmarks)
+
+    def _run(self, name: str, output: str, **feed: np.ndarray) -> np.ndarray:
+        session = self._session(name)
+        try:
+            return session.run([output], feed)[0]
+        except Exception as e:  # its exceptions share no base class of their own
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            hint = "Use fewer images at once if memory is short; otherwise export the bundle again with this version."
+            raise BackendError(f"{self.name}: {name}", f"an error of {NAME} ({reason})", "a result", hint) from e
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:

@@ -259,3 +259,21 @@ def test_plain_operators_are_used_where_asked_for(tiny_checkpoint, monkeypatch):
         assert not calls
         np.testing.assert_allclose(fast.relate(features), reference, atol=1e-5)
         assert calls
+
+
+@pytest.mark.parametrize("threads", [0, 10**6])
+def test_thread_counts_are_bounded_before_anything_starts(threads, tiny_bundle, tiny_checkpoint):
+    for model in (tiny_bundle, tiny_checkpoint):
+        with pytest.raises(UsageError, match=f"intra_op_threads: got {threads}"):
+            open_model(model, intra_op_threads=threads)
+
+
+def test_what_onnxruntime_itself_refuses_is_one_line(tiny_bundle, monkeypatch):
+    class Session:
+        def run(self, *_):
+            raise RuntimeError("bad node\nand its trace")
+
+    with open_model(tiny_bundle) as runner:
+        monkeypatch.setattr(runner, "_session", lambda name: Session())
+        with pytest.raises(BackendError, match=r"backbone.onnx: got an error of onnxruntime \(bad node\), expected a"):
+            runner.embed(pictures(1))

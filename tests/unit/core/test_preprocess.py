@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +172,32 @@ def test_a_side_over_the_limit_is_refused_before_decoding(tmp_path: Path) -> Non
     Image.new("1", (preprocess.MAX_SIDE + 1, 1)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=f"{preprocess.MAX_SIDE} a side"):
         preprocess.check_image(tmp_path / "a.png")
+
+
+def test_a_fifo_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="got a device or a FIFO"):
+        preprocess.load_image(tmp_path / "a.jpg")
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    """Four threads; with every image large, no two are being decoded at once."""
+    busy, most = [], []
+    real = preprocess.as_seen
+
+    def watched(image, name):
+        busy.append(name)
+        most.append(len(busy))
+        try:
+            return real(image, name)
+        finally:
+            busy.remove(name)
+
+    monkeypatch.setattr(preprocess, "as_seen", watched)
+    monkeypatch.setattr(preprocess, "_LARGE_BYTES", 0)
+    files = [tmp_path / f"{i}.png" for i in range(8)]
+    for file in files:
+        Image.new("RGB", (200, 200)).save(file)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda file: preprocess.load_resized(file, PreprocessSpec(64, 32)), files))) == 8
+    assert max(most) == 1
