@@ -99,6 +99,52 @@ def reciprocal_mean(query: np.ndarray, gallery: np.ndarray, k: int = 20) -> tupl
     return means[: len(query)], means[len(query) :]
 
 
+def mutual_sum(query: np.ndarray, gallery: np.ndarray, k: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Each unit feature plus those of its k nearest images that have it among their own k.
+
+    Neighbor feature centralization as in Pose2ID (Yuan et al., CVPR 2025), with its k.
+
+    Returns:
+        float32 [Q, D] and [G, D].
+    """
+    unit = _together(query, gallery)
+    together, own = unit[None], np.arange(len(unit))[:, None]
+    lists = native.row_top_k(together, together, min(k + 1, len(unit)))[0]
+    sums = unit + _sums(unit, lists, reciprocal_mask(lists) & (lists != own))
+    return sums[: len(query)], sums[len(query) :]
+
+
+def graph_propagation(
+    query: np.ndarray, gallery: np.ndarray, k: int = 7, hops: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features sent along the graph of the k nearest images, `hops` times, by the squares of their cosines.
+
+    The message passing of GNN re-ranking (Zhang et al., 2020; its second neighbor number), over features instead of
+    adjacency rows.
+
+    Returns:
+        unit float32 [Q, D] and [G, D].
+    """
+    unit = _together(query, gallery)
+    together = unit[None]
+    lists = native.row_top_k(together, together, min(k, len(unit)))[0]
+    weights = np.empty(lists.shape, dtype=np.float32)
+    for rows in row_blocks(len(unit)):
+        weights[rows] = np.einsum("bd,bkd->bk", unit[rows], unit[lists[rows]]).clip(0) ** 2
+    sent = unit
+    for _ in range(hops):
+        sent = unit_rows(_sums(sent, lists, weights))
+    return sent[: len(query)], sent[len(query) :]
+
+
+def _sums(x: np.ndarray, lists: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of each list, the weighted sum of its images' rows: [N, D], [N, K] and [N, K] to float32 [N, D]."""
+    sums = np.empty_like(x)
+    for rows in row_blocks(len(x)):
+        sums[rows] = np.einsum("bk,bkd->bd", weights[rows], x[lists[rows]])
+    return sums
+
+
 def average_query_expansion(query: np.ndarray, gallery: np.ndarray, k: int = 5) -> np.ndarray:
     """Each query averaged with its k nearest gallery features (Chum et al., ICCV 2007). Returns unit float32 [Q, D]."""
     check_same_size(query, gallery)

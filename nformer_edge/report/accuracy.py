@@ -25,7 +25,13 @@ from nformer_edge.metrics.bootstrap import mean_interval
 from nformer_edge.metrics.composition import Composition, Scores, composition
 from nformer_edge.metrics.distance import alike
 from nformer_edge.metrics.ranking import Pair, RankingResult
-from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+from nformer_edge.metrics.rerank import (
+    average_query_expansion,
+    graph_propagation,
+    k_reciprocal_distances,
+    mutual_sum,
+    reciprocal_mean,
+)
 from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, open_store
 from nformer_edge.report.table import format_table, number, percent
 
@@ -37,7 +43,8 @@ class Ranking:
     """The figures of one way to rank the gallery. All but `seconds` are fractions, 0 to 1.
 
     Args:
-        name: backbone, +NFormer, +NFormer per-query, k-reciprocal, reciprocal mean or query expansion.
+        name: backbone, +NFormer, +NFormer per-query, k-reciprocal, reciprocal mean, query expansion,
+            graph propagation or mutual sum.
         mAP: mean average precision; this and the next two are means over the landmark seeds, where there are several.
         mINP: mean inverse negative penalty (Ye et al. 2021).
         cmc: share of queries with a correct match among the first 1 to 50.
@@ -212,7 +219,7 @@ def evaluate(
         model: an open model, or the path of a checkpoint, bundle or engine; None to score a feature store as it is.
         data: a dataset, its folder, or a feature store (`.npz`) whose features the model's head takes.
         batch: images that the backbone sees at once.
-        rerank: add k-reciprocal re-ranking and the two parameter-free baselines.
+        rerank: add k-reciprocal re-ranking and the other ways of `metrics.rerank`, each on the backbone's features.
         seeds: of the landmarks; the model's own seed if None. Several give the spread over draws.
         rank_lists: how many queries' ranked galleries to record, spread evenly over the queries with a match.
         top: length of a recorded list.
@@ -341,6 +348,8 @@ def _baselines(query: Features, gallery: Features) -> list[Ranking]:
         "k-reciprocal": lambda _: ranking.evaluate(query, gallery, distances=k_reciprocal_distances(q, g)),
         "reciprocal mean": lambda _: changed(*reciprocal_mean(q, g)),
         "query expansion": lambda _: changed(average_query_expansion(q, g), g),
+        "graph propagation": lambda _: changed(*graph_propagation(q, g)),
+        "mutual sum": lambda _: changed(*mutual_sum(q, g)),
     }
     return [_ranked(name, way)[1] for name, way in ways.items()]
 

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.metrics.distance import alike, nearest, reciprocal_mask, smallest, unit_rows
-from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
+from nformer_edge.metrics.rerank import (
+    average_query_expansion,
+    graph_propagation,
+    k_reciprocal_distances,
+    mutual_sum,
+    reciprocal_mean,
+)
 from nformer_edge.ops import native
 
 
@@ -124,6 +130,30 @@ def test_reciprocal_mean_averages_those_who_chose_each_other():
     mask *= mask.T
     expected = mask @ unit / mask.sum(axis=1, keepdims=True)
     got = np.concatenate(reciprocal_mean(query, gallery, k=9))
+    assert np.abs(got - expected).max() <= 1e-6
+
+
+def test_mutual_sums_add_those_who_chose_each_other():
+    features = people(60)
+    unit = unit_rows(features).astype(np.float64)
+    order = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, :4]
+    mask = np.zeros((60, 60))
+    np.put_along_axis(mask, order, 1, axis=1)
+    got = np.concatenate(mutual_sum(features[:10], features[10:], k=3))
+    assert np.abs(got - (mask * mask.T) @ unit).max() <= 1e-6
+
+
+def test_graph_propagation_is_a_power_of_the_sparse_affinity():
+    features = people(60)
+    unit = unit_rows(features).astype(np.float64)
+    cosines = unit @ unit.T
+    mask = np.zeros((60, 60))
+    np.put_along_axis(mask, np.argsort(-cosines, axis=1, kind="stable")[:, :5], 1, axis=1)
+    expected = unit
+    for _ in range(2):
+        expected = (mask * cosines.clip(0) ** 2) @ expected
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    got = np.concatenate(graph_propagation(features[:10], features[10:], k=5))
     assert np.abs(got - expected).max() <= 1e-6
 
 
