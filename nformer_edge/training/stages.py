@@ -154,7 +154,7 @@ def second_stage(
 
 def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Composition:
     """Backbone and head by images a person, on the held-out identities."""
-    people = f"{len(np.unique(query.pids))} people held out of training"
+    people = f"{len(np.unique(query.pids))} people held out of this training"
     together = partial(relate, head)
     return composition(query, gallery, together, landmark_seeds=(seed,), measured_on=people)
 

@@ -78,7 +78,7 @@ def test_search_decides_by_what_training_measured_and_says_so(run: Run, road: Pa
         read_manifest(road / folder, kind) for folder, kind in (("bundle", "bundle"), ("int8", "engine"))
     )
     assert trained["accuracy"] == engine["accuracy"]
-    assert "held out of training" in trained["accuracy"]["measured_on"]
+    assert "held out of this training" in trained["accuracy"]["measured_on"]
     query = sorted((road / "data" / "query").iterdir())[0]
     asked = ("search", road / "int8", "--query", query, "--gallery", road / "data")
     for known, said in (((), "n = "), (("--images-per-person", 1), "n = 1 images a person (given)")):

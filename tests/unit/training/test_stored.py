@@ -125,7 +125,7 @@ def test_held_out_people_are_not_trained_on_and_are_watched(folder: Path, tmp_pa
     assert history.identities == 6
     assert all(0 <= row.held_out_map <= 1 for row in history.stages["head"].epochs)
     accuracy = Composition.of(load_checkpoint(tmp_path / "m.safetensors").extra)
-    assert accuracy.measured_on == "2 people held out of training"
+    assert accuracy.measured_on == "2 people held out of this training"
     assert [(row.title, row.people, row.gain is None) for row in accuracy.rows[:2]] == [
         ("1", 2, False),
         ("2", 2, False),
