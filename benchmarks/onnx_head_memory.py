@@ -8,7 +8,8 @@ to less than float32 can tell, any backend may take either as its k-th neighbor,
 than rounding: ``border_ties`` counts such rows, so that ``rows_outside_tolerance`` can be read.
 
 The peak is that of a process of its own which loads onnxruntime and numpy alone; PyTorch runs in another. The head is
-seeded and untrained (the gated one has its learnt gates), the input clustered like people: neither time nor memory depends on the weights.
+seeded and untrained (the gated one has its learnt gates), the input clustered like people: neither time nor memory
+depends on the weights.
 """
 
 from __future__ import annotations
