@@ -25,6 +25,7 @@ from nformer_edge.metrics.agreement import ROUNDING, row_errors
 from nformer_edge.metrics.composition import composition
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.model.gated import GatedHead, start_as_gates
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.ops.contract import DOMAIN, draw_landmarks
 from nformer_edge.ops.operators import operators
@@ -98,7 +99,22 @@ def test_every_rule_and_input_scale_is_inside_the_graph(rule, input_scale, landm
     assert worst(run(model, {"features": features, "landmarks": drawn}), expected) <= 1
 
 
-class GatedHead(NFormer):
+@pytest.mark.parametrize("power", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [3, 60, 300])
+def test_the_gated_head_is_inside_the_graph(rows, power):
+    rng = np.random.default_rng(0)
+    people = np.repeat(rng.standard_normal((-(-rows // 4), 16)), 4, axis=0)[:rows]
+    features = (people + 0.3 * rng.standard_normal((rows, 16))).astype(np.float32)
+    head = GatedHead(HeadSpec(16, layers=2, heads=1, k=6, landmarks=40, rule="gated")).eval()
+    start_as_gates(head, torch.from_numpy(features), torch.arange(rows) // 4 if rows > 3 else None, power=power)
+    model = trace_head(head, 18)
+    assert [i.name for i in model.graph.input] == ["features", "landmarks"]
+    drawn = draw_landmarks(rows, 2, 40, 0)
+    expected = head(torch.from_numpy(features), torch.from_numpy(drawn)).detach().numpy()
+    assert worst(run(model, {"features": features, "landmarks": drawn}), expected) <= 1
+
+
+class OneGate(NFormer):
     """A head of one gated attention, with its sum of weights, and with cameras if its spec has two heads."""
 
     def forward(self, features, landmarks):
@@ -113,7 +129,7 @@ class GatedHead(NFormer):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_gated_head_has_its_own_body_and_imports_version_2(heads):
-    head = GatedHead(HeadSpec(features=16, layers=1, heads=heads, k=4, landmarks=2)).eval()
+    head = OneGate(HeadSpec(features=16, layers=1, heads=heads, k=4, landmarks=2)).eval()
     model = trace_head(head, 18)
     onnx.checker.check_model(model, full_check=True)
     assert [len(f.input) for f in model.functions] == [2, 4 + heads]

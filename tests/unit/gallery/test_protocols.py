@@ -29,16 +29,17 @@ def models(tmp_path_factory):
 
     from nformer_edge.model.backbone import Backbone
     from nformer_edge.model.checkpoint import save_checkpoint
-    from nformer_edge.model.nformer import NFormer
+    from nformer_edge.model.gated import make_head
 
     folder, paths = tmp_path_factory.mktemp("heads"), {}
-    for rule in ("features", "affinity", None):
-        head = None if rule is None else HeadSpec(32, layers=1, heads=2, k=6, landmarks=3, rule=rule)
+    for rule in ("features", "affinity", "gated", None):
+        heads = 1 if rule == "gated" else 2
+        head = None if rule is None else HeadSpec(32, layers=1, heads=heads, k=6, landmarks=3, rule=rule)
         spec = ModelSpec(BackboneSpec("osnet_x0_25", 32), head, PreprocessSpec(64, 32))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             paths[rule] = folder / f"{rule}.safetensors"
-            save_checkpoint(paths[rule], spec, Backbone(spec.backbone), None if head is None else NFormer(head))
+            save_checkpoint(paths[rule], spec, Backbone(spec.backbone), None if head is None else make_head(head))
     return paths
 
 
@@ -56,6 +57,15 @@ def test_a_query_is_ranked_as_in_a_pass_of_its_own(models):
     assert found.exact
     assert found.changed > 0
     assert found.query.paths == query.paths
+
+
+def test_the_gated_head_answers_exactly_with_every_image_changed(models):
+    query, gallery = people(4, 1), people(60, 2)
+    with open_model(models["gated"], intra_op_threads=1) as runner:
+        found = relate_per_query(runner, query, gallery)
+    assert found.exact
+    assert found.changed == 60
+    assert np.isfinite(found.distances).all()
 
 
 def test_under_the_affinity_rule_the_answer_says_that_it_is_not_exact(models):

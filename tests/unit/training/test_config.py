@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_cosine_schedule_falls_to_a_hundredth() -> None:
 
 def test_schedule_without_warm_up_starts_at_the_full_rate() -> None:
     assert rate(1.0, "cosine", 0.0, 5, 0) == 1.0
+
+
+def test_a_rule_brings_its_head_and_how_it_is_trained() -> None:
+    assert configure().model.head == HeadSpec.gated()
+    assert configure().head.epochs == 0
+    paper = configure(rule="features", k=7)
+    assert paper.model.head == HeadSpec(k=7)
+    assert paper.head == HeadConfig()
+    gated = configure("published", rule="gated", layers=1)
+    assert gated.model.head == replace(HeadSpec.gated(), layers=1)
+    assert gated.head == configure().head

@@ -72,6 +72,16 @@ def test_head_training_lowers_the_loss(rule: NeighborRule) -> None:
     assert rows[-1].loss <= 0.9 * rows[0].loss
 
 
+def test_gates_learn_from_sets_of_mixed_composition_and_repeat_bit_for_bit() -> None:
+    one = HeadSpec(32, layers=2, heads=1, k=8, landmarks=64, rule="gated")
+    config = HeadConfig(epochs=4, sets=5, lr=0.02, warmup=0, start="random", weight_decay=0)
+    first, again = (train_head([people(40, 8, 1.0, seed=0)], one, config, seed=3) for _ in range(2))
+    assert first[1][-1].loss < first[1][0].loss
+    for name, tensor in first[0].state_dict().items():
+        assert torch.equal(tensor, again[0].state_dict()[name]), name
+    assert torch.equal(first[0].map.linear.w, torch.eye(32))
+
+
 def test_head_of_the_best_epoch_is_kept() -> None:
     given = iter([0.2, 0.9, 0.1])
     seen = []
