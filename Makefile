@@ -1,7 +1,7 @@
 # make demo   the main job, from generated images to an INT8 engine and its accuracy proof
 # make test   lint, types, import floors and the whole test suite
 # make test-optional   what needs qemu, CMake, Chromium or a like tool; skips name what is missing
-# make torture   broken, cut, hostile and interrupted: every row of docs/reliability.md, in about 40 minutes
+# make torture   broken, cut, hostile and interrupted: every row of docs/reliability.md
 # make docs   the generated reference: docs/api.md and docs/schemas
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
