@@ -174,15 +174,11 @@ class GatedPass:
     def __len__(self) -> int:
         return len(self.embeddings)
 
-    def ask(self, query: Tensor, follow: bool = True) -> Changed:
-        """The head over the gallery and `query` [1, D]; without `follow` the gallery stays as in its own pass."""
-        mine = unit(self.head.map(scaled(query, self.head.spec)) - self.center)
+    def ask(self, query: Tensor) -> Changed:
+        """The head over the gallery and `query` [1, D]."""
+        mine = self._mapped(query)
         both, size = torch.cat([self.own, mine]), len(self)
         chosen = operators().row_top_k(mine[None], both[None], LISTED)[0]
-        image = torch.arange(size + 1, device=query.device).roll(1)
-        if not follow:
-            x = self._alone(mine, chosen)
-            return Changed(torch.zeros_like(image[:1]), image[:1], self.head.output(x, mine, self.crowd))
         entered = _rounded((self.own.double() @ mine[0].double()), mine) > self.last
         lists = torch.cat([self.lists, chosen])
         if entered.any():
@@ -190,21 +186,33 @@ class GatedPass:
         x = both
         for gate in self.head.h:
             x = gate(x, profile(x, lists), lists[None], self.crowd)
+        image = torch.arange(size + 1, device=query.device).roll(1)
         return Changed(torch.zeros_like(image), image, self.head.output(x, both, self.crowd)[image])
 
-    def _alone(self, x: Tensor, chosen: Tensor) -> Tensor:  # [1, D], int32 [1, LISTED] -> [1, D]
+    def ask_frozen(self, queries: Tensor) -> Changed:
+        """Each of `queries` [B, D] alone, while the gallery's rows stay as in its own pass."""
+        x = mine = self._mapped(queries)
+        chosen = operators().row_top_k(mine[None], self.own[None], LISTED - 1)[0]
+        lists = torch.cat([chosen[:, :1], chosen], dim=1)  # what stands at rank 0, the query itself, is not looked at
         for gate, rows, thresholds in zip(self.head.h, self.layers, self.thresholds, strict=False):
-            t = gate.thresholds(profile(x, chosen, torch.cat([rows, x])), self.crowd)
-            near = chosen[0, : gate.k + 1]
-            near = near[(near >= 0) & (near < len(self))].long()
-            weights = (gate.slope(self.crowd) * (x @ rows[near].T - (t + thresholds[near]) / 2)).sigmoid()
-            x = gate.joined(x, weights @ rows[near], self.crowd)
-        return x
+            t = gate.thresholds(profile(x, lists, rows), self.crowd)[:, None]
+            near = chosen[:, : gate.k].long()
+            counts, near = near >= 0, near.clamp_min(0)
+            scores = torch.einsum("bd,bkd->bk", x, rows[near])
+            weights = (gate.slope(self.crowd) * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
+            x = gate.joined(x, torch.einsum("bk,bkd->bd", weights, rows[near]), self.crowd)
+        index = torch.arange(len(x), device=x.device)
+        return Changed(index, torch.full_like(index, len(self)), self.head.output(x, mine, self.crowd))
 
-    def ask_all(self, queries: Tensor, follow: bool = True, batch: int = 1) -> Iterator[tuple[slice, Changed]]:
-        """`ask` for each of [Q, D], with a progress bar; `batch` is 1 whatever it says."""
-        for i in tqdm(range(len(queries)), desc="per query", unit="query", **PROGRESS):
-            yield slice(i, i + 1), self.ask(queries[i : i + 1], follow)
+    def _mapped(self, queries: Tensor) -> Tensor:  # [B, D] -> [B, D]
+        return unit(self.head.map(scaled(queries, self.head.spec)) - self.center)
+
+    def ask_all(self, queries: Tensor, follow: bool = True, batch: int = 32) -> Iterator[tuple[slice, Changed]]:
+        """`ask` for each of [Q, D], or `ask_frozen` in batches unless `follow`; with a progress bar."""
+        batch = 1 if follow else batch
+        for start in tqdm(range(0, len(queries), batch), desc="per query", unit="batch", **PROGRESS):
+            rows = slice(start, min(start + batch, len(queries)))
+            yield rows, self.ask(queries[rows]) if follow else self.ask_frozen(queries[rows])
 
 
 def gallery_pass(head: Head, gallery: Tensor, landmarks: Tensor) -> GalleryPass | GatedPass:

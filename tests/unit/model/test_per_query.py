@@ -206,7 +206,7 @@ def test_a_query_alone_equals_a_whole_pass_of_the_gated_head(people: int, shots:
         exact = head.output(x, own, passed.crowd)
         answer = passed.ask(query[None])
         assert torch.allclose(answer.x, exact[answer.image], atol=1e-12)
-        frozen = passed.ask(query[None], follow=False)
+        frozen = passed.ask_frozen(query[None])
         assert frozen.x.shape == (1, 16)
         assert torch.nn.functional.cosine_similarity(frozen.x, exact[-1:]) > 0.95
 
@@ -229,4 +229,4 @@ def test_a_frozen_gallery_answers_with_its_own_rows_and_thresholds() -> None:
             torch.sigmoid(gate.slope(passed.crowd) * (rows[j] @ x[0] - (t + thresholds[j]) / 2)) * rows[j] for j in near
         )
         x = gate.joined(x, torch.as_tensor(y)[None], passed.crowd)
-    assert torch.allclose(passed.ask(query, follow=False).x, head.output(x, own, passed.crowd), atol=1e-12)
+    assert torch.allclose(passed.ask_frozen(query).x, head.output(x, own, passed.crowd), atol=1e-12)
