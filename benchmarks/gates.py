@@ -34,7 +34,7 @@ from nformer_edge.report.table import format_table
 from nformer_edge.training.head import spread
 from nformer_edge.training.mixed import IMAGES, MixedSet, draw_mixed, ranking_loss
 
-#: What the gauge learns to say for each of `IMAGES`.
+#: What the gauge learns to say of images whose person has 1, 2, 4, 8 or about 20 others.
 CROWDS = (0.02, 0.15, 0.5, 0.85, 0.98)
 
 #: Weight of a set's loss, by `IMAGES`.
@@ -79,12 +79,24 @@ def domains(trained: Features, foreign: Features, fold: int) -> list[Domain]:
     return found
 
 
-def draw(domain: Domain, images: int, rng: np.random.Generator) -> tuple[Tensor, MixedSet]:
-    """A set, and strangers of the other thirds behind it: unit rows less their center."""
+def draw_strangers(domain: Domain, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Images of the other thirds that nobody asks for, some alone and some in dense groups; and their crowds."""
+    total, few, run = len(domain.strangers), int(rng.integers(STRANGERS)), 40
+    starts = rng.integers(total - run, size=int(rng.integers(1 + 2 * STRANGERS // run)))  # rows stand by person
+    dense = np.unique((starts[:, None] + np.arange(run)).ravel()).astype(np.int64)
+    alone = np.setdiff1d(rng.permutation(total)[:few], dense)
+    crowds = torch.cat([torch.full((len(alone),), CROWDS[1]), torch.full((len(dense),), CROWDS[-1])])
+    return domain.strangers[np.r_[alone, dense]], crowds
+
+
+def draw(domain: Domain, images: int, rng: np.random.Generator) -> tuple[Tensor, MixedSet, Tensor]:
+    """A set, and strangers of the other thirds behind it: unit rows less their center, and each row's crowd."""
     drawn = draw_mixed(domain.labels, domain.cameras, images, len(domain.labels), rng)
-    strangers = domain.strangers[rng.permutation(len(domain.strangers))[: rng.integers(STRANGERS)]]
+    strangers, theirs = draw_strangers(domain, rng)
     rows = torch.cat([domain.rows[drawn.rows], strangers])
-    return unit(rows - rows.mean(dim=0)), drawn
+    _, person, counts = np.unique(domain.labels[drawn.rows], return_inverse=True, return_counts=True)
+    own = np.interp(np.log2(np.maximum(counts - 1, 1)), [0, 1, 2, 3, 4.3], CROWDS)[person]
+    return unit(rows - rows.mean(dim=0)), drawn, torch.cat([torch.from_numpy(own).float(), theirs])
 
 
 def landmarks_of(rows: Tensor, head: GatedHead, rng: np.random.Generator) -> Tensor:
@@ -107,22 +119,26 @@ def start(head: GatedHead) -> None:
 
 
 def learn_gauge(head: GatedHead, sources: list[Domain], steps: int, rng: np.random.Generator) -> float:
-    scores, crowds = [], []
+    """Returns the last cross-entropy, a mean over images."""
+    sets = []
     for domain in sources:
-        for images, crowd in zip(IMAGES, CROWDS, strict=True):
-            for _ in range(2):
-                rows, _ = draw(domain, images, rng)
-                lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)[0]
-                scores.append(profile(rows, lists).index_select(0, landmarks_of(rows, head, rng)[0]))
-                crowds.append(crowd)
-    adam, target = torch.optim.Adam(head.gauge.parameters(), lr=0.01, weight_decay=1e-3), torch.tensor(crowds)
+        for images in IMAGES:
+            rows, _, crowds = draw(domain, images, rng)
+            lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)
+            scores = profile(rows, lists[0])
+            sets.append(
+                (scores, lists, head.gauge.whole(scores.index_select(0, landmarks_of(rows, head, rng)[0])), crowds)
+            )
+    adam = torch.optim.Adam(head.gauge.parameters(), lr=0.01, weight_decay=1e-4)
+    recent: list[float] = []
     for _ in range(steps):
         adam.zero_grad()
-        found = torch.cat([head.gauge(one + 0.002 * torch.randn_like(one)) for one in scores])
-        loss = torch.nn.functional.binary_cross_entropy(found, target)
+        scores, lists, whole, crowds = sets[int(rng.integers(len(sets)))]
+        loss = torch.nn.functional.binary_cross_entropy(head.gauge(scores, lists, whole), crowds)
         loss.backward()
         adam.step()
-    return float(loss)
+        recent.append(loss.item())
+    return float(np.mean(recent[-len(sets) :]))
 
 
 def learn(head: GatedHead, sources: list[Domain], steps: int, sets: int, lr: float, rng: np.random.Generator) -> None:
@@ -136,7 +152,7 @@ def learn(head: GatedHead, sources: list[Domain], steps: int, sets: int, lr: flo
         for _ in range(sets):
             order = order or [(d, n) for d in rng.permutation(len(sources)) for n in rng.permutation(len(IMAGES))]
             source, place = order.pop()
-            rows, drawn = draw(sources[source], IMAGES[place], rng)
+            rows, drawn, _ = draw(sources[source], IMAGES[place], rng)
             y = head.relate(rows, landmarks_of(rows, head, rng))
             strangers = len(rows) - len(drawn.rows)
             labels = torch.from_numpy(
@@ -147,7 +163,7 @@ def learn(head: GatedHead, sources: list[Domain], steps: int, sets: int, lr: flo
             )
             loss, _ = ranking_loss(y, labels, cameras, drawn.queries, rng)
             (WEIGHTS[place] * loss).backward()
-            recent.append(float(loss))
+            recent.append(loss.item())
         adam.step()
         schedule.step()
         if (step + 1) % 25 == 0:
@@ -168,7 +184,7 @@ def table(head: GatedHead, sources: list[Domain], rng: np.random.Generator) -> l
             mine = np.flatnonzero(labels.pids == person)
             asks[[rng_of_split.choice(mine[labels.camids[mine] == c]) for c in np.unique(labels.camids[mine])]] = True
         query, gallery = labels.take(asks), labels.take(~asks)
-        strangers = domain.strangers[torch.from_numpy(rng_of_split.permutation(len(domain.strangers))[:STRANGERS])]
+        strangers, _ = draw_strangers(domain, np.random.default_rng(5))
         for images in (1, 2, 4, 8, None):
             chosen = thin(query, gallery, images)
             q, g = query.take(chosen[0]), gallery.take(chosen[1])
@@ -176,8 +192,10 @@ def table(head: GatedHead, sources: list[Domain], rng: np.random.Generator) -> l
             rows = unit(rows - rows.mean(dim=0))
             landmarks = landmarks_of(rows, head, rng)
             related = head.relate(rows, landmarks)
-            lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)[0]
-            crowd = float(head.gauge(profile(rows, lists).index_select(0, landmarks[0])))
+            lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)
+            scores = profile(rows, lists[0])
+            whole = head.gauge.whole(scores.index_select(0, landmarks[0]))
+            crowd = float(head.gauge(scores, lists, whole)[: len(q)].mean())
             pids = np.r_[g.pids, np.zeros(len(strangers), np.int64)]
             camids = np.r_[g.camids, np.full(len(strangers), -1)]
             cells = []

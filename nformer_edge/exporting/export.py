@@ -32,6 +32,10 @@ from nformer_edge.ops.contract import LANDMARK_RULE, draw_landmarks
 _GOLDEN_BLOCKS = (4, 2)
 _GOLDEN_PEOPLE, _GOLDEN_SHOTS = 12, 8
 
+#: Share of its norm that a row of a bright golden image may be off: their sums are large, and onnxruntime's fused
+#: convolutions round them otherwise (3.2e-5 for white, OSNet x0.25 with published weights).
+BRIGHT = 1e-4
+
 #: Of each file, its inputs by the golden arrays that feed them, and its output.
 _GRAPHS = {
     BACKBONE: ({"images": "images"}, "features"),
@@ -168,11 +172,15 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
             continue
         session = open_session((folder / name).read_bytes(), name)
         (found,) = session.run([output], {key: golden[array] for key, array in feed.items()})
-        own = row_errors(golden[output], exact[output])
-        worst[name] = tensor_error(found, exact[output], own).worst
+        rows = slice(1) if name == BACKBONE else slice(None)
+        own = row_errors(golden[output][rows], exact[output][rows])
+        bright = row_errors(found, exact[output])[1:] if name == BACKBONE else np.zeros(1)
+        worst[name] = max(tensor_error(found[rows], exact[output][rows], own).worst, float(bright.max()) / BRIGHT)
         if not worst[name] <= 1:
             got = f"a row {worst[name]:.3g} times as far off float64 as it may be, in onnxruntime"
-            expected = f"{OWN_ERRORS:g} times PyTorch's own error, or {ROUNDING:g} of the row's norm"
+            expected = (
+                f"{OWN_ERRORS:g} times PyTorch's own error, {ROUNDING:g} of its norm, or {BRIGHT:g} if it is bright"
+            )
             raise ArtifactError(name, got, expected, "Nothing was written; report this with the checkpoint's spec.")
     return worst
 

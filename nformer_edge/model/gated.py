@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,34 +69,91 @@ class Map(nn.Module):
         return x.sign() * x.abs().pow(self.power)
 
 
-class Gauge(nn.Module):
-    """How many images of each person a set has, from 0 (few) to 1 (many), judged by the profiles of its landmarks.
+class Whole(NamedTuple):
+    """What the gauge keeps of a whole set, from the profiles of its landmarks.
 
-    Strangers' scores fall by the logarithm of their rank. What the first places of a list have above that line, in
-    units of the set's own spread, and by how much that differs from image to image, tells the composition without
-    labels.
+    Args:
+        spread: [], the unit of excess: how far scores fall from rank 16 to rank 128.
+        mean, deviation: [RANKS] each, of the landmarks' excess.
     """
 
-    def __init__(self) -> None:
+    spread: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+
+class Gauge(nn.Module):
+    """How many images of its person stand around each image, from 0 (few) to 1 (many).
+
+    Strangers' scores fall by the logarithm of their rank; what a profile has above that line is its excess. One image's
+    is noisy; those of the neighbors and of the whole set together tell the composition without labels, also where
+    people with one image stand beside dense groups that nobody asks for.
+    """
+
+    def __init__(self, k: int) -> None:
         super().__init__()
-        self.hidden = Projection(2 * len(RANKS), 16)
+        self.k = k
+        self.hidden = Projection(5 * len(RANKS), 16)
         self.out = Projection(16, 1)
 
-    def forward(self, scores: Tensor) -> Tensor:  # [l, RANKS], the landmarks' profiles -> [1]
-        near, far = scores[:, _NEAR, None], scores[:, _FAR, None]
-        strangers = near + (near - far) * _FALL.to(scores)
+    def forward(
+        self,
+        scores: Tensor,  # [N, RANKS], profiles
+        neighbors: Tensor,  # int32 [1, N, LISTED]
+        whole: Whole,
+    ) -> Tensor:  # [N]
+        excess = _excess(scores, whole.spread)
+        values = _moments(excess - whole.mean)[None]
+        same = excess[None]  # a scale of 0 gives every neighbor in the list the same weight
+        sums = operators().reciprocal_neighbor_attention(
+            same, same, values, neighbors[:, :, : self.k + 1], 0.0, torch.zeros_like(excess[:, 0])[None]
+        )[0]
+        return self.judge(excess, sums, whole)
+
+    def around(
+        self,
+        scores: Tensor,  # [B, RANKS], profiles
+        theirs: Tensor,  # [B, k, RANKS], their neighbors' profiles
+        counts: Tensor,  # bool [B, k]
+        whole: Whole,
+    ) -> Tensor:  # [B]
+        """As `forward`, where the neighbors' profiles are at hand."""
+        values = _moments(_excess(theirs.flatten(0, 1), whole.spread) - whole.mean).reshape(*counts.shape, -1)
+        sums = 0.5 * (values * counts[:, :, None]).sum(dim=1)
+        return self.judge(_excess(scores, whole.spread), sums, whole)
+
+    def whole(self, scores: Tensor) -> Whole:  # [l, RANKS], the landmarks' profiles
+        """Of a set."""
         spread = (scores[:, _TOP] - scores[:, _FAR]).mean().clamp_min(1e-3)
-        excess = (scores - strangers) / spread
+        excess = _excess(scores, spread)
         mean = excess.mean(dim=0)
-        seen = torch.cat([mean, (excess - mean).square().mean(dim=0).sqrt()])
-        found: Tensor = self.out(torch.tanh(self.hidden(seen[None])))[0].sigmoid()
+        return Whole(spread, mean, (excess - mean).square().mean(dim=0).sqrt())
+
+    def judge(self, excess: Tensor, sums: Tensor, whole: Whole) -> Tensor:  # [N, RANKS], [N, 2 RANKS + 1] -> [N]
+        """From the images' own excess, and the sums of their neighbors' `_moments` about the whole's mean."""
+        means = sums[:, :-1] / sums[:, -1:].clamp_min(0.5)
+        mean, square = means.chunk(2, dim=1)
+        deviation = (square - mean.square()).clamp_min(0).add(1e-6).sqrt()
+        around = torch.cat([whole.mean, whole.deviation]).expand(excess.shape[0], -1)
+        seen = torch.cat([excess / 3, mean + whole.mean, deviation, around], dim=1)
+        found: Tensor = self.out(torch.tanh(self.hidden(seen)))[:, 0].sigmoid()
         return found
 
 
-class Gate(nn.Module):
-    """One layer: ``unit(x_i + strength * sum_j w_ij x_j)``.
+def _moments(x: Tensor) -> Tensor:  # [N, RANKS] -> [N, 2 RANKS + 1]
+    return torch.cat([x, x.square(), torch.ones_like(x[:, :1])], dim=1)
 
-    Each number is learnt twice, for sets with one image a person and with many; the gauge says how they are mixed.
+
+def _excess(scores: Tensor, spread: Tensor) -> Tensor:  # [N, RANKS] -> [N, RANKS]
+    near, far = scores[:, _NEAR, None], scores[:, _FAR, None]
+    return (scores - (near + (near - far) * _FALL.to(scores))) / spread
+
+
+class Gate(nn.Module):
+    """One layer: ``unit(x_i + strength_i * sum_j w_ij x_j)``.
+
+    All numbers but the slope are learnt twice, for images of people with one image and with many; the gauge says how
+    they are mixed.
     """
 
     def __init__(self, k: int) -> None:
@@ -103,7 +161,7 @@ class Gate(nn.Module):
         self.k = k
         self.profile = nn.Parameter(torch.zeros(2, len(RANKS)))
         self.offset = nn.Parameter(torch.zeros(2))
-        self.log_slope = nn.Parameter(torch.full((2,), math.log(20.0)))
+        self.log_slope = nn.Parameter(torch.tensor(math.log(20.0)))
         self.log_strength = nn.Parameter(torch.zeros(2))
 
     def forward(
@@ -111,29 +169,26 @@ class Gate(nn.Module):
         x: Tensor,  # [N, D], unit rows
         scores: Tensor,  # [N, RANKS], its profiles
         neighbors: Tensor,  # int32 [1, N, LISTED]
-        crowd: Tensor,  # [1], what the gauge says
+        crowd: Tensor,  # [N], what the gauge says
     ) -> Tensor:  # [N, D], unit rows
-        slope = self.slope(crowd)  # in the scores, not in the operator's attribute: a gradient flows
+        slope = self.log_slope.exp()  # in the scores, not in the operator's attribute: a gradient flows
         t = slope * self.thresholds(scores, crowd)
         rows, chosen = x[None], neighbors[:, :, : self.k + 1]
         y = operators().reciprocal_neighbor_attention(slope * rows, rows, rows, chosen, 1.0, t[None])
         return self.joined(x, y[0], crowd)
 
-    def slope(self, crowd: Tensor) -> Tensor:
-        """Of the sigmoid."""
-        return _mixed(self.log_slope, crowd).exp()
-
-    def thresholds(self, scores: Tensor, crowd: Tensor) -> Tensor:  # [N, RANKS], [1] -> [N]
+    def thresholds(self, scores: Tensor, crowd: Tensor) -> Tensor:  # [N, RANKS], [N] -> [N]
         """t, in the unit of the scores."""
-        return scores @ _mixed(self.profile, crowd) + _mixed(self.offset, crowd)
+        return _mixed(scores @ self.profile.T + self.offset, crowd)
 
-    def joined(self, x: Tensor, y: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [1] -> [N, D]
+    def joined(self, x: Tensor, y: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
         """Rows and what their neighbors add."""
-        return unit(x + _mixed(self.log_strength, crowd).exp() * y)
+        return unit(x + _mixed(self.log_strength, crowd).exp()[:, None] * y)
 
 
-def _mixed(numbers: Tensor, crowd: Tensor) -> Tensor:  # [2, ...], [1] -> [...]
-    return numbers[0] + crowd * (numbers[1] - numbers[0])
+def _mixed(numbers: Tensor, crowd: Tensor) -> Tensor:  # [2] or [N, 2], [N] -> [N]
+    few, many = numbers[..., 0], numbers[..., 1]
+    return few + crowd * (many - few)
 
 
 def profile(
@@ -166,7 +221,7 @@ class GatedHead(nn.Module):
         self.spec = spec
         self.map = Map(spec.features)
         self.h: Sequence[Gate] = nn.ModuleList(Gate(spec.k) for _ in range(spec.layers))  # type: ignore[assignment]
-        self.gauge = Gauge()
+        self.gauge = Gauge(spec.k)
         self.own = nn.Parameter(torch.zeros(2))
 
     def forward(
@@ -195,14 +250,14 @@ class GatedHead(nn.Module):
         """What follows the map."""
         neighbors = operators().row_top_k(own[None], own[None], LISTED)
         x, scores = own, profile(own, neighbors[0])
-        crowd = self.gauge(scores.index_select(0, landmarks[0]))
+        crowd = self.gauge(scores, neighbors, self.gauge.whole(scores.index_select(0, landmarks[0])))
         for layer, gate in enumerate(self.h):
             x = gate(x, profile(x, neighbors[0]) if layer else scores, neighbors, crowd)
         return self.output(x, own, crowd)
 
-    def output(self, x: Tensor, own: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [1] -> [N, D]
+    def output(self, x: Tensor, own: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
         """The last layer's rows, with a share of what went into the first."""
-        return x + _mixed(self.own, crowd) * own
+        return x + _mixed(self.own, crowd)[:, None] * own
 
     def mapped(self, features: Tensor, landmarks: Tensor) -> Tensor:
         """What is compared: unit rows [N, D]. The center is the mean of the first layer's landmarks."""

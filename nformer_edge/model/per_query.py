@@ -161,7 +161,10 @@ class GatedPass:
         self.own = unit(mapped - self.center)
         self.lists = operators().row_top_k(self.own[None], self.own[None], LISTED)[0]
         self.last = _last_scores(self.own[None], self.own[None], self.lists[None].long())[0]
-        self.crowd = head.gauge(profile(self.own, self.lists).index_select(0, landmarks[0]))
+        scores = profile(self.own, self.lists)
+        self.whole = head.gauge.whole(scores.index_select(0, landmarks[0]))
+        self.scores = scores
+        self.crowd = head.gauge(scores, self.lists[None], self.whole)
         self.layers = [self.own]
         self.thresholds: list[Tensor] = []
         for gate in head.h:
@@ -183,26 +186,27 @@ class GatedPass:
         lists = torch.cat([self.lists, chosen])
         if entered.any():
             lists[:size][entered] = operators().row_top_k(self.own[entered][None], both[None], LISTED)[0]
-        x = both
+        x, crowd = both, self.head.gauge(profile(both, lists), lists[None], self.whole)
         for gate in self.head.h:
-            x = gate(x, profile(x, lists), lists[None], self.crowd)
+            x = gate(x, profile(x, lists), lists[None], crowd)
         image = torch.arange(size + 1, device=query.device).roll(1)
-        return Changed(torch.zeros_like(image), image, self.head.output(x, both, self.crowd)[image])
+        return Changed(torch.zeros_like(image), image, self.head.output(x, both, crowd)[image])
 
     def ask_frozen(self, queries: Tensor) -> Changed:
         """Each of `queries` [B, D] alone, while the gallery's rows stay as in its own pass."""
         x = mine = self._mapped(queries)
         chosen = operators().row_top_k(mine[None], self.own[None], LISTED - 1)[0]
         lists = torch.cat([chosen[:, :1], chosen], dim=1)  # what stands at rank 0, the query itself, is not looked at
+        near = chosen[:, : self.head.spec.k].long()
+        counts, near = near >= 0, near.clamp_min(0)
+        crowd = self.head.gauge.around(profile(x, lists, self.own), self.scores[near], counts, self.whole)
         for gate, rows, thresholds in zip(self.head.h, self.layers, self.thresholds, strict=False):
-            t = gate.thresholds(profile(x, lists, rows), self.crowd)[:, None]
-            near = chosen[:, : gate.k].long()
-            counts, near = near >= 0, near.clamp_min(0)
+            t = gate.thresholds(profile(x, lists, rows), crowd)[:, None]
             scores = torch.einsum("bd,bkd->bk", x, rows[near])
-            weights = (gate.slope(self.crowd) * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
-            x = gate.joined(x, torch.einsum("bk,bkd->bd", weights, rows[near]), self.crowd)
+            weights = (gate.log_slope.exp() * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
+            x = gate.joined(x, torch.einsum("bk,bkd->bd", weights, rows[near]), crowd)
         index = torch.arange(len(x), device=x.device)
-        return Changed(index, torch.full_like(index, len(self)), self.head.output(x, mine, self.crowd))
+        return Changed(index, torch.full_like(index, len(self)), self.head.output(x, mine, crowd))
 
     def _mapped(self, queries: Tensor) -> Tensor:  # [B, D] -> [B, D]
         return unit(self.head.map(scaled(queries, self.head.spec)) - self.center)
