@@ -54,6 +54,9 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 
 
+#: Names in a list of the gated head: the image itself, and as far down as its profile looks (`model.gated`).
+GATED_LIST = 129
+
 #: Largest values of a spec and of arguments: far above any use, and too small for a forged file to hang or to fill the
 #: memory.
 LIMITS = {
@@ -180,6 +183,11 @@ class HeadSpec:
     def gated(cls, features: int = 256) -> HeadSpec:
         """The default of the gated rule."""
         return cls(features, layers=2, heads=1, k=20, landmarks=1024, rule="gated")
+
+    @property
+    def listed(self) -> int:
+        """Names in every list that the head asks for."""
+        return GATED_LIST if self.rule == "gated" else self.k
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, typing.get_args(NeighborRule))

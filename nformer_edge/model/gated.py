@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import HeadSpec
+from nformer_edge.core.spec import GATED_LIST, HeadSpec
 from nformer_edge.model.nformer import NFormer, Projection, check_inputs, is_captured, scaled, unit
 from nformer_edge.model.start import discriminant
 from nformer_edge.ops.operators import operators
@@ -31,8 +31,9 @@ from nformer_edge.ops.reference import check_finite
 #: Places in an image's list, itself at 0, whose scores make its profile.
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
-#: Names in every list: itself, and as far down as the profile looks.
-LISTED = RANKS[-1] + 1
+#: Names in every list.
+LISTED = GATED_LIST
+assert LISTED == RANKS[-1] + 1
 
 #: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
 MISSING = 0.05

@@ -124,7 +124,8 @@ def profiles(bundle: Bundle, spec: BuildSpec) -> dict[str, Profile]:
     found: dict[str, Profile] = {"backbone": {"images": tuple((size, *image) for size in spec.batch)}}
     head = bundle.spec.head
     if head is not None:
-        rows = tuple((size, head.features) for size in spec.gallery_size)
+        # TensorRT-RTX cannot compile the standard-operator body of RowTopK for sets smaller than a list
+        rows = tuple((max(size, head.listed), head.features) for size in spec.gallery_size)
         found["head"] = {"features": rows, "landmarks": ((head.layers, head.landmarks),) * 3}
     return found
 
