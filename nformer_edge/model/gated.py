@@ -33,7 +33,7 @@ RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 #: Names in every list.
 LISTED = GATED_LIST
-assert LISTED == RANKS[-1] + 1
+assert RANKS[-1] + 1 == LISTED
 
 #: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
 MISSING = 0.05
