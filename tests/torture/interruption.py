@@ -124,10 +124,11 @@ def writers(shop: Workshop) -> list[Writer]:
         return direct(lambda: load_features(a / "f.npz")["gallery"].save(path))
 
     rows = (
-        ("export", runs("export", a / "m.safetensors", "-o"), b / "bundle", folder_of("bundle", bundle)),
-        ("build FP32", runs("build-engine", bundle, *how, "-o"), b / "fp32", folder_of("engine", a / "fp32")),
-        ("build INT8", runs(*quantized), b / "int8", folder_of("engine", int8)),
-        ("prepare", runs("prepare", bundle, "--precision", "fp32", "-o"), b / "graphs", folder_of("graphs")),
+        ("export", runs("export", a / "m.safetensors", "--force", "-o"), b / "bundle", folder_of("bundle", bundle)),
+        ("build FP32", runs("build-engine", bundle, *how, "--force", "-o"), b / "fp32",
+         folder_of("engine", a / "fp32")),
+        ("build INT8", runs(*quantized[:-1], "--force", "-o"), b / "int8", folder_of("engine", int8)),
+        ("prepare", runs("prepare", bundle, "--precision", "fp32", "--force", "-o"), b / "graphs", folder_of("graphs")),
         ("embed", runs("embed", bundle, "--data", shop.data, "--batch", 4, "-o"), b / "f.npz", store),
         ("save a gallery", gallery, b / "f.npz", store),
         ("evaluate", runs("evaluate", bundle, "--data", shop.data, "-o"), b / "evaluation.json", result("evaluation")),

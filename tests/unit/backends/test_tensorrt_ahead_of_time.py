@@ -16,6 +16,7 @@ from nformer_edge.backends.tensorrt.plugin import library as plugin_library
 from nformer_edge.core.errors import BackendError
 from nformer_edge.core.machine import MachineFacts
 from nformer_edge.targets import doctor
+from nformer_edge.targets.recipe import read_target
 
 PTX = """.version 8.8
 .target sm_87
@@ -145,7 +146,8 @@ def test_preflight_and_doctor_ask_for_no_library_where_plans_carry_the_kernels(m
     monkeypatch.setattr(plugin_ahead, "find_compilers", lambda: [Compiler()])
 
     def told():
-        return doctor._plugin_library("10.13.3.9").ok, doctor._plugin(MachineFacts(versions={"tensorrt": "10.13.3.9"}))
+        here, target = MachineFacts(versions={"tensorrt": "10.13.3.9"}), read_target("desktop-ada")
+        return doctor._plugin_library("10.13.3.9").ok, doctor._plugin(here, target)
 
     assert told() == (True, [])
     monkeypatch.setattr(plugin_ahead, "find_compilers", list)

@@ -40,7 +40,7 @@ def demo(tmp_path_factory):
     from nformer_edge.training.config import configure
 
     folder = tmp_path_factory.mktemp("demo")
-    model = configure("demo").model
+    model = configure("demo", rule="features").model
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_checkpoint(folder / "m.safetensors", model, Backbone(model.backbone), NFormer(model.head))
@@ -118,19 +118,19 @@ def test_the_demos_backbone_in_int8_has_every_convolution_in_int8_and_its_neck_i
 
 
 def test_an_engine_is_plain_plans_with_a_manifest_that_tells_what_they_are(tiny_bundle, tmp_path):
-    wanted = spec("fp16", gallery_size=(100, 200, 500), keep_graphs=True)
+    wanted = spec("fp16", gallery_size=(150, 200, 500), keep_graphs=True)
     engine = build_engine(tiny_bundle, tmp_path / "e", wanted)
     manifest = read_manifest(engine, "engine")
     graphs = {"prepared-backbone.onnx", "prepared-nformer.onnx", "compare.sh", "compare_inputs.py"}
     assert {"backbone.engine", "nformer.engine", "build.log", "golden.npz", *graphs} == set(manifest["files"])
     assert manifest["versions"]["tensorrt_rtx"].startswith("1.")
     assert manifest["built_for"]["compute_capabilities"] == ["8.9", "12.0"]
-    assert manifest["profiles"]["head"]["features"] == [[100, 32], [200, 32], [500, 32]]
+    assert manifest["profiles"]["head"]["features"] == [[150, 32], [200, 32], [500, 32]]
     summary = str(describe_engine(engine))
     assert "head: convolutions and matrix multiplications as built: 8 of 8 in FP16" in summary
     assert "FP16: overflow was not searched; --calib-data DIR" in summary
     assert "info: " in (engine / "build.log").read_text()
-    with np.load(engine / "golden.npz") as z:  # 96 rows of the self-test are below the head's profile
+    with np.load(engine / "golden.npz") as z:  # 144 rows of the self-test are below the head's profile
         assert set(z.files) == {"images", "features"}
 
 

@@ -95,7 +95,7 @@ def test_calibration_images_are_training_images_by_our_preprocessing(tool, tiny_
     assert tool.asked["images"].dtype == np.float32
     assert tool.asked["calibration_shapes"] == "images:4x3x64x32"
     with pytest.raises(DataError, match="query image"):
-        bundle_by_modelopt(tiny_bundle, tmp_path / "out", tiny_market / "query")
+        bundle_by_modelopt(tiny_bundle, tmp_path / "other", tiny_market / "query")
 
 
 def test_what_our_int8_leaves_in_float_is_excluded_by_name_unless_it_chooses_alone(
