@@ -196,7 +196,8 @@ def _measure(
 def choose_method(
     bundle: Bundle, found: dict[CalibrationMethod, Ranges], evaluator: Evaluator, journal: Journal, reduced: bool
 ) -> tuple[CalibrationMethod, MethodChoice]:
-    """The method of the ranges by which held-out people are found best; of equal or no mAP, the greater overlap@10."""
+    """The method by which held-out people are found best: the least lost mAP, to a thousandth, then the greatest
+    overlap@10, of the worse scope each."""
     from nformer_edge.quantize.placement_cpu import place_for_cpu
     from nformer_edge.quantize.search import Scores, recall_scores
 
@@ -209,7 +210,7 @@ def choose_method(
             return evaluator.score(place_for_cpu(bundle.backbone, ranges, reduce_range=reduced).without())
 
         scores[method] = recall_scores(journal, facts, score)
-    best = max(found, key=lambda m: scores[m][scope].order)
+    best = max(found, key=lambda m: tuple(min(one) for one in zip(*(s.order for s in scores[m].values()), strict=True)))
     return best, MethodChoice(scope, evaluator.held_out.facts, scores)
 
 

@@ -61,8 +61,8 @@ class Score:
 
     @property
     def order(self) -> tuple[float, float]:
-        """Greater is better: mAP to a thousandth, then overlap@10."""
-        return (0.0 if math.isnan(self.mAP) else round(self.mAP, 3)), self.overlap_at_10
+        """Greater is better: what mAP loses, to a thousandth, then overlap@10."""
+        return (0.0 if math.isnan(self.map_drop) else -round(max(self.map_drop, 0.0), 3)), self.overlap_at_10
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class MethodChoice:
     """What the calibration method ``auto`` chose by.
 
     Args:
-        scope: ``backbone``, or ``end_to_end`` with the head: whose scores counted.
+        scope: ``backbone``, or ``end_to_end`` with the head: whose scores are printed.
         held_out: whom the methods were scored on.
-        scores: of each method, by scope.
+        scores: of each method, by scope. The worse scope decides, since parity judges both.
     """
 
     scope: str

@@ -241,7 +241,8 @@ def test_auto_keeps_the_method_that_ranks_held_out_people_best(bundle, people, t
 
     def score(self, model=None):
         order.append(model)
-        return {"backbone": Score(list(worth.values())[len(order) - 1], 0.0, 0.0, 0.0, 0.5)}
+        found = list(worth.values())[len(order) - 1]
+        return {"backbone": Score(found, 0.0, 1 - found, 0.0, 0.5)}
 
     monkeypatch.setattr(Evaluator, "score", score)
     settings = EngineSpec(backend="onnxruntime", precision="int8", calib_num=8, calib_method="auto")
@@ -255,10 +256,27 @@ def test_auto_keeps_the_method_that_ranks_held_out_people_best(bundle, people, t
 
 def test_auto_breaks_a_tie_of_map_by_the_overlap_at_10(monkeypatch):
     kept = {"minmax": (0.9991, 0.8), "entropy": (0.9988, 0.9), "percentile": (0.9989, 0.7), "mse": (0.5, 1.0)}
-    scores = iter([{"backbone": Score(m, 1.0, 0.0, 0.0, n)} for m, n in kept.values()])
+    assert (
+        _chosen([{"backbone": Score(m, 1.0, 1 - m, 0.0, n)} for m, n in kept.values()], kept, monkeypatch) == "entropy"
+    )
+
+
+def test_auto_lets_the_worse_of_backbone_and_end_to_end_decide(monkeypatch):
+    kept = {"minmax": (0.97, 0.99), "entropy": (0.98, 0.985), "percentile": (0.96, 0.999), "mse": (0.975, 0.98)}
+    scores = [
+        {scope: Score(0.9, 1.0, 0.0, 0.0, n) for scope, n in zip(("backbone", "end_to_end"), both, strict=True)}
+        for both in kept.values()
+    ]
+    assert _chosen(scores, kept, monkeypatch) == "entropy"
+    scores[1]["backbone"] = Score(0.9, 1.0, 0.02, 0.0, 1.0)  # what mAP loses comes first
+    assert _chosen(scores, kept, monkeypatch) == "mse"
+
+
+def _chosen(found, methods, monkeypatch):
+    scores = iter(found)
 
     class Asked:
-        scopes = ("backbone",)
+        scopes = tuple(found[0])
         held_out = type("H", (), {"facts": HeldOutFacts(2, 4, 4, "")})
 
         def facts(self):
@@ -270,9 +288,9 @@ def test_auto_breaks_a_tie_of_map_by_the_overlap_at_10(monkeypatch):
     monkeypatch.setattr(
         "nformer_edge.quantize.placement_cpu.place_for_cpu", lambda *a, **k: type("P", (), {"without": dict})()
     )
-    ranges = {m: Ranges(m, {}) for m in kept}
+    ranges = {m: Ranges(m, {}) for m in methods}
     bundle = type("B", (), {"backbone": b""})()
-    assert prepared.choose_method(bundle, ranges, Asked(), Journal(), reduced=False)[0] == "entropy"
+    return prepared.choose_method(bundle, ranges, Asked(), Journal(), reduced=False)[0]
 
 
 def test_people_held_out_calibrate_nothing_and_each_can_be_found(people):
