@@ -25,7 +25,7 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.metrics.composition import thin
 from nformer_edge.metrics.ranking import evaluate
-from nformer_edge.model.gated import RANKS, GatedHead, Map, make_head, profile
+from nformer_edge.model.gated import LISTED, RANKS, GatedHead, Map, make_head, profile
 from nformer_edge.model.nformer import scaled, unit
 from nformer_edge.model.start import discriminant
 from nformer_edge.ops.contract import draw_landmarks
@@ -124,7 +124,7 @@ def learn_gauge(head: GatedHead, sources: list[Domain], steps: int, rng: np.rand
     for domain in sources:
         for images in IMAGES:
             rows, _, crowds = draw(domain, images, rng)
-            lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)
+            lists = operators().row_top_k(rows[None], rows[None], LISTED)
             scores = profile(rows, lists[0])
             sets.append(
                 (scores, lists, head.gauge.whole(scores.index_select(0, landmarks_of(rows, head, rng)[0])), crowds)
@@ -192,7 +192,7 @@ def table(head: GatedHead, sources: list[Domain], rng: np.random.Generator) -> l
             rows = unit(rows - rows.mean(dim=0))
             landmarks = landmarks_of(rows, head, rng)
             related = head.relate(rows, landmarks)
-            lists = operators().row_top_k(rows[None], rows[None], RANKS[-1] + 1)
+            lists = operators().row_top_k(rows[None], rows[None], LISTED)
             scores = profile(rows, lists[0])
             whole = head.gauge.whole(scores.index_select(0, landmarks[0]))
             crowd = float(head.gauge(scores, lists, whole)[: len(q)].mean())

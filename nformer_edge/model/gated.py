@@ -250,8 +250,18 @@ class GatedHead(nn.Module):
     ) -> Tensor:  # [N, D]
         """What follows the map."""
         neighbors = operators().row_top_k(own[None], own[None], LISTED)
-        x, scores = own, profile(own, neighbors[0])
-        crowd = self.gauge(scores, neighbors, self.gauge.whole(scores.index_select(0, landmarks[0])))
+        scores = profile(own, neighbors[0])
+        return self.through(own, scores, neighbors, self.gauge.whole(scores.index_select(0, landmarks[0])))
+
+    def through(
+        self,
+        own: Tensor,  # [N, D]
+        scores: Tensor,  # [N, RANKS], its profiles
+        neighbors: Tensor,  # int32 [1, N, LISTED]
+        whole: Whole,
+    ) -> Tensor:  # [N, D]
+        """The layers, where lists and the whole are known."""
+        x, crowd = own, self.gauge(scores, neighbors, whole)
         for layer, gate in enumerate(self.h):
             x = gate(x, profile(x, neighbors[0]) if layer else scores, neighbors, crowd)
         return self.output(x, own, crowd)

@@ -161,18 +161,17 @@ class GatedPass:
         self.own = unit(mapped - self.center)
         self.lists = operators().row_top_k(self.own[None], self.own[None], LISTED)[0]
         self.last = _last_scores(self.own[None], self.own[None], self.lists[None].long())[0]
-        scores = profile(self.own, self.lists)
-        self.whole = head.gauge.whole(scores.index_select(0, landmarks[0]))
-        self.scores = scores
-        self.crowd = head.gauge(scores, self.lists[None], self.whole)
+        self.scores = profile(self.own, self.lists)
+        self.whole = head.gauge.whole(self.scores.index_select(0, landmarks[0]))
+        crowd = head.gauge(self.scores, self.lists[None], self.whole)
         self.layers = [self.own]
         self.thresholds: list[Tensor] = []
-        for gate in head.h:
+        for layer, gate in enumerate(head.h):
             x = self.layers[-1]
-            scores = profile(x, self.lists)
-            self.thresholds.append(gate.thresholds(scores, self.crowd))
-            self.layers.append(gate(x, scores, self.lists[None], self.crowd))
-        self.embeddings: Tensor = head.output(self.layers[-1], self.own, self.crowd)
+            scores = profile(x, self.lists) if layer else self.scores
+            self.thresholds.append(gate.thresholds(scores, crowd))
+            self.layers.append(gate(x, scores, self.lists[None], crowd))
+        self.embeddings: Tensor = head.output(self.layers[-1], self.own, crowd)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -186,11 +185,9 @@ class GatedPass:
         lists = torch.cat([self.lists, chosen])
         if entered.any():
             lists[:size][entered] = operators().row_top_k(self.own[entered][None], both[None], LISTED)[0]
-        x, crowd = both, self.head.gauge(profile(both, lists), lists[None], self.whole)
-        for gate in self.head.h:
-            x = gate(x, profile(x, lists), lists[None], crowd)
         image = torch.arange(size + 1, device=query.device).roll(1)
-        return Changed(torch.zeros_like(image), image, self.head.output(x, both, crowd)[image])
+        x = self.head.through(both, profile(both, lists), lists[None], self.whole)
+        return Changed(torch.zeros_like(image), image, x[image])
 
     def ask_frozen(self, queries: Tensor) -> Changed:
         """Each of `queries` [B, D] alone, while the gallery's rows stay as in its own pass."""
@@ -199,9 +196,10 @@ class GatedPass:
         lists = torch.cat([chosen[:, :1], chosen], dim=1)  # what stands at rank 0, the query itself, is not looked at
         near = chosen[:, : self.head.spec.k].long()
         counts, near = near >= 0, near.clamp_min(0)
-        crowd = self.head.gauge.around(profile(x, lists, self.own), self.scores[near], counts, self.whole)
-        for gate, rows, thresholds in zip(self.head.h, self.layers, self.thresholds, strict=False):
-            t = gate.thresholds(profile(x, lists, rows), crowd)[:, None]
+        own = profile(x, lists, self.own)
+        crowd = self.head.gauge.around(own, self.scores[near], counts, self.whole)
+        for layer, (gate, rows, thresholds) in enumerate(zip(self.head.h, self.layers, self.thresholds, strict=False)):
+            t = gate.thresholds(profile(x, lists, rows) if layer else own, crowd)[:, None]
             scores = torch.einsum("bd,bkd->bk", x, rows[near])
             weights = (gate.log_slope.exp() * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
             x = gate.joined(x, torch.einsum("bk,bkd->bd", weights, rows[near]), crowd)
