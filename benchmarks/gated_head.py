@@ -57,8 +57,8 @@ def rows_of(head: GatedHead, query: Features, gallery: Features, seeds: int, alo
     joint = np.array([scored(relate(head, query, gallery, seed)) for seed in range(seeds)])
     found["head, joint"] = joint.mean(axis=0).tolist()
     found["its range over landmark seeds"] = np.ptp(joint, axis=0).tolist()
-    frozen = per_query(head, query, gallery, 0, follow=False)
-    found["head, per query, gallery frozen"] = scored((frozen.query, frozen.gallery), frozen.distances)
+    nearby = per_query(head, query, gallery, 0, follow=False)
+    found["head, per query, nearby"] = scored((nearby.query, nearby.gallery), nearby.distances)
     if alone:
         exact = per_query(head, query, gallery, 0)
         found["head, per query, exact"] = scored((exact.query, exact.gallery), exact.distances)

@@ -122,7 +122,8 @@ def per_query(head: Head, query: Features, gallery: Features, seed: int = 0, fol
 
     Args:
         seed: of the landmarks.
-        follow: False leaves the gallery as it is without the query: quicker, and not what the protocol says.
+        follow: False is quicker, and not what the protocol says: the gallery stays as it is without the query, but,
+            under the gated rule, for the neighbors that hold the query for one.
 
     Raises:
         DataError: for a feature that is not finite or is all zeros, or an empty gallery.

@@ -172,11 +172,16 @@ class Gate(nn.Module):
         neighbors: Tensor,  # int32 [1, N, LISTED]
         crowd: Tensor,  # [N], what the gauge says
     ) -> Tensor:  # [N, D], unit rows
+        return self.joined(x, self.sums(x, self.thresholds(scores, crowd), neighbors), crowd)
+
+    def sums(self, x: Tensor, thresholds: Tensor, neighbors: Tensor) -> Tensor:  # [N, D], [N], [1, N, LISTED] -> [N, D]
+        """What the neighbors give each row."""
         slope = self.log_slope.exp()  # in the scores, not in the operator's attribute: a gradient flows
-        t = slope * self.thresholds(scores, crowd)
         rows, chosen = x[None], neighbors[:, :, : self.k + 1]
-        y = operators().reciprocal_neighbor_attention(slope * rows, rows, rows, chosen, 1.0, t[None])
-        return self.joined(x, y[0], crowd)
+        found: Tensor = operators().reciprocal_neighbor_attention(
+            slope * rows, rows, rows, chosen, 1.0, (slope * thresholds)[None]
+        )[0]
+        return found
 
     def thresholds(self, scores: Tensor, crowd: Tensor) -> Tensor:  # [N, RANKS], [N] -> [N]
         """t, in the unit of the scores."""

@@ -151,7 +151,8 @@ class GatedPass:
     """As `GalleryPass`, for the gated head. Center and gauge are the gallery's own.
 
     A query enters some hundred lists, and through thresholds and layers nearly every row changes a little: `ask` runs
-    the layers over the whole set and chooses only the lists anew that the query enters.
+    the layers over the whole set and chooses only the lists anew that the query enters. `ask_nearby` moves the query
+    and the images that it and they hold for neighbors, and nothing else: what the query pulls most.
     """
 
     def __init__(self, head: GatedHead, gallery: Tensor, landmarks: Tensor) -> None:
@@ -163,15 +164,18 @@ class GatedPass:
         self.last = _last_scores(self.own[None], self.own[None], self.lists[None].long())[0]
         self.scores = profile(self.own, self.lists)
         self.whole = head.gauge.whole(self.scores.index_select(0, landmarks[0]))
-        crowd = head.gauge(self.scores, self.lists[None], self.whole)
+        self.crowd = head.gauge(self.scores, self.lists[None], self.whole)
+        nearest = self.lists[None, :, : head.spec.k + 1]
+        self.outside = _last_scores(self.own[None], self.own[None], nearest.long())[0]
         self.layers = [self.own]
         self.thresholds: list[Tensor] = []
+        self.sums: list[Tensor] = []
         for layer, gate in enumerate(head.h):
             x = self.layers[-1]
-            scores = profile(x, self.lists) if layer else self.scores
-            self.thresholds.append(gate.thresholds(scores, crowd))
-            self.layers.append(gate(x, scores, self.lists[None], crowd))
-        self.embeddings: Tensor = head.output(self.layers[-1], self.own, crowd)
+            self.thresholds.append(gate.thresholds(profile(x, self.lists) if layer else self.scores, self.crowd))
+            self.sums.append(gate.sums(x, self.thresholds[-1], self.lists[None]))
+            self.layers.append(gate.joined(x, self.sums[-1], self.crowd))
+        self.embeddings: Tensor = head.output(self.layers[-1], self.own, self.crowd)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -189,32 +193,49 @@ class GatedPass:
         x = self.head.through(both, profile(both, lists), lists[None], self.whole)
         return Changed(torch.zeros_like(image), image, x[image])
 
-    def ask_frozen(self, queries: Tensor) -> Changed:
-        """Each of `queries` [B, D] alone, while the gallery's rows stay as in its own pass."""
+    def ask_nearby(self, queries: Tensor) -> Changed:
+        """Each of `queries` [B, D] alone: of the gallery's rows, only neighbors in whose lists the query stands change.
+
+        They keep their thresholds, and what all others give them.
+        """
         x = mine = self._mapped(queries)
         chosen = operators().row_top_k(mine[None], self.own[None], LISTED - 1)[0]
         lists = torch.cat([chosen[:, :1], chosen], dim=1)  # what stands at rank 0, the query itself, is not looked at
         near = chosen[:, : self.head.spec.k].long()
         counts, near = near >= 0, near.clamp_min(0)
         own = profile(x, lists, self.own)
-        crowd = self.head.gauge.around(own, self.scores[near], counts, self.whole)
-        for layer, (gate, rows, thresholds) in enumerate(zip(self.head.h, self.layers, self.thresholds, strict=False)):
-            t = gate.thresholds(profile(x, lists, rows) if layer else own, crowd)[:, None]
-            scores = torch.einsum("bd,bkd->bk", x, rows[near])
+        crowd, theirs = self.head.gauge.around(own, self.scores[near], counts, self.whole), self.crowd[near]
+        rows = self.own[near]  # [B, k, D], as this query changes them
+        query, place = (counts & ((mine[:, None] * rows).sum(dim=2) > self.outside[near])).nonzero(as_tuple=True)
+        image = near[query, place]
+        for layer, (gate, before, thresholds) in enumerate(zip(self.head.h, self.layers, self.thresholds, strict=False)):
+            t = gate.thresholds(profile(x, lists, before) if layer else own, crowd)[:, None]
+            scores = (x[:, None] * rows).sum(dim=2)
             weights = (gate.log_slope.exp() * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
-            x = gate.joined(x, torch.einsum("bk,bkd->bd", weights, rows[near]), crowd)
+            y = (weights[:, :, None] * rows).sum(dim=1)
+            pulled = self.sums[layer][image] + weights[query, place, None] * x[query]
+            joined = gate.joined(rows[query, place], pulled, theirs[query, place])
+            rows = self.layers[layer + 1][near]
+            rows[query, place] = joined
+            x = gate.joined(x, y, crowd)
         index = torch.arange(len(x), device=x.device)
-        return Changed(index, torch.full_like(index, len(self)), self.head.output(x, mine, crowd))
+        out = self.head.output(x, mine, crowd)
+        moved = self.head.output(rows[query, place], self.own[image], self.crowd[image])
+        return Changed(
+            torch.cat([index, query]),
+            torch.cat([torch.full_like(index, len(self)), image]),
+            torch.cat([out, moved]),
+        )
 
     def _mapped(self, queries: Tensor) -> Tensor:  # [B, D] -> [B, D]
         return unit(self.head.map(scaled(queries, self.head.spec)) - self.center)
 
     def ask_all(self, queries: Tensor, follow: bool = True, batch: int = 32) -> Iterator[tuple[slice, Changed]]:
-        """`ask` for each of [Q, D], or `ask_frozen` in batches unless `follow`; with a progress bar."""
+        """`ask` for each of [Q, D], or `ask_nearby` in batches unless `follow`; with a progress bar."""
         batch = 1 if follow else batch
         for start in tqdm(range(0, len(queries), batch), desc="per query", unit="batch", **PROGRESS):
             rows = slice(start, min(start + batch, len(queries)))
-            yield rows, self.ask(queries[rows]) if follow else self.ask_frozen(queries[rows])
+            yield rows, self.ask(queries[rows]) if follow else self.ask_nearby(queries[rows])
 
 
 def gallery_pass(head: Head, gallery: Tensor, landmarks: Tensor) -> GalleryPass | GatedPass:

@@ -206,30 +206,50 @@ def test_a_query_alone_equals_a_whole_pass_of_the_gated_head(people: int, shots:
         exact = head.output(x, own, mixed)
         answer = passed.ask(query[None])
         assert torch.allclose(answer.x, exact[answer.image], atol=1e-12)
-        frozen = passed.ask_frozen(query[None])
-        assert frozen.x.shape == (1, 16)
-        assert torch.nn.functional.cosine_similarity(frozen.x, exact[-1:]) > 0.9
+        nearby = passed.ask_nearby(query[None]).x[:1]
+        assert torch.nn.functional.cosine_similarity(nearby, exact[-1:]) > 0.9
 
 
 @torch.no_grad()
-def test_a_frozen_gallery_answers_with_its_own_rows_and_thresholds() -> None:
-    head, gallery = _gated(), crowd(50, 3)
-    landmarks = torch.from_numpy(draw_landmarks(len(gallery) - 1, 2, 40, 3))
-    passed = gallery_pass(head, gallery[1:], landmarks)
+def test_nearby_the_query_moves_itself_and_the_neighbors_that_hold_it_for_one() -> None:
+    head, every = _gated(), crowd(50, 3)
+    gallery, queries = every[8:], every[:8]
+    landmarks = torch.from_numpy(draw_landmarks(len(gallery), 2, 40, 3))
+    passed = gallery_pass(head, gallery, landmarks)
     assert isinstance(passed, GatedPass)
-    query = gallery[:1]
+    shares = [_nearby_by_hand(head, passed, query[None]) for query in queries]
+    assert min(shares) < 1
+    assert max(shares) > 0
+
+
+def _nearby_by_hand(head: GatedHead, passed: GatedPass, query: Tensor) -> float:
+    """Checks `ask_nearby`; the share of the query's neighbors that hold it for one."""
+    size, k = len(passed), head.spec.k
     own = unit(head.map(scaled(query, head.spec)) - passed.center)
-    lists = operators().row_top_k(own[None], torch.cat([passed.own, own])[None], LISTED)[0, 0].long()
-    x = own
-    near = [int(j) for j in lists[: head.spec.k + 1] if j != len(passed)]
-    scores = torch.cat([passed.own, own])[lists[list(RANKS)]] @ own[0]
-    mixed = head.gauge.around(scores[None], passed.scores[near][None], torch.ones(1, len(near)) > 0, passed.whole)
-    for gate, rows, thresholds in zip(head.h, passed.layers, passed.thresholds, strict=False):
-        t = gate.thresholds((torch.cat([rows, x])[lists[list(RANKS)]] @ x[0])[None], mixed)
-        slope = gate.log_slope.exp()
-        y = sum(torch.sigmoid(slope * (rows[j] @ x[0] - (t + thresholds[j]) / 2)) * rows[j] for j in near)
-        x = gate.joined(x, torch.as_tensor(y)[None], mixed)
-    assert torch.allclose(passed.ask_frozen(query).x, head.output(x, own, mixed), atol=1e-12)
+    both = torch.cat([passed.own, own])
+    lists = operators().row_top_k(both[None], both[None], LISTED)[0].long()
+    ranked = lists[-1]
+    near = [int(j) for j in ranked[: k + 1] if j != size]
+    holds = [j for j in near if size in lists[j, : k + 1]]
+    scores = (both[ranked[list(RANKS)]] @ own[0])[None]
+    crowds = head.gauge.around(scores, passed.scores[near][None], torch.ones(1, len(near)) > 0, passed.whole)
+    rows, alone, moved = passed.own.clone(), passed.own, own
+    for gate, thresholds in zip(head.h, passed.thresholds, strict=False):
+        t = gate.thresholds((torch.cat([alone, moved])[ranked[list(RANKS)]] @ moved[0])[None], crowds)
+        weights = torch.sigmoid(gate.log_slope.exp() * (rows[near] @ moved[0] - (t + thresholds[near]) / 2))
+        sums = gate.sums(alone, thresholds, passed.lists[None])
+        alone = gate.joined(alone, sums, passed.crowd)
+        after = alone.clone()
+        for j, weight in zip(near, weights, strict=True):
+            if j in holds:
+                after[j] = gate.joined(rows[j : j + 1], sums[j : j + 1] + weight * moved, passed.crowd[j : j + 1])[0]
+        moved, rows = gate.joined(moved, (weights[:, None] * rows[near]).sum(dim=0)[None], crowds), after
+    answer = passed.ask_nearby(query)
+    assert sorted(answer.image[1:].tolist()) == sorted(holds)
+    assert torch.allclose(answer.x[:1], head.output(moved, own, crowds), atol=1e-12)
+    expected = head.output(rows, passed.own, passed.crowd)[answer.image[1:]]
+    assert torch.allclose(answer.x[1:], expected, atol=1e-12)
+    return len(holds) / len(near)
 
 
 @torch.no_grad()
