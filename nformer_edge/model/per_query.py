@@ -208,7 +208,9 @@ class GatedPass:
         rows = self.own[near]  # [B, k, D], as this query changes them
         query, place = (counts & ((mine[:, None] * rows).sum(dim=2) > self.outside[near])).nonzero(as_tuple=True)
         image = near[query, place]
-        for layer, (gate, before, thresholds) in enumerate(zip(self.head.h, self.layers, self.thresholds, strict=False)):
+        for layer, (gate, before, thresholds) in enumerate(
+            zip(self.head.h, self.layers, self.thresholds, strict=False)
+        ):
             t = gate.thresholds(profile(x, lists, before) if layer else own, crowd)[:, None]
             scores = (x[:, None] * rows).sum(dim=2)
             weights = (gate.log_slope.exp() * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
@@ -222,9 +224,7 @@ class GatedPass:
         out = self.head.output(x, mine, crowd)
         moved = self.head.output(rows[query, place], self.own[image], self.crowd[image])
         return Changed(
-            torch.cat([index, query]),
-            torch.cat([torch.full_like(index, len(self)), image]),
-            torch.cat([out, moved]),
+            torch.cat([index, query]), torch.cat([torch.full_like(index, len(self)), image]), torch.cat([out, moved])
         )
 
     def _mapped(self, queries: Tensor) -> Tensor:  # [B, D] -> [B, D]
