@@ -18,7 +18,7 @@ from nformer_edge.core.errors import BackendError
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import Result, to_table
-from nformer_edge.exporting.bundle import Bundle, ModelManifest, open_bundle
+from nformer_edge.exporting.bundle import LIVE, Bundle, ModelManifest, open_bundle
 from nformer_edge.quantize.prepare import CalibrationData, Data, prepare
 from nformer_edge.quantize.values import BUDGET, BudgetSearch, CalibrationFacts, HalfFacts
 
@@ -92,6 +92,8 @@ def build_engine(
     model = {field.name: getattr(opened.manifest, field.name) for field in dataclasses.fields(ModelManifest)}
     with atomic_folder(path, KIND) as folder:
         low.save(folder)
+        if LIVE in opened.files.files:
+            opened.files.copy(LIVE, folder)
         built = backend.build(opened, folder, chosen, low)
         manifest = EngineManifest(
             **{**model, **vars(built)},

@@ -50,6 +50,10 @@ class Runner(Protocol):
         """Inputs and outputs for `self_test`, as `exporting.bundle.ModelFiles.golden` has them; empty if none."""
         ...
 
+    def head_numbers(self) -> dict[str, np.ndarray]:
+        """The head's weights, as `exporting.bundle.ModelFiles.head_numbers` has them; empty if none."""
+        ...
+
     def embed(
         self,
         images: np.ndarray,  # float32 [B, 3, H, W], as core.preprocess makes them

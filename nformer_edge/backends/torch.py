@@ -20,7 +20,7 @@ from nformer_edge.core.spec import ModelSpec, check_size
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
-from nformer_edge.model.gated import Head
+from nformer_edge.model.gated import Head, head_numbers
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.operators import FastestOperators, Operators, using
 
@@ -86,6 +86,11 @@ class TorchRunner:
     def golden(self) -> dict[str, np.ndarray]:
         """None: this is where golden vectors come from."""
         return {}
+
+    def head_numbers(self) -> dict[str, np.ndarray]:
+        """See `Runner.head_numbers`."""
+        head = self._loaded().head
+        return {} if head is None else head_numbers(head)
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`."""

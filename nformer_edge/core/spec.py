@@ -54,8 +54,14 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 
 
-#: Names in a list of the gated head: the image itself, and as far down as its profile looks (`model.gated`).
-GATED_LIST = 129
+#: Places in an image's list of the gated head, itself at 0, whose scores make its profile (`model.gated`).
+GATED_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+#: Names in such a list: as far down as a profile looks.
+GATED_LIST = GATED_RANKS[-1] + 1
+
+#: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
+GATED_MISSING = 0.05
 
 #: Largest values of a spec and of arguments: far above any use, and too small for a forged file to hang or to fill the
 #: memory.

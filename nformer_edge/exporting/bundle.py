@@ -24,6 +24,7 @@ KIND = "bundle"
 BACKBONE = "backbone.onnx"
 HEAD = "nformer.onnx"
 GOLDEN = "golden.npz"
+LIVE = "live.npz"
 
 _GOLDEN_BACKBONE, _GOLDEN_HEAD = {"images", "features"}, {"head_input", "landmarks", "embeddings"}
 
@@ -144,18 +145,33 @@ class ModelFiles:
         Raises:
             ArtifactError: if there is no such file, or it holds something else.
         """
-        where, hint = str(self.folder / GOLDEN), "Export it again."
         if GOLDEN not in self.files.files:
-            raise ArtifactError(where, "no such file in the manifest", "the self-test's arrays", hint)
-        try:
-            with np.load(io.BytesIO(self.files.files[GOLDEN]), allow_pickle=False) as z:
-                arrays = {name: z[name] for name in z.files}
-        except UNREADABLE as e:
-            raise ArtifactError(where, f"an unreadable file ({e})", "arrays", hint) from e
+            got, hint = "no such file in the manifest", "Export it again."
+            raise ArtifactError(str(self.folder / GOLDEN), got, "the self-test's arrays", hint)
+        arrays = self._arrays(GOLDEN)
         if set(arrays) not in (_GOLDEN_BACKBONE, _GOLDEN_BACKBONE | _GOLDEN_HEAD):
             got = f"the arrays {', '.join(sorted(arrays)) or 'none'}"
-            raise ArtifactError(where, got, "images and features of a self-test", hint)
+            expected = "images and features of a self-test"
+            raise ArtifactError(str(self.folder / GOLDEN), got, expected, "Export it again.")
         return arrays
+
+    @property
+    def head_numbers(self) -> dict[str, np.ndarray]:
+        """The head's weights in FP32, by their names in the checkpoint: for a gallery that changes (`gallery.live`).
+        Empty where there is no head, or it was exported by an earlier version.
+
+        Raises:
+            ArtifactError: if the file cannot be read.
+        """
+        return self._arrays(LIVE) if LIVE in self.files.files else {}
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        try:
+            with np.load(io.BytesIO(self.files.files[name]), allow_pickle=False) as z:
+                return {key: z[key] for key in z.files}
+        except UNREADABLE as e:
+            got = f"an unreadable file ({e})"
+            raise ArtifactError(str(self.folder / name), got, "arrays", "Export it again.") from e
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.core.values import to_table
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, BundleManifest, Normalization
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, LIVE, BundleManifest, Normalization
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
 from nformer_edge.exporting.trace import trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
+from nformer_edge.model.gated import head_numbers
 from nformer_edge.ops.bodies import DEFAULT_OPSET, IR_VERSION, check_opset
 from nformer_edge.ops.contract import LANDMARK_RULE, draw_landmarks
 
@@ -86,6 +87,8 @@ def export_bundle(
         _save(trace_backbone(loaded.backbone, size, opset), folder / BACKBONE, "One feature an image.")
         if loaded.head is not None:
             _save(trace_head(loaded.head, opset), folder / HEAD, "Features of N images that know their neighbors.")
+            with atomic_write(folder / LIVE) as file:
+                np.savez(file, **head_numbers(loaded.head))  # type: ignore[arg-type]
         with atomic_write(folder / GOLDEN) as file:
             np.savez(file, **golden)  # type: ignore[arg-type]
         worst = check_against(folder, golden, _exact(loaded, golden))

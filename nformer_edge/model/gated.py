@@ -18,25 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import GATED_LIST, HeadSpec
+from nformer_edge.core.spec import GATED_LIST, GATED_MISSING, GATED_RANKS, HeadSpec
 from nformer_edge.model.nformer import NFormer, Projection, check_inputs, is_captured, scaled, unit
 from nformer_edge.model.start import discriminant
 from nformer_edge.ops.operators import operators
 from nformer_edge.ops.reference import check_finite
 
-#: Places in an image's list, itself at 0, whose scores make its profile.
-RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-
-#: Names in every list.
-LISTED = GATED_LIST
-assert RANKS[-1] + 1 == LISTED
-
-#: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
-MISSING = 0.05
+#: See `core.spec`.
+RANKS, LISTED, MISSING = GATED_RANKS, GATED_LIST, GATED_MISSING
 
 #: The gates that a new head starts with, and how they were learnt.
 GATES = Path(__file__).with_name("gates.json")
@@ -288,6 +282,11 @@ Head = NFormer | GatedHead
 def make_head(spec: HeadSpec) -> Head:
     """A new head of the rule that `spec` names."""
     return GatedHead(spec) if spec.rule == "gated" else NFormer(spec)
+
+
+def head_numbers(head: Head) -> dict[str, np.ndarray]:
+    """Its weights in FP32, by name: what a gallery that changes computes with (`gallery.live`)."""
+    return {name: x.detach().cpu().float().numpy() for name, x in head.state_dict().items()}
 
 
 @torch.no_grad()

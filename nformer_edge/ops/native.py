@@ -127,6 +127,25 @@ def _row_top_k(
     return neighbors, confirmed
 
 
+def pair_scores(
+    a: np.ndarray,  # [H, N, R]
+    b: np.ndarray,  # [H, M, R]
+    columns: np.ndarray,  # int32 [H, N, K] or [1, N, K], each -1..M-1
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float64 [H, N, K]
+    """The scores of each row with the columns that it names, as `row_top_k` orders by; -infinity for -1."""
+    library = _library()
+    _check_factors(a, b)
+    count = _threads(threads)
+    _check_lists(columns, a, b.shape[1], count)
+    named = np.ascontiguousarray(np.broadcast_to(columns, (*a.shape[:2], columns.shape[2])))
+    scores = np.empty(named.shape, dtype=np.float64)
+    library.pair_scores(_wide(a), _wide(b), named, scores, count, _isa(isa))
+    return scores
+
+
 def kth_scores(
     a: np.ndarray,  # [H, N, R]
     b: np.ndarray,  # [H, M, R]
@@ -139,14 +158,7 @@ def kth_scores(
 
     With `enters` it answers, for a gallery that grows, which lists a new image changes.
     """
-    library = _library()
-    _check_factors(a, b)
-    count = _threads(threads)
-    _check_lists(neighbors, a, b.shape[1], count)
-    last = np.ascontiguousarray(np.broadcast_to(neighbors[:, :, -1:], (*a.shape[:2], 1)))
-    scores = np.empty(last.shape, dtype=np.float64)
-    library.pair_scores(_wide(a), _wide(b), last, scores, count, _isa(isa))
-    return scores[:, :, 0]
+    return pair_scores(a, b, neighbors[:, :, -1:], threads=threads, isa=isa)[:, :, 0]
 
 
 def smallest_scores(
@@ -255,26 +267,32 @@ def reciprocal_neighbor_attention(
     cameras: np.ndarray | None = None,  # int32 [N]
     camera_factor: float = 1.0,
     *,
+    rows: np.ndarray | None = None,  # int32 [P], each 0..N-1
     threads: int | None = None,
     isa: str | None = None,
-) -> np.ndarray:  # [H, N, D], as v
+) -> np.ndarray:  # [H, N, D], or [H, P, D], as v
     """Softmax of ``scale * a b^T`` over the neighbors that chose each other, then the weighted sum of their values.
 
     `scale` is 1 / sqrt(D) unless given. A row with no reciprocal neighbor is exactly zero; a row of `v` that is not
     finite reaches the rows that count it and no other. With `t` it is gated, see `ops.reference`: a pair whose score
-    or thresholds are not finite does not count.
+    or thresholds are not finite does not count. With `rows` only theirs are computed.
 
     Raises:
-        UsageError: if a shape or a type does not fit, a neighbor is out of range, or `cameras` come without `t`.
+        UsageError: if a shape or a type does not fit, a neighbor or a row is out of range, or `cameras` come without
+            `t`.
         BackendError: if the kernels are not compiled here.
     """
     library = _library()
     count = _threads(threads)
     scale = _check_attention(a, b, v, neighbors, scale, t, cameras, count)
-    y = np.zeros(v.shape, dtype=np.float32)
+    if rows is not None:
+        rows = np.ascontiguousarray(rows, dtype=np.int32)
+        if rows.ndim != 1 or (rows.size and not (rows.min() >= 0 and rows.max() < a.shape[1])):
+            raise UsageError("rows", f"shape {rows.shape}", f"[P] of 0..{a.shape[1] - 1}", "Name rows that are there.")
+    y = np.zeros((v.shape[0], v.shape[1] if rows is None else len(rows), v.shape[2]), dtype=np.float32)
     if y.size and neighbors.shape[2]:
         inputs = (_wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors), scale, *_gate(t, cameras))
-        library.attend(*inputs, camera_factor, y, count, _isa(isa))
+        library.attend(*inputs, camera_factor, rows, y, count, _isa(isa))
     return y.astype(v.dtype, copy=False)
 
 

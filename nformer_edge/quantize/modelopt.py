@@ -32,7 +32,7 @@ from nformer_edge.core.values import Result, Table, from_json, to_table
 from nformer_edge.data.batches import iter_batches
 from nformer_edge.data.calibration import calibration_images, calibration_sha256
 from nformer_edge.data.records import Dataset
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, open_bundle
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, LIVE, open_bundle
 from nformer_edge.quantize.fp16 import backbone_float32, multiplication_types, plain_features
 from nformer_edge.quantize.placement_cpu import float_nodes
 from nformer_edge.quantize.values import CalibrationFacts
@@ -142,8 +142,8 @@ def bundle_by_modelopt(
     with atomic_folder(out, KIND) as folder:
         onnx.save(made, folder / BACKBONE)
         np.savez(folder / GOLDEN, **{**source.golden, "features": features})  # type: ignore[arg-type]
-        if source.has_head:
-            source.files.copy(HEAD, folder)
+        for name in {HEAD, LIVE} & set(source.files.files):
+            source.files.copy(name, folder)
         write_manifest(folder, KIND, to_table(manifest))
         sign_folder(folder, KIND, sign)
     return Path(out)

@@ -73,6 +73,10 @@ class OnnxRuntimeRunner:
         """See `Runner.golden`."""
         return self._model.golden
 
+    def head_numbers(self) -> dict[str, np.ndarray]:
+        """See `Runner.head_numbers`."""
+        return self._model.head_numbers
+
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`. Batches above `max_batch` are split."""
         images = check_images(images, self.spec)

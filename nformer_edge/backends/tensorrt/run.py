@@ -112,6 +112,10 @@ class TensorRTRunner:
         """See `Runner.golden`."""
         return self._opened.golden
 
+    def head_numbers(self) -> dict[str, np.ndarray]:
+        """See `Runner.head_numbers`."""
+        return self._opened.head_numbers
+
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`. Batches above the profile are split; smaller ones are filled up with their last image."""
         images = check_images(images, self.spec)

@@ -25,6 +25,7 @@ using FloatsOut = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>
 using Thresholds = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ThresholdsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Cameras = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = Cameras;
 using Lists = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using ListsOut = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
@@ -94,9 +95,11 @@ AttentionTensors tensors_of(const Floats& a, const Floats& b, const Floats& v, c
 }
 
 void attention(Floats a, Floats b, Floats v, Lists neighbors, double scale, std::optional<Thresholds> t,
-               std::optional<Cameras> cameras, double camera_factor, FloatsOut y, int threads, const std::string& isa) {
+               std::optional<Cameras> cameras, double camera_factor, std::optional<Rows> rows, FloatsOut y, int threads,
+               const std::string& isa) {
   const Table& table = table_of(isa);
-  const AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
+  AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
+  if (rows) x.rows = rows->data(), x.row_count = static_cast<int64_t>(rows->shape(0));
   const nb::gil_scoped_release release;
   attend(table, x, y.data(), threads);
 }

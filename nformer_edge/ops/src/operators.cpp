@@ -58,10 +58,10 @@ struct Turned {
   Readers readers() const { return {start.data(), row.data(), weight.data(), slope.data()}; }
 };
 
-// Runs work(begin, end, scratch) over the rows of one head.
+// Runs work(begin, end, scratch) over 0..rows-1.
 template <class Work>
-void over_rows(const Attention& x, int threads, const Work& work) {
-  parallel_ranges(threads, x.n, kAttendRows, [&](int64_t begin, int64_t end) {
+void over_rows(const Attention& x, int64_t rows, int threads, const Work& work) {
+  parallel_ranges(threads, rows, kAttendRows, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> slots(x.k);
     std::vector<double> weights(x.k);
     std::vector<float> shares(2 * x.k);
@@ -104,8 +104,17 @@ int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tr
 void attend(const Table& table, const AttentionTensors& tensors, float* y, int threads) {
   for (int64_t h = 0; h < tensors.heads; ++h) {
     const Attention x = head_of(tensors, h);
-    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
-      table.attend(x, begin, end, y + h * x.n * x.d, scratch);
+    if (!tensors.rows) {
+      over_rows(x, x.n, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+        table.attend(x, begin, end, y + h * x.n * x.d, scratch);
+      });
+      continue;
+    }
+    over_rows(x, tensors.row_count, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t i = tensors.rows[p];  // `attend` writes row i at place i
+        table.attend(x, i, i + 1, y + (h * tensors.row_count + p - i) * x.d, scratch);
+      }
     });
   }
 }
@@ -117,7 +126,7 @@ void attend_backward(const Table& table, const AttentionTensors& tensors, const 
     std::vector<float> weight(x.n * x.k), slope(x.n * x.k);
     AttentionGradient g{gy + h * x.n * x.d, weight.data(),      slope.data(),
                         ga + h * x.n * x.r, gb + h * x.n * x.r, gv + h * x.n * x.d};
-    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+    over_rows(x, x.n, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
       table.attend_backward_rows(x, g, begin, end, scratch);
     });
     std::optional<Turned> turned;
@@ -125,7 +134,7 @@ void attend_backward(const Table& table, const AttentionTensors& tensors, const 
       g.gt = gt + (tensors.thresholds == 1 ? 0 : h) * x.n;
       g.readers = turned.emplace(x, g).readers();
     }
-    over_rows(x, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+    over_rows(x, x.n, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
       table.attend_backward_columns(x, g, begin, end, scratch);
     });
   }

@@ -30,6 +30,8 @@ struct AttentionTensors {
   int64_t thresholds = 1;
   const int32_t* cameras = nullptr;
   double camera_factor = 1;
+  const int32_t* rows = nullptr;  // [row_count], those to compute, or null: all
+  int64_t row_count = 0;
 };
 
 // The first row of x [rows, length] with a NaN or infinity, or -1.
@@ -39,7 +41,7 @@ int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t c
 
 // Returns how many pairs integer products left to exact scores.
 int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
-// y [H, N, D].
+// y [H, N, D], or [H, row_count, D].
 void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
 // From gy [H, N, D]; ga, gb, gv, gt are shaped as a, b, v, t, and gt is zero before the call.
 void attend_backward(const Table& table, const AttentionTensors& x, const float* gy, float* ga, float* gb, float* gv,

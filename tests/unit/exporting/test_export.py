@@ -19,7 +19,7 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
 from nformer_edge.core.values import to_json
 from nformer_edge.exporting import export
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, open_bundle
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, LIVE, open_bundle
 from nformer_edge.exporting.trace import folded_neck, trace_head
 from nformer_edge.metrics.agreement import ROUNDING, row_errors
 from nformer_edge.metrics.composition import composition
@@ -44,7 +44,7 @@ def worst(found, expected):
 def test_a_bundle_says_what_a_device_must_know(tiny_bundle, tiny_checkpoint):
     manifest = read_manifest(tiny_bundle, "bundle")
     checkpoint = load_checkpoint(tiny_checkpoint)
-    assert sorted(manifest["files"]) == [BACKBONE, GOLDEN, HEAD]
+    assert sorted(manifest["files"]) == [BACKBONE, GOLDEN, LIVE, HEAD]
     assert open_bundle(tiny_bundle).spec == checkpoint.spec
     assert manifest["preprocess"] == to_dict(checkpoint.spec.preprocess)
     assert manifest["checkpoint_sha256"] == checkpoint.sha256

@@ -1,0 +1,429 @@
+"""The head over a gallery that changes: images come and go, and each query is answered alone, in milliseconds.
+
+A whole pass compares all images with each other. What it finds is kept here, row by row: neighbor lists with their
+scores, and what every layer saw. A new image enters some lists, a removed one leaves some, and what this
+reaches is computed anew, layer by layer, and nothing else. An `exact` query is an image that is added, asked and taken
+back; a frozen one leaves the gallery as it is.
+
+What the landmarks give (the gated head's center and gauge, the published head's agents) is taken when they are drawn,
+and stays the gallery's own until `rebuild`. Needs numpy and the native kernels alone.
+
+Letters: N images, B new ones or queries, D features, K names in a list, P rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from nformer_edge.backends.runner import Runner, check_head_input, require_head
+from nformer_edge.core.errors import ArtifactError, DataError, UsageError
+from nformer_edge.core.spec import HeadSpec, ModelSpec
+from nformer_edge.metrics.distance import row_blocks
+from nformer_edge.ops import native
+from nformer_edge.ops.contract import NO_NEIGHBOR, draw_landmarks
+
+#: Names that a list has beyond those the head reads, so that few removals make it search anew.
+RESERVE = 31
+
+#: A number of a row (a threshold, a unit row's coordinate) that moved less is as it was, and is not followed on.
+STILL = 1e-6
+
+#: Queries whose scores are computed in one product.
+_BATCH = 32
+
+
+class LiveHead:
+    """A head and a gallery's state under it; `open` makes the one for a model's rule.
+
+    Positions are places in the order in which rows were added, less those removed. A call that changes the gallery and
+    another call must not run at once; `ask` may be called from several threads.
+
+    Args:
+        spec: of the model.
+        numbers: the head's weights, by their names in the checkpoint.
+        seed: of the landmarks.
+    """
+
+    #: Per-row arrays that `state` has; the others follow from them.
+    KEPT: ClassVar[tuple[str, ...]] = ("unit", "length", "names", "scores")
+
+    def __init__(self, spec: ModelSpec, numbers: Mapping[str, np.ndarray], seed: int) -> None:
+        self.model, self.spec, self.seed = spec, require_head(spec), seed
+        self.numbers = {name: np.asarray(x, np.float32) for name, x in numbers.items()}
+        self._rows: dict[str, np.ndarray] = {}  # of each N + 1 rows: the last is a query's, while it is asked exactly
+        self._landmarks: dict[str, np.ndarray] = {}
+        self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
+        self._drawn = 0  # N when landmarks were drawn
+        self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None
+        self._lock = threading.Lock()
+        self._allocate(0)
+
+    @classmethod
+    def open(cls, model: Runner) -> LiveHead:
+        """The live form of an open model's head, without rows.
+
+        Raises:
+            UsageError: if the model has no head, or none of the gated rule.
+            ArtifactError: for a bundle or an engine that was exported without the head's numbers.
+        """
+        from nformer_edge.gallery.live_gated import GatedLive
+
+        head, numbers = require_head(model.spec), model.head_numbers()
+        if not numbers:
+            hint = "Export it again: nformer-edge export CHECKPOINT -o BUNDLE; an engine is then built from that."
+            raise ArtifactError(model.name, "no live form of its head", "one, to keep a gallery", hint)
+        if head.rule != "gated":
+            raise UsageError("head", f"the rule {head.rule}", "gated", "Search without the head, or train a gated one.")
+        return GatedLive(model.spec, numbers, model.landmark_seed)
+
+    def __len__(self) -> int:
+        return len(self._moved)
+
+    @property
+    def grown(self) -> bool:
+        """Whether the gallery has doubled or halved since its landmarks were drawn."""
+        return len(self) >= 2 * max(self._drawn, 1) or 2 * len(self) <= self._drawn
+
+    def build(self, features: np.ndarray, landmarks: Mapping[str, np.ndarray] | None = None) -> None:
+        """Starts anew from rows [N, D], as the backbone gave them.
+
+        Args:
+            landmarks: what another gallery of this model has under `landmarks`; drawn from the rows if None.
+
+        Raises:
+            UsageError: if a shape does not fit.
+            DataError: for a row that is not finite or is all zeros.
+        """
+        self._start(self._entered(self._checked(features)), landmarks)
+
+    def rebuild(self) -> None:
+        """Draws landmarks anew for the rows that are there."""
+        self._start(self._held(), None)
+
+    @property
+    def landmarks(self) -> dict[str, np.ndarray]:
+        """What the landmarks gave: a few numbers, and not the images' own rows."""
+        return dict(self._landmarks)
+
+    def add(self, features: np.ndarray) -> None:
+        """Appends rows [B, D]. Raises as `build`; nothing is added then. The first rows draw the landmarks."""
+        rows, held = self._entered(self._checked(features)), len(self)
+        if not held:
+            return self._start(rows, None)
+        self._allocate(held + len(rows))
+        self._moved[held:] = True
+        for name, x in self._prepared(rows).items():
+            self._rows[name][held:-1] = x
+        for part in row_blocks(len(rows)):
+            self._list_new(held + part.start, held + part.stop)
+
+    def remove(self, positions: np.ndarray) -> None:
+        """Takes rows away; those that stay keep their order.
+
+        Raises:
+            UsageError: for a position that is not there.
+        """
+        kept = np.ones(len(self) + 1, bool)
+        kept[self._positions(positions)] = False
+        if not kept[:-1].any():
+            return self._start(np.zeros((0, self.spec.features), np.float32), None)
+        place = np.where(kept, np.cumsum(kept) - 1, NO_NEIGHBOR).astype(np.int32)
+        self._rows = {name: x[kept] for name, x in self._rows.items()}
+        self._moved = self._moved[kept[:-1]]
+        self._unlist(place)
+
+    def ask(
+        self,
+        features: np.ndarray,  # [B, D]
+        exact: bool = False,
+        among: int | np.ndarray | None = None,
+    ) -> np.ndarray:  # float32 [B, N]
+        """The cosine of each query, alone, to every row, as the head relates them.
+
+        Args:
+            features: queries as the backbone gave them.
+            exact: the gallery's rows change as the query changes them, as in a whole pass over gallery and query. If
+                False they stay as they are without the query, which alone is computed.
+            among: a shortlist: positions [M], or how many rows, nearest by what the head compares. The query is related
+                with these rows alone, by a pass over them; all others score -infinity. It takes time by M squared.
+
+        Raises:
+            UsageError: if a shape does not fit or a position is not there.
+            DataError: for a query that is not finite or is all zeros, or an empty gallery.
+        """
+        if not len(self):
+            raise DataError("gallery", "zero images", "at least one", "Add images first.")
+        queries = self._prepared(self._entered(self._checked(features)))
+        count = len(next(iter(queries.values())))
+        found = np.empty((count, len(self)), np.float32)
+        if among is None:
+            self.settle()
+        for part in row_blocks(count, _BATCH if among is None and not exact else 1):
+            asked = {name: x[part] for name, x in queries.items()}
+            if among is not None:
+                found[part] = self._among(asked, among)
+            else:
+                found[part] = self._exact(asked) if exact else self._frozen(asked)
+        return found
+
+    def settle(self) -> None:
+        """Computes the rows that were added, and those that additions and removals reach. `ask` does it first."""
+        with self._lock:
+            if self._moved.any():
+                self._spread(len(self), self._moved)
+                self._moved[:] = False
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restore` takes: arrays of N rows, and what the landmarks gave."""
+        rows = {name: self._rows[name][:-1] for name in self.KEPT if name in self._rows}
+        return {**rows, **self._landmarks, "drawn": np.array(self._drawn)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes up a `state` of the same model; the layers are computed at the next `ask`.
+
+        Raises:
+            DataError: if arrays are missing or do not fit each other.
+        """
+        names = {*(name for name in self.KEPT if name in self._rows), "drawn"}
+        shapes = {len(state[name]) for name in names & set(state) - {"drawn"}}
+        listed = state.get("names", np.zeros((0, 1)))
+        if not names <= set(state) or len(shapes) != 1 or not (listed < max(*shapes, 1)).all():
+            got, expected = (
+                f"arrays {', '.join(sorted(state)) or 'none'}",
+                f"{', '.join(sorted(names))} of the same rows",
+            )
+            raise DataError("state", got, expected, "Build the gallery anew.")
+        self._drawn, self._moved = int(state["drawn"]), np.zeros(0, bool)
+        self._landmarks = {name: np.asarray(x) for name, x in state.items() if name not in names}
+        self._allocate(shapes.pop())
+        self._moved[:] = True
+        for name in names - {"drawn"}:
+            self._rows[name][:-1] = state[name]
+
+    # What a head's rule adds.
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Of every per-row array, its shape after N and its type."""
+        row, lists = (self.spec.features,), (self.spec.listed + RESERVE,)
+        floats = {"unit": row, "scores": lists, "out": row}
+        return {**{name: (shape, np.float32) for name, shape in floats.items()}, "names": (lists, np.int32)}
+
+    def _entered(self, features: np.ndarray) -> np.ndarray:  # [B, D] -> [B, D]
+        """Features as far as they go without landmarks."""
+        raise NotImplementedError
+
+    def _held(self) -> np.ndarray:  # [N, D]
+        """The same, of the rows that are there."""
+        raise NotImplementedError
+
+    def _prepared(self, entered: np.ndarray) -> dict[str, np.ndarray]:
+        """Per-row arrays of new rows that need no other row."""
+        raise NotImplementedError
+
+    def _draw(self, entered: np.ndarray, drawn: np.ndarray) -> None:  # [N, D], int32 [layers, l]
+        """Takes from the landmarks what `_prepared` needs."""
+
+    def _draw_lists(self, drawn: np.ndarray) -> None:
+        """Takes from the landmarks what needs lists or layers."""
+
+    def _spread(self, size: int, moved: np.ndarray) -> None:
+        """Computes of rows 0..size - 1 what changes where `moved` says that a list did."""
+        raise NotImplementedError
+
+    def _frozen(self, asked: dict[str, np.ndarray]) -> np.ndarray:  # [B, N]
+        raise NotImplementedError
+
+    # Rows.
+
+    def _start(self, entered: np.ndarray, landmarks: Mapping[str, np.ndarray] | None) -> None:
+        size = len(entered)
+        self._rows, self._moved, self._drawn, self._landmarks = {}, np.zeros(0, bool), size, dict(landmarks or {})
+        self._allocate(size)
+        if not size:
+            return
+        drawn = draw_landmarks(size, self.spec.layers, self.spec.landmarks, self.seed)
+        if landmarks is None:
+            self._draw(entered, drawn)
+        for name, x in self._prepared(entered).items():
+            self._rows[name][:-1] = x
+        self._search(np.arange(size), size)
+        self._moved[:] = True
+        if landmarks is None:
+            self._draw_lists(drawn)
+
+    def _checked(self, features: np.ndarray) -> np.ndarray:
+        landmarks = np.zeros((self.spec.layers, 1), np.int32)
+        return check_head_input(np.asarray(features), landmarks, self.model, self.seed)[0]
+
+    def _positions(self, positions: np.ndarray) -> np.ndarray:
+        at = np.asarray(positions, np.int64).reshape(-1)
+        if at.size and not (at.min() >= 0 and at.max() < len(self)):
+            got = f"{at.min()}..{at.max()}"
+            raise UsageError("positions", got, f"0..{len(self) - 1}", "Pass places in the gallery's order.")
+        return at
+
+    def _allocate(self, size: int) -> None:
+        """Room for `size` rows and a query; rows that are there stay."""
+        held = len(self)
+        for name, (shape, kind) in self._shapes().items():
+            fill = NO_NEIGHBOR if kind is np.int32 else 0
+            new: np.ndarray = np.full((size + 1, *shape), fill, kind)
+            if held:
+                new[:held] = self._rows[name][:held]
+            self._rows[name] = new
+        self._moved = np.concatenate([self._moved[:held], np.zeros(size - held, bool)])
+
+    def _put(self, name: str, rows: np.ndarray, values: np.ndarray, size: int, still: float = 0.0) -> np.ndarray:
+        """Sets rows [P] of an array, those that moved more than `still`. Returns which did, bool [size]."""
+        array = self._rows[name]
+        before = array[rows]
+        differs = ~(np.abs(before - values) <= still) if still else before != values
+        moved = differs.any(axis=tuple(range(1, differs.ndim)))
+        changed = rows[moved]
+        if self._undo is not None:
+            self._undo.append((name, changed, before[moved]))
+        array[changed] = values[moved]
+        mask = np.zeros(size, bool)
+        mask[changed] = True
+        return mask
+
+    # Lists.
+
+    def _search(self, rows: np.ndarray, size: int) -> None:
+        """Lists of `rows` [P] among the first `size`."""
+        unit = self._rows["unit"][:size]
+        own = unit if len(rows) == size else unit[rows]
+        names = native.row_top_k(own[None], unit[None], self._rows["names"].shape[1])
+        self._rows["scores"][rows] = native.pair_scores(own[None], unit[None], names)[0]
+        self._rows["names"][rows] = names[0]
+
+    def _last(self, size: int) -> np.ndarray:
+        """Of the first `size` rows, the score that enters each list when it is exceeded."""
+        names, scores = self._rows["names"][:size], self._rows["scores"][:size]
+        counts = (names >= 0).sum(axis=1)
+        last = scores[np.arange(size), counts - 1]
+        return np.where(counts >= size, -np.float32(np.inf), last)  # a list of everybody has room
+
+    def _list_new(self, start: int, stop: int) -> None:
+        """Lists of rows start..stop - 1, and their places in the lists of those before."""
+        last, listed = self._last(start), self._rows["scores"][:start, self.spec.listed - 1].copy()
+        rows, scores = self._enter(start, stop, last)
+        self._moved[rows] |= (scores > listed[rows, None]).any(axis=1)
+        self._search(np.arange(start, stop), stop)
+
+    def _enter(self, start: int, stop: int, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Puts rows start..stop - 1 into the lists before them whose `last` [start] they exceed.
+
+        Returns:
+            Those rows [P], and the scores [P, stop - start], -infinity where one did not enter.
+        """
+        unit, names, scores = (self._rows[name] for name in ("unit", "names", "scores"))
+        slack = 2.0**-23 * unit.shape[1]  # what a float32 product of unit rows may be off
+        near = unit[:start] @ unit[start:stop].T > (last - slack)[:, None]
+        rows = np.flatnonzero(near.any(axis=1))
+        new = np.where(near[rows], np.arange(start, stop, dtype=np.int32), np.int32(NO_NEIGHBOR))
+        found = native.pair_scores(unit[rows][None], unit[None, :stop], new[None])[0].astype(np.float32)
+        found = np.where(found > last[rows, None], found, -np.float32(np.inf))
+        every, theirs = np.hstack([names[rows], new]), np.hstack([scores[rows], found])
+        best = np.argsort(-theirs, axis=1, kind="stable")[:, : names.shape[1]]
+        theirs = np.take_along_axis(theirs, best, axis=1)
+        every = np.where(theirs > -np.inf, np.take_along_axis(every, best, axis=1), np.int32(NO_NEIGHBOR))
+        self._put("names", rows, every, stop)
+        self._put("scores", rows, theirs, stop)
+        return rows, found
+
+    def _unlist(self, place: np.ndarray) -> None:
+        """Renames who stands in lists; `place` [old N + 1] is -1 for who is gone."""
+        size, listed = len(self), self.spec.listed
+        names, scores = self._rows["names"], self._rows["scores"]
+        renamed = np.where(names >= 0, place[names], NO_NEIGHBOR).astype(np.int32)
+        lost = renamed != np.where(names >= 0, np.maximum(renamed, 0), NO_NEIGHBOR)
+        rows = np.flatnonzero(lost.any(axis=1))
+        self._moved |= lost[:size, :listed].any(axis=1)
+        left = np.argsort(renamed[rows] < 0, axis=1, kind="stable")
+        scores[rows] = np.where(
+            np.take_along_axis(renamed[rows], left, axis=1) < 0,
+            -np.float32(np.inf),
+            np.take_along_axis(scores[rows], left, axis=1),
+        )
+        renamed[rows] = np.take_along_axis(renamed[rows], left, axis=1)
+        self._rows["names"] = renamed
+        short = np.flatnonzero((renamed[:size] >= 0).sum(axis=1) < min(listed, size))
+        if len(short):
+            self._search(short, size)
+
+    def _nearest(
+        self,
+        query: np.ndarray,  # [D], a unit row
+        near: np.ndarray,  # [n], its float32 products with the first n rows
+        count: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The list of `count` (fewer where there are no more) among the first n rows: names and scores."""
+        unit, at = self._rows["unit"][: len(near)], np.arange(len(near), dtype=np.int32)
+        if len(near) > count:
+            kth = np.partition(near, len(near) - count)[len(near) - count]
+            at = np.flatnonzero(near >= kth - 2.0**-22 * len(query)).astype(np.int32)
+        scores = native.pair_scores(query[None, None], unit[None], at[None, None], threads=1)[0, 0]
+        best = np.argsort(-scores, kind="stable")[:count]
+        return at[best], scores[best].astype(np.float32)
+
+    def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
+        """As `_frozen`, for one query [1, ...] that joins the gallery and leaves it as it was."""
+        size, listed = len(self), self.spec.listed
+        with self._lock:
+            self._undo = []
+            try:
+                row = np.array([size])
+                for name, x in asked.items():
+                    self._put(name, row, x, size + 1)
+                rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1])
+                query = asked["unit"][0]
+                found = self._nearest(query, self._rows["unit"] @ query, listed)
+                for name, x, empty in zip(("names", "scores"), found, (NO_NEIGHBOR, -np.inf), strict=True):
+                    row_of = np.full((1, self._rows[name].shape[1]), empty, x.dtype)
+                    row_of[0, : len(x)] = x
+                    self._put(name, row, row_of, size + 1)
+                moved = np.zeros(size + 1, bool)
+                moved[rows] = moved[size] = True
+                self._spread(size + 1, moved)
+                return self._rows["out"][:size] @ self._rows["out"][size]
+            finally:
+                for name, changed, before in reversed(self._undo):
+                    self._rows[name][changed] = before
+                self._undo = None
+
+    def _among(self, asked: dict[str, np.ndarray], among: int | np.ndarray) -> np.ndarray:
+        """One query [1, ...] with a shortlist."""
+        if isinstance(among, (int, np.integer)):
+            near = self._rows["unit"][:-1] @ asked["unit"][0]
+            count = min(int(among), len(near))
+            at = np.sort(np.argpartition(-near, count - 1)[:count]) if count else np.zeros(0, np.int64)
+        else:
+            at = np.unique(self._positions(among))
+        few = copy.copy(self)
+        few._rows, few._moved, size = {}, np.zeros(0, bool), len(at) + 1
+        few._allocate(size)
+        for name, x in asked.items():
+            few._rows[name][:size] = np.concatenate([self._rows[name][at], x])
+        few._search(np.arange(size), size)
+        few._spread(size, np.ones(size, bool))
+        found = np.full(len(self), -np.inf, np.float32)
+        found[at] = few._rows["out"][: size - 1] @ few._rows["out"][size - 1]
+        return found
+
+
+def unit(x: np.ndarray) -> np.ndarray:  # [N, D] -> [N, D]
+    """Rows at L2 norm 1; a row of zeros stays."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def scaled(features: np.ndarray, spec: HeadSpec) -> np.ndarray:  # [N, D] -> [N, D]
+    """As `model.nformer.scaled`."""
+    if spec.input_scale == "none":
+        return features
+    return unit(features) * np.float32(1 if spec.input_scale == "unit" else np.sqrt(spec.features))

@@ -1,0 +1,197 @@
+"""The head over a gallery that changes, against PyTorch's passes and against a gallery built anew."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nformer_edge.core.errors import ArtifactError, DataError, UsageError
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
+from nformer_edge.gallery.live import LiveHead
+from nformer_edge.model.gated import head_numbers, make_head, start_as_gates
+from nformer_edge.model.per_query import gallery_pass
+from nformer_edge.ops.contract import draw_landmarks
+
+FEATURES = 24
+
+
+def people(count: int, seed: int, shots: int = 6) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centers = np.repeat(rng.standard_normal((-(-count // shots), FEATURES)), shots, axis=0)[:count]
+    return (centers + 0.6 * rng.standard_normal((count, FEATURES))).astype(np.float32)
+
+
+def opened(rule: str = "gated", landmarks: int = 40, seed: int = 0, **spec: object) -> tuple[torch.nn.Module, LiveHead]:
+    """A head with weights of some size, and its live form."""
+    torch.manual_seed(seed)
+    layers, heads = (2, 1) if rule == "gated" else (3, 2)
+    size = HeadSpec(FEATURES, layers=layers, heads=heads, k=8, landmarks=landmarks, rule=rule, **spec)
+    head = make_head(size).eval()
+    if rule == "gated":
+        start_as_gates(head, torch.from_numpy(people(200, 9)), None)
+        for gate in head.h:  # so that every layer moves rows, whatever was learnt
+            gate.log_strength.data.fill_(-1.0)
+        head.map.linear.w.data += 0.1 * torch.randn(FEATURES, FEATURES)
+    else:
+        for x in head.parameters():
+            x.data += 0.1 * torch.randn_like(x) * (1 if x.ndim > 1 else 0.3)
+    model = ModelSpec(BackboneSpec("osnet_x0_25", features=FEATURES), size)
+    runner = SimpleNamespace(name="m", spec=model, landmark_seed=3, head_numbers=lambda: head_numbers(head))
+    return head, LiveHead.open(runner)
+
+
+@torch.inference_mode()
+def whole(head: torch.nn.Module, gallery: np.ndarray, queries: np.ndarray, follow: bool) -> np.ndarray:
+    """PyTorch's scores [B, N]: `follow` as the exact form, else the frozen one."""
+    landmarks = draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, 3)
+    passed = gallery_pass(head, torch.from_numpy(gallery), torch.from_numpy(landmarks))
+    unit = torch.nn.functional.normalize
+    found = []
+    for query in torch.from_numpy(queries):
+        changed = passed.ask(query[None]) if follow else ask_frozen(passed, query[None])
+        rows = passed.embeddings.clone()
+        rows[changed.image[1:]] = changed.x[1:]
+        found.append(unit(rows) @ unit(changed.x[0], dim=0))
+    return torch.stack(found).numpy()
+
+
+def ask_frozen(passed, query):
+    return passed.ask_frozen(query) if hasattr(passed, "ask_frozen") else passed.ask(query, follow=False)
+
+
+def near(found: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:
+    assert np.abs(found - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("size", [3, 60, 300])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_query_is_answered_as_by_a_pass_of_pytorch(size, exact):
+    head, live = opened()
+    gallery, queries = people(size, 1), people(5, 2)
+    live.build(gallery)
+    near(live.ask(queries, exact=exact), whole(head, gallery, queries, exact))
+
+
+def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew():
+    _, live = opened()
+    rows = people(260, 3)
+    live.build(rows[:100])
+    held, rng = list(range(100)), np.random.default_rng(0)
+    fresh = list(range(100, 260))
+    while fresh:
+        count = int(rng.integers(1, 30))
+        if rng.random() < 0.6:
+            taken, fresh = fresh[:count], fresh[count:]
+            live.add(rows[taken])
+            held += taken
+        else:
+            gone = rng.choice(len(held), min(count, len(held) - 1), replace=False)
+            live.remove(gone)
+            held = [name for at, name in enumerate(held) if at not in set(gone.tolist())]
+        if rng.random() < 0.5:
+            live.ask(people(1, 5), exact=rng.random() < 0.5)
+    _, anew = opened()
+    anew.build(rows[held], live.landmarks)
+    queries = people(4, 6)
+    for exact in (False, True):
+        near(live.ask(queries, exact=exact), anew.ask(queries, exact=exact))
+
+
+def test_a_shortlist_is_a_pass_over_it_with_the_gallery_s_landmarks():
+    _, live = opened()
+    live.build(people(300, 1))
+    query, at = people(1, 2), np.array([4, 5, 90, 200, 201, 202])
+    few = opened()[1]
+    few.build(people(300, 1)[at], live.landmarks)
+    found = live.ask(query, among=at)
+    near(found[:, at], few.ask(query, exact=True))
+    assert np.isneginf(np.delete(found, at, axis=1)).all()
+
+
+def test_a_shortlist_by_number_has_the_nearest_rows():
+    _, live = opened()
+    live.build(people(300, 1))
+    found, everybody = live.ask(people(2, 2), among=20), live.ask(people(2, 2), among=300)
+    assert (np.isfinite(found).sum(axis=1) == 20).all()
+    near(everybody, live.ask(people(2, 2), exact=True))
+
+
+def test_an_exact_query_leaves_the_gallery_as_it_was():
+    _, live = opened()
+    live.build(people(120, 1))
+    live.settle()
+    before = {name: x.copy() for name, x in live._rows.items()}
+    live.ask(people(3, 2), exact=True)
+    assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
+
+
+def test_a_state_is_taken_up_where_it_was_left():
+    _, live = opened()
+    live.build(people(150, 1))
+    live.add(people(20, 4))
+    _, other = opened()
+    other.restore(live.state())
+    assert len(other) == 170
+    assert other.grown == live.grown
+    near(other.ask(people(3, 2)), live.ask(people(3, 2)))
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    _, live = opened()
+    live.build(people(50, 1))
+    state = live.state()
+    for wrong in ({**state, "unit": state["unit"][:-1]}, {k: v for k, v in state.items() if k != "names"}):
+        with pytest.raises(DataError, match="state"):
+            opened()[1].restore(wrong)
+
+
+def test_a_gallery_that_doubled_or_halved_has_grown():
+    _, live = opened()
+    live.build(people(40, 1))
+    assert not live.grown
+    live.add(people(40, 2))
+    assert live.grown
+    live.rebuild()
+    assert not live.grown
+    live.remove(np.arange(40))
+    assert live.grown
+    assert len(live) == 40
+
+
+def test_rebuilt_landmarks_are_those_of_a_new_gallery():
+    _, live = opened()
+    rows = people(90, 1)
+    live.build(rows[:30])
+    live.add(rows[30:])
+    live.rebuild()
+    _, anew = opened()
+    anew.build(rows)
+    near(live.ask(people(3, 2)), anew.ask(people(3, 2)))
+
+
+def test_an_empty_gallery_says_so_and_takes_images_again():
+    _, live = opened()
+    live.build(people(10, 1))
+    live.remove(np.arange(10))
+    with pytest.raises(DataError, match="zero images"):
+        live.ask(people(1, 2))
+    live.add(people(10, 1))
+    assert live.ask(people(1, 2)).shape == (1, 10)
+
+
+def test_positions_that_are_not_there_are_refused():
+    _, live = opened()
+    live.build(people(10, 1))
+    with pytest.raises(UsageError, match="positions"):
+        live.remove(np.array([10]))
+
+
+def test_a_model_without_the_head_s_numbers_is_refused_with_the_command():
+    head, _ = opened()
+    model = ModelSpec(BackboneSpec("osnet_x0_25", features=FEATURES), head.spec)
+    runner = SimpleNamespace(name="m", spec=model, landmark_seed=0, head_numbers=dict)
+    with pytest.raises(ArtifactError, match="nformer-edge export"):
+        LiveHead.open(runner)
