@@ -3,7 +3,7 @@
 A whole pass compares all images with each other. What it finds is kept here, row by row: neighbor lists with their
 scores, and what every layer saw. A new image enters some lists, a removed one leaves some, and what this
 reaches is computed anew, layer by layer, and nothing else. An `exact` query is an image that is added, asked and taken
-back; a frozen one leaves the gallery as it is.
+back; a quick one moves nothing but its closest neighbors.
 
 What the landmarks give (the gated head's center and gauge, the published head's agents) is taken when they are drawn,
 and stays the gallery's own until `rebuild`. Needs numpy and the native kernels alone.
@@ -148,7 +148,8 @@ class LiveHead:
         Args:
             features: queries as the backbone gave them.
             exact: the gallery's rows change as the query changes them, as in a whole pass over gallery and query. If
-                False they stay as they are without the query, which alone is computed.
+                False they stay as they are without the query, but for its neighbors that hold it for one, under the
+                gated rule.
             among: a shortlist: positions [M], or how many rows, nearest by what the head compares. The query is related
                 with these rows alone, by a pass over them; all others score -infinity. It takes time by M squared.
 
@@ -168,7 +169,7 @@ class LiveHead:
             if among is not None:
                 found[part] = self._among(asked, among)
             else:
-                found[part] = self._exact(asked) if exact else self._frozen(asked)
+                found[part] = self._exact(asked) if exact else self._quick(asked)
         return found
 
     def settle(self) -> None:
@@ -235,7 +236,7 @@ class LiveHead:
         """Computes of rows 0..size - 1 what changes where `moved` says that a list did."""
         raise NotImplementedError
 
-    def _frozen(self, asked: dict[str, np.ndarray]) -> np.ndarray:  # [B, N]
+    def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:  # [B, N]
         raise NotImplementedError
 
     # Rows.
@@ -373,7 +374,7 @@ class LiveHead:
         return at[best], scores[best].astype(np.float32)
 
     def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
-        """As `_frozen`, for one query [1, ...] that joins the gallery and leaves it as it was."""
+        """As `_quick`, for one query [1, ...] that joins the gallery and leaves it as it was."""
         size, listed = len(self), self.spec.listed
         with self._lock:
             self._undo = []

@@ -21,7 +21,7 @@ _PLACES_BUT_ITSELF = np.maximum(_PLACES - 1, 0)
 
 
 class GatedLive(LiveHead):
-    """See `LiveHead`. A query that does not move the gallery costs two products with all rows, and some 50 rows."""
+    """See `LiveHead`. A query that is not exact costs two products with all rows, and a few hundred rows."""
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         row, ranks = (self.spec.features,), len(GATED_RANKS)
@@ -84,7 +84,7 @@ class GatedLive(LiveHead):
             else:
                 self._put("out", rows, self._output(new, self._rows["unit"][rows], crowd), size)
 
-    def _frozen(self, asked: dict[str, np.ndarray]) -> np.ndarray:
+    def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         size, x = len(self), asked["unit"]
         products = x @ self._rows["unit"][:size].T
         lists = np.full((len(x), GATED_RANKS[-1]), -1, np.int32)
@@ -95,18 +95,41 @@ class GatedLive(LiveHead):
         near = lists[:, : self.spec.k]
         counts, places = near >= 0, np.ascontiguousarray(lists[:, _PLACES_BUT_ITSELF])
         profile = _profile(scores[:, _PLACES_BUT_ITSELF])
-        sums = 0.5 * (self._rows["moments"][near] * counts[:, :, None]).sum(axis=1)
-        crowd = self._judge(profile, sums)
+        crowd = self._judge(profile, 0.5 * (self._rows["moments"][near] * counts[:, :, None]).sum(axis=1))
+        query, place = np.nonzero(counts & (scores[:, : self.spec.k] > self._rows["scores"][near, self.spec.k]))
+        image = near[query, place]  # gallery rows that hold the query for a neighbor, as it holds them
+        rows, theirs = self._rows["unit"][near], self._rows["crowd"][image]  # [B, k, D], as each query changes them
         for layer in range(self.spec.layers):
-            rows = self._rows[f"x{layer}" if layer else "unit"][:size]
+            before = self._rows[f"x{layer}" if layer else "unit"][:size]
             if layer:
-                profile = _profile(native.pair_scores(x[None], rows[None], places[None], threads=1)[0])
-            t = (self._thresholds(layer, profile, crowd)[:, None] + self._rows[f"t{layer}"][near]) / 2
-            theirs = rows[near]
-            over = np.where(counts, np.einsum("bd,bkd->bk", x, theirs) - t, -np.inf)
-            weights = _sigmoid(self._slope(layer) * over).astype(np.float32)
-            x = self._joined(layer, x, np.einsum("bk,bkd->bd", weights, theirs), crowd)
-        return self._output(x, asked["unit"], crowd) @ self._rows["out"][:size].T
+                profile = _profile(native.pair_scores(x[None], before[None], places[None], threads=1)[0])
+            t = self._thresholds(layer, profile, crowd)
+            weights = self._weights(layer, x, rows, t, near, counts)
+            y = np.einsum("bk,bkd->bd", weights, rows)
+            pulled = self._sums(layer, image, before) + weights[query, place, None] * x[query]
+            joined = self._joined(layer, rows[query, place], pulled, theirs)
+            if layer + 1 < self.spec.layers:
+                rows = self._rows[f"x{layer + 1}"][near]
+                rows[query, place] = joined
+            x = self._joined(layer, x, y, crowd)
+        x = self._output(x, asked["unit"], crowd)
+        found = x @ self._rows["out"][:size].T
+        moved = self._output(joined, self._rows["unit"][image], theirs)
+        found[query, image] = np.einsum("pd,pd->p", moved, x[query])
+        return found
+
+    def _weights(
+        self, layer: int, x: np.ndarray, rows: np.ndarray, t: np.ndarray, near: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:  # [P, K], of `rows` [P, K, D], which are `near` [P, K], for x [P, D] with thresholds t [P]
+        over = np.einsum("pd,pkd->pk", x, rows) - (t[:, None] + self._rows[f"t{layer}"][near]) / 2
+        return (_sigmoid(self._slope(layer) * over) * counts).astype(np.float32)
+
+    def _sums(self, layer: int, rows: np.ndarray, x: np.ndarray) -> np.ndarray:  # [P], [N, D] -> [P, D]
+        """What the neighbors of few rows give them."""
+        near = self._rows["names"][rows, : self.spec.k + 1]
+        theirs, counts = x[near], (near >= 0) & (near != rows[:, None])
+        weights = self._weights(layer, x[rows], theirs, self._rows[f"t{layer}"][rows], near, counts)
+        return np.einsum("pk,pkd->pd", weights, theirs)
 
     # The head's numbers.
 

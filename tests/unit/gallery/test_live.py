@@ -45,21 +45,21 @@ def opened(rule: str = "gated", landmarks: int = 40, seed: int = 0, **spec: obje
 
 @torch.inference_mode()
 def whole(head: torch.nn.Module, gallery: np.ndarray, queries: np.ndarray, follow: bool) -> np.ndarray:
-    """PyTorch's scores [B, N]: `follow` as the exact form, else the frozen one."""
+    """PyTorch's scores [B, N]: `follow` as the exact form, else the quick one."""
     landmarks = draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, 3)
     passed = gallery_pass(head, torch.from_numpy(gallery), torch.from_numpy(landmarks))
     unit = torch.nn.functional.normalize
     found = []
     for query in torch.from_numpy(queries):
-        changed = passed.ask(query[None]) if follow else ask_frozen(passed, query[None])
+        changed = passed.ask(query[None]) if follow else ask_quick(passed, query[None])
         rows = passed.embeddings.clone()
         rows[changed.image[1:]] = changed.x[1:]
         found.append(unit(rows) @ unit(changed.x[0], dim=0))
     return torch.stack(found).numpy()
 
 
-def ask_frozen(passed, query):
-    return passed.ask_frozen(query) if hasattr(passed, "ask_frozen") else passed.ask(query, follow=False)
+def ask_quick(passed, query):
+    return passed.ask_nearby(query) if hasattr(passed, "ask_nearby") else passed.ask(query, follow=False)
 
 
 def near(found: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:
