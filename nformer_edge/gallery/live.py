@@ -68,18 +68,17 @@ class LiveHead:
         """The live form of an open model's head, without rows.
 
         Raises:
-            UsageError: if the model has no head, or none of the gated rule.
+            UsageError: if the model has no head.
             ArtifactError: for a bundle or an engine that was exported without the head's numbers.
         """
         from nformer_edge.gallery.live_gated import GatedLive
+        from nformer_edge.gallery.live_nformer import NFormerLive
 
         head, numbers = require_head(model.spec), model.head_numbers()
         if not numbers:
             hint = "Export it again: nformer-edge export CHECKPOINT -o BUNDLE; an engine is then built from that."
             raise ArtifactError(model.name, "no live form of its head", "one, to keep a gallery", hint)
-        if head.rule != "gated":
-            raise UsageError("head", f"the rule {head.rule}", "gated", "Search without the head, or train a gated one.")
-        return GatedLive(model.spec, numbers, model.landmark_seed)
+        return (GatedLive if head.rule == "gated" else NFormerLive)(model.spec, numbers, model.landmark_seed)
 
     def __len__(self) -> int:
         return len(self._moved)
@@ -313,19 +312,23 @@ class LiveHead:
     def _list_new(self, start: int, stop: int) -> None:
         """Lists of rows start..stop - 1, and their places in the lists of those before."""
         last, listed = self._last(start), self._rows["scores"][:start, self.spec.listed - 1].copy()
-        rows, scores = self._enter(start, stop, last)
+        unit = self._rows["unit"]
+        rows, scores = self._enter(start, stop, last, unit[:start] @ unit[start:stop].T)
         self._moved[rows] |= (scores > listed[rows, None]).any(axis=1)
         self._search(np.arange(start, stop), stop)
 
-    def _enter(self, start: int, stop: int, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _enter(self, start: int, stop: int, last: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Puts rows start..stop - 1 into the lists before them whose `last` [start] they exceed.
+
+        Args:
+            products: float32 [start, stop - start], of those before with them.
 
         Returns:
             Those rows [P], and the scores [P, stop - start], -infinity where one did not enter.
         """
         unit, names, scores = (self._rows[name] for name in ("unit", "names", "scores"))
         slack = 2.0**-23 * unit.shape[1]  # what a float32 product of unit rows may be off
-        near = unit[:start] @ unit[start:stop].T > (last - slack)[:, None]
+        near = products > (last - slack)[:, None]
         rows = np.flatnonzero(near.any(axis=1))
         new = np.where(near[rows], np.arange(start, stop, dtype=np.int32), np.int32(NO_NEIGHBOR))
         found = native.pair_scores(unit[rows][None], unit[None, :stop], new[None])[0].astype(np.float32)
@@ -360,16 +363,18 @@ class LiveHead:
 
     def _nearest(
         self,
-        query: np.ndarray,  # [D], a unit row
-        near: np.ndarray,  # [n], its float32 products with the first n rows
+        query: np.ndarray,  # [R]
+        products: np.ndarray,  # [n], in float32, with the rows
         count: int,
+        rows: np.ndarray,  # [n, R]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The list of `count` (fewer where there are no more) among the first n rows: names and scores."""
-        unit, at = self._rows["unit"][: len(near)], np.arange(len(near), dtype=np.int32)
-        if len(near) > count:
-            kth = np.partition(near, len(near) - count)[len(near) - count]
-            at = np.flatnonzero(near >= kth - 2.0**-22 * len(query)).astype(np.int32)
-        scores = native.pair_scores(query[None, None], unit[None], at[None, None], threads=1)[0, 0]
+        """The list of `count` rows (fewer where there are no more), as `row_top_k` has it: names and scores."""
+        at = np.arange(len(rows), dtype=np.int32)
+        if len(rows) > count:
+            kth = np.partition(products, len(rows) - count)[len(rows) - count]
+            size = max(np.abs(products).max(), np.float32(1))  # of unit rows 1
+            at = np.flatnonzero(products >= kth - 2.0**-22 * len(query) * size).astype(np.int32)
+        scores = native.pair_scores(query[None, None], rows[None], at[None, None], threads=1)[0, 0]
         best = np.argsort(-scores, kind="stable")[:count]
         return at[best], scores[best].astype(np.float32)
 
@@ -382,9 +387,10 @@ class LiveHead:
                 row = np.array([size])
                 for name, x in asked.items():
                     self._put(name, row, x, size + 1)
-                rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1])
-                query = asked["unit"][0]
-                found = self._nearest(query, self._rows["unit"] @ query, listed)
+                query, unit = asked["unit"][0], self._rows["unit"]
+                products = unit @ query
+                rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
+                found = self._nearest(query, products, listed, unit)
                 for name, x, empty in zip(("names", "scores"), found, (NO_NEIGHBOR, -np.inf), strict=True):
                     row_of = np.full((1, self._rows[name].shape[1]), empty, x.dtype)
                     row_of[0, : len(x)] = x

@@ -90,7 +90,7 @@ class GatedLive(LiveHead):
         lists = np.full((len(x), GATED_RANKS[-1]), -1, np.int32)
         scores = np.full(lists.shape, -np.inf, np.float32)
         for i, query in enumerate(x):
-            names, found = self._nearest(query, products[i], lists.shape[1])
+            names, found = self._nearest(query, products[i], lists.shape[1], self._rows["unit"][:size])
             lists[i, : len(names)], scores[i, : len(names)] = names, found
         near = lists[:, : self.spec.k]
         counts, places = near >= 0, np.ascontiguousarray(lists[:, _PLACES_BUT_ITSELF])

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.model.gated import head_numbers, make_head, start_as_gates
+from nformer_edge.model.nformer import unit as unit_rows
 from nformer_edge.model.per_query import gallery_pass
+from nformer_edge.ops import reference
 from nformer_edge.ops.contract import draw_landmarks
 
 FEATURES = 24
@@ -51,6 +54,10 @@ def whole(head: torch.nn.Module, gallery: np.ndarray, queries: np.ndarray, follo
     unit = torch.nn.functional.normalize
     found = []
     for query in torch.from_numpy(queries):
+        if follow and head.spec.rule == "affinity":
+            rows = unit(anew(head, passed, torch.cat([torch.from_numpy(gallery), query[None]])))
+            found.append(rows[:-1] @ rows[-1])
+            continue
         changed = passed.ask(query[None]) if follow else ask_quick(passed, query[None])
         rows = passed.embeddings.clone()
         rows[changed.image[1:]] = changed.x[1:]
@@ -62,24 +69,40 @@ def ask_quick(passed, query):
     return passed.ask_nearby(query) if hasattr(passed, "ask_nearby") else passed.ask(query, follow=False)
 
 
+def anew(head, passed, x):
+    """A whole pass whose landmarks are projected as in the gallery's own: lists chosen anew."""
+    x = unit_rows(x)
+    for layer, block in zip(passed.layers, head.h, strict=True):
+        a, b, v = block.attn.factors_by(layer.agents, x)
+        y = reference.reciprocal_neighbor_attention(a, b, v, reference.row_top_k(a, b, head.spec.k))
+        x = block.rows(x, y.transpose(0, 1).flatten(1))
+    return head.bottleneck(x)
+
+
 def near(found: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:
     assert np.abs(found - expected).max() <= tolerance
 
 
+#: Rules, with landmarks fewer and more than a head has features.
+RULES = [("gated", 40), ("features", 5), ("features", 40), ("affinity", 5), ("affinity", 40)]
+
+
 @pytest.mark.parametrize("size", [3, 60, 300])
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_query_is_answered_as_by_a_pass_of_pytorch(size, exact):
-    head, live = opened()
+@pytest.mark.parametrize(("rule", "landmarks"), RULES)
+def test_a_query_is_answered_as_by_a_pass_of_pytorch(size, exact, rule, landmarks):
+    head, live = opened(rule, landmarks)
     gallery, queries = people(size, 1), people(5, 2)
     live.build(gallery)
     near(live.ask(queries, exact=exact), whole(head, gallery, queries, exact))
 
 
-def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew():
-    _, live = opened()
+@pytest.mark.parametrize(("rule", "seed"), [("gated", 0), ("gated", 1), ("features", 2), ("affinity", 3)])
+def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew(rule, seed):
+    _, live = opened(rule)
     rows = people(260, 3)
     live.build(rows[:100])
-    held, rng = list(range(100)), np.random.default_rng(0)
+    held, rng = list(range(100)), np.random.default_rng(seed)
     fresh = list(range(100, 260))
     while fresh:
         count = int(rng.integers(1, 30))
@@ -93,7 +116,7 @@ def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew():
             held = [name for at, name in enumerate(held) if at not in set(gone.tolist())]
         if rng.random() < 0.5:
             live.ask(people(1, 5), exact=rng.random() < 0.5)
-    _, anew = opened()
+    _, anew = opened(rule)
     anew.build(rows[held], live.landmarks)
     queries = people(4, 6)
     for exact in (False, True):
@@ -195,3 +218,32 @@ def test_a_model_without_the_head_s_numbers_is_refused_with_the_command():
     runner = SimpleNamespace(name="m", spec=model, landmark_seed=0, head_numbers=dict)
     with pytest.raises(ArtifactError, match="nformer-edge export"):
         LiveHead.open(runner)
+
+
+@pytest.mark.parametrize("scale", ["none", "sqrt_dim"])
+@pytest.mark.parametrize("rule", ["gated", "features"])
+def test_features_keep_the_length_that_the_head_reads(rule, scale):
+    head, live = opened(rule, input_scale=scale)
+    gallery, queries = people(80, 1) * np.linspace(0.5, 2, 80, dtype=np.float32)[:, None], people(3, 2)
+    live.build(gallery)
+    near(live.ask(queries, exact=True), whole(head, gallery, queries, True))
+    live.rebuild()
+    near(live.ask(queries), whole(head, gallery, queries, False))
+
+
+def test_an_exact_answer_is_not_the_quick_one():
+    _, live = opened()
+    live.build(people(120, 1))
+    queries = people(3, 1)[:, ::-1].copy()
+    assert np.abs(live.ask(queries) - live.ask(queries, exact=True)).max() > 1e-3
+
+
+def test_a_bundle_and_its_checkpoint_have_the_same_live_head(tiny_bundle, tiny_checkpoint):
+    found = []
+    for path in (tiny_bundle, tiny_checkpoint):
+        with open_model(path) as runner:
+            live = LiveHead.open(runner)
+        rows = np.random.default_rng(0).standard_normal((30, live.spec.features)).astype(np.float32)
+        live.build(rows)
+        found.append(live.ask(rows[:2]))
+    assert np.array_equal(*found)

@@ -1,0 +1,240 @@
+"""The published head (`model.nformer`) over a gallery that changes, without torch. Letters as in `gallery.live`.
+
+Under the features rule lists are chosen once, and a row changes where its mutual neighbors do, layer by layer. Under
+the affinity rule every layer chooses anew and any row may change: layers are computed whole after a change, an exact
+query takes a pass over all rows, and a quick one is exact in what it chooses among rows that stay as they are.
+
+R is the length of the affinity's factors, H the heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nformer_edge.gallery.live import STILL, LiveHead, unit
+from nformer_edge.metrics.distance import row_blocks
+from nformer_edge.ops import native
+from nformer_edge.ops.contract import NO_NEIGHBOR
+
+#: Rows that go through a layer's row-wise part at once.
+_ROWS = 1024
+
+
+class NFormerLive(LiveHead):
+    """See `LiveHead`."""
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        spec = self.spec
+        size, factor = spec.features // spec.heads, min(spec.landmarks, spec.features // spec.heads)
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {"length": ((), np.float32)}
+        for layer in range(spec.layers):
+            shapes |= {f"x{layer}": ((spec.features,), np.float32)} if layer else {}
+            for h in range(spec.heads):
+                shapes |= {f"{name}{layer}.{h}": ((factor,), np.float32) for name in "ab"}
+                shapes[f"v{layer}.{h}"] = (size,), np.float32
+                if self._anew:
+                    shapes |= {f"names{layer}.{h}": ((spec.k,), np.int32), f"last{layer}.{h}": ((), np.float32)}
+        common = super()._shapes()
+        if self._anew:
+            return {**{name: common[name] for name in ("unit", "out")}, **shapes}
+        return {**common, **shapes, "mutual": ((spec.k,), np.int32)}
+
+    @property
+    def _anew(self) -> bool:
+        """Whether every layer chooses its neighbors."""
+        return self.spec.rule == "affinity"
+
+    def _entered(self, features: np.ndarray) -> np.ndarray:
+        return features
+
+    def _held(self) -> np.ndarray:
+        return self._rows["unit"][:-1] * self._rows["length"][:-1, None]
+
+    def _prepared(self, entered: np.ndarray) -> dict[str, np.ndarray]:
+        return {"unit": unit(entered), "length": np.linalg.norm(entered, axis=1)}
+
+    def _draw_lists(self, drawn: np.ndarray) -> None:
+        self._landmarks["drawn_rows"] = drawn  # each layer's agents are of rows as it sees them
+        self.settle()
+        del self._landmarks["drawn_rows"]
+
+    def _search(self, rows: np.ndarray, size: int) -> None:
+        if not self._anew:
+            super()._search(rows, size)
+
+    def _list_new(self, start: int, stop: int) -> None:
+        if not self._anew:
+            super()._list_new(start, stop)
+
+    def _unlist(self, place: np.ndarray) -> None:
+        if self._anew:
+            self._moved[:] = True
+            return
+        super()._unlist(place)
+        mutual = self._rows["mutual"]
+        self._rows["mutual"] = np.where(mutual >= 0, place[mutual], np.int32(NO_NEIGHBOR))
+
+    def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
+        return self._among(asked, np.arange(len(self))) if self._anew else super()._exact(asked)
+
+    def _spread(self, size: int, moved: np.ndarray) -> None:
+        spec = self.spec
+        if self._anew:
+            moved = np.ones(size, bool)
+        else:
+            near = np.ascontiguousarray(self._rows["names"][:size, : spec.k])
+            met = self._put("mutual", *self._mutual(near, np.flatnonzero(moved | moved[near].any(axis=1))), size)
+            met |= moved
+            mutual = self._rows["mutual"][:size]
+        differs = moved
+        for layer in range(spec.layers):
+            if f"k{layer}" not in self._landmarks:
+                self._take_agents(layer, self._x(layer, self._landmarks["drawn_rows"][layer]))
+            rows = np.flatnonzero(differs)
+            factors = [self._factors(layer, self._x(layer, rows[part])) for part in row_blocks(len(rows), _ROWS)]
+            differs = np.zeros(size, bool)
+            for name, x in zip("abv", map(np.hstack, zip(*factors, strict=True)), strict=False):
+                for h in range(spec.heads):
+                    differs |= self._put(f"{name}{layer}.{h}", rows, x[h], size, STILL)
+            if self._anew:
+                rows = np.arange(size)
+            else:
+                rows = np.flatnonzero(met | differs | (differs[mutual] & (mutual >= 0)).any(axis=1))
+            y = []
+            for h in range(spec.heads):
+                a, b, v = (self._rows[f"{name}{layer}.{h}"][None, :size] for name in "abv")
+                if self._anew:
+                    near = self._choose(layer, h, a, b)
+                y.append(native.reciprocal_neighbor_attention(a, b, v, near[None], rows=rows)[0])
+            summed = np.hstack(y)
+            blocks = [self._after(layer, self._x(layer, rows[p]), summed[p]) for p in row_blocks(len(rows), _ROWS)]
+            x = np.concatenate(blocks) if blocks else summed
+            if layer + 1 < spec.layers:
+                differs = self._put(f"x{layer + 1}", rows, x, size, STILL)
+            else:
+                self._put("out", rows, self._neck(x), size)
+
+    def _choose(self, layer: int, h: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [1, n, R] each -> [n, k]
+        near = native.row_top_k(a, b, self.spec.k)
+        self._rows[f"names{layer}.{h}"][: a.shape[1]] = near[0]
+        self._rows[f"last{layer}.{h}"][: a.shape[1]] = native.kth_scores(a, b, near)[0]
+        return near[0]
+
+    def _mutual(self, near: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [P]
+        """`rows`, and of each the neighbors that chose it, in ascending order, -1 for the others."""
+        names = np.empty((len(rows), near.shape[1]), np.int32)
+        for part in row_blocks(len(rows), _ROWS):
+            own = near[rows[part]]
+            chose = (near[own] == rows[part, None, None]).any(axis=2) & (own >= 0)
+            names[part] = np.sort(np.where(chose, own, np.int32(NO_NEIGHBOR)), axis=1)
+        return rows, names
+
+    def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
+        size, spec = len(self), self.spec
+        x, near, mutual = self._scaled(asked["unit"], asked["length"]), np.empty(0), np.empty(0)
+        if not self._anew:
+            queries = asked["unit"]
+            near, mutual = self._met(queries, queries, self._rows["unit"][:size], self._rows["unit"], "scores", spec.k)
+        for layer in range(spec.layers):
+            a, b, v = self._factors(layer, x)
+            y = []
+            for h in range(spec.heads):
+                if self._anew:
+                    theirs = self._rows[f"a{layer}.{h}"]
+                    near, mutual = self._met(
+                        a[h], b[h], self._rows[f"b{layer}.{h}"][:size], theirs, f"last{layer}.{h}", spec.k
+                    )
+                keys = np.concatenate([self._rows[f"b{layer}.{h}"][near], b[h][:, None]], axis=1)
+                values = np.concatenate([self._rows[f"v{layer}.{h}"][near], v[h][:, None]], axis=1)
+                y.append(_attended(a[h], keys, values, mutual))
+            x = self._after(layer, x, np.hstack(y))
+        return self._neck(x) @ self._rows["out"][:size].T
+
+    def _met(
+        self, a: np.ndarray, b: np.ndarray, columns: np.ndarray, rows: np.ndarray, last: str, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Whom queries with factors a, b [B, R] choose among `columns` [N, R], and who of them chooses back.
+
+        Args:
+            rows: [N, R], the other factor of the gallery.
+            last: name of the scores that a query must exceed to enter a list.
+
+        Returns:
+            int32 [B, k], and bool [B, k + 1]: the last is the query itself.
+        """
+        near, mutual = np.full((len(a), k), NO_NEIGHBOR, np.int32), np.zeros((len(a), k + 1), bool)
+        products = a @ columns.T
+        kept = self._rows[last] if self._anew else self._rows[last][:, k - 1]
+        for i, query in enumerate(a):
+            names, scores = self._nearest(query, products[i], k, columns)
+            own = native.pair_scores(query[None, None], b[i][None, None], np.zeros((1, 1, 1), np.int32))[0, 0, 0]
+            itself = len(names) < k or own > scores[-1]
+            if itself and len(names) == k:
+                names = names[:-1]
+            back = native.pair_scores(b[i][None, None], rows[None], names[None, None], threads=1)[0, 0]
+            near[i, : len(names)], mutual[i, : len(names)] = names, back > kept[names]
+            mutual[i, k] = itself
+        return near, mutual
+
+    # The head's numbers.
+
+    def _scaled(self, unit_rows: np.ndarray, length: np.ndarray) -> np.ndarray:
+        if self.spec.input_scale == "none":
+            return unit_rows * length[:, None]
+        return unit_rows if self.spec.input_scale == "unit" else unit_rows * np.float32(math.sqrt(self.spec.features))
+
+    def _x(self, layer: int, rows: np.ndarray) -> np.ndarray:  # [P] -> [P, D]
+        """What a layer sees."""
+        if layer:
+            return self._rows[f"x{layer}"][rows]
+        return self._scaled(self._rows["unit"][rows], self._rows["length"][rows])
+
+    def _projected(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x @ self.numbers[f"{name}.w"] + self.numbers[f"{name}.b"]
+
+    def _queries_keys_values(self, layer: int, x: np.ndarray) -> np.ndarray:  # [P, D] -> [3, H, P, D / H]
+        heads = self._projected(f"h.{layer}.attn.c_attn", x).reshape(len(x), 3, self.spec.heads, -1)
+        return np.ascontiguousarray(heads.transpose(1, 2, 0, 3))
+
+    def _take_agents(self, layer: int, x: np.ndarray) -> None:  # [l, D]
+        """As `model.nformer.Attention.agents`: what queries are multiplied by, and keys where they are."""
+        q, k, _ = self._queries_keys_values(layer, x)
+        if self.spec.landmarks > self.spec.features // self.spec.heads:
+            self._landmarks[f"k{layer}"] = k.transpose(0, 2, 1) @ q
+        else:
+            self._landmarks |= {f"k{layer}": k.transpose(0, 2, 1), f"q{layer}": q.transpose(0, 2, 1)}
+
+    def _factors(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, ...]:  # a, b, v, each [H, P, ...]
+        q, k, v = self._queries_keys_values(layer, x)
+        of_keys = self._landmarks.get(f"q{layer}")
+        return q @ self._landmarks[f"k{layer}"], k if of_keys is None else k @ of_keys, v
+
+    def _after(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:  # [P, D] each
+        """What follows attention."""
+        x = self._norm(f"h.{layer}.ln_1", x + self._projected(f"h.{layer}.attn.c_proj", y))
+        hidden = self._projected(f"h.{layer}.mlp.c_fc", x)
+        hidden *= 0.5 + 0.5 * np.tanh(np.float32(math.sqrt(2 / math.pi)) * (hidden + np.float32(0.044715) * hidden**3))
+        return self._norm(f"h.{layer}.ln_2", x + self._projected(f"h.{layer}.mlp.c_proj", hidden))
+
+    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        x = x - x.mean(axis=1, keepdims=True)
+        x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(1e-5))
+        return x * self.numbers[f"{name}.g"] + self.numbers[f"{name}.b"]
+
+    def _neck(self, x: np.ndarray) -> np.ndarray:
+        """After the batch norm, at L2 norm 1."""
+        mean, variance, weight, bias = (
+            self.numbers[f"bottleneck.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return unit((x - mean) / np.sqrt(variance + np.float32(1e-5)) * weight + bias)
+
+
+def _attended(a: np.ndarray, keys: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Softmax of a [B, R] with keys [B, K, R] where `counts` [B, K], then the sum of values [B, K, D]; else 0."""
+    scores = np.where(counts, np.einsum("br,bkr->bk", a, keys) / math.sqrt(values.shape[2]), -np.inf)
+    highest = scores.max(axis=1, keepdims=True)
+    weights = np.where(counts, np.exp(scores - np.where(np.isfinite(highest), highest, 0)), 0)
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-30))
+    return np.einsum("bk,bkd->bd", weights.astype(np.float32), values)
