@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from nformer_edge.core.errors import Error
     from nformer_edge.core.features import Features
     from nformer_edge.exporting.export import export_bundle as export
-    from nformer_edge.gallery.model import Gallery, embed, open, search
+    from nformer_edge.gallery.gallery import Gallery
+    from nformer_edge.gallery.model import embed, open, search
     from nformer_edge.gallery.search import Matches
     from nformer_edge.report.accuracy import evaluate
     from nformer_edge.report.benchmark import benchmark
@@ -49,7 +50,7 @@ __all__ = [
 _HOMES = {
     "Error": "core.errors",
     "Features": "core.features",
-    "Gallery": "gallery.model",
+    "Gallery": "gallery.gallery",
     "Matches": "gallery.search",
     "benchmark": "report.benchmark",
     "build": "targets.build",

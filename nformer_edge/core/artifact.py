@@ -155,7 +155,7 @@ def _write_failed(path: Path, error: OSError, placed: bool) -> ArtifactError:
     return ArtifactError(str(path), got, "a complete write", f"{hint} and run again. {there}")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,7 +183,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         placed = True
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as e:
         raise _write_failed(path, e, placed) from e
     finally:
@@ -237,11 +237,11 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         os.chmod(temporary, 0o755)
         yield temporary
         for entry in temporary.rglob("*"):
-            _fsync(entry)
-        _fsync(temporary)
+            fsync(entry)
+        fsync(temporary)
         _put(temporary, path)
         placed = True
-        _fsync(path.parent)
+        fsync(path.parent)
     except ArtifactError as e:  # of a file inside: what counts is what became of the folder
         if not (isinstance(e.__cause__, OSError) and e.subject.startswith(str(temporary))):
             raise
@@ -265,10 +265,10 @@ def _put(new: Path, path: Path) -> None:
         return  # the caller removes `new`, which is now the old folder
     ready, old = _journal(path)
     os.rename(new, ready)  # from here on the new folder is the one: `recover` completes what a kill interrupts
-    _fsync(path.parent)
+    fsync(path.parent)
     os.rename(path, old)
     os.rename(ready, path)
-    _fsync(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -298,7 +298,7 @@ def recover(path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
         os.rename(ready, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     if path.exists() and old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
 

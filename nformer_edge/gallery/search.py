@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import Features
+from nformer_edge.core.features import Features, labels_of
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.core.values import Result
+from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.gallery.codes import nearest_rows
 from nformer_edge.gallery.embed import embed_images, embed_records
+from nformer_edge.gallery.held import Held, images_a_person
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_sets
-from nformer_edge.metrics.distance import check_same_size, cosine_distances, row_blocks, smallest, unit_rows
-from nformer_edge.metrics.ranking import DISTRACTOR
 
 #: Whether the head is used; ``auto``: where it is known to do no harm.
 HeadUse: TypeAlias = "bool | Literal['auto']"
+
+#: What the head saw.
+Protocol: TypeAlias = Literal["per-query", "joint"]
+
+#: Seconds since 1970, or a date and time.
+Time: TypeAlias = "float | str | datetime"
 
 #: What ``auto`` allows the head to lose against the backbone, by the model's own table: mAP and Rank-1.
 ALLOWED_LOSS = (0.003, 0.005)
 
 _OVERRIDE = "`evaluate` shows what the head gains; head=True (--head yes) uses it"
+
+
+_NUMBERS = (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64))
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Match:
         id: what the image is called.
         path: its file, or "".
         camera: -1 is unknown.
+        time: when it was seen, seconds since 1970; None is unknown.
+        meta: the caller's own data of the image.
     """
 
     rank: int
@@ -52,11 +65,13 @@ class Match:
     id: str
     path: str
     camera: int
+    time: float | None
+    meta: JSON
 
 
 @dataclass(frozen=True)
 class Matches(Result):
-    """What a search found: of Q queries the k best gallery images each, best first; ties, lower index first.
+    """What a search found: of Q queries the k best gallery images each, best first; ties by id, then by index.
 
     ``matches[q]`` lists a query's matches; iterating gives them query by query.
 
@@ -67,7 +82,9 @@ class Matches(Result):
         ids: [Q][k], what those images are called: the id they were added under, the person's number, or the path.
         paths: [Q][k], their files; "" for an image from memory.
         cameras: int64 [Q, k], -1 is unknown.
-        searched: gallery images that were searched.
+        times: float64 [Q, k], when they were seen, seconds since 1970; null is unknown.
+        meta: [Q][k], the caller's own data of them.
+        searched: gallery images that were ranked: those that the filters let through.
         threshold: cosine from which a match counts; null if none was given, and all count.
         protocol: what the head saw: ``per-query``, each query alone with the gallery; ``joint``, all queries and the
             gallery at once; null for the backbone alone.
@@ -77,7 +94,7 @@ class Matches(Result):
     """
 
     kind: ClassVar[str] = "matches"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     queries: tuple[str, ...]
     indices: np.ndarray
@@ -85,16 +102,18 @@ class Matches(Result):
     ids: tuple[tuple[str, ...], ...]
     paths: tuple[tuple[str, ...], ...]
     cameras: np.ndarray
+    times: np.ndarray
+    meta: tuple[tuple[JSON, ...], ...]
     searched: int
     threshold: float | None
-    protocol: Literal["per-query", "joint"] | None
+    protocol: Protocol | None
     model: str
     backend: str
     decision: str = ""
 
     def __post_init__(self) -> None:
         shape = len(self.queries), len(self.ids[0]) if self.ids else 0
-        for name, dtype in (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64)):
+        for name, dtype in (*_NUMBERS, ("times", np.float64)):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype).reshape(shape))
 
     @property
@@ -106,11 +125,11 @@ class Matches(Result):
         return len(self.queries)
 
     def __getitem__(self, query: int) -> tuple[Match, ...]:
-        columns = (self.indices, self.scores, self.ids, self.paths, self.cameras)
+        columns = (self.indices, self.scores, self.ids, self.paths, self.cameras, self.times, self.meta)
         rows = zip(*(column[query] for column in columns), strict=True)
         return tuple(
-            Match(rank, int(index), float(score), name, path, int(camera))
-            for rank, (index, score, name, path, camera) in enumerate(rows, 1)
+            Match(rank, int(index), float(score), name, path, int(camera), None if time != time else float(time), meta)
+            for rank, (index, score, name, path, camera, time, meta) in enumerate(rows, 1)
         )
 
     def __iter__(self) -> Iterator[tuple[Match, ...]]:
@@ -131,32 +150,104 @@ class Matches(Result):
 
 
 def top_matches(
-    query: Features, gallery: Features, top: int = 10, unit: np.ndarray | None = None
+    query: Features, gallery: Held, top: int = 10, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` gallery images of each query by cosine, best first; ties, lower index first.
-
-    Taken in blocks of queries: no [Q, G] matrix is held.
+    """The `top` gallery images of each query by cosine, best first; ties by id, then by index.
 
     Args:
-        unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
+        allowed: bool [N], the images that are ranked; all if None.
 
     Returns:
-        indices int64 [Q, min(top, G)] and cosines float32 of the same shape.
+        indices int64 [Q, k] and cosines float32 of the same shape, k = min(top, images allowed).
 
     Raises:
-        DataError: if the sets' features differ in length, or a row is not finite or all zeros.
+        DataError: if the sets' features differ in length, or a query is not finite or all zeros.
     """
     check_at_least("top", top, 1)
-    check_same_size(query.features, gallery.features)
-    q = unit_rows(query.features, "query features")
-    g = unit_rows(gallery.features, "gallery features") if unit is None else unit
-    indices = np.empty((len(q), min(top, len(g))), np.int64)
-    scores = np.empty(indices.shape, np.float32)
-    for rows in row_blocks(len(q)):
-        distances = cosine_distances(q[rows], g)
-        indices[rows] = smallest(distances, top)
-        scores[rows] = 1.0 - np.take_along_axis(distances, indices[rows], axis=1)
-    return indices, scores
+    size = gallery["codes"].shape[1] if gallery.code.directions is None else gallery.code.directions.shape[1]
+    if query.features.shape[1] != size:
+        hint = "Embed both with the same model."
+        raise DataError("gallery features", f"{size} numbers a row", f"{query.features.shape[1]}, as the query's", hint)
+    return nearest_rows(gallery.code, gallery.columns, query.features, top, allowed, gallery["ids"])
+
+
+def allowed_images(
+    gallery: Held,
+    cameras: int | Sequence[int] | None = None,
+    since: Time | None = None,
+    until: Time | None = None,
+    exclude_camera: int | None = None,
+) -> np.ndarray | None:
+    """bool [N], the images that the filters let through; None where there is no filter.
+
+    An image whose camera or time is not known passes no filter that asks for it.
+
+    Raises:
+        UsageError: for a time that cannot be read.
+    """
+    kept = np.ones(len(gallery), bool)
+    if cameras is not None:
+        kept &= np.isin(gallery["cameras"], labels_of("cameras", cameras))
+    if exclude_camera is not None:
+        kept &= gallery["cameras"] != exclude_camera
+    if since is not None:
+        kept &= gallery["times"] >= seconds_of("since", since)
+    if until is not None:
+        kept &= gallery["times"] <= seconds_of("until", until)
+    return None if kept.all() else kept
+
+
+def seconds_of(name: str, value: object) -> float:
+    """Seconds since 1970 of a time: those seconds, a `datetime`, or ISO text. Where no zone is named it is UTC.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+        if isinstance(value, datetime):
+            value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+        if math.isfinite(seconds := float(value)):  # type: ignore[arg-type]
+            return seconds
+    except (ValueError, TypeError, OverflowError):
+        pass
+    hint = "Write it like 2026-11-28T12:00Z."
+    raise UsageError(name, repr(value), "seconds since 1970, a datetime or ISO 8601 text", hint) from None
+
+
+def rank(
+    runner: Runner,
+    query: Features,
+    gallery: Held,
+    found: tuple[np.ndarray, np.ndarray],
+    searched: int,
+    threshold: float | None,
+    protocol: Protocol | None,
+    decision: str,
+) -> Matches:
+    """What was found, with the images' labels."""
+    indices, scores = found
+
+    def labels(column: str) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(row) for row in gallery[column][indices].tolist())
+
+    return Matches(
+        tuple(path or name for path, name in zip(query.paths, query.names, strict=True)),
+        indices,
+        scores,
+        labels("ids"),
+        labels("paths"),
+        gallery["cameras"][indices],
+        gallery["times"][indices],
+        labels("meta"),
+        searched,
+        threshold,
+        protocol,
+        runner.name,
+        runner.backend,
+        decision,
+    )
 
 
 def search(
@@ -172,9 +263,8 @@ def search(
     batch: int = 32,
     decoders: int | None = None,
     threshold: float | None = None,
-    unit: np.ndarray | None = None,
 ) -> Matches:
-    """Ranks a gallery for each query.
+    """Ranks features, or images that are embedded for it, for each query; a `Gallery` keeps what this computes anew.
 
     Args:
         runner: an open model.
@@ -189,15 +279,12 @@ def search(
         batch: images decoded and run at once.
         decoders: threads that decode files; one a core if None.
         threshold: cosine from which a match counts, such as `report.threshold` recommends; None: all count.
-        unit: float32 [G, D], the gallery's features at L2 norm 1, where they are known already.
 
     Raises:
         DataError: for an empty gallery, features of another model, or an image that cannot be read.
         UsageError: for an image of another kind, type or shape, or a threshold that is no cosine.
     """
-    if threshold is not None and not -1 <= threshold <= 1:
-        hint = "Name the cosine that `nformer-edge threshold` recommends; 1 - cosine is a distance."
-        raise UsageError("threshold", threshold, "a cosine, -1 to 1", hint)
+    check_threshold(threshold)
     if not isinstance(gallery, Features):
         gallery = open_gallery(runner, gallery, batch, decoders)
     if not len(gallery):
@@ -208,30 +295,42 @@ def search(
         query = embed_images(runner, query, boxes, batch=batch, decoders=decoders)
     check_model(runner, query, "queries")
     use, decision = (head, "") if head != "auto" else head_decision(runner, gallery, images_per_person)
-    related = use and runner.has_head
-    pairs: Iterable[tuple[Features, Features]] = [(query, gallery)]
-    if related and len(query):
-        pairs = [relate_sets(runner, query, gallery)] if together else relate_each(runner, query, gallery)
-    found = [top_matches(*pair, top, None if related else unit) for pair in pairs]
+    held = Held.of_features(gallery)
+    if not (use and runner.has_head):
+        return rank(runner, query, held, top_matches(query, held, top), len(held), threshold, None, decision)
+    found = search_related(runner, query, gallery, top, together)
+    return rank(runner, query, held, found, len(held), threshold, JOINT if together else PER_QUERY, decision)
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raises UsageError for what is no cosine."""
+    if threshold is not None and not -1 <= threshold <= 1:
+        hint = "Name the cosine that `nformer-edge threshold` recommends; 1 - cosine is a distance."
+        raise UsageError("threshold", threshold, "a cosine, -1 to 1", hint)
+
+
+def search_related(
+    runner: Runner,
+    query: Features,
+    gallery: Features,
+    top: int,
+    together: bool = False,
+    allowed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`top_matches` after the head, by whole passes: one a query, or one of all queries."""
+    sets: Iterable[tuple[Features, Features]] = ()
+    if together and len(query):
+        sets = [relate_sets(runner, query, gallery)]
+    elif len(query):
+        sets = relate_each(runner, query, gallery)
+    found = [top_matches(asked, Held.of_features(seen), top, allowed) for asked, seen in sets]
+    if not found:
+        return top_matches(query, Held.of_features(gallery), top, allowed)
     indices, scores = map(np.concatenate, zip(*found, strict=True))
-    names = gallery.names
-    return Matches(
-        tuple(path or name for path, name in zip(query.paths, query.names, strict=True)),
-        indices,
-        scores,
-        tuple(tuple(names[i] for i in row) for row in indices),
-        tuple(tuple(gallery.paths[i] for i in row) for row in indices),
-        gallery.camids[indices],
-        len(gallery),
-        threshold,
-        (JOINT if together else PER_QUERY) if related else None,
-        runner.name,
-        runner.backend,
-        decision,
-    )
+    return indices, scores
 
 
-def head_decision(runner: Runner, gallery: Features, images_per_person: int | None = None) -> tuple[bool, str]:
+def head_decision(runner: Runner, gallery: Features | Held, images_per_person: int | None = None) -> tuple[bool, str]:
     """Whether ``auto`` uses the head, and why.
 
     Images a person are `images_per_person` if given; else as the gallery's own people or ids have them; else 1, where a
@@ -245,7 +344,10 @@ def head_decision(runner: Runner, gallery: Features, images_per_person: int | No
         return False, ""
     if runner.accuracy is None:
         return False, f"head not used: nothing was measured by images a person (`export --data` does); {_OVERRIDE}"
-    counts, known = _images_a_person(gallery)
+    if isinstance(gallery, Held):
+        counts, known = gallery.images_a_person
+    else:
+        counts, known = images_a_person(gallery.pids, gallery.names, bool(gallery.ids))
     if images_per_person is not None:
         counts, known = np.array([images_per_person]), f"n = {images_per_person} images a person (given)"
     gain = runner.accuracy.expected_gain(counts)
@@ -255,18 +357,6 @@ def head_decision(runner: Runner, gallery: Features, images_per_person: int | No
     points = f"{100 * gain[0]:+.1f} points mAP, {100 * gain[1]:+.1f} Rank-1"
     measured = f"{points} at {known}, measured on {runner.accuracy.measured_on}, all queries in one set"
     return use, f"head used: {measured}" if use else f"head not used: {measured}"
-
-
-def _images_a_person(gallery: Features) -> tuple[np.ndarray, str]:
-    """Of each person or id in the gallery, how many images; and how that is known. Distractors are nobody."""
-    labeled = gallery.pids > DISTRACTOR
-    names = np.array(gallery.names, np.str_)
-    if gallery.ids:
-        labeled = gallery.pids != DISTRACTOR
-    if not labeled.any():
-        return np.array([1]), "n = 1 image a person (the worst case: the gallery has no labels)"
-    counts = np.unique(names[labeled], return_counts=True)[1]
-    return counts, f"n = {counts.mean():.3g} images a person (the gallery's labels)"
 
 
 def check_model(runner: Runner, features: Features, subject: str) -> None:

@@ -14,7 +14,7 @@ from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import load_image, normalize, resize
 from nformer_edge.gallery import protocols, search
-from nformer_edge.metrics.distance import unit_rows
+from nformer_edge.gallery.held import Held
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Pipeline:
         if not len(gallery):
             raise DataError("gallery", "no image", "at least one", "Give gallery images.")
         self.runner, self.gallery, self.top, self.batch = runner, gallery, top, batch
-        self.unit = None if with_head else unit_rows(gallery.features)  # kept, as a `Gallery` keeps them
+        self.held = None if with_head else Held.of_features(gallery)  # kept, as a `Gallery` keeps it
         self.with_head, self.name = with_head, "+NFormer" if with_head else "backbone"
         self.step_ms: dict[str, float] = {}
 
@@ -85,8 +85,10 @@ class Pipeline:
         return self._timed("backbone", lambda: self.runner.embed(batch), device=True)
 
     def _search(self, asked: Features) -> np.ndarray:
-        gallery = self.gallery
+        seen = self.gallery
         if self.with_head:
-            pairs = protocols.relate_each(self.runner, asked, gallery)
-            asked, gallery = self._timed("head", lambda: next(pairs), device=True)
-        return self._timed("search", lambda: search.top_matches(asked, gallery, self.top, self.unit)[0])
+            pairs = protocols.relate_each(self.runner, asked, seen)
+            asked, seen = self._timed("head", lambda: next(pairs), device=True)
+        return self._timed(
+            "search", lambda: search.top_matches(asked, self.held or Held.of_features(seen), self.top)[0]
+        )

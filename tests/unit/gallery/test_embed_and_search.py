@@ -15,6 +15,7 @@ from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records
+from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.model import search
 from nformer_edge.gallery.protocols import relate_each, relate_sets
 from nformer_edge.gallery.search import Matches, top_matches
@@ -128,7 +129,7 @@ def test_relating_without_a_head_is_refused(runner, sets, monkeypatch):
 
 def test_top_matches_are_sorted_by_cosine_with_ties_by_index():
     query = of([[1, 0], [0, 2]])
-    gallery = of([[0, 1], [3, 0], [1, 1], [5, 0]])
+    gallery = Held.of_features(of([[0, 1], [3, 0], [1, 1], [5, 0]]))
     indices, scores = top_matches(query, gallery, 3)
     assert indices.tolist() == [[1, 3, 2], [0, 2, 1]]
     np.testing.assert_allclose(scores, [[1, 1, 0.5**0.5], [1, 0.5**0.5, 0]], atol=1e-6)
@@ -138,7 +139,7 @@ def test_top_matches_are_sorted_by_cosine_with_ties_by_index():
 
 def test_top_matches_refuse_features_of_another_size():
     with pytest.raises(DataError, match="gallery features: got 3 numbers a row"):
-        top_matches(of([[1, 0]]), of([[1, 0, 0]]))
+        top_matches(of([[1, 0]]), Held.of_features(of([[1, 0, 0]])))
 
 
 def test_a_search_finds_the_query_itself_in_its_own_folder(tiny_bundle, tiny_market):

@@ -10,7 +10,8 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery import model as face
-from nformer_edge.gallery.model import GalleryStats, search
+from nformer_edge.gallery.gallery import GalleryStats
+from nformer_edge.gallery.model import search
 from nformer_edge.gallery.search import Matches
 from nformer_edge.targets.build import build
 
@@ -26,12 +27,12 @@ def model(tiny_bundle):
 @pytest.fixture
 def gallery(model):
     made = model.gallery()
-    assert made.add(CROPS[:3], ids=["alice", "bob", "alice"], cameras=[1, 2, 2]) == 3
+    assert made.add(CROPS[:3], ids=["alice", "bob", "alice"], cameras=[1, 2, 2], times=[0, 60, 120]).total == 3
     return made
 
 
 def test_images_added_are_found_under_their_ids(model, gallery):
-    assert gallery.add([*CROPS[3:]], ids=[7, 8]) == len(gallery) == 5
+    assert gallery.add([*CROPS[3:]], ids=[7, 8]).total == len(gallery) == 5
     found = gallery.search(CROPS, top=2, head=False)
     assert [matches[0].index for matches in found] == [0, 1, 2, 3, 4]
     assert [matches[0].id for matches in found] == ["alice", "bob", "alice", "7", "8"]
@@ -73,38 +74,24 @@ def test_the_head_sees_each_query_alone(gallery):
     np.testing.assert_allclose(among.scores[1], alone.scores[0], atol=1e-6)
 
 
-def test_equal_images_are_ordered_as_they_were_added(model):
+def test_equal_images_are_ordered_by_id_and_then_as_they_were_added(model):
     gallery = model.gallery()
-    for name in "cab":
-        gallery.add(CROPS[0], ids=name)
-    assert gallery.search(CROPS[0], head=False).ids == (("c", "a", "b"),)
-
-
-def test_unit_rows_are_computed_once(model, gallery, monkeypatch):
-    rows = []
-    unit_rows = face.unit_rows
-    monkeypatch.setattr(face, "unit_rows", lambda x, *more: (rows.append(len(x)), unit_rows(x, *more))[1])
-    searched = []
-    monkeypatch.setattr(
-        "nformer_edge.gallery.search.unit_rows", lambda x, *more: (searched.append(len(x)), unit_rows(x, *more))[1]
-    )
-    gallery.add(CROPS[3:4])
-    for _ in range(3):
-        gallery.search(CROPS[:1], head=False)
-    gallery.remove("bob")
-    gallery.search(CROPS[:1], head=False)
-    assert rows == [1]
-    assert searched == [1] * 4
+    for number, name in enumerate("cabac"):
+        gallery.add(CROPS[0], ids=name, cameras=number)
+    found = gallery.search(CROPS[0], head=False)
+    assert found.ids == (("a", "a", "b", "c", "c"),)
+    assert found.cameras.tolist() == [[1, 3, 2, 0, 4]]
+    assert gallery.search(CROPS[0], top=3, head=False).cameras.tolist() == [[1, 3, 2]]
 
 
 def test_an_id_is_removed_with_all_its_images(gallery):
-    assert gallery.remove("alice") == 2
+    assert gallery.remove("alice").images == 2
     assert gallery.features.ids == ("bob",)
     assert gallery.search(CROPS[0], head=False).ids == (("bob",),)
     with pytest.raises(DataError, match=r"ids: got 'bop'.*Did you mean 'bob'"):
         gallery.remove(["bob", "bop"])
     assert len(gallery) == 1
-    assert gallery.remove("bob") == 1
+    assert gallery.remove("bob").images == 1
     with pytest.raises(DataError, match="gallery: got zero images"):
         gallery.search(CROPS[0])
 
@@ -142,24 +129,25 @@ def test_what_does_not_fit_is_refused_and_nothing_is_added(model, gallery):
         gallery.add(Features(np.zeros((1, 32), np.float32)))
     with pytest.raises(DataError, match=r"shape \(1, 31\)"):
         gallery.add(Features(np.ones((1, 31), np.float32)))
-    with pytest.raises(UsageError, match=r"in memory only\. Keep features with `gallery.features.save\(file\)`"):
-        model.gallery("folder")
     assert len(gallery) == 3
 
 
 def test_a_gallery_says_what_it_holds(model, gallery):
-    assert str(gallery) == "3 images of 2 ids, 2 cameras: 32 numbers each, 0.0 MiB, model osnet_x0_25_64x32"
+    assert str(gallery) == (
+        "3 images of 2 ids, 2 cameras, seen 1970-01-01T00:00:00Z to 1970-01-01T00:02:00Z: "
+        "32 numbers as fp32, 136 bytes an image, 0.0 MiB, model osnet_x0_25_64x32"
+    )
     assert GalleryStats.from_json(gallery.to_json()) == gallery.stats()
-    assert str(model.gallery()).startswith("0 images of 0 ids: 32 numbers each")
+    assert str(model.gallery()).startswith("0 images of 0 ids: 32 numbers as fp32")
 
 
 def test_a_gallery_s_features_are_kept_in_a_file_and_added_again(model, gallery, tmp_path):
     gallery.features.save(tmp_path / "g.npz")
     again = model.gallery()
-    again.add(Features.load(tmp_path / "g.npz"))
+    again.add(Features.load(tmp_path / "g.npz"), times=[0, 60, 120])
     assert again.stats() == gallery.stats()
     assert list(again.search(CROPS[:2])) == list(gallery.search(CROPS[:2]))
-    assert list(search(model, CROPS[:2], tmp_path / "g.npz")) == list(gallery.search(CROPS[:2]))
+    assert search(model, CROPS[:2], tmp_path / "g.npz").ids == gallery.search(CROPS[:2]).ids
 
 
 def test_features_of_bundle_and_checkpoint_are_taken_by_each_other(model, tiny_checkpoint, tiny_bundle):

@@ -70,10 +70,10 @@ def test_what_is_timed_is_the_search_itself(dataset, grid_runner, monkeypatch):
     calls = []
     real = search.top_matches
 
-    def slow(query, gallery, top, unit):
+    def slow(query, gallery, top):
         calls.append((len(query), len(gallery)))
         time.sleep(0.02)
-        return real(query, gallery, top, unit)
+        return real(query, gallery, top)
 
     monkeypatch.setattr(search, "top_matches", slow)
     for run in benchmark(grid_runner(), dataset, single_stream=2, warmup=0).runs:

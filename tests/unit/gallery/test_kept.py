@@ -1,0 +1,429 @@
+"""A gallery in a folder: what was acknowledged stays, what was removed is gone, and nothing else is taken in."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
+from nformer_edge.core.features import Features
+from nformer_edge.gallery import store
+from nformer_edge.gallery.gallery import Audit, Changed, Gallery, GalleryStats
+from tests.helpers.galleries import SIZE, rows, stub
+
+ODD = [
+    "",
+    "a b",
+    "Ünïcode 名前",
+    "q'uote\"",
+    "new\nline",
+    "null\0byte",
+    "../../etc",
+    "-rf",
+    "\udcff",
+    "a" * 5000,
+    "1",
+    "01",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "people"
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one.features.features, other.features.features)
+    assert one.features.ids == other.features.ids
+    for column in ("cameras", "times", "meta", "key"):
+        np.testing.assert_array_equal(one._current()[column], other._current()[column])
+
+
+def test_what_was_added_is_there_when_the_folder_is_opened_again(folder):
+    with Gallery(stub(), folder) as gallery:
+        done = gallery.add(
+            rows(0, 3), ids=["ann", "ben", "ann"], cameras=[1, 2, 3], times=[5, "1970-01-01", 7.5], meta={"a": [1]}
+        )
+        assert (done.images, done.ids, done.total, done.path) == (3, 2, 3, str(folder))
+        gallery.add(rows(1, 300), meta=[*range(300)])
+        with Gallery(stub(), folder) as again:
+            same(again, gallery)
+            found, want = again.search(rows(0), top=5), gallery.search(rows(0), top=5)
+            assert found.to_json() == want.to_json()
+            assert found[0][0].time == 5
+            assert found[0][0].meta == {"a": [1]}
+    assert Changed.from_json(done.to_json()) == done
+    assert (folder / store.FILE).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("code", ["fp32", "fp16", "int8"])
+def test_every_code_is_read_as_it_was_written(folder, code):
+    with Gallery(stub(), folder, code=code) as gallery, Gallery(stub(), code=code) as memory:
+        for made in (gallery, memory):
+            made.add(rows(0, 20), times=0)
+            made.remove("3")
+        with Gallery(None, folder) as again:
+            same(again, memory)
+            assert again.stats().bytes_per_image == {"fp32": 4, "fp16": 2, "int8": 1}[code] * SIZE + 8
+    with pytest.raises(UsageError, match=r"Add images first; `compact` then learns this code"):
+        Gallery(stub(), code="pca64-int8")
+
+
+def test_random_additions_removals_and_searches_are_those_of_plain_lists(folder):
+    draw = random.Random(0)
+    held: list[tuple[str, np.ndarray, int, float]] = []
+    gallery = Gallery(stub(), folder)
+    for turn in range(150):
+        what = draw.choice(["add", "add", "add", "remove", "search", "search", "compact", "reopen", "old"])
+        if what == "add":
+            new, names = rows(turn, draw.randrange(1, 5)), [f"p{draw.randrange(12)}" for _ in range(4)]
+            cameras, times = [draw.randrange(3) for _ in range(4)], [float(draw.randrange(9)) for _ in range(4)]
+            count = len(new)
+            gallery.add(new, ids=names[:count], cameras=cameras[:count], times=times[:count])
+            held += zip(names, new.features, cameras, times)  # noqa: B905
+        elif what == "remove" and held:
+            gone = {draw.choice(held)[0]}
+            assert gallery.remove([*gone]).images == sum(row[0] in gone for row in held)
+            held = [row for row in held if row[0] not in gone]
+        elif what == "compact":
+            gallery.compact()
+        elif what == "reopen":
+            gallery.close()
+            gallery = Gallery(stub(), folder)
+        elif what == "search" and held:
+            query, cameras, since = rows(10_000 + turn).features, [draw.randrange(3), 1], draw.randrange(9)
+            found = gallery.search(Features(query), top=4, cameras=cameras, since=since)
+            unit = np.array([row[1] for row in held], float)
+            scores = (unit / np.linalg.norm(unit, axis=1, keepdims=True)) @ (query[0] / np.linalg.norm(query[0]))
+            kept = [i for i, row in enumerate(held) if row[2] in cameras and row[3] >= since]
+            best = sorted(kept, key=lambda i: -scores[i])[:4]
+            assert found.indices.tolist() == [best]
+            np.testing.assert_allclose(found.scores[0], scores[best], atol=1e-6)
+            assert found.searched == len(kept)
+        assert len(gallery) == len(held)
+        assert gallery.features.ids == tuple(row[0] for row in held)
+    assert len({row[0] for row in held}) > 3
+
+
+def test_a_killed_writer_leaves_every_acknowledged_change_and_no_torn_one(folder):
+    draw, turn = random.Random(0), 0
+    want = Gallery(stub())
+    for _ in range(5):
+        command = [sys.executable, "-m", "tests.helpers.galleries", str(folder), str(turn)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as writer:
+            first = writer.stdout.readline()
+            time.sleep(draw.random() * 0.2)
+            writer.kill()
+            said = [*map(int, (first + writer.stdout.read()).split())]
+        with Gallery(stub(), folder) as gallery:  # also verifies every batch
+            found = gallery.features
+        for number in said:
+            expected(want, number)
+        complete = [want.features.ids]
+        for step in range(2):  # what was under way: the addition, and perhaps the removal
+            expected(want, said[-1] + 1, step)
+            complete.append(want.features.ids)
+        assert found.ids in complete
+        turn, want = said[-1] + 2, Gallery(stub())
+        if found.ids:
+            want.add(found, ids=found.ids)
+            numbers = [int(name.split()[1]) for name in found.ids]
+            np.testing.assert_array_equal(found.features[::3], np.concatenate([rows(n).features for n in numbers[::3]]))
+
+
+def expected(gallery, turn, step=None):
+    if step in (None, 0):
+        gallery.add(rows(turn, 3), ids=f"person {turn}")
+    if step in (None, 1) and turn % 3 == 2 and f"person {turn - 1}" in gallery.features.ids:
+        gallery.remove(f"person {turn - 1}")
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_byte_of_a_removed_person_is_left_in_any_file(folder):
+    names = [f"name-{i:04d}-of-a-person" for i in range(600)]
+    image = np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8)
+    with Gallery(stub(), folder, thumbnails=True) as gallery:
+        gallery.add(rows(0, 600), ids=names, meta=[{"note": f"meta-{name}"} for name in names])
+        gallery._store.put_thumbnails({7: b"picture-of-" + image.tobytes()})
+        vectors = gallery.features.features
+        secret = [names[7].encode(), vectors[7].tobytes(), vectors[7, :4].tobytes(), image.tobytes()[:64]]
+        assert all(any(s in data for data in files(folder).values()) for s in secret)
+        with Gallery(stub(), folder) as reader:
+            assert len(reader) == 600
+            assert gallery.remove(names[7]).images == 1
+            gallery.compact()
+            assert len(reader) == 599
+            left = files(folder)
+            assert store.FILE in left
+            assert f"{store.FILE}-wal" in left
+            for s in secret:
+                assert not [name for name, data in left.items() if s in data]
+            assert any(names[8].encode() in data for data in left.values())
+
+
+def test_a_second_writer_waits_or_is_refused_while_readers_go_on(folder, monkeypatch):
+    monkeypatch.setattr(store, "WAIT", 0.1)
+    with Gallery(stub(), folder) as one, Gallery(stub(), folder) as two:
+        one.add(rows(0, 2), ids=["ann", "ben"])
+        assert [len(two), *two.features.ids] == [2, "ann", "ben"]
+        with one._store.writing():
+            assert two.search(rows(0)).ids == (("ann", "ben"),)
+            with pytest.raises(BackendError, match=r"another process that writes, expected one writer at a time"):
+                two.add(rows(1))
+            assert len(two) == 2
+        two.add(rows(1), ids="eve")
+        assert one.search(rows(1), top=1).ids == (("eve",),)
+        two.remove("ann")
+        one.add(rows(2), ids="joe")
+        assert two.features.ids == one.features.ids == ("ben", "eve", "joe")
+        one.compact()
+        same(one, two)
+
+
+def test_writers_in_two_processes_lose_nothing(folder):
+    command = [sys.executable, "-m", "tests.helpers.galleries", str(folder), "1000"]
+    with Gallery(stub(), folder) as gallery:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as writer:
+            writer.stdout.readline()
+            for turn in range(10):
+                gallery.add(rows(turn), ids=f"mine {turn}")
+            writer.kill()
+        assert {f"mine {turn}" for turn in range(10)} <= set(gallery.features.ids)
+        with Gallery(None, folder) as again:
+            same(again, gallery)
+
+
+def test_threads_search_while_images_come_and_go(folder):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with Gallery(stub(), folder) as gallery, ThreadPoolExecutor(4) as pool:
+        gallery.add(rows(0, 50), ids="base")
+
+        def ask(_):
+            found = gallery.search(rows(0), top=60)
+            assert all(np.diff(found.scores[0]) <= 0)
+            assert found.ids[0].count("base") == 50
+            return found.searched
+
+        asked = [pool.submit(ask, i) for i in range(40)]
+        for turn in range(20):
+            gallery.add(rows(turn + 1), ids=f"p{turn}")
+            if turn % 2:
+                gallery.remove(f"p{turn}")
+        assert {future.result() for future in asked} <= {*range(50, 80)}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [([np.nan] * SIZE, "NaN or infinity in row 0"), ([np.inf] * SIZE, "NaN or infinity"), ([0] * SIZE, "all zeros"),
+     ([1] * (SIZE - 1), r"shape \(1, 15\)"), ([1e30] * SIZE, "largest number of 1e\\+30"), ([1e-30] * SIZE, "1e-30")],
+)  # fmt: skip
+def test_rows_that_are_no_features_are_refused_and_nothing_is_added(folder, row, told):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0), ids="ann")
+        with pytest.raises(DataError, match=told):
+            gallery.add(Features(np.array([row], np.float32)))
+        with pytest.raises(DataError, match="features of another model"):
+            gallery.add(Features(rows(0).features, model="b" * 64))
+        same(Gallery(None, folder), gallery)
+
+
+def test_labels_that_do_not_fit_are_refused(folder):
+    with Gallery(stub(), folder) as gallery:
+        for given, told in (
+            ({"ids": ["a"]}, "ids: got 1 for 2"),
+            ({"ids": ""}, "ids: got an empty name"),
+            ({"times": [0]}, "times: got 1"),
+            ({"cameras": [0.5, 1]}, "cameras"),
+            ({"meta": [1]}, "meta: got 1"),
+        ):
+            with pytest.raises(DataError, match=told):
+                gallery.add(rows(0, 2), **given)
+        for when in ("yesterday", [0, None], [0, "x"], float("nan")):
+            with pytest.raises(UsageError, match=r"times: .* Write it like 2026-11-28T12:00Z"):
+                gallery.add(rows(0, 2), times=when)
+        with pytest.raises(TypeError):
+            gallery.add(rows(0, 2), meta={"x": object()})
+        assert len(gallery) == 0
+        assert gallery.audit().entries == ()
+
+
+def test_names_of_any_characters_are_found_and_removed(folder):
+    names = ODD[1:]
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, len(names)), ids=names)
+        for i, name in enumerate(names):
+            with Gallery(stub(), folder) as again:
+                assert again.search(Features(rows(0, len(names)).features[i : i + 1]), top=1).ids == ((name,),)
+                assert str(again.search(rows(0), top=1))
+            gallery.remove(name)
+        assert len(gallery) == 0
+
+
+def test_filters_come_before_ranking(folder):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 6), ids=list("abcdef"), cameras=[1, 1, 2, 2, 3, -1], times=["2026-01-01", *range(5)])
+        query = rows(0)
+        ask = (
+            {"cameras": [1, 3]},
+            {"exclude_camera": 1},
+            {"since": 3},
+            {"until": 1},
+            {"since": "2025-12-31T23:00-02:00"},
+        )
+        want = "abe", "cdef", "aef", "bc", ""
+        for filters, names in zip(ask, want, strict=True):
+            found = gallery.search(query, top=10, **filters)
+            assert (sorted(found.ids[0]), found.searched) == ([*names], len(names))
+        assert len(gallery.search(query, top=2, exclude_camera=1).ids[0]) == 2
+        assert str(gallery.search(query, cameras=9))
+        with pytest.raises(UsageError, match="since: got 'noon'"):
+            gallery.search(query, since="noon")
+
+
+def test_several_pictures_of_one_person_are_one_query(folder):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 6), ids=list("abcdef"))
+        two = Features(rows(0, 6).features[[1, 4]] * [[1], [1000]])
+        found = gallery.search(two, top=2, one_person=True)
+        assert (len(found), sorted(found.ids[0])) == (1, ["b", "e"])
+        assert len(gallery.search(two, top=2)) == 2
+
+
+def test_old_images_are_removed_by_keep_days(folder):
+    now, day = time.time(), 86400
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 3), ids=["old", "new", "new"], times=[now - 31 * day, now - 29 * day, now])
+        assert gallery.remove(keep_days=30).images == 1
+        assert gallery.features.ids == ("new", "new")
+        assert gallery.remove(keep_days=30).images == 0
+        with pytest.raises(UsageError, match="keep_days: got -1"):
+            gallery.remove(keep_days=-1)
+
+
+def test_a_backup_is_a_gallery_and_stays_as_it_was(folder, tmp_path):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 300), ids="ann")
+        done = gallery.backup(tmp_path / "copy")
+        assert (done.images, done.path) == (300, str(tmp_path / "copy"))
+        gallery.add(rows(1), ids="eve")
+        with Gallery(stub(), tmp_path / "copy") as copy:
+            assert len(copy) == 300
+            copy.remove("ann")
+        assert len(gallery) == 301
+        with pytest.raises(ArtifactError, match="a gallery there"):
+            gallery.backup(tmp_path / "copy")
+    with pytest.raises(UsageError, match="a gallery in memory to backup"):
+        Gallery(stub()).backup(tmp_path / "other")
+
+
+def test_two_galleries_are_merged(folder, tmp_path):
+    with Gallery(stub(), folder) as gallery, Gallery(stub(), tmp_path / "other", code="int8") as other:
+        gallery.add(rows(0, 2), ids=["ann", "ben"], times=1)
+        other.add(rows(1, 2), ids=["ann", "eve"], times=2, cameras=[4, 5])
+        done = gallery.merge(tmp_path / "other")
+        assert (done.images, done.ids, done.total) == (2, 2, 4)
+        with Gallery(stub(), folder) as again:
+            same(again, gallery)
+            assert again.features.ids == ("ann", "ben", "ann", "eve")
+            assert again.features.camids.tolist() == [-1, -1, 4, 5]
+        with pytest.raises(DataError, match="another model"):
+            gallery.merge(Gallery(stub(sha256="b" * 64)))
+
+
+def test_the_log_counts_and_names_nobody(folder):
+    with Gallery(stub(), folder, audit=True) as gallery:
+        gallery.add(rows(0, 3), ids=["ann", "ann", "ben"])
+        gallery.search(rows(0, 2), note="case 7")
+        gallery.remove("ann")
+        audit = gallery.audit()
+        assert [(e.action, e.images, e.ids, e.note) for e in audit.entries] == [
+            ("add", 3, 2, ""), ("search", 2, 0, "case 7"), ("remove", 2, 1, "")
+        ]  # fmt: skip
+        assert "ann" not in str(audit)
+        assert Audit.from_json(audit.to_json()) == audit
+    with Gallery(stub()) as memory:
+        memory.add(rows(0))
+        memory.search(rows(0))
+        assert [e.action for e in memory.audit().entries] == ["add"]
+
+
+def test_a_gallery_of_another_model_or_preprocessing_is_refused(folder):
+    Gallery(stub(), folder).close()
+    with pytest.raises(DataError, match="gallery: got features of another model"):
+        Gallery(stub(sha256="b" * 64), folder)
+    with pytest.raises(DataError, match="gallery: got images brought to the model in another way"):
+        Gallery(stub(height=128), folder)
+    with Gallery(None, folder) as gallery:
+        assert GalleryStats.from_json(gallery.to_json()) == gallery.stats()
+        with pytest.raises(UsageError, match="no model to add with"):
+            gallery.add(rows(0))
+
+
+def test_a_damaged_or_foreign_file_is_refused_by_name(folder, tmp_path):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 5), ids="ann")
+    with pytest.raises(ArtifactError, match="no gallery there"):
+        Gallery(None, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+    def broken(name: str, statement: str) -> Path:
+        shutil.copytree(folder, tmp_path / name)
+        with sqlite3.connect(tmp_path / name / store.FILE) as sql:
+            sql.execute(statement)
+        sql.close()
+        return tmp_path / name
+
+    for statement, told in (
+        ("UPDATE batches SET labels = replace(labels, 'ann', 'eve')", "batch 1: other bytes than were written"),
+        ("UPDATE batches SET vectors = zeroblob(length(vectors))", "batch 1: other bytes than were written"),
+        ("UPDATE about SET value = 9 WHERE key = 'format_version'", "version 9, expected 1. Update nformer-edge"),
+        ("UPDATE about SET value = 0 WHERE key = 'format_version'", "version 0, expected 1. nformer-edge upgrade"),
+        ("CREATE TRIGGER t AFTER INSERT ON log BEGIN DELETE FROM batches; END", "other tables"),
+        ("DROP TABLE log", "other tables"),
+        ("UPDATE about SET value = 'x' WHERE key = 'next'", "next 'x', expected a whole number"),
+        ("DELETE FROM about WHERE key = 'code'", "code"),
+        ("UPDATE about SET value = 'q' WHERE key = 'features'", "features"),
+    ):
+        with pytest.raises(ArtifactError, match=told):
+            Gallery(stub(), broken(f"b{abs(hash(statement))}", statement))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / store.FILE).write_text("hello" * 1000)
+    with pytest.raises(ArtifactError, match="not a database"):
+        Gallery(stub(), tmp_path / "text")
+    (tmp_path / "link").mkdir()
+    os.symlink(folder / store.FILE, tmp_path / "link" / store.FILE)
+    with pytest.raises(ArtifactError, match="a link"):
+        Gallery(stub(), tmp_path / "link")
+
+
+def test_a_failed_change_leaves_memory_and_file_as_they_were(folder, monkeypatch):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 3), ids=list("abc"))
+
+        def fail(*args):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        for method in ("append", "log"):
+            with monkeypatch.context() as patched:
+                patched.setattr(store.Store, method, fail)
+                with pytest.raises(ArtifactError, match="what was acknowledged is kept"):
+                    gallery.add(rows(1), ids="d")
+                with pytest.raises(ArtifactError, match="full"):
+                    gallery.compact() if method == "append" else gallery.remove("a")
+        assert gallery.features.ids == ("a", "b", "c")
+        gallery.add(rows(1), ids="d")
+        with Gallery(None, folder) as again:
+            same(again, gallery)
