@@ -32,9 +32,10 @@ def rows(seed: int, count: int = 1, size: int = SIZE) -> Features:
 
 if __name__ == "__main__":
     with Gallery(stub(), sys.argv[1]) as gallery:
-        for turn in range(int(sys.argv[2]), sys.maxsize):
+        start = int(sys.argv[2])
+        for turn in range(start, sys.maxsize):
             gallery.add(rows(turn, 3), ids=f"person {turn}")
-            if turn % 3 == 2:
+            if turn % 3 == 2 and turn > start:
                 gallery.remove(f"person {turn - 1}")
             if turn % 7 == 6:
                 gallery.compact()
