@@ -21,7 +21,6 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.core.values import JSON, to_json
-from nformer_edge.gallery.protocols import per_query
 from nformer_edge.metrics.composition import SIZES, thin
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.rerank import k_reciprocal_distances
@@ -29,7 +28,8 @@ from nformer_edge.model.gated import GatedHead
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import HeadConfig
-from nformer_edge.training.head import relate, train_head
+from nformer_edge.training.head import train_head
+from nformer_edge.training.relate import per_query, relate
 
 Pair = tuple[Features, Features]
 

@@ -30,7 +30,8 @@ from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.rerank import reciprocal_mean
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import HeadConfig
-from nformer_edge.training.head import relate, spread, train_head
+from nformer_edge.training.head import spread, train_head
+from nformer_edge.training.relate import relate
 
 #: Parts of the identities, of which one is held out.
 FOLDS = 3

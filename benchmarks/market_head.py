@@ -21,12 +21,12 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.gallery.protocols import per_query
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.rerank import average_query_expansion, k_reciprocal_distances, reciprocal_mean
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import HeadConfig, read_config
-from nformer_edge.training.head import relate, train_head
+from nformer_edge.training.head import train_head
+from nformer_edge.training.relate import per_query, relate
 
 Recipe = tuple[HeadSpec, HeadConfig]
 

@@ -24,7 +24,6 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import HeadSpec
-from nformer_edge.gallery.protocols import per_query
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.metrics.ranking import evaluate, rank
 from nformer_edge.model.checkpoint import load_checkpoint
@@ -32,6 +31,7 @@ from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.table import format_table
+from nformer_edge.training.relate import per_query
 
 
 def joint(head: NFormer, query: Features, gallery: Features, seed: int) -> tuple[Features, Features]:

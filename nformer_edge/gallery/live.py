@@ -64,8 +64,8 @@ class LiveHead:
         self._allocate(0)
 
     @classmethod
-    def open(cls, model: Runner) -> LiveHead:
-        """The live form of an open model's head, without rows.
+    def open(cls, model: Runner, seed: int | None = None) -> LiveHead:
+        """The live form of an open model's head, without rows; `seed` of the landmarks, the model's own if None.
 
         Raises:
             UsageError: if the model has no head.
@@ -78,7 +78,8 @@ class LiveHead:
         if not numbers:
             hint = "Export it again: nformer-edge export CHECKPOINT -o BUNDLE; an engine is then built from that."
             raise ArtifactError(model.name, "no live form of its head", "one, to keep a gallery", hint)
-        return (GatedLive if head.rule == "gated" else NFormerLive)(model.spec, numbers, model.landmark_seed)
+        live = GatedLive if head.rule == "gated" else NFormerLive
+        return live(model.spec, numbers, model.landmark_seed if seed is None else seed)
 
     def __len__(self) -> int:
         return len(self._moved)

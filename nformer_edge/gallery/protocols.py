@@ -13,7 +13,6 @@ each list keeps its members but for the query itself, and ``exact`` is False.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
@@ -21,38 +20,16 @@ from tqdm import tqdm
 
 from nformer_edge.backends.runner import Runner, require_head
 from nformer_edge.core.errors import BackendError, DataError
-from nformer_edge.core.features import Features, check_features
+from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
-from nformer_edge.metrics.distance import cosine_distances, unit_rows
+from nformer_edge.gallery.live import LiveHead
 from nformer_edge.ops.contract import draw_landmarks, relate_jointly
 
 if TYPE_CHECKING:
-    from nformer_edge.model.gated import Head
+    from nformer_edge.training.relate import PerQuery
 
 JOINT: Final = "joint"
 PER_QUERY: Final = "per-query"
-
-#: Queries taken at once: together they change some thousand rows, enough to keep the cores in matrix products.
-_BATCH = 32
-
-
-@dataclass(frozen=True)
-class PerQuery:
-    """Each query alone with the gallery.
-
-    Args:
-        query: the queries with their embeddings.
-        gallery: the gallery with its embeddings of a pass without any query.
-        distances: float32 [Q, G], cosine distances of each query's own run: what `evaluate` and `rank` take.
-        changed: gallery rows that a query changes, on average.
-        exact: whether a whole pass for each query, with the landmarks projected as here, would give these distances.
-    """
-
-    query: Features
-    gallery: Features
-    distances: np.ndarray
-    changed: float
-    exact: bool
 
 
 def relate_sets(
@@ -88,7 +65,9 @@ def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: i
         got, hint = f"a head that {runner.backend} runs as one graph", "Evaluate the checkpoint that it was made from."
         raise BackendError(PER_QUERY, got, "a checkpoint", hint)
     chosen = runner.landmark_seed if seed is None else seed
-    return cast(PerQuery, with_head(lambda head: per_query(head, query, gallery, chosen)))
+    from nformer_edge.training.relate import per_query
+
+    return cast("PerQuery", with_head(lambda head: per_query(head, query, gallery, chosen)))
 
 
 def relate_each(
@@ -117,46 +96,22 @@ def relate_each(
         yield asked.with_features(related[-1:]), gallery.with_features(related[:-1])
 
 
-def per_query(head: Head, query: Features, gallery: Features, seed: int = 0, follow: bool = True) -> PerQuery:
-    """The per-query protocol with a head of PyTorch, in evaluation mode.
+def can_ask(runner: Runner) -> bool:
+    """Whether `ask_each` takes the model: its head has a live form."""
+    return runner.has_head and bool(runner.head_numbers())
 
-    Args:
-        seed: of the landmarks.
-        follow: False is quicker, and not what the protocol says: the gallery stays as it is without the query, but,
-            under the gated rule, for the neighbors that hold the query for one.
+
+def ask_each(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> np.ndarray:
+    """Each query alone with the gallery, as a search asks (`LiveHead.ask`): quick, not exact.
+
+    Returns:
+        Cosine distances, float32 [Q, G].
 
     Raises:
+        UsageError: if the model has no head, or one without a live form.
         DataError: for a feature that is not finite or is all zeros, or an empty gallery.
     """
-    import torch
-
-    from nformer_edge.model.per_query import gallery_pass
-
-    if not len(gallery):
-        raise DataError("gallery", "zero images", "at least one", "Check the path.")
-    for name, s in (("query features", query), ("gallery features", gallery)):
-        check_features(s.features, name, head.spec.features)
-    device = next(head.parameters()).device
-    drawn = draw_landmarks(len(gallery), head.spec.layers, head.spec.landmarks, seed)
-    with torch.inference_mode():
-        theirs, asked, landmarks = (
-            torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (gallery.features, query.features, drawn)
-        )
-        passed = gallery_pass(head, theirs, landmarks)
-        alone = passed.embeddings.cpu().numpy()
-        unit = unit_rows(alone, "gallery embeddings")
-        embeddings = np.empty((len(query), alone.shape[1]), np.float32)
-        distances = np.empty((len(query), len(gallery)), np.float32)
-        changed = 0
-        for rows, answer in passed.ask_all(asked, follow, _BATCH):
-            count = rows.stop - rows.start
-            which, image, x = (t.cpu().numpy() for t in (answer.query, answer.image, answer.x))
-            embeddings[rows] = x[:count]
-            mine, other = unit_rows(x[:count], "query embeddings"), unit_rows(x[count:], "gallery embeddings")
-            distances[rows] = cosine_distances(mine, unit)
-            cosines = (mine[which[count:]].astype(np.float64) * other.astype(np.float64)).sum(axis=1)
-            distances[rows.start + which[count:], image[count:]] = 1.0 - cosines
-            changed += len(other)
-    asked_as, seen_as = query.with_features(embeddings), gallery.with_features(alone)
-    exact = follow and head.spec.rule != "affinity"
-    return PerQuery(asked_as, seen_as, distances, changed / max(len(query), 1), exact)
+    live = LiveHead.open(runner, seed)
+    live.build(gallery.features)
+    found: np.ndarray = 1 - live.ask(query.features)
+    return found

@@ -335,8 +335,8 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
 
     Images a person are `images_per_person` if given; else as the gallery's own people or ids have them; else 1, where a
     head does most harm. The head is used where the model's table (`metrics.composition`), averaged over the gallery's
-    people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table it is not used. The table has all
-    queries in one set; a query that is searched alone may gain less, and the answer says so.
+    people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table it is not used. Where the table has
+    all queries in one set alone, a query that is searched alone may gain less, and the answer says so.
     """
     if images_per_person is not None:
         check_at_least("images_per_person", images_per_person, 1)
@@ -355,7 +355,8 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
         return False, f"head not used: the model's measurement has none; {_OVERRIDE}"
     use = all(found >= -allowed for found, allowed in zip(gain, ALLOWED_LOSS, strict=True))
     points = f"{100 * gain[0]:+.1f} points mAP, {100 * gain[1]:+.1f} Rank-1"
-    measured = f"{points} at {known}, measured on {runner.accuracy.measured_on}, all queries in one set"
+    way = "each query alone" if runner.accuracy.searched else "all queries in one set"
+    measured = f"{points} at {known}, measured on {runner.accuracy.measured_on}, {way}"
     return use, f"head used: {measured}" if use else f"head not used: {measured}"
 
 

@@ -32,6 +32,9 @@ SIZES: tuple[int | None, ...] = (1, 2, 4, 8, None)
 #: Query and gallery through a head together, with a landmark seed (`gallery.protocols.relate_sets`).
 Relate = Callable[[Features, Features, int], Pair]
 
+#: Cosine distances [Q, G] of each query alone with the gallery, with a landmark seed (`gallery.protocols.ask_each`).
+Ask = Callable[[Features, Features, int], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -57,6 +60,8 @@ class CompositionRow:
         backbone: scores of the backbone's features.
         head: scores after the head, all queries and the gallery in one set; null where there is no head.
         gain: head less backbone, person by person; null likewise.
+        alone: scores after the head, each query alone with the gallery, as in a search; null where not measured.
+        alone_gain: the same less backbone; null likewise.
     """
 
     images: int | None
@@ -65,6 +70,8 @@ class CompositionRow:
     backbone: Scores
     head: Scores | None
     gain: Scores | None
+    alone: Scores | None
+    alone_gain: Scores | None
 
     @property
     def title(self) -> str:
@@ -99,15 +106,22 @@ class Composition:
     def expected_gain(self, counts: Sequence[int] | np.ndarray) -> tuple[float, float] | None:
         """What the head gains in mAP and Rank-1, on average over people of whom a gallery has `counts` images.
 
-        A person counts by the row of as many images or, where there is none, of the next fewer. None without a head.
+        With each query alone, as in a search, where that was measured; else with all in one set. A person counts by
+        the row of as many images or, where there is none, of the next fewer. None without a head.
         """
-        rows = [(r.images, r.gain.mAP.value, r.gain.rank1.value) for r in self.rows if r.images and r.gain]
+        gains = [(r.images, r.alone_gain or r.gain) for r in self.rows]
+        rows = [(images, gain.mAP.value, gain.rank1.value) for images, gain in gains if images and gain]
         if not rows or not len(counts):
             return None
         table = np.array(rows, np.float64)
         place = np.searchsorted(table[:, 0], np.asarray(counts, np.float64), side="right") - 1
         mAP, rank1 = table[place.clip(min=0), 1:].mean(axis=0)
         return float(mAP), float(rank1)
+
+    @property
+    def searched(self) -> bool:
+        """Whether `expected_gain` is from queries that were each alone with the gallery."""
+        return all(r.alone_gain for r in self.rows)
 
 
 def thin(query: Features, gallery: Features, images: int | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -161,6 +175,7 @@ def composition(
     query: Features,
     gallery: Features,
     relate: Relate | None = None,
+    ask: Ask | None = None,
     *,
     landmark_seeds: Sequence[int] = (0,),
     draws: int = 1,
@@ -171,7 +186,8 @@ def composition(
     Args:
         query: features as the backbone gave them.
         gallery: likewise.
-        relate: the head; None for the backbone alone. It sees the thinned sets alone.
+        relate: the head, all in one set; None for the backbone alone. It sees the thinned sets alone.
+        ask: the head, each query alone with the thinned gallery; None if that is not measured.
         landmark_seeds: of the head; a person's scores are means over them.
         draws: of queries and gallery images.
         measured_on: whose images these are, in words.
@@ -182,25 +198,31 @@ def composition(
     check_at_least("draws", draws, 1)
     rows = []
     for images in SIZES:
-        plain, related, kept = [], [], []
+        plain, related, asked, kept = [], [], [], []
         for draw in range(draws):
             asks, stays = thin(query, gallery, images, draw)
             pair = query.take(asks), gallery.take(stays)
             kept.append(len(stays))
             plain.append(_scored(pair))
             related += [_scored(relate(*pair, seed)) for seed in landmark_seeds] if relate else []
+            asked += [_scored(pair, ask(*pair, seed)) for seed in landmark_seeds] if ask else []
         backbone = np.mean(plain, axis=0)
-        head = np.mean(related, axis=0) if related else None
-        after = None if head is None else _scores(mean_interval, head)
-        gain = None if head is None else _scores(paired_difference, head, backbone)
-        people = backbone.shape[1]
-        rows.append(CompositionRow(images, people, kept[0], _scores(mean_interval, backbone), after, gain))
+        of_parts = [scores for way in (related, asked) for scores in _against(backbone, way)]
+        rows.append(CompositionRow(images, backbone.shape[1], kept[0], _scores(mean_interval, backbone), *of_parts))
     return Composition(measured_on, draws, tuple(rows))
 
 
-def _scored(pair: Pair) -> np.ndarray:
+def _against(backbone: np.ndarray, found: list[np.ndarray]) -> tuple[Scores, Scores] | tuple[None, None]:
+    """Scores of one way, and what it gains."""
+    if not found:
+        return None, None
+    scores = np.mean(found, axis=0)
+    return _scores(mean_interval, scores), _scores(paired_difference, scores, backbone)
+
+
+def _scored(pair: Pair, distances: np.ndarray | None = None) -> np.ndarray:
     """Of each person the average precision, and whether the first match is correct: float64 [2, P]."""
-    result = evaluate(*pair)
+    result = evaluate(*pair, distances=distances)
     return np.stack([result.ap, result.hits(1)])
 
 

@@ -19,7 +19,7 @@ from nformer_edge.core.values import Result
 from nformer_edge.data.labels import judge_labels
 from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_dataset
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_per_query, relate_sets
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, ask_each, can_ask, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
 from nformer_edge.metrics.composition import Composition, Scores, composition
@@ -132,7 +132,7 @@ class Evaluation(Result):
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     machine: MachineFacts
     model: MeasuredModel | None
@@ -179,7 +179,11 @@ def composition_cells(found: Composition) -> list[list[str]]:
     """A line for each number of images a person and each part, under `COMPOSITION_HEADERS`."""
     lines = []
     for row in found.rows:
-        for part, scores, gain in ((BACKBONE, row.backbone, None), (NFORMER, row.head, row.gain)):
+        for part, scores, gain in (
+            (BACKBONE, row.backbone, None),
+            (NFORMER, row.head, row.gain),
+            (NFORMER_PER_QUERY, row.alone, row.alone_gain),
+        ):
             if scores is not None:
                 bounded = [_bounded(i.value, (i.lower, i.upper)) for i in (scores.mAP, scores.rank1)]
                 lines.append([row.title, part, *bounded, *_gains(gain), number(row.gallery, 0)])
@@ -194,7 +198,8 @@ def _gains(gain: Scores | None) -> list[str]:
 def composition_lines(found: Composition) -> list[str]:
     """The table in text, and what it was measured on."""
     draws = f", mean of {found.draws} draws" if found.draws > 1 else ""
-    about = f"one query a person ({found.rows[0].people:,} people of {found.measured_on}), all in one set{draws}"
+    people = f"one query a person ({found.rows[0].people:,} people of {found.measured_on}){draws}"
+    about = f"{people}; {NFORMER} has all queries in one set"
     return [format_table(COMPOSITION_HEADERS, composition_cells(found), left=2), about]
 
 
@@ -273,8 +278,8 @@ def _composition(
     if runner is None or not runner.has_head:
         return composition(query, gallery, draws=draws, measured_on=name)
     chosen = tuple(seeds or (runner.landmark_seed,))
-    together = partial(relate_sets, runner)
-    return composition(query, gallery, together, landmark_seeds=chosen, draws=draws, measured_on=name)
+    together, alone = partial(relate_sets, runner), partial(ask_each, runner) if can_ask(runner) else None
+    return composition(query, gallery, together, alone, landmark_seeds=chosen, draws=draws, measured_on=name)
 
 
 def _ranked(

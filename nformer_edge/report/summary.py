@@ -84,7 +84,7 @@ def format_ends(results: Iterable[Result]) -> str:
     for result in results:
         if isinstance(result, Evaluation) and result.composition is not None:
             for row in result.composition.rows:
-                for part, scores in ((BACKBONE, row.backbone), (NFORMER, row.head)):
+                for part, scores in ((BACKBONE, row.backbone), (NFORMER, row.head), (NFORMER_PER_QUERY, row.alone)):
                     if row.images in (1, None) and row.head is not None and scores is not None:
                         figures = [percent(scores.mAP.value), percent(scores.rank1.value)]
                         body.append([result.label, row.title, part, *figures])

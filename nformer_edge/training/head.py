@@ -16,7 +16,7 @@ from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.gated import GatedHead, Head, make_head, start_as_gates
 from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_discriminant, start_as_reciprocal_mean
-from nformer_edge.ops.contract import draw_landmarks, relate_jointly
+from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import HeadConfig
 from nformer_edge.training.history import Epoch
@@ -244,16 +244,3 @@ def _mixed_epoch(
 
 def _relate(head: GatedHead, sets: Sequence[tuple[Tensor, Tensor, MixedSet, int]]) -> list[Tensor]:
     return [head(features, landmarks) for features, landmarks, _, _ in sets]
-
-
-@torch.inference_mode()
-def relate(head: Head, query: Features, gallery: Features, seed: int = 0) -> tuple[Features, Features]:
-    """`relate_jointly` with a head of PyTorch: the held-out evaluation's way."""
-    device, dtype = next(head.parameters()).device, next(head.parameters()).dtype
-
-    def run(rows: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        features = torch.from_numpy(rows.astype(np.float32)).to(device, dtype)
-        related: np.ndarray = head(features, torch.from_numpy(landmarks).to(device)).float().cpu().numpy()
-        return related
-
-    return relate_jointly(run, head.spec, query, gallery, seed)

@@ -26,8 +26,9 @@ from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.gated import Head, make_head
 from nformer_edge.training.backbone import extract, extract_view, train_backbone
 from nformer_edge.training.config import TrainConfig
-from nformer_edge.training.head import relate, train_head
+from nformer_edge.training.head import train_head
 from nformer_edge.training.history import Best, Stage, config_identity
+from nformer_edge.training.relate import per_query, relate
 from nformer_edge.training.run import Run
 
 #: Files of a run beside its checkpoint ``<stem>.safetensors``, each ``<stem>.<name>``.
@@ -155,8 +156,11 @@ def second_stage(
 def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Composition:
     """Backbone and head by images a person, on the held-out identities."""
     people = f"{len(np.unique(query.pids))} people held out of this training"
-    together = partial(relate, head)
-    return composition(query, gallery, together, landmark_seeds=(seed,), measured_on=people)
+
+    def alone(asks: Features, stays: Features, landmark_seed: int) -> np.ndarray:
+        return per_query(head, asks, stays, landmark_seed, follow=False).distances
+
+    return composition(query, gallery, partial(relate, head), alone, landmark_seeds=(seed,), measured_on=people)
 
 
 def extract_views(

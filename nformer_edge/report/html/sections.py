@@ -139,7 +139,8 @@ def composition(results: Results) -> str:
             cells += [row([text(c) for c in line], left=2) for line in composition_cells(result.composition)]
     note = (
         "In percent, one query a person, the gallery thinned to so many images a person; distractors stay. The head "
-        "sees all queries and the thinned gallery in one set. 95 % intervals by the bootstrap over people; gain: head "
+        "sees all queries and the thinned gallery in one set (joint), or each query alone with it (per query), as a "
+        "search does. 95 % intervals by the bootstrap over people; gain: head "
         "less backbone, in points."
     )
     return section("Images a person", table(COMPOSITION_HEADERS, cells, left=2), note)

@@ -23,7 +23,10 @@ def table(gains: dict[int | None, tuple[float, float]]) -> Composition:
     def scores(mAP: float, rank1: float) -> Scores:
         return Scores(*(Interval(x, x, x) for x in (mAP, rank1)))
 
-    rows = (CompositionRow(n, 9, 9, scores(0.5, 0.5), scores(0.5, 0.5), scores(*gain)) for n, gain in gains.items())
+    rows = (
+        CompositionRow(n, 9, 9, scores(0.5, 0.5), scores(0.5, 0.5), scores(*gain), None, None)
+        for n, gain in gains.items()
+    )
     return Composition("9 people held out of training", 1, tuple(rows))
 
 

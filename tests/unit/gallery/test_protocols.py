@@ -9,9 +9,10 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
-from nformer_edge.gallery.protocols import per_query, relate_per_query
+from nformer_edge.gallery.protocols import relate_per_query
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.training.relate import per_query
 
 
 def people(count: int, seed: int) -> Features:

@@ -123,3 +123,16 @@ def test_draws_and_landmark_seeds_are_averaged_person_by_person(pair):
 
 def test_without_a_head_there_is_no_gain(pair):
     assert all(row.head is None and row.gain is None for row in composition(*pair).rows)
+
+
+def test_a_search_is_judged_by_queries_that_were_alone(pair):
+    def ask(query, gallery, seed):
+        return np.zeros((len(query), len(gallery)), np.float32)
+
+    found = composition(*pair, lambda query, gallery, seed: (query, gallery), ask)
+    assert found.searched
+    assert all(row.gain.mAP.value == 0 > row.alone_gain.mAP.value for row in found.rows)
+    assert found.expected_gain([1])[0] == found.rows[0].alone_gain.mAP.value
+    joint = composition(*pair, lambda query, gallery, seed: (query, gallery))
+    assert not joint.searched
+    assert joint.expected_gain([1])[0] == 0

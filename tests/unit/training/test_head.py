@@ -14,7 +14,8 @@ from nformer_edge.model.nformer import NFormer
 from nformer_edge.model.start import start_as_reciprocal_mean
 from nformer_edge.ops.reference import row_top_k
 from nformer_edge.training.config import HeadConfig, Start
-from nformer_edge.training.head import relate, spread, train_head
+from nformer_edge.training.head import spread, train_head
+from nformer_edge.training.relate import relate
 
 
 def people(ids: int, each: int, noise: float, seed: int, size: int = 32) -> Features:
