@@ -33,8 +33,14 @@ RESERVE = 31
 #: A number of a row (a threshold, a unit row's coordinate) that moved less is as it was, and is not followed on.
 STILL = 1e-6
 
-#: Queries whose scores are computed in one product.
+#: Rows that go through a layer at once: what lies between stays in cache.
+BLOCK = 1024
+
+#: Queries or new rows whose scores are computed in one product.
 _BATCH = 32
+
+#: Rows whose products with each other are held: 64 MiB.
+_FEW = 4096
 
 
 class LiveHead:
@@ -119,7 +125,7 @@ class LiveHead:
         self._moved[held:] = True
         for name, x in self._prepared(rows).items():
             self._rows[name][held:-1] = x
-        for part in row_blocks(len(rows)):
+        for part in row_blocks(len(rows), _BATCH):
             self._list_new(held + part.start, held + part.stop)
 
     def remove(self, positions: np.ndarray) -> None:
@@ -210,7 +216,7 @@ class LiveHead:
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Of every per-row array, its shape after N and its type."""
-        row, lists = (self.spec.features,), (self.spec.listed + RESERVE,)
+        row, lists = (self.spec.features,), (self._width,)
         floats = {"unit": row, "scores": lists, "out": row}
         return {**{name: (shape, np.float32) for name, shape in floats.items()}, "names": (lists, np.int32)}
 
@@ -272,8 +278,9 @@ class LiveHead:
         """Room for `size` rows and a query; rows that are there stay."""
         held = len(self)
         for name, (shape, kind) in self._shapes().items():
-            fill = NO_NEIGHBOR if kind is np.int32 else 0
-            new: np.ndarray = np.full((size + 1, *shape), fill, kind)
+            new: np.ndarray = np.zeros((size + 1, *shape), kind)
+            if kind is np.int32:
+                new[held:] = NO_NEIGHBOR
             if held:
                 new[:held] = self._rows[name][:held]
             self._rows[name] = new
@@ -299,9 +306,22 @@ class LiveHead:
         """Lists of `rows` [P] among the first `size`."""
         unit = self._rows["unit"][:size]
         own = unit if len(rows) == size else unit[rows]
-        names = native.row_top_k(own[None], unit[None], self._rows["names"].shape[1])
+        names = native.row_top_k(own[None], unit[None], self._width)
         self._rows["scores"][rows] = native.pair_scores(own[None], unit[None], names)[0]
         self._rows["names"][rows] = names[0]
+
+    def _search_few(self, size: int) -> None:
+        """As `_search` of the first `size` by each other, by float32 products where these are few."""
+        if size > _FEW:
+            return self._search(np.arange(size), size)
+        unit, count = self._rows["unit"][:size], min(size, self.spec.listed)
+        products = unit @ unit.T
+        names = np.sort(np.argpartition(-products, count - 1, axis=1)[:, :count], axis=1)
+        scores = np.take_along_axis(products, names, axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")
+        self._rows["names"][:size, :count] = np.take_along_axis(names, best, axis=1)
+        self._rows["scores"][:size] = -np.inf
+        self._rows["scores"][:size, :count] = np.take_along_axis(scores, best, axis=1)
 
     def _last(self, size: int) -> np.ndarray:
         """Of the first `size` rows, the score that enters each list when it is exceeded."""
@@ -313,10 +333,22 @@ class LiveHead:
     def _list_new(self, start: int, stop: int) -> None:
         """Lists of rows start..stop - 1, and their places in the lists of those before."""
         last, listed = self._last(start), self._rows["scores"][:start, self.spec.listed - 1].copy()
-        unit = self._rows["unit"]
-        rows, scores = self._enter(start, stop, last, unit[:start] @ unit[start:stop].T)
+        unit = self._rows["unit"][:stop]
+        products = unit @ unit[start:].T
+        rows, scores = self._enter(start, stop, last, products[:start])
         self._moved[rows] |= (scores > listed[rows, None]).any(axis=1)
-        self._search(np.arange(start, stop), stop)
+        for row in range(start, stop):
+            self._list_one(row, *self._nearest(unit[row], products[:, row - start], self._width, unit), stop)
+
+    def _list_one(self, row: int, names: np.ndarray, scores: np.ndarray, size: int) -> None:
+        lists = np.full((1, self._width), NO_NEIGHBOR, np.int32), np.full((1, self._width), -np.inf, np.float32)
+        for name, x, found in zip(("names", "scores"), lists, (names, scores), strict=True):
+            x[0, : len(found)] = found
+            self._put(name, np.array([row]), x, size)
+
+    @property
+    def _width(self) -> int:
+        return self.spec.listed + RESERVE
 
     def _enter(self, start: int, stop: int, last: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Puts rows start..stop - 1 into the lists before them whose `last` [start] they exceed.
@@ -391,11 +423,7 @@ class LiveHead:
                 query, unit = asked["unit"][0], self._rows["unit"]
                 products = unit @ query
                 rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
-                found = self._nearest(query, products, listed, unit)
-                for name, x, empty in zip(("names", "scores"), found, (NO_NEIGHBOR, -np.inf), strict=True):
-                    row_of = np.full((1, self._rows[name].shape[1]), empty, x.dtype)
-                    row_of[0, : len(x)] = x
-                    self._put(name, row, row_of, size + 1)
+                self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
                 moved = np.zeros(size + 1, bool)
                 moved[rows] = moved[size] = True
                 self._spread(size + 1, moved)
@@ -418,7 +446,7 @@ class LiveHead:
         few._allocate(size)
         for name, x in asked.items():
             few._rows[name][:size] = np.concatenate([self._rows[name][at], x])
-        few._search(np.arange(size), size)
+        few._search_few(size)
         few._spread(size, np.ones(size, bool))
         found = np.full(len(self), -np.inf, np.float32)
         found[at] = few._rows["out"][: size - 1] @ few._rows["out"][size - 1]

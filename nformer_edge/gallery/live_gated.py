@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from nformer_edge.core.spec import GATED_MISSING, GATED_RANKS
-from nformer_edge.gallery.live import STILL, LiveHead, scaled, unit
+from nformer_edge.gallery.live import BLOCK, STILL, LiveHead, scaled, unit
+from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
 
 _TOP, _NEAR, _FAR = (GATED_RANKS.index(rank) for rank in (16, 32, 128))
@@ -72,17 +73,19 @@ class GatedLive(LiveHead):
             t = self._thresholds(layer, self._rows[f"profile{layer}"][rows], self._rows["crowd"][rows])
             seen = differs | self._put(f"t{layer}", rows, t, size, STILL)
             rows = np.flatnonzero(moved | mixed | seen | seen[near].any(axis=1))
-            y = native.reciprocal_neighbor_attention(
-                *(x[None], x[None], x[None], near[None], self._slope(layer)),
-                t=self._rows[f"t{layer}"][None, :size],
-                rows=rows,
-            )[0]
-            crowd = self._rows["crowd"][rows]
-            new = self._joined(layer, x[rows], y, crowd)
-            if layer + 1 < self.spec.layers:
-                differs = self._put(f"x{layer + 1}", rows, new, size, STILL)
-            else:
-                self._put("out", rows, self._output(new, self._rows["unit"][rows], crowd), size)
+            differs = np.zeros(size, bool)
+            for part in row_blocks(len(rows), BLOCK):
+                differs |= self._pass(layer, x, rows[part], near)
+
+    def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
+        t, crowd = self._rows[f"t{layer}"][None, : len(x)], self._rows["crowd"][rows]
+        one = x[None]
+        y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
+        new = self._joined(layer, x[rows], y, crowd)
+        if layer + 1 < self.spec.layers:
+            return self._put(f"x{layer + 1}", rows, new, len(x), STILL)
+        return self._put("out", rows, self._output(new, self._rows["unit"][rows], crowd), len(x))
 
     def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         size, x = len(self), asked["unit"]

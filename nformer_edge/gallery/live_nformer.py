@@ -13,13 +13,10 @@ import math
 
 import numpy as np
 
-from nformer_edge.gallery.live import STILL, LiveHead, unit
+from nformer_edge.gallery.live import BLOCK, STILL, LiveHead, unit
 from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
 from nformer_edge.ops.contract import NO_NEIGHBOR
-
-#: Rows that go through a layer's row-wise part at once.
-_ROWS = 1024
 
 
 class NFormerLive(LiveHead):
@@ -64,6 +61,10 @@ class NFormerLive(LiveHead):
         if not self._anew:
             super()._search(rows, size)
 
+    def _search_few(self, size: int) -> None:
+        if not self._anew:
+            super()._search_few(size)
+
     def _list_new(self, start: int, stop: int) -> None:
         if not self._anew:
             super()._list_new(start, stop)
@@ -93,7 +94,7 @@ class NFormerLive(LiveHead):
             if f"k{layer}" not in self._landmarks:
                 self._take_agents(layer, self._x(layer, self._landmarks["drawn_rows"][layer]))
             rows = np.flatnonzero(differs)
-            factors = [self._factors(layer, self._x(layer, rows[part])) for part in row_blocks(len(rows), _ROWS)]
+            factors = [self._factors(layer, self._x(layer, rows[part])) for part in row_blocks(len(rows), BLOCK)]
             differs = np.zeros(size, bool)
             for name, x in zip("abv", map(np.hstack, zip(*factors, strict=True)), strict=False):
                 for h in range(spec.heads):
@@ -109,7 +110,7 @@ class NFormerLive(LiveHead):
                     near = self._choose(layer, h, a, b)
                 y.append(native.reciprocal_neighbor_attention(a, b, v, near[None], rows=rows)[0])
             summed = np.hstack(y)
-            blocks = [self._after(layer, self._x(layer, rows[p]), summed[p]) for p in row_blocks(len(rows), _ROWS)]
+            blocks = [self._after(layer, self._x(layer, rows[p]), summed[p]) for p in row_blocks(len(rows), BLOCK)]
             x = np.concatenate(blocks) if blocks else summed
             if layer + 1 < spec.layers:
                 differs = self._put(f"x{layer + 1}", rows, x, size, STILL)
@@ -125,7 +126,7 @@ class NFormerLive(LiveHead):
     def _mutual(self, near: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [P]
         """`rows`, and of each the neighbors that chose it, in ascending order, -1 for the others."""
         names = np.empty((len(rows), near.shape[1]), np.int32)
-        for part in row_blocks(len(rows), _ROWS):
+        for part in row_blocks(len(rows), BLOCK):
             own = near[rows[part]]
             chose = (near[own] == rows[part, None, None]).any(axis=2) & (own >= 0)
             names[part] = np.sort(np.where(chose, own, np.int32(NO_NEIGHBOR)), axis=1)
