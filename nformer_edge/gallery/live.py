@@ -304,10 +304,10 @@ class LiveHead:
 
     def _search(self, rows: np.ndarray, size: int) -> None:
         """Lists of `rows` [P] among the first `size`."""
-        unit = self._rows["unit"][:size]
-        own = unit if len(rows) == size else unit[rows]
-        names = native.row_top_k(own[None], unit[None], self._width)
-        self._rows["scores"][rows] = native.pair_scores(own[None], unit[None], names)[0]
+        unit = self._rows["unit"][None, :size]
+        own = unit if len(rows) == size else unit[:, rows]  # the same array halves the work
+        names = native.row_top_k(own, unit, self._width)
+        self._rows["scores"][rows] = native.pair_scores(own, unit, names)[0]
         self._rows["names"][rows] = names[0]
 
     def _search_few(self, size: int) -> None:
