@@ -120,7 +120,7 @@ def _make_models(out: Path, dataset: Dataset, seed: int, tiny: bool, clock: _Clo
     if tiny:
         config = configure("demo", seed=seed, imgsz=(64, 32), epochs=2, head_epochs=1)
     with clock("train"):
-        training = train(dataset, checkpoint, config)
+        training = train(dataset, checkpoint, config, force=True)
     with clock("export"):
         export_bundle(checkpoint, bundle, landmark_seed=seed, force=True)
     models = {PYTORCH: checkpoint, ONNX_FP32: out / "engine-fp32", ONNX_INT8: out / "engine-int8"}

@@ -211,6 +211,19 @@ def require_new(path: str | os.PathLike[str], kind: str, force: bool) -> None:
         raise ArtifactError(str(path), f"an earlier {kind} there", "a new folder", hint)
 
 
+def require_new_file(path: str | os.PathLike[str], what: str, force: bool) -> None:
+    """Asked before minutes are spent: whether the file `path` may be written. `what`: such as "a checkpoint".
+
+    Raises:
+        ArtifactError: if there is one already, unless `force`; if there is a folder, in any case.
+    """
+    if Path(path).is_dir():
+        raise ArtifactError(os.fspath(path), "a folder there", f"the name of {what}", "Choose another -o.")
+    if not force and os.path.lexists(path):
+        hint = "Choose another -o, or replace it: --force"
+        raise ArtifactError(os.fspath(path), "an earlier file there", f"a new name for {what}", hint)
+
+
 def _require_ours(path: Path, kind: str) -> None:
     if path.is_symlink() or (path.exists() and not (path.is_dir() and _may_replace(path, kind))):
         raise ArtifactError(

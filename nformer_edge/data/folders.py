@@ -22,6 +22,10 @@ FEW_FOLDERS, PLACE_IMAGES = 10, 50
 
 _PERSON = re.compile(r"(?:^|[_\-])(?:person|pid|id|p)[_\-]?(\d+)(?![0-9])|^(\d+)(?=[_\-])", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d+)")
+#: A date or a time of day: numbers that several images share, and no person's.
+_TIME = re.compile(r"(19|20)\d\d-?[01]\d-?[0-3]\d(?!\d)|[0-2]\d[-.h][0-5]\d[-.m][0-5]\d(?!\d)")
+#: What to do with images that nobody labeled.
+_NOBODY = "--layout unlabeled (parity, benchmark, threshold, embed, search and --calib-data need no labels)"
 
 
 def looks_like_folders(root: Path) -> bool:
@@ -157,21 +161,28 @@ def _read_unsplit(root: Path, notes: list[str], sure: bool, cameras: bool) -> li
 
 
 def _read_cameras(root: Path, folders: list[Path], sure: bool, notes: list[str]) -> list[Sighting]:
-    """``cam_a/<person>/*``, or ``cam_a/0001_45.bmp``; `sure` accepts any first number in a name as the person's."""
+    """``cam_a/<person>/*``, or ``cam_a/0001_45.bmp``; `sure` accepts any first number in a name as the person's, where
+    the same stands before it in all names of a folder."""
     sightings: list[Sighting] = []
+    before: set[tuple[Path, str]] = set()
     for folder in folders:
         for path in walk_images(folder).images:
             first, *rest = Path(path).relative_to(folder).parts
-            hit = None if rest else _PERSON.search(first) or (_NUMBER.search(first) if sure else None)
+            hit = None if rest else _PERSON.search(first)
+            if sure and not rest and hit is None and (hit := _NUMBER.search(first)):
+                before.add((folder, first[: hit.start()]))
+            hit = None if hit and _TIME.match(first, hit.start()) else hit
             person = first if rest else next(filter(None, hit.groups()), "") if hit else ""
             sightings.append(Sighting(path, person.lstrip("0") or "0" if person.isdigit() else person, folder.name))
     seen: dict[str, set[str]] = defaultdict(set)
     for s in sightings:
         seen[s.person].add(s.camera)
     shared = sum(len(cams) > 1 for cams in seen.values())
-    if "" in seen or (not sure and shared < 2):
+    chance = len(before) > len(folders) or len(seen) == len(sightings)  # any number in a random name, or a counter
+    if "" in seen or (chance if sure else shared < 2):
         got = f"a folder a camera ({_some([p.name for p in folders])}), and names that tell no person"
-        hint = "Say how they are named: --pattern '(?P<pid>...)'; if the first number is the person, --layout cameras."
+        hint = f"If nobody said who is who: {_NOBODY}. If names tell the person, say how: --pattern '(?P<pid>...)'"
+        hint += "." if sure else "; if the first number does, --layout cameras."
         raise DataError(str(root), got, "names like 0001_45.bmp or person_0001.png, or a folder a person", hint)
     names = _some([p.name for p in folders])
     notes.append(f"{names} are cameras; {len(seen)} people, {shared} of them seen by more than one")
@@ -185,11 +196,9 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
     told = [_other_numbers(p.name, names[p]) for p in folders]
     flat = any(os.path.dirname(path) == str(p) for p, found in folders.items() for path in found.images)
     guess = propose_pattern([name for part in names.values() for name in part])
-    hint = (
-        "If each is a person, say --layout folders; if each is a camera, --layout cameras; if nobody said who is who, "
-    )
-    hint += "--layout unlabeled, which parity, benchmark, threshold, embed, search and --calib-data can use."
-    hint += f" Names look like --pattern '{guess}'." if guess else " Other names are read by --pattern."
+    hint = f"If each is a person: --layout folders. If nobody said who is who: {_NOBODY}. If each is a camera, and names "
+    hint += "begin with the person's number: --layout cameras. "
+    hint += f"Names look like --pattern '{guess}'." if guess else "Other names are read by --pattern."
     got = ""
     if len(folders) == 1:
         got, hint = f"one folder only ({most.name})", f"Did you mean {most}?"

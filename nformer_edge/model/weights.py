@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nformer_edge.core.artifact import require_new_file
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.spec import ModelSpec
@@ -350,6 +351,7 @@ def import_checkpoint(
     partial: bool = False,
     ema: bool = False,
     sha256: str | None = None,
+    force: bool = False,
 ) -> Import:
     """Writes published weights as the checkpoint `out`.
 
@@ -358,18 +360,21 @@ def import_checkpoint(
         out: a `.safetensors` file.
         arch: what the file must hold; None takes what it holds.
         imgsz: height and width of the images; those that the project tests with if None.
+        force: replace an earlier file.
 
     Raises:
         UsageError: if `out` is not named as a checkpoint.
-        ArtifactError: as `import_weights` does, or if the file holds another architecture than `arch`.
+        ArtifactError: as `import_weights` does, if there is something at `out`, or if the file holds another
+            architecture than `arch`.
     """
     if Path(out).suffix != ".safetensors":
         hint = f"Name it {Path(out).with_suffix('.safetensors')}."
         raise UsageError("output", str(out), "a file that ends in .safetensors", hint)
+    require_new_file(out, "a checkpoint", force)
     checkpoint, match = import_weights(path, wanted, partial=partial, ema=ema, sha256=sha256)
     found = checkpoint.spec
     if arch is not None and found.backbone.arch != arch:
-        raise ArtifactError(str(path), found.backbone.arch, arch, "Name what it holds.")
+        raise ArtifactError(str(path), found.backbone.arch, arch, "Leave --arch out: the file says what it holds.")
     if imgsz:
         found = replace(found, preprocess=replace(found.preprocess, height=imgsz[0], width=imgsz[1]))
     digest = save_checkpoint(out, found, checkpoint.backbone, checkpoint.head, checkpoint.extra)

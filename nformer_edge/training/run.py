@@ -127,6 +127,15 @@ class Run:
         same = history.identity == self.identity and history.sha256 == sha256_file(self.out)
         return history if same else None
 
+    def require_new(self, force: bool) -> None:
+        """Raises ArtifactError where an earlier checkpoint would be replaced.
+
+        Not with `force`, and not where `resume` goes on with what an interrupted run left.
+        """
+        left = any(self.beside(f"{stage}.state.safetensors").is_file() for stage in ("backbone", "head"))
+        interrupted = self.resume and (left or not self.history.is_file())
+        require_new_file(self.out, "a checkpoint", force or interrupted)
+
     def clean(self, *names: str) -> None:
         """Removes files of the run that nobody needs any more."""
         for name in names if self.compute.leads else ():

@@ -56,6 +56,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     tensorboard: StrPath | None = None,
+    force: bool = False,
 ) -> History:
     """Trains backbone and head, or a head on `features` alone, and writes the checkpoint `out`.
 
@@ -75,6 +76,7 @@ def train(
         device: ``cpu`` or a CUDA device.
         resume: go on from what an interrupted run of this training left; begin where there is nothing.
         tensorboard: folder for TensorBoard's event files.
+        force: replace an earlier checkpoint.
 
     Returns:
         The history: what stands beside the checkpoint.
@@ -82,7 +84,8 @@ def train(
     Raises:
         UsageError: unless there is either `data` or `features`, if a configuration for `features` has no head, or if
             `resume` finds the state of another training.
-        ArtifactError: if the store has no training images or does not say what made it, or another backbone did.
+        ArtifactError: if there is something at `out`, or the store has no training images or does not say what made
+            it, or another backbone did.
     """
     start = time.perf_counter()
     config = config or TrainConfig.gated()
@@ -99,6 +102,7 @@ def train(
     done = run.finished()
     if done is not None:
         return done
+    run.require_new(force)
     with determinism(config.deterministic, device), torch.random.fork_rng(devices=[]):
         stages, sha256 = source.learn(run)
     size = (source.name, str(run.out), sha256, source.images, source.identities)

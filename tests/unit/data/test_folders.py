@@ -112,6 +112,24 @@ def test_frames_in_a_folder_a_camera_are_no_people(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["0584158d412e1294", "a616f0207c8c52ea", "IMG-8cd61f", "snap 11aed2c0", "77f0a3"],
+        ["12-45-33", "12-46-01", "13-02-59", "13-08-00", "14-00-07"],
+        ["2024-03-01_1", "2024-03-01_2", "20240301_3", "20240302-4", "2024-03-02_5"],
+    ],
+)
+@pytest.mark.parametrize("layout", ["auto", "cameras"])
+def test_random_names_dates_and_times_in_a_folder_a_camera_are_no_people(
+    tmp_path: Path, names: list[str], layout: str
+) -> None:
+    root = tree(tmp_path, [f"cam{c}/{name}.jpg" for c in CAMERAS for name in names])
+    with pytest.raises(DataError, match="names that tell no person.*--layout unlabeled"):
+        read_dataset(root, layout)
+    assert read_dataset(root, whole=True).unlabeled
+
+
+@pytest.mark.parametrize(
     ("files", "says"),
     [
         ([f"{c}/{i}.jpg" for c in "ab" for i in range(1001)], "1001 images in a"),
