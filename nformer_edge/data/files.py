@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Inside:
 
     Args:
         root: the folder.
-        linked: absolute paths inside `root`, and links that leave it, are followed: the user named `root`.
+        linked: links that leave it are followed: the user named `root`.
     """
 
     def __init__(self, root: Path, linked: bool = False) -> None:
@@ -145,18 +146,20 @@ class Inside:
         """`name` joined to the root.
 
         Raises:
-            DataError: if it climbs with ``..``, is absolute, or leads out of the root through a symbolic link.
+            DataError: if it climbs with ``..``, begins with a drive's letter, or leads out of the root: absolute, or
+                through a symbolic link.
         """
         plain = name.replace("\\", "/")
-        absolute = plain.startswith("/") or plain[1:2] == ":"
         path = os.path.join(self._root, plain)
+        if re.match("[A-Za-z]:", plain):
+            hint = "Write paths relative to the folder of images, and name that: --root DIR"
+            raise DataError(where, f"{name!r}, a path of Windows", f"a path inside {self.root}", hint)
         if ".." in plain.split("/"):
             stays = False
         elif self.linked:
-            stays = not absolute or path.startswith(os.path.join(os.path.abspath(self._root), ""))
+            stays = not plain.startswith("/") or path.startswith(os.path.join(os.path.abspath(self._root), ""))
         else:
-            stays = not absolute and self._folder_stays(os.path.dirname(path))
-            stays = stays and (not os.path.islink(path) or self._real(path))
+            stays = self._folder_stays(os.path.dirname(path)) and (not os.path.islink(path) or self._real(path))
         if not stays:
             got = f"{name!r}, a way out of {self.root}"
             hint = "If the images lie elsewhere, name the folder that holds them all: --root DIR"
@@ -173,12 +176,12 @@ class Inside:
         return real == self._real_root or real.startswith(os.path.join(self._real_root, ""))
 
 
-def require_files(paths: Sequence[str], where: str) -> None:
+def require_files(paths: Sequence[str], where: str, hint: str = "Unpack the dataset again.") -> None:
     """Raises DataError if one of `paths`, listed in `where`, is missing."""
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(missing[0], f"no such file{count}", f"every image of {where}", "Copy it there.")
+        raise DataError(missing[0], f"no such file{count}", f"every image of {where}", hint)
 
 
 def read_lines(file: Path) -> list[str]:

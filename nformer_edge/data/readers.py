@@ -84,7 +84,7 @@ def read_dataset(
         needed = labels and not whole
         if needed or not (path.is_dir() and layout == "auto" and named is None and chosen in ("csv", "people")):
             raise
-        dataset = _unlabeled(path, f"{e.subject}: got {e.got}")
+        dataset = _unlabeled(path, str(e.got))
     return dataset
 
 
@@ -139,7 +139,7 @@ def _unlabeled(root: Path, why: str) -> Dataset:
     found = walk_images(root)
     if not found.images:
         raise DataError(str(root), "zero images", "a folder of images", "Check the path.")
-    name, notes = root.absolute().name, (f"who the images show is not read: {why}",) if why else ()
+    name, notes = root.absolute().name, (f"labels are not read: {why}",) if why else ()
     cameras = [folders.camera_below(root, path) for path in found.images]
     told = cameras if all(cameras) else [""] * len(cameras)  # a few that look like one are chance
     sightings = [Sighting(path, camera=camera) for path, camera in zip(found.images, told, strict=True)]

@@ -61,13 +61,15 @@ def read_csv(root: Path, images: Path | None = None, whole: bool = False) -> Dat
     sightings = [s for f in files for s in _read_file(f, images or f.parent, images is not None, roles[f])]
     if not sightings:
         raise DataError(str(files[0]), "zero images", "one image a line", "Write one line an image.")
-    require_files([s.path for s in sightings], files[0].name)
+    base = images or files[0].parent
+    hint = f"Paths are read relative to {base}: if they are to another folder, name that: --root DIR"
+    require_files([s.path for s in sightings], files[0].name, hint)
     name = files[0].stem if len(files) == 1 else root.absolute().name
     notes = []
     if not all(s.person.lstrip("-").isdigit() for s in sightings):
         count = len({s.person for s in sightings})
         notes.append(f"people are named, not numbered: {count} are numbered from 1 by their names")
-    return make_dataset(name, str(images or files[0].parent), sightings, whole=whole, notes=notes)
+    return make_dataset(name, str(base), sightings, whole=whole, notes=notes)
 
 
 def _read_file(file: Path, root: Path, linked: bool, of_file: Role | None) -> list[Sighting]:

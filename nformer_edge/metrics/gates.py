@@ -114,7 +114,7 @@ class GateResult:
     def shown(self) -> str:
         """The number, with its confidence bounds if it has any."""
         if math.isnan(self.measured):
-            return "not a number"
+            return "not a number" if self.status == "failed" else "-"
         value = f"{self.measured:.6g}"
         return value if math.isnan(self.lower) else f"{value} [{self.lower:.4f}, {self.upper:.4f}]"
 

@@ -129,12 +129,12 @@ class CalibrationFacts:
             scores = {method: found[self.auto.scope] for method, found in self.auto.scores.items()}
             held = self.auto.held_out
             told = ", ".join(
-                f"{m} {'' if math.isnan(s.mAP) else f'{100 * s.mAP:.2f} '}({s.overlap_at_10:.3f})"
+                f"{m} {s.overlap_at_10:.3f}" if math.isnan(s.mAP) else f"{m} {100 * s.mAP:.2f} ({s.overlap_at_10:.3f})"
                 for m, s in scores.items()
             )
             by = f"mAP (overlap@10) of {held.identities} people held out"
             if not held.identities:
-                by = f"(overlap@10) of {held.images} images held out; nobody labeled them, so mAP could not be judged"
+                by = f"overlap@10 of {held.images} images held out (nobody labeled them, so mAP could not be judged)"
             lines.append(f"chosen by {by}: {told}")
         return lines
 

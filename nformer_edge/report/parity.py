@@ -123,7 +123,10 @@ class Parity(Result):
             return "Export the bundle again from this reference: its preprocessing is another."
         if any(p.precision == "fp32" for p in self.parts if p.part in (self.blame or "")):
             return "Export and build it again from this reference."
-        return "Build that part in a finer precision, or calibrate it on more images."
+        if any(p.precision == "int8" for p in self.parts if p.part in (self.blame or "")):
+            hint = "Build it again with --min-overlap 0.95, which keeps the most sensitive nodes in float"
+            return f"{hint}, with --calib-method auto, or in a finer precision."
+        return "Build that part in a finer precision."
 
 
 def _notes(part: PartParity) -> list[str]:

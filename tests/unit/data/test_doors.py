@@ -172,7 +172,7 @@ def test_crops_that_nobody_labeled_are_taken_whole_where_nobody_is_asked_for(
     assert dataset.unlabeled
     assert len(dataset.gallery) == 180
     said = capsys.readouterr().err
-    assert "who the images show is not read" in said
+    assert "labels are not read: 3 folders" in said
     assert "180 images, people not known" in said
 
 

@@ -77,9 +77,11 @@ def test_unknown_cameras_may_be_blank_or_nan_and_splits_may_be_missing(root: Pat
     assert not dataset.explicit
 
 
-def test_absolute_and_linked_paths_need_the_folder_named_and_stay_in_it(root: Path, tmp_path: Path) -> None:
-    absolute = write(root, "\n".join([HEADER, *(f"{root}/{r}" for r in ROWS)]))
+def test_absolute_and_linked_paths_out_of_the_file_s_folder_need_the_folder_named(root: Path) -> None:
+    text = "\n".join([HEADER, *(f"{root}/{r}" for r in ROWS)])
+    assert labels(read_dataset(write(root, text))) == RIGHT, "absolute, and inside"
     (root / "linked").mkdir()
+    absolute = write(root / "linked", text, "absolute.csv")
     (root / "linked" / "im").symlink_to(root / "im")
     linked = write(root / "linked", "\n".join(PLAIN))
     for file, images in ((absolute, root), (linked, root), (linked, root / "linked")):
@@ -88,6 +90,14 @@ def test_absolute_and_linked_paths_need_the_folder_named_and_stay_in_it(root: Pa
         assert labels(read_dataset(file, images=images)) == RIGHT
     with pytest.raises(DataError, match="a way out"):
         read_dataset(absolute, images=root / "linked")
+
+
+def test_paths_to_another_folder_or_of_windows_are_told_of_root(root: Path) -> None:
+    (root / "lists").mkdir()
+    with pytest.raises(DataError, match=r"no such file \(and 11 more\).* relative to .*lists: .*--root DIR"):
+        read_dataset(write(root / "lists", "\n".join(PLAIN)))
+    with pytest.raises(DataError, match=r"a path of Windows.*--root DIR"):
+        read_dataset(write(root, f"{HEADER}\nC:\\im\\1_0.jpg,1,1,train"))
 
 
 def test_several_files_are_named_unless_they_are_splits(root: Path) -> None:
