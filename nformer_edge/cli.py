@@ -129,9 +129,8 @@ def _read_datasets(args: Args) -> None:
     sources = {name: path for name, path in paths.items() if not path.endswith((".npz", ".json"))}
     if not sources:
         return  # and nothing is loaded for it
-    from nformer_edge.data.labels import judge_labels
     from nformer_edge.data.readers import read_dataset
-    from nformer_edge.data.summary import describe_images
+    from nformer_edge.data.summary import describe_images, remarks
 
     layout, pattern, root = (getattr(args, name, default) for name, default in _READING)
     labels = args.command not in _UNLABELED
@@ -141,8 +140,8 @@ def _read_datasets(args: Args) -> None:
         dataset = dataset.same_camera() if hasattr(args, "same_camera") else dataset
         setattr(args, name, dataset)
         if os.environ.get("RANK", "0") == "0" and args.command != "summary":
-            said = (describe_images(dataset),) if whole or dataset.unlabeled else judge_labels(dataset).warnings
-            for note in (*dataset.notes, *said):
+            counts = (describe_images(dataset),) if whole or dataset.unlabeled else ()
+            for note in (*remarks(dataset, whole), *counts):
                 print(inert(f"nformer-edge {args.command}: note: {note}"), file=sys.stderr)
 
 

@@ -44,7 +44,11 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\s*(<\?xml[^>]*>\s*)?<net\b", "an OpenVINO model", _WEIGHTS),
     (rb"\s*<\?xml", "an XML text", "Pass the weights."),
     (rb"\s*[{\[]\s*[\"\]}{\[]", "a JSON text", "Pass the weights."),
-    (rb"\x08[\x01-\x20](\x12|\x1a|\x22|\x2a|\x3a|\x42)", "an ONNX model", f"If it lies in a bundle, pass the bundle's folder. {_WEIGHTS}"),
+    (
+        rb"\x08[\x01-\x20](\x12|\x1a|\x22|\x2a|\x3a|\x42)",
+        "an ONNX model",
+        f"If it lies in a bundle, pass the bundle's folder. {_WEIGHTS}",
+    ),
     (rb"ftrt", "a TensorRT engine", f"If it lies in an engine, pass the engine's folder. {_WEIGHTS}"),
     (rb"\x89HDF\r\n", "an HDF5 file (Keras)", _WEIGHTS),
     (rb".{4}TFL3", "a TensorFlow Lite model", _WEIGHTS),

@@ -16,6 +16,7 @@ from nformer_edge.core.values import JSON
 from nformer_edge.data.readers import has_splits, read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.data.spread import over_people
+from nformer_edge.data.summary import dataset_of
 
 #: How far above a folder of images to look for the dataset that it belongs to.
 _LEVELS = 3
@@ -50,7 +51,7 @@ def calibration_images(
     Raises:
         DataError: if there are none, or one of them is a query or gallery image (by its path or its content).
     """
-    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    dataset = dataset_of(source, whole=True)
     paths = tuple(r.path for r in calibration_set(dataset.as_training(), num, seed))
     tested = dataset if dataset.explicit else _dataset_around(Path(dataset.root))
     if tested is not None and not force:

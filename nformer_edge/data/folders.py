@@ -196,8 +196,8 @@ def _require_people(root: Path, folders: dict[Path, Found]) -> None:
     told = [_other_numbers(p.name, names[p]) for p in folders]
     flat = any(os.path.dirname(path) == str(p) for p, found in folders.items() for path in found.images)
     guess = propose_pattern([name for part in names.values() for name in part])
-    hint = f"If each is a person: --layout folders. If nobody said who is who: {_NOBODY}. If each is a camera, and names "
-    hint += "begin with the person's number: --layout cameras. "
+    hint = f"If each is a person: --layout folders. If nobody said who is who: {_NOBODY}. If each is a camera, and "
+    hint += "names begin with the person's number: --layout cameras. "
     hint += f"Names look like --pattern '{guess}'." if guess else "Other names are read by --pattern."
     got = ""
     if len(folders) == 1:

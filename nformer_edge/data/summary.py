@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +11,7 @@ from nformer_edge.core.errors import GateError
 from nformer_edge.core.values import Result
 from nformer_edge.data.files import BadImage, bad_images
 from nformer_edge.data.labels import LabelReport, judge_labels
+from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import DISTRACTOR, SPLITS, Dataset, cameras, identities
 
 
@@ -86,6 +89,27 @@ def require_readable(summary: Summary) -> None:
     if summary.bad:
         got, hint = f"{len(summary.bad)} images that cannot be read", "Remove them or put good copies in their place."
         raise GateError(summary.name, got, "none", hint)
+
+
+def remarks(dataset: Dataset, whole: bool = False) -> tuple[str, ...]:
+    """What the user of a dataset should know: how it was read and, where it is scored (not `whole`), its labels."""
+    return dataset.notes if whole or dataset.unlabeled else (*dataset.notes, *judge_labels(dataset).warnings)
+
+
+def dataset_of(
+    data: Dataset | str | os.PathLike[str], layout: str = "auto", *, whole: bool = False, labels: bool = True
+) -> Dataset:
+    """A dataset as it is, or the one at a path, with a Python warning for each of its `remarks`.
+
+    Args:
+        layout: this and the others as for `read_dataset`, whose errors are raised.
+    """
+    if isinstance(data, Dataset):
+        return data
+    dataset = read_dataset(data, layout, whole=whole, labels=labels)
+    for remark in remarks(dataset, whole):
+        warnings.warn(f"{dataset.root}: {remark}", stacklevel=1)  # one place, so that the same is said once
+    return dataset
 
 
 def describe_images(dataset: Dataset) -> str:

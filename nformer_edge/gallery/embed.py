@@ -28,9 +28,9 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.batches import iter_batches, iter_pixels
 from nformer_edge.data.files import require_images
-from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import SPLITS as KNOWN_SPLITS
 from nformer_edge.data.records import Dataset, ImageRecord
+from nformer_edge.data.summary import dataset_of
 from nformer_edge.gallery.images import Images, image_sources
 from nformer_edge.metrics.distance import alike
 
@@ -248,7 +248,7 @@ def _split_records(
 ) -> Mapping[str, tuple[ImageRecord, ...]]:
     for name in splits or ():
         check_choice("split", name, KNOWN_SPLITS)
-    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout, whole=True)
+    dataset = dataset_of(data, layout, whole=True)
     found = {s: dataset.split(s) for s in splits or SPLITS if dataset.split(s)}
     for name in splits or ():
         if name not in found:

@@ -18,8 +18,8 @@ from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, labels_of
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import JSON, Result
-from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.data.summary import dataset_of
 from nformer_edge.gallery.codes import nearest_rows
 from nformer_edge.gallery.embed import embed_images, embed_records
 from nformer_edge.gallery.held import Held, images_a_person
@@ -383,5 +383,5 @@ def open_gallery(
     """
     if not isinstance(source, Dataset) and Path(source).suffix == ".npz":
         return Features.load(source)
-    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    dataset = dataset_of(source, whole=True)
     return embed_records(runner, dataset.gallery or dataset.train, batch, decoders)

@@ -18,8 +18,8 @@ from nformer_edge.core.machine import saturates_int8
 from nformer_edge.core.spec import CalibrationMethod
 from nformer_edge.core.values import Table, from_json, to_table
 from nformer_edge.data.calibration import calibration_images, calibration_sha256
-from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.data.summary import dataset_of
 from nformer_edge.exporting.bundle import BACKBONE, Bundle
 from nformer_edge.quantize.spec import AUTO, BudgetSpec, QuantizeSpec
 from nformer_edge.quantize.values import (
@@ -149,7 +149,7 @@ def _evaluator(bundle: Bundle, spec: QuantizeSpec, data: CalibrationData) -> tup
     if source is None or (not isinstance(source, Dataset) and Path(source).suffix == ".json"):
         hint = "Name the dataset that it was trained on, or a folder of your own crops: --budget-data DIR"
         raise UsageError("budget_data", "no dataset", "one to hold images out of", hint)
-    dataset = source if isinstance(source, Dataset) else read_dataset(source, whole=True)
+    dataset = dataset_of(source, whole=True)
     rest, held_out = hold_out(dataset.as_training(), _IMAGES if data.budget is None else data.budget.images, spec.seed)
     if not held_out.labeled and data.budget is not None and data.budget.max_map_drop is not None:
         got, hint = "images that nobody labeled", "Ask for --min-overlap 0.95: it needs no labels."

@@ -15,8 +15,8 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import ArtifactError, DataError
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import Precision
-from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.data.summary import dataset_of
 from nformer_edge.gallery.model import Model
 from nformer_edge.metrics.ranking import Pair
 
@@ -102,7 +102,7 @@ def open_dataset(data: Data, layout: str = "auto", *, labels: bool = True) -> Da
     Raises:
         DataError: if it has no query or no gallery images.
     """
-    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout, labels=labels)
+    dataset = dataset_of(data, layout, labels=labels)
     for split in ("query", "gallery") if labels else ("gallery",):
         if not dataset.split(split):
             hint = "Give a dataset with query and gallery images."

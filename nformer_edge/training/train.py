@@ -18,8 +18,8 @@ from nformer_edge.core.spec import ModelSpec, from_dict
 from nformer_edge.core.values import Table
 from nformer_edge.data.holdout import held_out_rows, split_holdout
 from nformer_edge.data.loaders import TrainImages
-from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset
+from nformer_edge.data.summary import dataset_of
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint
 from nformer_edge.training.compute import open_compute
@@ -118,7 +118,7 @@ def train(
 
 def _images(data: StrPath | Dataset, config: TrainConfig, layout: str, initial: StrPath | None) -> _Source:
     made = None if initial is None else load_checkpoint(initial).sha256
-    dataset = data if isinstance(data, Dataset) else read_dataset(data, layout)
+    dataset = dataset_of(data, layout)
     records, holdout = split_holdout(dataset.train, config.holdout, config.seed)
     identity = Identity(config_identity(config), images=images_identity(dataset.train, dataset.root), initial=made)
     extra: Table = {"dataset": dataset.name, "config": config_identity(config)}

@@ -124,7 +124,7 @@ def test_random_names_dates_and_times_in_a_folder_a_camera_are_no_people(
     tmp_path: Path, names: list[str], layout: str
 ) -> None:
     root = tree(tmp_path, [f"cam{c}/{name}.jpg" for c in CAMERAS for name in names])
-    with pytest.raises(DataError, match="names that tell no person.*--layout unlabeled"):
+    with pytest.raises(DataError, match=r"names that tell no person.*--layout unlabeled"):
         read_dataset(root, layout)
     assert read_dataset(root, whole=True).unlabeled
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import nformer_edge as ne
 
@@ -53,6 +54,24 @@ def test_importing_loads_no_numpy_and_using_a_model_no_more_than_it_needs():
     frameworks = ("torch", "onnx", "onnxruntime", "tensorrt", "scipy", "matplotlib")
     assert loaded("import nformer_edge", ("numpy", "PIL", "tqdm", *frameworks)) == "[]"
     assert loaded("import nformer_edge as ne; ne.open; ne.Gallery; ne.search; ne.Error", frameworks) == "[]"
+
+
+def test_a_folder_given_by_its_path_warns_of_what_the_commands_say(tiny_bundle, tmp_path):
+    rng = np.random.default_rng(0)
+    for person in range(1, 7):
+        (tmp_path / str(person)).mkdir()
+        for shot in "abc":
+            pixels = rng.integers(0, 256, (16, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / str(person) / f"{shot}.png")
+    with pytest.warns(UserWarning) as told:
+        ne.evaluate(tiny_bundle, tmp_path, draws=0)
+        ne.search(tiny_bundle, tmp_path / "1" / "a.png", tmp_path)
+    said = {str(warning.message).removeprefix(f"{tmp_path}: ") for warning in told}
+    assert said == {
+        "a folder a person: 6 people (1, 2, 3, 4, 5 and 1 more)",
+        "no splits found: half of the people train, of the others 3 images are queries",
+        "the camera of 18 of 18 images is unknown: matches of the same camera count",
+    }
 
 
 def test_from_arrays_to_matches(tiny_bundle):
