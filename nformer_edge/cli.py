@@ -293,7 +293,7 @@ def _question_size(args: Args) -> None:
         _option("--data", metavar="DIR", help="dataset folder or CSV file (the layout is detected)"),
         _option("--features", metavar="STORE.npz", help="train the head alone, on features that `embed` wrote"),
     ),
-    LAYOUT, _new("FILE.safetensors"), IMGSZ, ARCH, K, LANDMARKS, HEADS, SEED,
+    LAYOUT, _new("FILE.safetensors"), FORCE, IMGSZ, ARCH, K, LANDMARKS, HEADS, SEED,
     _option("--device", help="cpu (default), or a CUDA device such as cuda:0"),
     _option("--backbone", metavar="CHECKPOINT", help="with --features: the model that computed them"),
     _flag("--resume", "continue an interrupted run of this training"),
@@ -327,7 +327,7 @@ def _train(args: Args) -> None:
     "import", "published weights -> checkpoint; prints what matched",
     _option("path", metavar="FILE", help=".pth or .safetensors of torchreid, torchvision, reid-strong-baseline, "
             "NFormer, FastReID or Person_reID_baseline_pytorch; no code in the file is run"),
-    _new("FILE.safetensors"), IMGSZ, ARCH, HEADS, K, LANDMARKS,
+    _new("FILE.safetensors"), FORCE, IMGSZ, ARCH, HEADS, K, LANDMARKS,
     _option("--features", type=int, help="replace the file's neck by an untrained projection to this many features"),
     _option("--stem", type=_choice(spec.Stem), metavar="NAME", help="stem of a ResNet: standard | no_relu | ceil_pool"),
     _option("--last-stride", type=int, choices=(1, 2), help="of a ResNet, where the file does not say it"),

@@ -167,6 +167,11 @@ class Engine(ModelFiles):
 
     manifest: EngineManifest
 
+    @property
+    def calibrated_on(self) -> tuple[str, ...]:
+        """See `ModelFiles.calibrated_on`."""
+        return () if self.manifest.calibration is None else self.manifest.calibration.images
+
 
 def open_engine(path: str | os.PathLike[str] | Engine) -> Engine:
     """Verifies an engine; an open one comes back as it is. The one place where an engine's files are opened.

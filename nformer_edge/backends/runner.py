@@ -29,6 +29,7 @@ class Runner(Protocol):
         has_head: whether `relate` is there.
         native: whether the two operators run in our CPU kernels, which choose neighbors by exact scores.
         accuracy: of the checkpoint, by images a person; None where nobody measured it.
+        calibrated_on: beginnings of the sha256 of the images that its INT8 ranges come from; empty for none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Runner(Protocol):
     has_head: bool
     native: bool
     accuracy: Composition | None
+    calibrated_on: tuple[str, ...]
 
     def __enter__(self) -> Runner: ...
 

@@ -65,6 +65,7 @@ class TorchRunner:
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
         self.accuracy = Composition.of(checkpoint.extra)
+        self.calibrated_on: tuple[str, ...] = ()
         self._threads = intra_op_threads
         self.native = native
         self._operators: Operators = FastestOperators() if native else ops

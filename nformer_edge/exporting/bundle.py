@@ -118,6 +118,11 @@ class ModelFiles:
         return self.spec.head is not None
 
     @property
+    def calibrated_on(self) -> tuple[str, ...]:
+        """Beginnings of the sha256 of the images whose activations set its INT8 ranges, as far as they are known."""
+        return ()
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """``backbone``, and ``head`` where there is one."""
         return ("backbone", "head") if self.has_head else ("backbone",)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError, GateError, UsageError
 from nformer_edge.core.journal import Journal
 from nformer_edge.core.machine import saturates_int8
@@ -189,7 +190,8 @@ def _measure(
         method, choice = choose_method(bundle, found, evaluator, journal, reduced)
     settings: Table = {"method": spec.calib_method, "seed": spec.seed, "forced": force, "num": len(images)}
     sha256 = calibration_sha256(images, settings)
-    facts = CalibrationFacts(method, spec.seed, force, len(images), sha256, choice)
+    short = tuple(sha256_file(path)[: CalibrationFacts.SHORT] for path in images)
+    facts = CalibrationFacts(method, spec.seed, force, len(images), sha256, choice, short)
     return replace(found[method], backbone_sha256=bundle.backbone_sha256, calibration=facts)
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from nformer_edge.core.artifact import read_json
 from nformer_edge.core.errors import ArtifactError
@@ -113,7 +114,10 @@ class CalibrationFacts:
         num: images.
         sha256: over the settings and every image's content.
         auto: what the method was chosen by, or null.
+        images: first `SHORT` digits of each image file's sha256; none from earlier versions and other tools.
     """
+
+    SHORT: ClassVar[int] = 12
 
     method: CalibrationMethod
     seed: int
@@ -121,6 +125,7 @@ class CalibrationFacts:
     num: int
     sha256: str
     auto: MethodChoice | None = None
+    images: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The same in words."""

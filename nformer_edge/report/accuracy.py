@@ -32,7 +32,16 @@ from nformer_edge.metrics.rerank import (
     mutual_sum,
     reciprocal_mean,
 )
-from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, open_store
+from nformer_edge.report.models import (
+    Data,
+    MeasuredData,
+    MeasuredModel,
+    Source,
+    calibration_note,
+    open_dataset,
+    open_model,
+    open_store,
+)
 from nformer_edge.report.table import format_table, number, percent
 
 BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
@@ -266,6 +275,7 @@ def evaluate(
             rankings += _baselines(query, gallery)
         measured = None if runner is None or model is None else MeasuredModel.of(model, runner, label)
         notes = alike(query.features, "query") + alike(gallery.features, "gallery")
+        notes += () if runner is None else calibration_note(runner, query, gallery)
         about = MeasuredData.of(data, query, gallery)
         table = _composition(runner, query, gallery, seeds, draws, about.name) if draws else None
         told = seconds, why, notes, tuple(rankings), table, tuple(lists)

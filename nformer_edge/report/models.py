@@ -112,6 +112,14 @@ def open_dataset(data: Data, layout: str = "auto", *, labels: bool = True) -> Da
     return dataset
 
 
+def calibration_note(runner: Runner, *sets: Features) -> tuple[str, ...]:
+    """A sentence where images that are scored with an engine are those that its INT8 ranges come from."""
+    hashes = [digest for images in sets for digest in images.hashes]
+    shared = sum(digest.startswith(runner.calibrated_on) for digest in hashes) if runner.calibrated_on else 0
+    told = f"{shared} of {len(hashes)} images calibrated this engine too: other images may show more loss by INT8"
+    return (told,) if shared else ()
+
+
 def open_store(data: object) -> Pair | None:
     """Query and gallery of a feature store (`.npz`) at a path; None for anything else.
 

@@ -24,7 +24,16 @@ from nformer_edge.metrics.gates import Verdict
 from nformer_edge.metrics.ranking import Pair
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.report.diagnosis import InputDifference, Layers, compare_inputs, compare_layers
-from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model, precision_of
+from nformer_edge.report.models import (
+    Data,
+    MeasuredData,
+    MeasuredModel,
+    Source,
+    calibration_note,
+    open_dataset,
+    open_model,
+    precision_of,
+)
 from nformer_edge.report.part import Outputs, PartName, PartParity, PartRun, judge_part, stacked, usable
 from nformer_edge.report.table import format_table, percent
 
@@ -54,6 +63,7 @@ class Parity(Result):
         layers: of the parts that failed on the same input, or all if asked for.
         status: of the parts, the worst.
         blame: the part, or parts, that a failure comes from; null if none failed.
+        notes: what limits the figures.
     """
 
     kind: ClassVar[str] = "parity"
@@ -70,6 +80,7 @@ class Parity(Result):
     layers: tuple[Layers, ...]
     status: Verdict
     blame: str | None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -105,7 +116,7 @@ class Parity(Result):
         table = format_table(["part", "precision", "gate", "measured", "bound", "status"], body, left=3)
         blame = f", to blame: {self.blame}" if self.blame else ""
         lines = [table, f"{self.title}: {self.status}{blame}"]
-        lines += [line for part in self.parts for line in _notes(part)]
+        lines += [*(line for part in self.parts for line in _notes(part)), *self.notes]
         return "\n".join(lines + (self.causes if self.status == "failed" or self.layers else []))
 
     def require_passed(self) -> None:
@@ -240,7 +251,8 @@ def parity(
     compared = compare_layers(reference, engine, asked, spec, query, judged.ours)
     measured = MeasuredData(dataset.name, len(query), len(gallery))
     status = gates.worst_verdict(p.status for p in parts)
-    return Parity(machine(), *models, measured, seeds, draws, parts, seen, compared, status, blame(parts))
+    notes = calibration_note(built, *theirs)
+    return Parity(machine(), *models, measured, seeds, draws, parts, seen, compared, status, blame(parts), notes)
 
 
 class _Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,7 +21,15 @@ from nformer_edge.gallery.embed import embed_records
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_per_query, relate_sets
 from nformer_edge.metrics.distance import alike, cosine_distances, row_blocks, unit_rows
 from nformer_edge.metrics.verification import CUTS, Acceptance, measure_acceptance
-from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model
+from nformer_edge.report.models import (
+    Data,
+    MeasuredData,
+    MeasuredModel,
+    Source,
+    calibration_note,
+    open_dataset,
+    open_model,
+)
 from nformer_edge.report.table import format_table, number, percent
 
 #: Rates of the curve, besides the wanted one.
@@ -185,6 +194,7 @@ def threshold(
         measured = MeasuredModel.of(model, runner)
     about = MeasuredData(dataset.name, len(query), len(gallery))
     notes = (*_limits(dataset, curves, size, images_per_person), *alike(gallery.features, "gallery"))
+    notes += calibration_note(runner, gallery)
     assumed = images_per_person if dataset.unlabeled else None
     return Threshold(machine(), measured, about, rate, size, assumed, tuple(curves), notes)
 
@@ -234,8 +244,9 @@ def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _curve(found: Acceptance, protocol: Literal["per-query", "joint"] | None, rate: float) -> Curve:
     if rate * found.queries < 1:
-        got, expected = f"{rate:g} of {found.queries:,} queries", f"at least one query: {1 / found.queries:.2g}"
-        raise UsageError("rate", got, expected, "Raise the rate, or give more images.")
+        least = math.ceil(1000 / found.queries) / 1000
+        got, expected = f"{rate:g} of {found.queries:,} queries", f"at least one query: {least:g}"
+        raise UsageError("rate", got, expected, f"Give more images, or ask for --rate {least:g} or more.")
     rates = sorted({rate, *(r for r in RATES if r * found.queries >= 1)}, reverse=True)
     points = {wanted: _point(found, wanted) for wanted in rates}
     name = "backbone" if protocol is None else "+NFormer"

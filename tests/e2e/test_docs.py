@@ -49,7 +49,7 @@ def toy(words: list[str]) -> list[str]:
         line = re.sub(pattern, new, line)
     if "--features" in line:  # the model is what the store says
         added = "--preset demo --head-epochs 1"
-    if words[1] in ("export", "build-engine", "prepare"):  # blocks share one folder
+    if words[1] in ("train", "import", "export", "build-engine", "prepare"):  # blocks share one folder
         added += " --force"
     return [*line.split(), *added.split()]
 

@@ -137,8 +137,9 @@ def writers(shop: Workshop) -> list[Writer]:
         ("report", runs("report", a / "evaluation.json", "-o"), b / "page.html",
          lambda path: tree(path) == tree(a / "page.html")),
         ("make-data", runs("make-data", "--force", "-o"), b / "drawn", folder_of("dataset")),
-        ("train", runs("train", "--features", a / "f.npz", *training), b / "h.safetensors", checkpoint),
-        ("import", lambda path: command(*shop.importing(a / "weights.pth", path)), b / "m.safetensors", checkpoint),
+        ("train", runs("train", "--features", a / "f.npz", "--force", *training), b / "h.safetensors", checkpoint),
+        ("import", lambda path: command(*shop.importing(a / "weights.pth", path), "--force"), b / "m.safetensors",
+         checkpoint),
     )  # fmt: skip
     upgraded = Writer("upgrade", runs("upgrade"), "format1", a / "format1", folder_of("bundle", bundle), fresh=False)
     return [*(Writer(name, run, old.name, old, is_new) for name, run, old, is_new in rows), upgraded]

@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,8 @@ def test_a_folder_given_by_its_path_warns_of_what_the_commands_say(tiny_bundle, 
         for shot in "abc":
             pixels = rng.integers(0, 256, (16, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / str(person) / f"{shot}.png")
-    with pytest.warns(UserWarning) as told:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         ne.evaluate(tiny_bundle, tmp_path, draws=0)
         ne.search(tiny_bundle, tmp_path / "1" / "a.png", tmp_path)
     said = {str(warning.message).removeprefix(f"{tmp_path}: ") for warning in told}

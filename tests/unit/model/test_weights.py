@@ -187,6 +187,9 @@ def test_an_import_is_named_as_a_checkpoint_and_no_checkpoint_is_imported(
     with pytest.raises(UsageError, match=r"ends in \.safetensors\. Name it .*m\.safetensors"):
         import_checkpoint(tmp_path / "w.pth", tmp_path / "m.pth")
     import_checkpoint(tmp_path / "w.pth", tmp_path / "m.safetensors")
+    with pytest.raises(ArtifactError, match=r"m\.safetensors: got an earlier file there.*--force"):
+        import_checkpoint(tmp_path / "w.pth", tmp_path / "m.safetensors")
+    import_checkpoint(tmp_path / "w.pth", tmp_path / "m.safetensors", force=True)
     with pytest.raises(ArtifactError, match=r"a checkpoint of nformer-edge.*nformer-edge export"):
         import_weights(tmp_path / "m.safetensors")
     with pytest.raises(ArtifactError, match=r"got PyTorch weights.*nformer-edge import .*w\.pth -o"):

@@ -252,6 +252,9 @@ def test_auto_keeps_the_method_that_ranks_held_out_people_best(bundle, people, t
     assert {m: s["backbone"].mAP for m, s in told.auto.scores.items()} == worth
     assert json.loads((engine / "calibration.json").read_text())["method"] == "percentile"
     assert "chosen by mAP" in str(describe_engine(engine))
+    assert len(set(told.images)) == told.num
+    with open_model(engine) as runner:
+        assert runner.calibrated_on == told.images
 
 
 def test_auto_breaks_a_tie_of_map_by_the_overlap_at_10(monkeypatch):

@@ -25,6 +25,7 @@ class GridRunner:
     backend = "numpy"
     landmark_seed = 0
     sha256 = checkpoint = ""
+    calibrated_on = ()
 
     def __init__(self, name="grid", precision=None, head=True, distort=None, distort_head=None):
         self.name = name

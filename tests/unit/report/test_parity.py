@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.ops.contract import draw_landmarks
+from nformer_edge.report.accuracy import evaluate
 from nformer_edge.report.parity import Parity, parity
+from nformer_edge.report.threshold import threshold
 from tests.unit.report.conftest import GridRunner
 
 
@@ -50,6 +53,16 @@ def test_an_equal_engine_passes_every_gate(run):
     assert statuses(result) == {"backbone": "passed", "head": "passed", "end_to_end": "passed"}
     assert result.blame is None
     result.require_passed()
+
+
+def test_images_that_calibrated_the_engine_are_counted_by_every_command_that_judges_it(grid_runner, dataset):
+    engine = grid_runner("engine", precision="int8")
+    engine.calibrated_on = tuple(sha256_file(r.path)[:12] for r in (*dataset.query[:2], *dataset.gallery[:3]))
+    told = [parity(grid_runner("ref"), engine, dataset).notes, evaluate(engine, dataset, draws=0).notes]
+    assert told == 2 * [("5 of 78 images calibrated this engine too: other images may show more loss by INT8",)]
+    assert "3 of 54 images calibrated" in str(threshold(engine, dataset, rate=0.1))
+    engine.calibrated_on = ("0" * 12,)
+    assert parity(grid_runner("ref"), engine, dataset).notes == ()
 
 
 def test_a_backbone_that_drifts_is_to_blame_and_the_head_is_not(run):

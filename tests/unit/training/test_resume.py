@@ -135,6 +135,23 @@ def test_a_finished_training_is_not_done_again(data: Path, whole: Whole) -> None
     assert whole[0].stat().st_mtime_ns == before
 
 
+def test_an_earlier_checkpoint_is_replaced_by_force_alone(data: Path, tmp_path: Path, kill_after: Any) -> None:
+    out, other = tmp_path / "m.safetensors", replace(CONFIG, seed=1)
+    head_alone = replace(CONFIG, backbone=replace(CONFIG.backbone, epochs=0), head=replace(CONFIG.head, epochs=0))
+    train(data, out, head_alone)
+    before = out.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ArtifactError, match=r"m\.safetensors: got an earlier file there.*--force"):
+            train(data, out, other, resume=resume)
+    assert out.read_bytes() == before
+    kill_after(2)
+    with pytest.raises(Killed):
+        train(data, out, replace(SAVING, seed=1), force=True)
+    kill_after(-1)
+    train(data, out, other, resume=True)
+    assert out.read_bytes() != before
+
+
 def test_resuming_where_nothing_was_begun_trains_from_the_start(data: Path, whole: Whole, tmp_path: Path) -> None:
     history = train(data, tmp_path / "m.safetensors", CONFIG, resume=True)
     agrees(history, tmp_path / "m.safetensors", whole)
