@@ -119,6 +119,12 @@ _DATASETS = {"data": False, "calib_data": True, "budget_data": True, "gallery": 
 #: Commands that compare models, for which images without labels will do.
 _UNLABELED = ("parity", "benchmark", "threshold")
 
+#: Where something else than a dataset may stand: a feature store, or another engine's calibration.
+_NO_DATASETS = {
+    **dict.fromkeys((("evaluate", "data"), ("export", "data"), ("search", "gallery")), (".npz",)),
+    **dict.fromkeys(((command, "calib_data") for command in ("build-engine", "prepare")), (".json",)),
+}
+
 
 def _read_datasets(args: Args) -> None:
     """Puts datasets in the place of their paths, read as the flags say; what a user should know goes to standard error.
@@ -126,7 +132,12 @@ def _read_datasets(args: Args) -> None:
     What is no dataset (a feature store, a calibration table) stays a path.
     """
     paths = {name: source for name in _DATASETS if isinstance(source := getattr(args, name, None), str)}
-    sources = {name: path for name, path in paths.items() if not path.endswith((".npz", ".json"))}
+    other = {name: _NO_DATASETS.get((args.command, name), ()) for name in paths}
+    sources = {name: path for name, path in paths.items() if not path.endswith(other[name])}
+    flags = [name for name in ("layout", "pattern", "root", "same_camera") if hasattr(args, name)]
+    if flags and len(sources) < len(paths):
+        told, hint = f"--{flags[0].replace('_', '-')}", "It is about images: give it to `embed`, which makes the store."
+        raise UsageError(told, "a feature store", "images", hint)
     if not sources:
         return  # and nothing is loaded for it
     from nformer_edge.data.readers import read_dataset

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.values import JSON, Table, digest_of
 
@@ -84,8 +84,11 @@ def read_text(path: str | os.PathLike[str], what: str = "a text file", encoding:
         if len(data) > _MAX_TEXT:
             raise ArtifactError(os.fspath(path), f"more than {_MAX_TEXT >> 20} MiB", what, "Check the path.")
         return data.decode(encoding)
-    except (OSError, UnicodeDecodeError) as e:
-        raise ArtifactError(os.fspath(path), f"an unreadable file ({e})", f"{what} in UTF-8", "Check the file.") from e
+    except UnicodeDecodeError as e:
+        hint = "Save it as UTF-8; a spreadsheet calls that CSV UTF-8."
+        raise ArtifactError(os.fspath(path), "another encoding, or no text", f"{what} in UTF-8", hint) from e
+    except OSError as e:
+        raise ArtifactError(os.fspath(path), f"an unreadable file ({e})", what, "Check the disk.") from e
 
 
 def read_json(path: str | os.PathLike[str], what: str, hint: str) -> JSON:
@@ -211,6 +214,13 @@ def require_new(path: str | os.PathLike[str], kind: str, force: bool) -> None:
         raise ArtifactError(str(path), f"an earlier {kind} there", "a new folder", hint)
 
 
+def require_suffix(path: str | os.PathLike[str], suffix: str) -> None:
+    """Raises UsageError unless what will be written has the suffix that it is opened by later."""
+    if Path(path).suffix != suffix:
+        hint = f"Name it {Path(path).with_suffix(suffix)}"
+        raise UsageError("output", os.fspath(path), f"a file that ends in {suffix}", hint)
+
+
 def require_new_file(path: str | os.PathLike[str], what: str, force: bool) -> None:
     """Asked before minutes are spent: whether the file `path` may be written. `what`: such as "a checkpoint".
 
@@ -218,7 +228,7 @@ def require_new_file(path: str | os.PathLike[str], what: str, force: bool) -> No
         ArtifactError: if there is one already, unless `force`; if there is a folder, in any case.
     """
     if Path(path).is_dir():
-        raise ArtifactError(os.fspath(path), "a folder there", f"the name of {what}", "Choose another -o.")
+        raise ArtifactError(os.fspath(path), "a folder there", f"a new name for {what}", "Choose another -o.")
     if not force and os.path.lexists(path):
         hint = "Choose another -o, or replace it: --force"
         raise ArtifactError(os.fspath(path), "an earlier file there", f"a new name for {what}", hint)
@@ -333,16 +343,21 @@ def kind_of(folder: str | os.PathLike[str], *known: str) -> str:
     """
     path = Path(folder)
     recover(path)
-    expected = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in known)
-    hint = "Make it again, or check the path."
+    expected = " or ".join(map(with_article, known))
+    hint = "Check the path, or make one with `nformer-edge export` or `build-engine`."
     if not (path / MANIFEST).exists():
-        got = "a folder without a manifest" if path.is_dir() else "no such folder"
+        got = "a folder without a manifest" if path.is_dir() else "a file" if path.exists() else "no such folder"
         raise ArtifactError(str(path), got, expected, hint)
     data = read_json(path / MANIFEST, "a manifest", hint)
     kind = data.get("kind") if isinstance(data, dict) else None
     if not isinstance(kind, str) or kind not in known:
-        raise ArtifactError(str(path), f"a {kind}" if kind else "no kind in it", expected, hint)
+        raise ArtifactError(str(path), with_article(kind) if kind else "no kind in it", expected, hint)
     return kind
+
+
+def with_article(name: object) -> str:
+    """Such as ``an engine``."""
+    return f"{'an' if str(name)[:1] in 'aeiou' else 'a'} {name}"
 
 
 def write_manifest(folder: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
@@ -426,6 +441,13 @@ def read_manifest(folder: str | os.PathLike[str], kind: str, version: int = FORM
     return _read_manifest(Path(folder), kind, version)[0]
 
 
+#: What to pass where another folder stands.
+_MADE_BY = {
+    "bundle": "Pass the folder that `nformer-edge export` wrote.",
+    "engine": "Pass the folder that `nformer-edge build-engine` wrote.",
+}
+
+
 def _read_manifest(folder: Path, kind: str, version: int = FORMAT_VERSION) -> tuple[dict[str, Any], str]:
     """A verified manifest, and the sha256 of its file."""
     from nformer_edge.core.signature import require_signature  # it reads and writes by this module
@@ -433,11 +455,12 @@ def _read_manifest(folder: Path, kind: str, version: int = FORMAT_VERSION) -> tu
     recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        got, hint = "no such folder" if not folder.exists() else f"no {MANIFEST} in it", f"Pass the folder of a {kind}."
+        got, hint = "no such folder" if not folder.exists() else f"no {MANIFEST} in it", _MADE_BY.get(kind, "")
+        hint = hint or f"Pass the folder of {with_article(kind)}."
         if folder.is_file():
             found_kind = file_kind(folder)
             got, hint = found_kind.name, found_kind.hint
-        raise ArtifactError(str(folder), got, f"a {kind}", hint)
+        raise ArtifactError(str(folder), got, with_article(kind), hint)
     text = read_text(path, "a manifest")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     require_signature(folder, kind, sha256)
@@ -449,7 +472,8 @@ def _read_manifest(folder: Path, kind: str, version: int = FORMAT_VERSION) -> tu
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ArtifactError(str(path), f"no readable manifest ({e})", f"a {kind}'s", "Make it again.") from e
     if found != kind:
-        raise ArtifactError(str(folder), f"a {found}", f"a {kind}", f"Pass the folder of a {kind}.")
+        hint = _MADE_BY.get(kind, f"Pass the folder of {with_article(kind)}.")
+        raise ArtifactError(str(folder), with_article(found), with_article(kind), hint)
     if written != version:
         older = isinstance(written, int) and written < version
         hint = f"nformer-edge upgrade {folder}" if older else f"Update nformer-edge, or make the {kind} again."

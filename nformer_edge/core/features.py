@@ -15,6 +15,7 @@ import numpy as np
 
 from nformer_edge.core.artifact import atomic_write, open_plain
 from nformer_edge.core.errors import ArtifactError, DataError
+from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import Result
 
@@ -275,7 +276,8 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, Features]:
             _refuse_bombs(z.zip)
             arrays = {name: z[name] for name in z.files}
     except UNREADABLE as e:
-        raise ArtifactError(where, f"an unreadable file ({e})", "a feature store", again) from e
+        got = f"an unreadable file ({e})" if zipfile.is_zipfile(path) else file_kind(path).name
+        raise ArtifactError(where, got, "a feature store", again) from e
     found = str(arrays.get("format", "another kind of .npz"))
     if found != _FORMAT:
         raise ArtifactError(where, found, _FORMAT, again)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.spec import check_choice
 from nformer_edge.data import flat, folders, msmt17, table
 from nformer_edge.data.files import has_images, holds_images, walk_images
@@ -113,6 +114,11 @@ def _detect(root: Path, whole: bool, labels: bool = True) -> str:
         return "people"
     if (whole or not labels) and root.is_dir():
         return ""
+    if root.is_file():
+        kind = file_kind(root)
+        known = "" if kind.name.startswith("a file of an unknown") else f"{kind.name}, "
+        hint = "Pass the folder that holds the images, or a .csv file that lists them."
+        raise DataError(str(root), f"{known}one file", "a folder of images, or a CSV file", hint)
     looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
     hint = "Check the path, or name the layout."
     if root.is_dir() and holds_images(root):

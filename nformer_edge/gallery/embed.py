@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
-from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.artifact import require_suffix, sha256_file
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
 from nformer_edge.core.journal import Journal
@@ -47,7 +47,8 @@ def embed_images(
     sources = image_sources(images, boxes)
     batches = iter_batches(sources, runner.spec.preprocess, batch, decoders)
     features = np.concatenate([_no_rows(runner), *map(runner.embed, batches)])
-    _check_finite(features[None], [s if isinstance(s, str) else f"images[{i}]" for i, s in enumerate(sources)])
+    names = [s if isinstance(s, str) else f"images[{i}]" for i, s in enumerate(sources)]
+    _check_finite(features[None], names, runner.precision["backbone"])
     paths = tuple("" if isinstance(s, Image.Image) else s for s in sources)
     return made_by(runner, Features(features, paths=paths, spec=_spec(runner)))
 
@@ -113,7 +114,7 @@ def embed_records(
                 )
                 bar.update(len(pixels))
     if finite:
-        _check_finite(features, paths)
+        _check_finite(features, paths, runner.precision["backbone"])
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
     further = features[1:] if views > 1 else None
     labels = pids, camids, paths, "", tuple(hashes)
@@ -124,11 +125,13 @@ def _embed_view(runner: Runner, draw: Draw, pixels: np.ndarray, hashes: Sequence
     return runner.embed(draw(pixels, hashes, view))
 
 
-def _check_finite(features: np.ndarray, names: Sequence[str]) -> None:
+def _check_finite(features: np.ndarray, names: Sequence[str], precision: str) -> None:
     bad = ~np.isfinite(features).all(axis=(0, 2))
     if bad.any():
         got = f"a feature with NaN or infinity ({int(bad.sum())} such images)"
         hint = "The model overflows: build it in a higher precision."
+        if precision == "fp32":
+            hint = "The model's weights are damaged, or its training diverged: take another checkpoint."
         raise DataError(names[int(bad.argmax())], got, "finite numbers", hint)
 
 
@@ -225,6 +228,7 @@ def embed_files(
         DataError: if a split that was asked for has no image.
         UsageError: for views without training images.
     """
+    require_suffix(out, ".npz")
     records = _split_records(data, layout, splits)
     if views > 1 and "train" not in records:
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")

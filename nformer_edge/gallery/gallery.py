@@ -37,7 +37,7 @@ from nformer_edge.gallery.search import (
     allowed_images,
     check_model,
     check_threshold,
-    head_decision,
+    head_use,
     rank,
     search_related,
     seconds_of,
@@ -381,9 +381,9 @@ class Gallery:
             mean = unit_rows(query.features, "queries").mean(axis=0, keepdims=True)
             query = query.take(np.array([0])).with_features(mean)
         allowed = allowed_images(held, cameras, since, until, exclude_camera)
-        use, decision = (head, "") if head != "auto" else head_decision(runner, held, images_per_person)
+        use, decision = head_use(runner, head, held, images_per_person)
         protocol: Protocol | None = None
-        if use and runner.has_head:
+        if use:
             protocol = JOINT if together else PER_QUERY
             found = search_related(runner, query, held.features, top, together, allowed)
         else:

@@ -294,9 +294,9 @@ def search(
     if not isinstance(query, Features):
         query = embed_images(runner, query, boxes, batch=batch, decoders=decoders)
     check_model(runner, query, "queries")
-    use, decision = (head, "") if head != "auto" else head_decision(runner, gallery, images_per_person)
+    use, decision = head_use(runner, head, gallery, images_per_person)
     held = Held.of_features(gallery)
-    if not (use and runner.has_head):
+    if not use:
         return rank(runner, query, held, top_matches(query, held, top), len(held), threshold, None, decision)
     found = search_related(runner, query, gallery, top, together)
     return rank(runner, query, held, found, len(held), threshold, JOINT if together else PER_QUERY, decision)
@@ -328,6 +328,15 @@ def search_related(
         return top_matches(query, Held.of_features(gallery), top, allowed)
     indices, scores = map(np.concatenate, zip(*found, strict=True))
     return indices, scores
+
+
+def head_use(
+    runner: Runner, head: HeadUse, gallery: Features | Held, images_per_person: int | None = None
+) -> tuple[bool, str]:
+    """Whether a search uses the head, as asked or by `head_decision`, and why where that has to be said."""
+    if head == "auto":
+        return head_decision(runner, gallery, images_per_person)
+    return head and runner.has_head, "head not used: the model has none" if head and not runner.has_head else ""
 
 
 def head_decision(runner: Runner, gallery: Features | Held, images_per_person: int | None = None) -> tuple[bool, str]:

@@ -167,7 +167,8 @@ def _with_match(query: Features, gallery: Features) -> np.ndarray:
     matched &= query.pids > DISTRACTOR
     if not matched.any():
         got = f"{len(query)} queries, none with a match in the gallery from another camera"
-        raise DataError("query", got, "at least one", "Check identities and cameras of query and gallery.")
+        hint = "Count matches of the same camera: --same-camera (of `embed`, for a feature store), or check the labels."
+        raise DataError("query", got, "at least one", hint)
     return np.flatnonzero(matched)
 
 

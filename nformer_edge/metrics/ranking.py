@@ -173,6 +173,7 @@ def evaluate(
     scored = first_hit > 0
     if not scored.any():
         got = f"{len(query)} queries, none with a match in the gallery from another camera"
-        raise DataError("query", got, "at least one", "Check identities and cameras of query and gallery.")
+        hint = "Count matches of the same camera: --same-camera (of `embed`, for a feature store), or check the labels."
+        raise DataError("query", got, "at least one", hint)
     cmc = (first_hit[scored, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
     return RankingResult(float(ap[scored].mean()), float(inp[scored].mean()), cmc, ap, first_hit, scored)

@@ -94,7 +94,7 @@ def fit_threshold(
     genuine_count, impostor_count = counts.sum(axis=0).tolist()
     if not (genuine_count and impostor_count):
         got = f"{genuine_count} of one identity and {impostor_count} of two"
-        hint = "Give queries and gallery images of several people from different cameras."
+        hint = "Give images of several people from different cameras, or count those of one camera: --same-camera"
         raise DataError("pairs", got, "some of both", hint)
     accept = min(int(false_match_rate * impostor_count * (1 + 1e-12)), impostor_count - 1)
     if accept < 1:

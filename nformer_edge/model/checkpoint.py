@@ -17,7 +17,8 @@ from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.gated import Head, make_head
 from nformer_edge.model.tensorfile import TensorFile
 
-_FILE = TensorFile("nformer-edge-checkpoint", "a checkpoint (.safetensors)", "Pass what `nformer-edge train` wrote.")
+_HINT = "Pass the file that `nformer-edge train` or `import` wrote."
+_FILE = TensorFile("nformer-edge-checkpoint", "a checkpoint (.safetensors)", _HINT)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nformer_edge.core.artifact import require_new_file
+from nformer_edge.core.artifact import require_new_file, require_suffix
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.spec import ModelSpec
@@ -161,6 +161,8 @@ def read_weights(
     if not Path(path).is_file():
         got = "a folder" if Path(path).is_dir() else "no such file"
         raise ArtifactError(str(path), got, "published weights", "Check the path.")
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise UsageError("sha256", repr(sha256), "64 hexadecimal digits", "Copy the whole hash: `sha256sum` prints it.")
     data = Path(path).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and sha256.lower() != digest:
@@ -280,6 +282,8 @@ def import_weights(
         if not partial:
             first = [f"the first {what} is {names[0]}" for what, names in _incomplete(match) if names]
             hint = "Check the architecture. --partial goes on without them, and then every feature differs."
+            if wanted is not None and wanted.features is not None:
+                hint = "--features drops the trained neck: leave it out, or add --partial and train before you rank."
             expected = f"all of {plan.spec.backbone.arch} and nothing else"
             raise ArtifactError(str(path), f"{match}; {'; '.join(first)}", expected, hint)
         lacks = " and ".join(f"{len(names)} {what}" for what, names in _incomplete(match) if names)
@@ -367,9 +371,7 @@ def import_checkpoint(
         ArtifactError: as `import_weights` does, if there is something at `out`, or if the file holds another
             architecture than `arch`.
     """
-    if Path(out).suffix != ".safetensors":
-        hint = f"Name it {Path(out).with_suffix('.safetensors')}."
-        raise UsageError("output", str(out), "a file that ends in .safetensors", hint)
+    require_suffix(out, ".safetensors")
     require_new_file(out, "a checkpoint", force)
     checkpoint, match = import_weights(path, wanted, partial=partial, ema=ema, sha256=sha256)
     found = checkpoint.spec

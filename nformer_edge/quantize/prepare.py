@@ -93,6 +93,8 @@ def prepare(
     data = calib_data if isinstance(calib_data, CalibrationData) else CalibrationData(calib_data)
     if spec.precision != "int8" and data.budget is not None:
         raise UsageError("max_map_drop", f"a budget for {spec.precision}", "int8", "Add --int8.")
+    if spec.precision == "fp32" and data.images is not None:
+        raise UsageError("calib_data", "images for fp32", "int8 or fp16", "Add --int8, or leave --calib-data out.")
     if spec.precision == "fp32" or (spec.precision == "fp16" and data.images is None):
         return LowPrecision()
     if spec.precision == "fp16":

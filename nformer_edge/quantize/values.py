@@ -156,7 +156,7 @@ class Ranges(Result):
     """
 
     kind = "calibration"
-    version = 2
+    version = 3
     sealed = True
 
     method: CalibrationMethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
@@ -67,7 +68,7 @@ class Parity(Result):
     """
 
     kind: ClassVar[str] = "parity"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     machine: MachineFacts
     reference: MeasuredModel
@@ -134,10 +135,15 @@ class Parity(Result):
             return "Export the bundle again from this reference: its preprocessing is another."
         if any(p.precision == "fp32" for p in self.parts if p.part in (self.blame or "")):
             return "Export and build it again from this reference."
-        if any(p.precision == "int8" for p in self.parts if p.part in (self.blame or "")):
-            hint = "Build it again with --min-overlap 0.95, which keeps the most sensitive nodes in float"
-            return f"{hint}, with --calib-method auto, or in a finer precision."
-        return "Build that part in a finer precision."
+        blamed = [p for p in self.parts if p.part in (self.blame or "")]
+        if not any(p.precision == "int8" for p in blamed):
+            return "Build that part in a finer precision."
+        budget = "--max-map-drop 0.5"
+        failed = [g for p in blamed for g in p.gates if (g.gate, g.status) == ("top10_overlap", "failed")]
+        if failed and failed[0].bound is not None and not math.isnan(failed[0].margin):
+            # the budget is measured on fewer images: as much above the bound as this is below it
+            budget = f"--min-overlap {min(math.ceil(100 * (failed[0].bound - failed[0].margin)) / 100, 0.99):g}"
+        return f"Build it again with {budget}, which keeps the most sensitive nodes in float, or in a finer precision."
 
 
 def _notes(part: PartParity) -> list[str]:

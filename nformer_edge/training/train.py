@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.artifact import require_suffix, sha256_file
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import ModelSpec, from_dict
@@ -82,12 +82,13 @@ def train(
         The history: what stands beside the checkpoint.
 
     Raises:
-        UsageError: unless there is either `data` or `features`, if a configuration for `features` has no head, or if
-            `resume` finds the state of another training.
+        UsageError: if `out` is not named as a checkpoint, unless there is either `data` or `features`, if a
+            configuration for `features` has no head, or if `resume` finds the state of another training.
         ArtifactError: if there is something at `out`, or the store has no training images or does not say what made
             it, or another backbone did.
     """
     start = time.perf_counter()
+    require_suffix(out, ".safetensors")
     config = config or TrainConfig.gated()
     with torch.random.fork_rng(devices=[]):
         if data is not None and features is None and backbone is None:

@@ -39,7 +39,7 @@ def read_result(source: Readable) -> Result:
     if not isinstance(source, (str, os.PathLike)):
         return source
     where = os.fspath(source)
-    data = read_json(source, "a result in JSON", "Run the command again.")
+    data = read_json(source, "a result in JSON", "Pass a file that a command wrote with -o.")
     kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
     if not isinstance(kind, str) or kind not in KINDS:
         hint = "Pass a JSON file that a command wrote with -o, such as `evaluate` or `benchmark`."

@@ -91,7 +91,9 @@ def test_a_description_has_a_summary_to_print(int8_engine):
     assert EngineSummary.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_int8_without_calibration_images_is_refused(tiny_bundle, tmp_path):
+def test_calibration_images_and_int8_are_only_taken_together(tiny_bundle, tiny_market, tmp_path):
+    with pytest.raises(UsageError, match=r"calib_data: got images for fp32.*--int8"):
+        build_engine(tiny_bundle, tmp_path / "e", spec("fp32"), calib_data=tiny_market)
     with pytest.raises(UsageError, match="calib_data: got none"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"))
 

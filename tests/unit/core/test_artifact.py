@@ -196,7 +196,7 @@ def test_links_in_an_artifact_are_refused(bundle: Path, link: str, said: str) ->
         ("{", "no readable manifest"),
         ("[]", "no readable manifest"),
         ('{"kind": "bundle", "format_version": 2}', "no readable manifest"),
-        ('{"kind": "engine", "format_version": 2, "files": {}}', "got a engine, expected a bundle"),
+        ('{"kind": "engine", "format_version": 2, "files": {}}', "got an engine, expected a bundle"),
         ('{"kind": "bundle", "format_version": 99, "files": {}}', "format version 99"),
     ],
 )

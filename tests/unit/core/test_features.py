@@ -157,6 +157,13 @@ def test_pickles_in_a_store_are_never_run(tmp_path: Path) -> None:
         load_features(tmp_path / "f.npz")
 
 
+def test_a_file_that_is_no_archive_is_called_what_it_is_and_no_unsafe_way_is_advised(tmp_path: Path) -> None:
+    (tmp_path / "s.npz").write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(ArtifactError, match="got an HTML page") as refused:
+        load_features(tmp_path / "s.npz")
+    assert "pickle" not in str(refused.value)
+
+
 def test_another_npz_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", a=np.zeros(3))
     with pytest.raises(ArtifactError, match=r"another kind of \.npz"):

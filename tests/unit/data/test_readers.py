@@ -156,7 +156,7 @@ def test_csv_takes_quotes_other_column_orders_and_a_byte_order_mark(tmp_path: Pa
         ("../secret.jpg,4,1,query", "a way out"),
         ("images/../../secret.jpg,4,1,query", "a way out"),
         ("/etc/passwd,4,1,query", "a way out"),
-        ("C:\\secret.jpg,4,1,query", "a way out"),
+        ("C:\\secret.jpg,4,1,query", "a path of Windows"),
         ("images/link.jpg,4,1,query", "a way out"),
         ("elsewhere/secret.jpg,4,1,query", "a way out"),
         ("images/none.jpg,4,1,query", "no such file"),
@@ -201,6 +201,22 @@ def test_an_unknown_folder_lists_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no known dataset layout") as error:
         read_dataset(tmp_path)
     assert all(layout in str(error.value) for layout in LAYOUTS if layout != "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("person.jpg", b"\xff\xd8\xff\xe0", "an image, one file"),
+        ("result.json", b'{"kind": "parity"}', "a JSON text, one file"),
+        ("notes.txt", b"hello", "got one file"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_called_what_it_is(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{says}, expected a folder of images, or a CSV file"):
+        read_dataset(tmp_path / name)
 
 
 def test_the_folder_above_a_dataset_gets_a_hint(tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def test_a_flag_that_was_not_given_is_not_passed_on() -> None:
     assert set(vars(args)) == {"command", "model", "data", "json", "verbose"}
 
 
+@pytest.mark.parametrize("flag", ["--same-camera", "--layout folders", "--root d", "--pattern x"])
+@pytest.mark.parametrize("line", ["evaluate m --data s.npz", "search m --query q.jpg --gallery s.npz"])
+def test_what_says_how_images_are_read_is_refused_with_a_feature_store(line: str, flag: str, capsys) -> None:
+    assert cli.main([*line.split(), *flag.split()]) == 2
+    assert f"{flag.split()[0]}: got a feature store, expected images. " in capsys.readouterr().err
+
+
 def test_the_check_sees_a_flag_that_nothing_reads() -> None:
     assert not {"nonsense"} <= parameters("report.accuracy:evaluate")
     with pytest.raises(AttributeError):

@@ -109,3 +109,5 @@ def test_a_search_says_what_it_did(tiny_bundle, monkeypatch):
         assert helped.decision.startswith("head used: +1.0 points mAP, +2.0 Rank-1 at n = 2")
         np.testing.assert_array_equal(helped.scores, people.search(CROPS[4], head=True).scores)
         assert people.search(CROPS[4], head=True).decision == ""
+        monkeypatch.setattr(opened.runner, "has_head", False)
+        assert people.search(CROPS[4], head=True).decision == "head not used: the model has none"

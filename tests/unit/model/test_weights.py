@@ -173,6 +173,8 @@ def test_another_sha256_is_refused_before_anything_is_read(tmp_path: Path, publi
     (tmp_path / "w.pth").write_bytes(b"<html>")
     with pytest.raises(ArtifactError, match=rf"got sha256 \w+, expected {digest}\. Download it again"):
         import_weights(tmp_path / "w.pth", sha256=digest)
+    with pytest.raises(UsageError, match="sha256: got 'abc', expected 64 hexadecimal digits"):
+        import_weights(tmp_path / "w.pth", sha256="abc")
 
 
 def test_safetensors_of_others_are_read(tmp_path: Path, published: dict[str, Tensor]) -> None:

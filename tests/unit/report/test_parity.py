@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_int8_with_few_queries_and_no_loss_is_undecided_and_not_passed(run):
         assert found.lower == pytest.approx(0.05 ** (1 / 12))  # one query a person
     assert (result.status, result.passed) == ("undecided", False)
     result.require_passed()
+
+
+@pytest.mark.parametrize(("scale", "budget"), [(0.12, r"--min-overlap 0\.9\d, "), (1.0, r"--min-overlap 0\.99, ")])
+def test_int8_that_keeps_too_few_neighbors_is_told_a_budget_as_far_above_the_bound(run, scale, budget):
+    result = run(distort=noise(scale), precision="int8")
+    found = gate(result, "backbone", "top10_overlap")
+    assert found.status == "failed"
+    with pytest.raises(GateError, match=f"Build it again with {budget}") as told:
+        result.require_passed()
+    asked = float(re.search(r"--min-overlap (\S+),", str(told.value))[1])
+    assert found.bound <= min(2 * found.bound - found.measured, 0.99) <= asked
 
 
 def test_differences_are_stored_beside_the_ratios(run):

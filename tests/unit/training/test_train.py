@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nformer_edge.core.errors import ArtifactError, DataError
+from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, NeighborRule, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.data.holdout import split_holdout
@@ -147,6 +147,8 @@ def test_one_identity_cannot_be_trained_on(dataset: Dataset, tmp_path: Path) -> 
     alone = replace(dataset, train=tuple(r for r in dataset.train if r.pid == first))
     with pytest.raises(DataError, match="expected at least two"):
         train(alone, tmp_path / "m.safetensors", tiny())
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
+        train(alone, tmp_path / "m.pth", tiny())
 
 
 def test_views_differ_and_repeat(dataset: Dataset) -> None:
