@@ -167,7 +167,7 @@ def test_a_text_is_read_from_a_plain_file_only(tmp_path: Path) -> None:
     for name, got in (
         ("fifo", "a device or a FIFO"),
         (".", "a folder"),
-        ("latin", "an unreadable"),
+        ("latin", "another encoding"),
         ("none", "no such file"),
     ):
         with pytest.raises(ArtifactError, match=got):
