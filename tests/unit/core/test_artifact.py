@@ -273,13 +273,13 @@ def test_an_error_after_the_new_folder_has_its_name_says_so(tmp_path, monkeypatc
 
     def placed(new, where):
         put(new, where)
-        monkeypatch.setattr(artifact, "_fsync", lambda p: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        monkeypatch.setattr(artifact, "fsync", lambda p: (_ for _ in ()).throw(OSError(5, "Input/output error")))
 
     monkeypatch.setattr(artifact, "_put", placed)
     words = "The new thing is in place, but the disk has not confirmed it"
     with pytest.raises(ArtifactError, match=words), artifact.atomic_folder(path, "thing") as folder:
         artifact.write_manifest(folder, "thing", {})
-    monkeypatch.setattr(artifact, "_fsync", real)
+    monkeypatch.setattr(artifact, "fsync", real)
     artifact.read_manifest(path, "thing")
 
 
