@@ -10,7 +10,7 @@ from nformer_edge.core.filekind import file_kind
 from nformer_edge.core.spec import check_choice
 from nformer_edge.data import flat, folders, msmt17, table
 from nformer_edge.data.files import has_images, holds_images, walk_images
-from nformer_edge.data.names import NamePattern, role
+from nformer_edge.data.names import NamePattern, propose_pattern, role
 from nformer_edge.data.people import Sighting, make_dataset
 from nformer_edge.data.records import DISTRACTOR, Dataset, identities
 
@@ -122,7 +122,9 @@ def _detect(root: Path, whole: bool, labels: bool = True) -> str:
     looked_for = "; ".join(f"{name}: {marks}" for name, marks in _marks().items())
     hint = "Check the path, or name the layout."
     if root.is_dir() and holds_images(root):
-        hint = "Images lie flat here: say how names tell the person (--pattern '(?P<pid>...)'), or list them in a CSV. "
+        guess = propose_pattern([os.path.basename(path) for path in walk_images(root).images])
+        say = f"try --pattern '{guess}'" if guess else "say how names tell the person (--pattern '(?P<pid>...)')"
+        hint = f"Images lie flat here: {say}, or list them in a CSV. "
         hint += "Without labels, parity, benchmark, threshold, embed, search and --calib-data take them as they are."
     raise DataError(str(root), "no known dataset layout", f"one of these ({looked_for})", hint)
 

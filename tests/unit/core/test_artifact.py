@@ -269,7 +269,7 @@ def test_leftovers_of_a_living_process_stay(tmp_path):
 
 def test_an_error_after_the_new_folder_has_its_name_says_so(tmp_path, monkeypatch):
     path = tmp_path / "thing"
-    real, put = artifact._fsync, artifact._put
+    real, put = artifact.fsync, artifact._put
 
     def placed(new, where):
         put(new, where)

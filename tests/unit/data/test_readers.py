@@ -225,6 +225,14 @@ def test_the_folder_above_a_dataset_gets_a_hint(tmp_path: Path) -> None:
         read_dataset(tmp_path / "sets")
 
 
+def test_images_that_lie_flat_get_a_pattern_that_fits_their_names(tmp_path: Path) -> None:
+    _tree(tmp_path, {".": tuple(f"x{p}_cam{c}_{n}.jpg" for p in (1, 2, 3, 4) for c in (1, 2) for n in (0, 1))})
+    with pytest.raises(DataError, match=r"Images lie flat here: try --pattern '(.+)', or list") as told:
+        read_dataset(tmp_path)
+    pattern = str(told.value).partition("--pattern '")[2].partition("'")[0]
+    assert len(read_dataset(tmp_path, pattern=pattern, whole=True).gallery) == 16
+
+
 def test_a_layout_that_does_not_exist_gets_the_nearest_spelling(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'market1501'"):
         read_dataset(_tree(tmp_path, MARKET), "market-1501")
