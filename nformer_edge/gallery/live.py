@@ -46,8 +46,8 @@ _FEW = 4096
 class LiveHead:
     """A head and a gallery's state under it; `open` makes the one for a model's rule.
 
-    Positions are places in the order in which rows were added, less those removed. A call that changes the gallery and
-    another call must not run at once; `ask` may be called from several threads.
+    Positions are places in the order in which rows were added, less those removed. `ask` may be called from
+    several threads, of which one at a time is answered; a call that changes the gallery must be alone.
 
     Args:
         spec: of the model.
@@ -66,7 +66,7 @@ class LiveHead:
         self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
         self._drawn = 0  # N when landmarks were drawn
         self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._allocate(0)
 
     @classmethod
@@ -113,8 +113,9 @@ class LiveHead:
 
     @property
     def landmarks(self) -> dict[str, np.ndarray]:
-        """What the landmarks gave: a few numbers, and not the images' own rows."""
-        return dict(self._landmarks)
+        """What the landmarks gave, and of how many rows they were drawn. `remove` takes nothing back of what a removed
+        image gave here; `rebuild` does."""
+        return {**self._landmarks, "drawn": np.array(self._drawn)}
 
     def add(self, features: np.ndarray) -> None:
         """Appends rows [B, D]. Raises as `build`; nothing is added then. The first rows draw the landmarks."""
@@ -168,14 +169,15 @@ class LiveHead:
         queries = self._prepared(self._entered(self._checked(features)))
         count = len(next(iter(queries.values())))
         found = np.empty((count, len(self)), np.float32)
-        if among is None:
-            self.settle()
-        for part in row_blocks(count, _BATCH if among is None and not exact else 1):
-            asked = {name: x[part] for name, x in queries.items()}
-            if among is not None:
-                found[part] = self._among(asked, among)
-            else:
-                found[part] = self._exact(asked) if exact else self._quick(asked)
+        with self._lock:
+            if among is None:
+                self.settle()
+            for part in row_blocks(count, _BATCH if among is None and not exact else 1):
+                asked = {name: x[part] for name, x in queries.items()}
+                if among is not None:
+                    found[part] = self._among(asked, among)
+                else:
+                    found[part] = self._exact(asked) if exact else self._quick(asked)
         return found
 
     def settle(self) -> None:
@@ -188,7 +190,7 @@ class LiveHead:
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` takes: arrays of N rows, and what the landmarks gave."""
         rows = {name: self._rows[name][:-1] for name in self.KEPT if name in self._rows}
-        return {**rows, **self._landmarks, "drawn": np.array(self._drawn)}
+        return {**rows, **self.landmarks}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes up a `state` of the same model; the layers are computed at the next `ask`.
@@ -199,7 +201,7 @@ class LiveHead:
         names = {*(name for name in self.KEPT if name in self._rows), "drawn"}
         shapes = {len(state[name]) for name in names & set(state) - {"drawn"}}
         listed = state.get("names", np.zeros((0, 1)))
-        if not names <= set(state) or len(shapes) != 1 or not (listed < max(*shapes, 1)).all():
+        if not names <= set(state) or len(shapes) != 1 or not ((listed >= -1) & (listed < max(*shapes, 1))).all():
             got, expected = (
                 f"arrays {', '.join(sorted(state)) or 'none'}",
                 f"{', '.join(sorted(names))} of the same rows",
@@ -249,7 +251,8 @@ class LiveHead:
 
     def _start(self, entered: np.ndarray, landmarks: Mapping[str, np.ndarray] | None) -> None:
         size = len(entered)
-        self._rows, self._moved, self._drawn, self._landmarks = {}, np.zeros(0, bool), size, dict(landmarks or {})
+        self._rows, self._moved, self._landmarks = {}, np.zeros(0, bool), dict(landmarks or {})
+        self._drawn = int(self._landmarks.pop("drawn", size))
         self._allocate(size)
         if not size:
             return
@@ -414,24 +417,23 @@ class LiveHead:
     def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         """As `_quick`, for one query [1, ...] that joins the gallery and leaves it as it was."""
         size, listed = len(self), self.spec.listed
-        with self._lock:
-            self._undo = []
-            try:
-                row = np.array([size])
-                for name, x in asked.items():
-                    self._put(name, row, x, size + 1)
-                query, unit = asked["unit"][0], self._rows["unit"]
-                products = unit @ query
-                rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
-                self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
-                moved = np.zeros(size + 1, bool)
-                moved[rows] = moved[size] = True
-                self._spread(size + 1, moved)
-                return self._rows["out"][:size] @ self._rows["out"][size]
-            finally:
-                for name, changed, before in reversed(self._undo):
-                    self._rows[name][changed] = before
-                self._undo = None
+        self._undo = []
+        try:
+            row = np.array([size])
+            for name, x in asked.items():
+                self._put(name, row, x, size + 1)
+            query, unit = asked["unit"][0], self._rows["unit"]
+            products = unit @ query
+            rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
+            self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
+            moved = np.zeros(size + 1, bool)
+            moved[rows] = moved[size] = True
+            self._spread(size + 1, moved)
+            return self._rows["out"][:size] @ self._rows["out"][size]
+        finally:
+            for name, changed, before in reversed(self._undo):
+                self._rows[name][changed] = before
+            self._undo = None
 
     def _among(self, asked: dict[str, np.ndarray], among: int | np.ndarray) -> np.ndarray:
         """One query [1, ...] with a shortlist."""
