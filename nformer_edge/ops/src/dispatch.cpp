@@ -31,7 +31,7 @@
 // Functions of `isa` are called only once the machine is known to run it.
 #define NFORMER_TABLE(isa, name, integers)                                                         \
   {name,             integers,         isa::tile_rows(), isa::tile_columns(), isa::scan_panel,     \
-   isa::scan_blocks, isa::kth_largest, isa::score,       isa::score_hits,     isa::attend,         \
+   isa::score_hits,  isa::scan_blocks, isa::kth_largest, isa::score,          isa::attend,         \
    isa::attend_backward_rows, isa::attend_backward_columns}
 
 namespace nformer {

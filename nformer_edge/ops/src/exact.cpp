@@ -206,26 +206,12 @@ void score(const float* a, const float* b, int64_t r, const int32_t* columns, in
   for (; n + kPairs <= count; n += kPairs) {
     const float *same[kPairs], *other[kPairs];
     for (int p = 0; p < kPairs; ++p) same[p] = a, other[p] = b + columns[n + p] * r;
+    for (int64_t next = n + kPairs; next < count && next < n + 2 * kPairs; ++next)
+      for (int64_t i = 0; i < r; i += 16) __builtin_prefetch(b + columns[next] * r + i);
     dots<kPairs>(same, other, r, out + n);
   }
   for (; n < count; ++n) out[n] = dot(a, b + columns[n] * r, r);
   for (n = 0; n < count; ++n) out[n] = round24(out[n]);
-}
-
-void score_hits(const float* a, const float* b, int64_t r, double scale, Hit* hits, int64_t count) {
-  const float *row[kPairs], *column[kPairs];
-  double out[kPairs];
-  for (int64_t n = 0; n < count; n += kPairs) {
-    const int64_t left = count - n < kPairs ? count - n : kPairs;
-    for (int64_t p = 0; p < kPairs; ++p) {
-      const Hit& hit = hits[n + (p < left ? p : 0)];
-      row[p] = a + hit.row * r, column[p] = b + hit.column * r;
-    }
-    for (int64_t next = n + kPairs; next < count && next < n + 2 * kPairs; ++next)
-      for (int64_t i = 0; i < r; i += 16) __builtin_prefetch(b + hits[next].column * r + i);
-    dots<kPairs>(row, column, r, out);
-    for (int64_t p = 0; p < left; ++p) hits[n + p].score = static_cast<float>(out[p] * scale);
-  }
 }
 
 void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch) {

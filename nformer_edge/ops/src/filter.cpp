@@ -55,6 +55,35 @@ int64_t scan_panel(const float* rows, int64_t panels, const float* columns, int6
   return found;
 }
 
+void score_hits(const float* a, const float* b, int64_t r, float scale_a, float scale_b, Hit* hits, int64_t count) {
+  constexpr int kPairs = 4;
+  const Vec left = broadcast(scale_a), right = broadcast(scale_b);
+  for (int64_t n = 0; n < count; n += kPairs) {
+    const float *x[kPairs], *y[kPairs];
+    for (int p = 0; p < kPairs; ++p) {
+      const Hit& hit = hits[n + p < count ? n + p : n];
+      x[p] = a + hit.row * r, y[p] = b + hit.column * r;
+    }
+    for (int64_t next = n + kPairs; next < count && next < n + 2 * kPairs; ++next)
+      for (int64_t i = 0; i < r; i += 16) {
+        __builtin_prefetch(a + hits[next].row * r + i);
+        __builtin_prefetch(b + hits[next].column * r + i);
+      }
+    Vec sum[kPairs] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= r; i += kLanes)
+#pragma GCC unroll 4
+      for (int p = 0; p < kPairs; ++p) sum[p] += (load(x[p] + i) * left) * (load(y[p] + i) * right);
+    for (int p = 0; p < kPairs && n + p < count; ++p) {
+      float lane[kLanes], score = 0;
+      store(lane, sum[p]);
+      for (int l = 0; l < kLanes; ++l) score += lane[l];
+      for (int64_t rest = i; rest < r; ++rest) score += (x[p][rest] * scale_a) * (y[p][rest] * scale_b);
+      hits[n + p].score = score;
+    }
+  }
+}
+
 namespace {
 
 // R is 0 for a length that is known only at run time.

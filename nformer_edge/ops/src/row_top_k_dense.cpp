@@ -1,8 +1,8 @@
 // RowTopK for long factors: a packed, register-tiled matrix product whose tiles are compared with the thresholds
 // while they are still in registers, so that no score is stored unless it may matter.
 //
-// Where the instruction set has faster products of integers, these come first and the exact score is computed of the
-// pairs that they leave. Rows a_i and b_j are rounded to s_i q_i and s_j q_j, with s in float32 and q in integers. With
+// Where the instruction set has faster products of integers, these come first and float32 scores are computed of the pairs
+// that they leave. Rows a_i and b_j are rounded to s_i q_i and s_j q_j, with s in float32 and q in integers. With
 // e_i = a_i - s_i q_i and e_j = b_j - s_j q_j,
 //     a_i . b_j = s_i s_j (q_i . q_j) + (s_i q_i) . e_j + e_i . b_j,
 // so by Cauchy-Schwarz
@@ -33,9 +33,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Rows as integers: 8 bits fill a row's largest number; 16 bits fill its norm as well, so that |q_i| |q_j| < 2^31.
 constexpr int64_t kLeastLength = 64, kMostLength = 65536;  // 127 * 127 * 65,536 < 2^31, and sqrt(65,536) / 2 = 128
 constexpr float kMost8 = 127, kMost16 = 32767, kMostNorm16 = 46200, kLeastScale = 1e-36f;
+constexpr double kMostScale = 0x1p127;  // of factors, in float32
 
-// Pairs that an exact score of each would cost as much as float32 products of all.
-constexpr int kCrowded = 24;
+// One pair in so many left, and float32 products of all cost less than scores of those: measured, where k is 20 to 129.
+constexpr int kCrowded = 10;
 constexpr int kMostPatience = 64;
 
 // x * scale, of R numbers.
@@ -132,8 +133,9 @@ class Dense {
         selection_(table, {x.b, nullptr, x.r, scaling_.a * scaling_.b}, x.k),
         row_blocks_((x.n + kBlockRows - 1) / kBlockRows),
         column_blocks_((x.m + kBlockRows - 1) / kBlockRows),
-        integers_(table.integers.group && x.r >= kLeastLength && x.r <= kMostLength && column_blocks_ > 2),
-        capacity_(integers_ ? x.k + x.k / 8 + 10 : 2 * x.k + 32),
+        integers_(table.integers.group && x.r >= kLeastLength && x.r <= kMostLength && column_blocks_ > 2 &&
+                  scaling_.a <= kMostScale && scaling_.b <= kMostScale),
+        capacity_(integers_ ? x.k + x.k / 2 + 10 : 2 * x.k + 32),
         groups_(integers_ ? (x.r + table.integers.group - 1) / table.integers.group : 0),
         columns_(column_blocks_),
         rows_(row_blocks_ * kBlockRows),
@@ -313,7 +315,8 @@ class Dense {
     worker.waiting = 0;
     worker.patience = 1;
     Hit* end = std::remove_if(hits, hits + left, [&](const Hit& h) { return h.row >= x_.n || h.column >= x_.m; });
-    table_.score_hits(x_.a, x_.b, x_.r, scaling_.a * scaling_.b, hits, end - hits);
+    table_.score_hits(x_.a, x_.b, x_.r, static_cast<float>(scaling_.a), static_cast<float>(scaling_.b), hits,
+                      end - hits);
     confirmed_ += end - hits;
     return end - hits;
   }

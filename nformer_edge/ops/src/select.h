@@ -77,7 +77,7 @@ inline float round_down(double x) {
 
 // Under this filter score, no column's rounded exact score can reach that of one known to be at least `known`.
 inline float threshold_under(double known, double error) {
-  return round_down(known - error - std::ldexp(std::fabs(known) + error, -22));
+  return round_down(known - error - (std::fabs(known) + error) * 0x1p-22);
 }
 
 // One row's state; its `capacity` entries lie elsewhere.
@@ -102,17 +102,21 @@ class Selection {
   void compact(Row& row, Entry* entries, int capacity, const float* a, RankBuffer& buffer) const {
     prune(row, entries, buffer);
     if (row.count <= (k_ + capacity) / 2) return;
-    rank(row, entries, a, buffer);
+    rank(entries, row.count, a, buffer);
     raise(row, threshold_under(score_of(buffer.ranked[k_ - 1].place) * columns_.unscale, row.error));
     row.count = k_;
-    for (int n = 0; n < k_; ++n) entries[n] = buffer.ranked[n].entry;
   }
 
   // The final list: `out` [k], and the candidates, best first, in entries[0..row.count-1].
   void finish(Row& row, Entry* entries, const float* a, RankBuffer& buffer, int32_t* out) const {
     prune(row, entries, buffer);
-    rank(row, entries, a, buffer);
-    for (int n = 0; n < row.count; ++n) entries[n] = buffer.ranked[n].entry;
+    sort(entries, row.count, buffer);
+    // Filter scores that are farther apart than both errors stand in their exact order.
+    for (int begin = 0, end; begin < std::min(row.count, static_cast<int32_t>(k_)); begin = end) {
+      for (end = begin + 1; end < row.count; ++end)
+        if (entries[end].score < threshold_under(entries[end - 1].score - static_cast<double>(row.error), row.error)) break;
+      if (end - begin > 1) rank(entries + begin, end - begin, a, buffer);
+    }
     const int kept = std::min(row.count, static_cast<int32_t>(k_));
     for (int n = 0; n < kept; ++n) out[n] = columns_.id(entries[n].column);
     std::fill(out + kept, out + k_, kNone);
@@ -120,7 +124,7 @@ class Selection {
 
   // The k-th largest of buffer.approximate[0..count-1], which is used up.
   float kth_largest(RankBuffer& buffer, int count) const {
-    if (count <= kFew) return table_.kth_largest(buffer.approximate.data(), count, k_);
+    if (count <= 10 * table_.nr) return table_.kth_largest(buffer.approximate.data(), count, k_);
     const auto first = buffer.approximate.begin();
     std::nth_element(first, first + (k_ - 1), first + count, std::greater<>());
     return buffer.approximate[k_ - 1];
@@ -144,22 +148,37 @@ class Selection {
 
   static void raise(Row& row, float threshold) { row.threshold = std::max(row.threshold, threshold); }
 
-  void rank(const Row& row, const Entry* entries, const float* a, RankBuffer& buffer) const {
-    for (int n = 0; n < row.count; ++n) buffer.columns[n] = entries[n].column;
-    table_.score(a, columns_.values, columns_.r, buffer.columns.data(), row.count, buffer.scores.data());
-    for (int n = 0; n < row.count; ++n)
-      buffer.places[n] = place_of(buffer.scores[n], columns_.id(entries[n].column));
-    if (row.count <= kFew) {
-      for (int n = 0; n < row.count; ++n) {
-        int before = 0;
-        for (int o = 0; o < row.count; ++o) before += buffer.places[o] > buffer.places[n];
-        buffer.ranked[before] = {buffer.places[n], entries[n]};
-      }
+  // By descending filter score.
+  void sort(Entry* entries, int count, RankBuffer& buffer) const {
+    if (count > kFew) {
+      std::sort(entries, entries + count, [](const Entry& x, const Entry& y) { return x.score > y.score; });
       return;
     }
-    for (int n = 0; n < row.count; ++n) buffer.ranked[n] = {buffer.places[n], entries[n]};
-    std::partial_sort(buffer.ranked.begin(), buffer.ranked.begin() + std::min(k_, row.count),
-                      buffer.ranked.begin() + row.count);
+    for (int n = 0; n < count; ++n) buffer.approximate[n] = entries[n].score, buffer.ranked[n].entry = entries[n];
+    for (int n = 0; n < count; ++n) {
+      int before = 0;
+      for (int o = 0; o < n; ++o) before += buffer.approximate[o] >= buffer.approximate[n];
+      for (int o = n + 1; o < count; ++o) before += buffer.approximate[o] > buffer.approximate[n];
+      entries[before] = buffer.ranked[n].entry;
+    }
+  }
+
+  // By place, from exact scores. Leaves the places in buffer.ranked.
+  void rank(Entry* entries, int count, const float* a, RankBuffer& buffer) const {
+    for (int n = 0; n < count; ++n) buffer.columns[n] = entries[n].column;
+    table_.score(a, columns_.values, columns_.r, buffer.columns.data(), count, buffer.scores.data());
+    for (int n = 0; n < count; ++n) buffer.places[n] = place_of(buffer.scores[n], columns_.id(entries[n].column));
+    if (count <= kFew) {
+      for (int n = 0; n < count; ++n) {
+        int before = 0;
+        for (int o = 0; o < count; ++o) before += buffer.places[o] > buffer.places[n];
+        buffer.ranked[before] = {buffer.places[n], entries[n]};
+      }
+    } else {
+      for (int n = 0; n < count; ++n) buffer.ranked[n] = {buffer.places[n], entries[n]};
+      std::sort(buffer.ranked.begin(), buffer.ranked.begin() + count);
+    }
+    for (int n = 0; n < count; ++n) entries[n] = buffer.ranked[n].entry;
   }
 
   static constexpr int kFew = 96;  // up to here counting who stands before beats a sort, whose branches mispredict

@@ -104,6 +104,8 @@ struct Table {
   // score is under both its row's and its column's threshold. Returns the number of hits.
   int64_t (*scan_panel)(const float* rows, int64_t panels, const float* columns, int64_t r, const float* row_threshold,
                         const float* column_threshold, int32_t row, int32_t column, Hit* hits);
+  // Sets the hits' scores to (scale_a a [row]) . (scale_b b [column]).
+  void (*score_hits)(const float* a, const float* b, int64_t r, float scale_a, float scale_b, Hit* hits, int64_t count);
   // Of each block listed (its column; its score is an upper bound): scores sum_r a[r] * values[offset[r] + c] of its
   // `width` members (kFan or kLeaf), at base + block * stride. Blocks and members under the threshold, and members that are
   // NaN, are left out; a member's column is block * width + c. `out` has room for one more than all members.
@@ -116,8 +118,6 @@ struct Table {
 
   // Exact. The same bits on every instruction set.
   void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
-  // Sets the hits' scores to scale times a [row] . b [column].
-  void (*score_hits)(const float* a, const float* b, int64_t r, double scale, Hit* hits, int64_t count);
   // Rows (or columns) begin..end-1 of one head.
   void (*attend)(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
   void (*attend_backward_rows)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
