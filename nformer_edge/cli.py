@@ -369,6 +369,7 @@ _calls(
     _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"), SIGN, FORCE,
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
+    _flag("--portable", "also write nformer.portable.onnx: the head of standard operators alone, for other runtimes"),
     _option("--data", metavar="DIR", help="dataset or feature store: measures the manifest's table by images a person "
             "(default: training's table, of held-out people)"),
     LAYOUT,
@@ -560,7 +561,8 @@ def _report(args: Args) -> None:
 
 
 _calls(
-    "targets.doctor:doctor", "doctor", "what this machine can do, and how to install what is missing",
+    "targets.doctor:doctor", "doctor", "what this machine can do, how to install what is missing; what tools did to FILE",
+    _option("file", nargs="?", metavar="FILE.onnx", help="of a bundle or engine: names what another tool did to it"),
     _option("--target", metavar="NAME", help="list what does not match this target, such as jetson-orin-jp62"),
 )
 

@@ -23,6 +23,7 @@ from nformer_edge.ops.contract import LANDMARK_RULE, OPSETS
 KIND = "bundle"
 BACKBONE = "backbone.onnx"
 HEAD = "nformer.onnx"
+PORTABLE = "nformer.portable.onnx"  # the head again, of standard operators alone: for runtimes of others
 GOLDEN = "golden.npz"
 LIVE = "live.npz"
 
@@ -231,4 +232,5 @@ def check_graphs(model: ModelFiles) -> None:
     for name in (BACKBONE, HEAD) if model.has_head else (BACKBONE,):
         if name not in files:
             raise ArtifactError(str(model.folder / name), "no such file", "it in the manifest", hint)
+    for name in files.keys() & {BACKBONE, HEAD, PORTABLE}:
         refuse_outside(files[name], str(model.folder / name))

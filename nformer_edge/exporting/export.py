@@ -18,9 +18,9 @@ from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.core.values import to_table
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, LIVE, BundleManifest, Normalization
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, LIVE, PORTABLE, BundleManifest, Normalization
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
-from nformer_edge.exporting.trace import trace_backbone, trace_head
+from nformer_edge.exporting.trace import portable_head, trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
@@ -38,10 +38,8 @@ _GOLDEN_PEOPLE, _GOLDEN_SHOTS = 12, 12
 BRIGHT = 1e-4
 
 #: Of each file, its inputs by the golden arrays that feed them, and its output.
-_GRAPHS = {
-    BACKBONE: ({"images": "images"}, "features"),
-    HEAD: ({"features": "head_input", "landmarks": "landmarks"}, "embeddings"),
-}
+_HEAD_ARRAYS = ({"features": "head_input", "landmarks": "landmarks"}, "embeddings")
+_GRAPHS = {BACKBONE: ({"images": "images"}, "features"), HEAD: _HEAD_ARRAYS, PORTABLE: _HEAD_ARRAYS}
 
 
 def export_bundle(
@@ -51,10 +49,11 @@ def export_bundle(
     opset: int = DEFAULT_OPSET,
     landmark_seed: int = 0,
     accuracy: Composition | None = None,
+    portable: bool = False,
     sign: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> Path:
-    """Exports `checkpoint` to the bundle folder `out`, then runs both files in stock onnxruntime against PyTorch.
+    """Exports `checkpoint` to the bundle folder `out`, then runs its files in stock onnxruntime against PyTorch.
 
     Args:
         checkpoint: a `.safetensors` checkpoint with a backbone; without a head the bundle has no `nformer.onnx`.
@@ -63,11 +62,12 @@ def export_bundle(
         landmark_seed: recorded in the manifest; runners draw landmarks from it.
         accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
             if None what its training measured on held-out people, where it did. `search` decides by it.
+        portable: also write `nformer.portable.onnx`, the head of standard operators alone (`exporting.trace`).
         sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
         force: replace an earlier bundle.
 
     Raises:
-        UsageError: for an opset without bodies, or a negative seed.
+        UsageError: for an opset without bodies, a negative seed, or `portable` without a head.
         ArtifactError: if there is something at `out`, the checkpoint cannot be read, or onnxruntime computes something
             else than PyTorch.
         BackendError: if onnxruntime, which the check needs, is not installed.
@@ -81,12 +81,18 @@ def export_bundle(
     if loaded.backbone is None:
         hint = "Save the backbone in the same checkpoint."
         raise ArtifactError(str(checkpoint), "a head alone", "a backbone with or without a head", hint)
+    if portable and loaded.head is None:
+        hint = "Leave --portable out: backbone.onnx has standard operators alone."
+        raise UsageError("portable", "a checkpoint without a head", "a head to write", hint)
     golden = _golden(loaded, landmark_seed)
     with atomic_folder(out, KIND) as folder:
         size = (loaded.spec.preprocess.height, loaded.spec.preprocess.width)
         _save(trace_backbone(loaded.backbone, size, opset), folder / BACKBONE, "One feature an image.")
         if loaded.head is not None:
-            _save(trace_head(loaded.head, opset), folder / HEAD, "Features of N images that know their neighbors.")
+            head, doc = trace_head(loaded.head, opset), "Features of N images that know their neighbors."
+            _save(head, folder / HEAD, doc)
+            if portable:
+                _save(portable_head(head), folder / PORTABLE, doc)
             with atomic_write(folder / LIVE) as file:
                 np.savez(file, **head_numbers(loaded.head))  # type: ignore[arg-type]
         with atomic_write(folder / GOLDEN) as file:
@@ -155,7 +161,7 @@ def _exact(loaded: Checkpoint, golden: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, float]:
-    """Runs both files in stock onnxruntime on the golden inputs, by the FP32 gate on tensors (`metrics.agreement`).
+    """Runs the files in stock onnxruntime on the golden inputs, by the FP32 gate on tensors (`metrics.agreement`).
 
     Args:
         folder: of the files.
@@ -171,7 +177,7 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
     """
     worst = {}
     for name, (feed, output) in _GRAPHS.items():
-        if output not in golden:
+        if output not in golden or not (folder / name).exists():
             continue
         session = open_session((folder / name).read_bytes(), name)
         (found,) = session.run([output], {key: golden[array] for key, array in feed.items()})

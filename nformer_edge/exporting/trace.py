@@ -12,13 +12,15 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx.inliner import inline_local_functions
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
@@ -139,6 +141,30 @@ def trace_head(head: Head, opset: int) -> ModelProto:
     imported = next(o for o in model.opset_import if o.domain == DOMAIN)
     imported.version = OPSET_VERSION if taken == 4 else GATED_OPSET_VERSION
     return model
+
+
+def portable_head(model: ModelProto) -> ModelProto:
+    """What `trace_head` gave, with the bodies in the place of our nodes: for runtimes that know no local functions.
+
+    Every constant is a `value` tensor, and nothing imports our domain. No kernel of ours can take part in it.
+    """
+    inlined = inline_local_functions(model)
+    _constants_as_tensors(inlined.graph.node)
+    standard = [o for o in inlined.opset_import if o.domain != DOMAIN]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(standard)
+    return inlined
+
+
+def _constants_as_tensors(nodes: Iterable[NodeProto]) -> None:
+    types = {"value_int": np.int64, "value_float": np.float32}
+    for node in nodes:
+        for attribute in node.attribute:
+            _constants_as_tensors(attribute.g.node)
+        if node.op_type == "Constant" and node.attribute[0].name in types:
+            [given] = node.attribute
+            value = np.array(helper.get_attribute_value(given), types[given.name])
+            given.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(value)))
 
 
 def _trace(

@@ -8,8 +8,7 @@ Why they look as they do:
 
 - Scan and not Loop: a Loop has to Concat its results, which copies all of them at every step.
 - What a Scan body needs travels as state although nothing changes it: TensorRT's parser refuses a Scan without state,
-  OpenVINO a body that captures a value. One is captured all the same, the table of values: as state it is copied at
-  every step and takes 35 MiB more at N = 20,000, D = 256. `k` is no state, since TensorRT then refuses TopK.
+  OpenVINO a body that captures a value. `k` is no state, since TensorRT then refuses TopK.
 - Constants are `value` tensors: onnx-graphsurgeon, polygraphy and onnxslim read ``value_float`` and ``value_int`` as
   float64. Only an attribute (``@k``) can be referred to in no other way; it is cast at once, which undoes that.
 - Only operators that onnxruntime's CPU kernels and TensorRT's parser both have, indices int32 where TensorRT wants
@@ -183,19 +182,22 @@ cameras | camera_factor = Reshape (camera_factor_scalar, one)
 
   keys_after,
 plain   | choices_after, list_offset_after,
-gated   | values_after, thresholds_after,
+  values_after,
+gated   | thresholds_after,
 cameras | cameras_after, camera_factor_after,
   head_offset_after, factor_after, found = Scan <
     num_scan_inputs = 3, scan_input_axes = [1, 1, 0], scan_output_axes = [1],
     body = attend_rows (float[T, R] keys_now,
 plain   | int32[U, K] choices_now, int32[L, 1, 1] list_offset_now,
-gated   | float[T, D] values_now, float[T] thresholds_now,
+      float[T, D] values_now,
+gated   | float[T] thresholds_now,
 cameras | int32[N] cameras_now, float[1] camera_factor_now,
       int32[H, 1, 1] head_offset_now, float[1] factor_now,
       float[H, B, R] row_block, int32[L, B, K] list_block, int32[B] index)
       => (float[T, R] keys_next,
 plain   | int32[U, K] choices_next, int32[L, 1, 1] list_offset_next,
-gated   | float[T, D] values_next, float[T] thresholds_next,
+      float[T, D] values_next,
+gated   | float[T] thresholds_next,
 cameras | int32[N] cameras_next, float[1] camera_factor_next,
       int32[H, 1, 1] head_offset_next, float[1] factor_next,
       float[H, B, D] attended) {{
@@ -274,14 +276,13 @@ cameras | factor_of_pair = Where (is_shared, camera_factor_now, unit)
 cameras | gate_of_pair = Mul (gate, factor_of_pair)
 cameras | weight = Where (weighs, gate_of_pair, nothing)
         weight_row = Unsqueeze (weight, third)
-plain   | value = Gather (values, at)
-gated   | value = Gather (values_now, at)
+        value = Gather (values_now, at)
         weighted = MatMul (weight_row, value)
         attended = Squeeze (weighted, third)
         keys_next = Identity (keys_now)
 plain   | choices_next = Identity (choices_now)
 plain   | list_offset_next = Identity (list_offset_now)
-gated   | values_next = Identity (values_now)
+        values_next = Identity (values_now)
 gated   | thresholds_next = Identity (thresholds_now)
 cameras | cameras_next = Identity (cameras_now)
 cameras | camera_factor_next = Identity (camera_factor_now)
@@ -289,7 +290,8 @@ cameras | camera_factor_next = Identity (camera_factor_now)
         factor_next = Identity (factor_now)
       }}> (keys,
 plain   | choices, list_offset,
-gated   | values, thresholds,
+        values,
+gated   | thresholds,
 cameras | cameras_spared, camera_factor,
         head_offset, factor, row_blocks, list_blocks, index_blocks)
   joined_shape = Concat <axis = 0> (heads, padded, value_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 from nformer_edge.backends import base
@@ -99,12 +100,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Doctor(Result):
-    """What this machine can do.
+    """What this machine can do, or what is right with a file.
 
     Args:
         machine: what it is.
         int8: what INT8 can gain on its CPU.
-        checks: what it has, and next steps.
+        checks: what it has, and next steps; of a file where one was given.
         target: the comparison with a target, or null.
     """
 
@@ -129,16 +130,22 @@ class Doctor(Result):
         return "\n".join(lines if self.target is None else [*lines, "", str(self.target)])
 
 
-def doctor(target: str | None = None) -> Doctor:
+def doctor(target: str | None = None, *, file: str | os.PathLike[str] | None = None) -> Doctor:
     """Looks, and changes nothing.
 
     Args:
         target: name or file of a recipe to compare this machine with.
+        file: an ONNX file of a bundle or engine that another tool may have changed: it is looked at, not the machine.
 
     Raises:
         UsageError: if there is no such target.
+        ArtifactError: if `file` is none of ours (`onnx_file.checks_of`).
     """
     here = machine()
+    if file is not None:
+        from nformer_edge.targets.onnx_file import checks_of
+
+        return Doctor(here, int8_note(here), tuple(checks_of(file)))
     compared = None if target is None else preflight(read_target(target), here, conditions())
     native = importlib.util.find_spec("nformer_edge.ops._native") is not None
     gpu = f"{here.gpu}, {here.compute_capability}" if here.gpu else here.driver

@@ -19,8 +19,8 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec, to_dict
 from nformer_edge.core.values import to_json
 from nformer_edge.exporting import export
-from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, LIVE, open_bundle
-from nformer_edge.exporting.trace import folded_neck, trace_head
+from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, LIVE, PORTABLE, open_bundle
+from nformer_edge.exporting.trace import folded_neck, portable_head, trace_head
 from nformer_edge.metrics.agreement import ROUNDING, row_errors
 from nformer_edge.metrics.composition import composition
 from nformer_edge.model.backbone import Backbone
@@ -279,3 +279,30 @@ def test_an_earlier_bundle_is_replaced_only_by_force(tiny_checkpoint, tmp_path):
         export.export_bundle(tiny_checkpoint, first)
     assert export.export_bundle(tiny_checkpoint, first, landmark_seed=5, force=True) == first
     assert json.loads((first / "manifest.json").read_text())["landmark_seed"] == 5
+
+
+def test_a_portable_head_has_standard_operators_alone_and_computes_the_same(tiny_checkpoint, tiny_bundle, tmp_path):
+    bundle = export.export_bundle(tiny_checkpoint, tmp_path / "bundle", landmark_seed=7, portable=True)
+    model = onnx.load(bundle / PORTABLE)
+    assert [o.domain for o in model.opset_import] == [""]
+    assert not model.functions
+    assert (bundle / HEAD).read_bytes() == (tiny_bundle / HEAD).read_bytes()
+    golden = open_bundle(bundle).golden
+    feed = {"features": golden["head_input"], "landmarks": golden["landmarks"]}
+    np.testing.assert_array_equal(run(model, feed), run((bundle / HEAD).read_bytes(), feed))
+
+
+@pytest.mark.parametrize("rule", ["features", "gated"])
+def test_every_constant_of_a_portable_head_is_a_tensor(rule):
+    spec = HeadSpec(features=16, layers=1, heads=1, k=3, landmarks=4, rule=rule)
+    model = portable_head(trace_head((GatedHead if rule == "gated" else NFormer)(spec).eval(), 18))
+    inner = [a.g for n in model.graph.node if n.op_type == "Scan" for a in n.attribute if a.HasField("g")]
+    constants = [n for g in [model.graph, *inner] for n in g.node if n.op_type == "Constant"]
+    assert {a.name for n in constants for a in n.attribute} == {"value"}
+
+
+def test_a_portable_head_without_a_head_is_refused(tmp_path):
+    spec = ModelSpec(BackboneSpec("resnet18", 8), None, PreprocessSpec(32, 16))
+    save_checkpoint(tmp_path / "c.safetensors", spec, Backbone(spec.backbone))
+    with pytest.raises(UsageError, match="a checkpoint without a head"):
+        export.export_bundle(tmp_path / "c.safetensors", tmp_path / "bundle", portable=True)
