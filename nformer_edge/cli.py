@@ -561,7 +561,8 @@ def _report(args: Args) -> None:
 
 
 _calls(
-    "targets.doctor:doctor", "doctor", "what this machine can do, how to install what is missing; what tools did to FILE",
+    "targets.doctor:doctor", "doctor",
+    "what this machine can do, and how to install what is missing; what a tool did to FILE",
     _option("file", nargs="?", metavar="FILE.onnx", help="of a bundle or engine: names what another tool did to it"),
     _option("--target", metavar="NAME", help="list what does not match this target, such as jetson-orin-jp62"),
 )

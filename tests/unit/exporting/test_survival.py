@@ -29,10 +29,9 @@ BACKBONES = ("osnet_x0_25", "resnet18", "resnet18 in INT8")
 LOST = {("onnx.version_converter", h) for h in HEADS[:2]} | {("onnxruntime quant_pre_process", h) for h in HEADS[:2]}
 
 
-def gated_head():
-    people = np.repeat(np.random.default_rng(0).standard_normal((40, 16)), 4, axis=0)
+def gated_head(rows):
     head = GatedHead(HeadSpec(16, layers=2, heads=1, k=4, landmarks=40, rule="gated")).eval()
-    start_as_gates(head, torch.from_numpy(people.astype(np.float32)), torch.arange(160) // 4)
+    start_as_gates(head, torch.from_numpy(rows), torch.arange(160) // 4)
     return head
 
 
@@ -40,11 +39,12 @@ def gated_head():
 def files(tmp_path_factory):
     """Name -> (file, inputs)."""
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    rows = np.repeat(rng.standard_normal((40, 16)), 4, axis=0) + 0.3 * rng.standard_normal((160, 16))
+    people = np.repeat(rng.standard_normal((40, 16)), 4, axis=0)
+    rows = (people + 0.3 * rng.standard_normal(people.shape)).astype(np.float32)
     images = rng.standard_normal((2, 3, 32, 16)).astype(np.float32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        gated = trace_head(gated_head(), 18)
+        gated = trace_head(gated_head(rows), 18)
         models = {HEADS[0]: trace_head(NFormer(SPEC).eval(), 18), HEADS[1]: gated, HEADS[2]: portable_head(gated)}
         models |= {arch: trace_backbone(Backbone(BackboneSpec(arch, 8)).eval(), (32, 16), 18) for arch in BACKBONES[:2]}
     float32 = models["resnet18"]
@@ -55,7 +55,7 @@ def files(tmp_path_factory):
         feed = {"images": images}
         if name in HEADS:
             landmarks = draw_landmarks(160, 2, 40 if "gated" in name else 3, 0)
-            feed = {"features": rows.astype(np.float32), "landmarks": landmarks}
+            feed = {"features": rows, "landmarks": landmarks}
         found[name] = (folder / f"{name.replace(' ', '_').replace(chr(39), '')}.onnx", feed)
         onnx.save(model, found[name][0])
     return found
