@@ -25,13 +25,15 @@ SPEC = HeadSpec(features=16, layers=2, heads=1, k=4, landmarks=3)
 HEADS = ("the paper's head", "the gated head", "the portable gated head")
 BACKBONES = ("osnet_x0_25", "resnet18", "resnet18 in INT8")
 
-#: What no form of ours survives. The portable head is for those that lose functions.
-LOST = {("onnx.version_converter", h) for h in HEADS[:2]} | {("onnxruntime quant_pre_process", h) for h in HEADS[:2]}
+#: What no form of ours survives, and why.
+LOST = {("onnx.version_converter", head): "it drops functions: the portable head is for it" for head in HEADS[:2]}
+LOST |= {("onnxruntime quant_pre_process", head): "its shape inference knows no Scan or function" for head in HEADS}
+LOST["ORT format, runtime", BACKBONES[2]] = "its convolutions become float: use the fixed style"
 
 
 def gated_head(rows):
     head = GatedHead(HeadSpec(16, layers=2, heads=1, k=4, landmarks=40, rule="gated")).eval()
-    start_as_gates(head, torch.from_numpy(rows), torch.arange(160) // 4)
+    start_as_gates(head, torch.from_numpy(rows), torch.arange(280) // 4)
     return head
 
 
@@ -39,7 +41,7 @@ def gated_head(rows):
 def files(tmp_path_factory):
     """Name -> (file, inputs)."""
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    people = np.repeat(rng.standard_normal((40, 16)), 4, axis=0)
+    people = np.repeat(rng.standard_normal((70, 16)), 4, axis=0)
     rows = (people + 0.3 * rng.standard_normal(people.shape)).astype(np.float32)
     images = rng.standard_normal((2, 3, 32, 16)).astype(np.float32)
     with torch.random.fork_rng():
@@ -54,7 +56,7 @@ def files(tmp_path_factory):
     for name, model in models.items():
         feed = {"images": images}
         if name in HEADS:
-            landmarks = draw_landmarks(160, 2, 40 if "gated" in name else 3, 0)
+            landmarks = draw_landmarks(280, 2, 40 if "gated" in name else 3, 0)
             feed = {"features": rows, "landmarks": landmarks}
         found[name] = (folder / f"{name.replace(' ', '_').replace(chr(39), '')}.onnx", feed)
         onnx.save(model, found[name][0])
@@ -77,7 +79,7 @@ def test_a_file_survives(tool, name, files, tmp_path):
     if missing(tool):
         pytest.skip(f"no package {missing(tool)}")
     if (tool, name) in LOST:
-        pytest.skip(f"{tool} loses functions whatever their form: the portable head is for it")
+        pytest.skip(f"{tool}: {LOST[tool, name]}")
     source, feed = files[name]
     before = source.read_bytes()
     made = rewritten(tool, source, tmp_path)
