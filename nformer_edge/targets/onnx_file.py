@@ -57,7 +57,8 @@ def _checks(path: Path, data: bytes) -> Iterator[Check]:
     part = _PARTS.get(inputs, "neither a backbone nor a head")
     yield Check("file", f"{part}: {', '.join(inputs)} -> {', '.join(o.name for o in model.graph.output)}", "")
     makers = [p.value for p in model.metadata_props if p.key == "made_by"]
-    yield Check("written by", *makers or [f"{model.producer_name or 'a tool that does not say'}, metadata gone"], "")
+    last = f"{model.producer_name or 'a tool that does not say'}, metadata gone"
+    yield Check("written by", makers[0] if makers else last, "")
     manifest = _manifest(path.parent)
     yield from _unchanged(path.name, data, manifest)
     yield from _bodies({n.op_type for n in model.graph.node if n.domain == DOMAIN}, {f.name for f in model.functions})
