@@ -2,15 +2,15 @@
 # onnxruntime's quantize_static takes weights that stand in a Constant node for activations: per_channel is ignored.
 #
 # A weight may be an initializer or a Constant node; both are the same model. As an initializer it is stored as int8, one
-# scale a channel. As a Constant node it stays float32 in the file, behind QuantizeLinear with one scale for all, found by
-# calibration. No warning; with channels of unlike size the error is many times larger, and the file four times.
+# scale a channel. As a Constant node it stays float32 in the file, behind QuantizeLinear with one scale for all channels.
+# No warning: the file is three times larger here, and small channels share the scale of the largest.
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/env"
 "$work/env/bin/pip" install --quiet --disable-pip-version-check onnx==1.23.2 onnxruntime==1.32.0 sympy==1.14.0
 cd "$work"
-"$work/env/bin/python" - 2>/dev/null <<'PY'
+"$work/env/bin/python" - <<'PY'
 import os
 
 import numpy as np
@@ -24,8 +24,7 @@ MODEL = """
 g (float[1, 8, 16, 16] x) => (float[1, 32, 16, 16] y) { y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w) }
 """
 random = np.random.default_rng(0)
-sizes = np.logspace(-3, 0, 32, dtype=np.float32)[:, None, None, None]
-weights = random.standard_normal((32, 8, 3, 3)).astype(np.float32) * sizes
+weights = random.standard_normal((32, 8, 3, 3)).astype(np.float32)
 
 
 class Images(CalibrationDataReader):
@@ -36,11 +35,6 @@ class Images(CalibrationDataReader):
         return next(self.rest, None)
 
 
-def run(path):
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": image})[0]
-
-
-image = random.standard_normal((1, 8, 16, 16)).astype(np.float32)
 initializer, constant = parser.parse_model(MODEL), parser.parse_model(MODEL)
 initializer.graph.initializer.append(numpy_helper.from_array(weights, "w"))
 constant.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weights)))
@@ -50,12 +44,9 @@ for name, model in (("initializer", initializer), ("Constant node", constant)):
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, "given.onnx")
     quantize_static("given.onnx", "made.onnx", Images(), per_channel=True)
-    scales = max(len(t.dims) and t.dims[0] for t in onnx.load("made.onnx").graph.initializer if t.name == "w_scale")
-    before, after = run("given.onnx"), run("made.onnx")
-    error = np.linalg.norm(after - before, axis=(2, 3)) / np.linalg.norm(before, axis=(2, 3))
-    size = os.path.getsize("made.onnx")
-    print(f"{name}: {scales or 1} scales for 32 channels, {size} bytes, median error of a channel {np.median(error):.3f}")
-    seen[name] = (int(scales) or 1, size, float(np.median(error)))
-(s1, b1, e1), (s2, b2, e2) = seen.values()
-assert (s1, s2) == (32, 1) and b2 > 2 * b1 and e2 > 2 * e1, f"changed: {seen}"
+    tensors = {t.name: t for t in onnx.load("made.onnx").graph.initializer}
+    scales, size = int(np.prod(tensors["w_scale"].dims)), os.path.getsize("made.onnx")
+    print(f"{name}: {scales} scales for 32 channels, int8 weights stored: {'w_quantized' in tensors}, {size} bytes")
+    seen[name] = (scales, "w_quantized" in tensors)
+assert seen == {"initializer": (32, True), "Constant node": (1, False)}, f"changed: {seen}"
 PY
