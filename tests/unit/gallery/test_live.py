@@ -15,10 +15,12 @@ from nformer_edge.gallery.live import LiveHead
 from nformer_edge.model.gated import head_numbers, make_head, start_as_gates
 from nformer_edge.model.nformer import unit as unit_rows
 from nformer_edge.model.per_query import gallery_pass
-from nformer_edge.ops import reference
+from nformer_edge.ops import native, reference
 from nformer_edge.ops.contract import draw_landmarks
 
 FEATURES = 24
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
 
 
 def people(count: int, seed: int, shots: int = 6) -> np.ndarray:

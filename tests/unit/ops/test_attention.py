@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nformer_edge.core.errors import UsageError
 from nformer_edge.ops import native
 
 torch = pytest.importorskip("torch")
@@ -266,3 +267,20 @@ def test_the_gated_attention_of_nothing_is_empty() -> None:
     nothing, lists, t = torch.zeros(2, 0, 3), torch.zeros(1, 0, 4, dtype=torch.int32), torch.zeros(1, 0)
     for attend in (operators.reciprocal_neighbor_attention, reference.reciprocal_neighbor_attention):
         assert attend(nothing, nothing, nothing, lists, t=t).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_chosen_rows_are_those_of_all(gated: bool) -> None:
+    a, b, v, neighbors = (x.numpy() for x in case(2, 61, 5, 32, 20, seed=3))
+    t = np.linspace(-1, 1, 61, dtype=np.float32)[None] if gated else None
+    rows = np.array([60, 3, 3, 17])
+    whole = native.reciprocal_neighbor_attention(a, b, v, neighbors, t=t)
+    assert np.array_equal(native.reciprocal_neighbor_attention(a, b, v, neighbors, t=t, rows=rows), whole[:, rows])
+    assert native.reciprocal_neighbor_attention(a, b, v, neighbors, t=t, rows=rows[:0]).shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize("rows", [[61], [-1], [[1]]])
+def test_rows_that_are_not_there_are_refused(rows: list) -> None:
+    a, b, v, neighbors = (x.numpy() for x in case(1, 61, 5, 32, 20, seed=3))
+    with pytest.raises(UsageError, match="rows"):
+        native.reciprocal_neighbor_attention(a, b, v, neighbors, rows=np.array(rows))

@@ -242,3 +242,12 @@ def test_every_new_column_enters_a_list_that_is_not_full() -> None:
     kth = native.kth_scores(a, b, native.row_top_k(a, b, 4))
     assert (kth == -np.inf).all()
     assert native.enters(a, b, kth).all()
+
+
+def test_pair_scores_are_those_that_lists_are_ordered_by() -> None:
+    a, b = make("random", 20, 30, 7, seed=4)
+    lists = native.row_top_k(a, b, 40)
+    scores = native.pair_scores(a, b, lists)
+    assert (np.diff(scores[:, :, :30], axis=2) <= 0).all()
+    assert np.isneginf(scores[:, :, 30:]).all()
+    assert np.array_equal(scores[:, :, 29], native.kth_scores(a, b, lists[:, :, :30]))
