@@ -202,10 +202,8 @@ class LiveHead:
         shapes = {len(state[name]) for name in names & set(state) - {"drawn"}}
         listed = state.get("names", np.zeros((0, 1)))
         if not names <= set(state) or len(shapes) != 1 or not ((listed >= -1) & (listed < max(*shapes, 1))).all():
-            got, expected = (
-                f"arrays {', '.join(sorted(state)) or 'none'}",
-                f"{', '.join(sorted(names))} of the same rows",
-            )
+            got = f"arrays {', '.join(sorted(state)) or 'none'}"
+            expected = f"{', '.join(sorted(names))} of the same rows"
             raise DataError("state", got, expected, "Build the gallery anew.")
         self._drawn, self._moved = int(state["drawn"]), np.zeros(0, bool)
         self._landmarks = {name: np.asarray(x) for name, x in state.items() if name not in names}
@@ -381,17 +379,13 @@ class LiveHead:
         """Renames who stands in lists; `place` [old N + 1] is -1 for who is gone."""
         size, listed = len(self), self.spec.listed
         names, scores = self._rows["names"], self._rows["scores"]
-        renamed = np.where(names >= 0, place[names], NO_NEIGHBOR).astype(np.int32)
-        lost = renamed != np.where(names >= 0, np.maximum(renamed, 0), NO_NEIGHBOR)
-        rows = np.flatnonzero(lost.any(axis=1))
-        self._moved |= lost[:size, :listed].any(axis=1)
+        renamed = np.where(names >= 0, place[names], np.int32(NO_NEIGHBOR))
+        gone = (names >= 0) & (renamed < 0)
+        self._moved |= gone[:size, :listed].any(axis=1)
+        rows = np.flatnonzero(gone.any(axis=1))
         left = np.argsort(renamed[rows] < 0, axis=1, kind="stable")
-        scores[rows] = np.where(
-            np.take_along_axis(renamed[rows], left, axis=1) < 0,
-            -np.float32(np.inf),
-            np.take_along_axis(scores[rows], left, axis=1),
-        )
         renamed[rows] = np.take_along_axis(renamed[rows], left, axis=1)
+        scores[rows] = np.where(renamed[rows] >= 0, np.take_along_axis(scores[rows], left, axis=1), -np.inf)
         self._rows["names"] = renamed
         short = np.flatnonzero((renamed[:size] >= 0).sum(axis=1) < min(listed, size))
         if len(short):

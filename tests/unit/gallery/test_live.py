@@ -153,11 +153,12 @@ def test_an_exact_query_leaves_the_gallery_as_it_was():
     assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
 
 
-def test_a_state_is_taken_up_where_it_was_left():
-    _, live = opened()
+@pytest.mark.parametrize("rule", ["gated", "features", "affinity"])
+def test_a_state_is_taken_up_where_it_was_left(rule):
+    _, live = opened(rule)
     live.build(people(150, 1))
     live.add(people(20, 4))
-    _, other = opened()
+    _, other = opened(rule)
     other.restore(live.state())
     assert len(other) == 170
     assert other.grown == live.grown
