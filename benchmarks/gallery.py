@@ -128,9 +128,11 @@ def against_pytorch(head: Head, live: LiveHead, gallery: np.ndarray, queries: np
     }
 
 
-def ranked(query: Features, gallery: Features, ask: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+def ranked(
+    query: Features, unit: np.ndarray, gallery: Features, ask: Callable[[np.ndarray], np.ndarray]
+) -> list[float]:
     """mAP and Rank-1; who is not on the shortlist follows it by cosine."""
-    cosine = unit_rows(query.features) @ unit_rows(gallery.features).T
+    cosine = unit_rows(query.features) @ unit.T
     scores = np.concatenate([ask(row[None]) for row in query.features])
     found = evaluate(query, gallery, distances=np.where(np.isneginf(scores), 3 - cosine, 1 - scores))
     return [100 * found.mAP, 100 * float(found.cmc[0])]
@@ -194,7 +196,8 @@ def main() -> None:
         against_pytorch(head, live, gallery.features, queries[:: max(args.rounds // 5, 1)])
     )
     print(result["against_pytorch"], flush=True)
-    ways = asking(live, unit_rows(gallery.features), queries, SHORTLISTS)
+    unit = unit_rows(gallery.features)
+    ways = asking(live, unit, queries, SHORTLISTS)
     ways["exact"] = lambda i: live.ask(queries[i : i + 1], exact=True)
     times = {str(len(live)): in_turn(ways, args.rounds)}
     table(f"{len(live):,} rows", times[str(len(live))])
@@ -202,11 +205,13 @@ def main() -> None:
     print(result["upkeep_ms_an_image"], flush=True)
     if args.sample:
         some = query.take(np.linspace(0, len(query) - 1, args.sample).astype(int))
-        accuracy = {"cosine": ranked(some, gallery, lambda row: unit_rows(row) @ unit_rows(gallery.features).T)}
-        accuracy["quick"] = ranked(some, gallery, live.ask)
-        accuracy["exact"] = ranked(some, gallery, lambda row: live.ask(row, exact=True))
+        accuracy = {"cosine": ranked(some, unit, gallery, lambda row: unit_rows(row) @ unit.T)}
+        accuracy["quick"] = ranked(some, unit, gallery, live.ask)
+        accuracy["exact"] = ranked(some, unit, gallery, lambda row: live.ask(row, exact=True))
         for count in SHORTLISTS:
-            accuracy[f"shortlist {count}"] = ranked(some, gallery, lambda row, count=count: live.ask(row, among=count))
+            accuracy[f"shortlist {count}"] = ranked(
+                some, unit, gallery, lambda row, count=count: live.ask(row, among=count)
+            )
         result["accuracy"], result["sample"] = to_json(accuracy), args.sample
         print(
             format_table(
