@@ -7,6 +7,7 @@ function's own default holds, and nothing here repeats it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -16,7 +17,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nformer_edge import __version__
@@ -146,7 +147,7 @@ def _read_datasets(args: Args) -> None:
     layout, pattern, root = (getattr(args, name, default) for name, default in _READING)
     labels = args.command not in _UNLABELED
     for name, source in sources.items():
-        whole = _DATASETS[name] or args.command == "embed"
+        whole = _DATASETS[name] or args.command in ("embed", "gallery add")
         dataset = read_dataset(source, layout, pattern=pattern, images=root, whole=whole, labels=labels)
         dataset = dataset.same_camera() if hasattr(args, "same_camera") else dataset
         setattr(args, name, dataset)
@@ -156,12 +157,17 @@ def _read_datasets(args: Args) -> None:
                 print(inert(f"nformer-edge {args.command}: note: {note}"), file=sys.stderr)
 
 
-def _call(args: Args, where: str, **more: Any) -> Any:
-    """Calls a public function, ``module:name``, with the flags that were given and with `more`."""
-    module, _, name = where.partition(":")
-    function = getattr(importlib.import_module(f"nformer_edge.{module}"), name)
+def _call(args: Args, where: str | Callable[..., Any], **more: Any) -> Any:
+    """Calls a public function, ``module:name`` or itself, with the flags that were given and with `more`."""
+    function = where if callable(where) else _find(where)
     known = inspect.signature(function).parameters
     return function(**{key: value for key, value in vars(args).items() if key in known} | more)
+
+
+def _find(where: str) -> Callable[..., Any]:
+    module, _, name = where.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"nformer_edge.{module}"), name)
+    return found
 
 
 def _show(args: Args, result: Result, text: str | None = None) -> None:
@@ -510,6 +516,125 @@ _calls(
 )
 
 
+FOLDER = _option("path", metavar="GALLERY", help="the gallery's folder")
+EMBEDDER = _all(_option("model", help="checkpoint (.safetensors), bundle or engine that the gallery is for"), SIGNED)
+
+
+@contextlib.contextmanager
+def _gallery(args: Args) -> Iterator[Any]:
+    """The gallery that a command is about, with its model where the command has one."""
+    if not hasattr(args, "model"):
+        with _find("gallery.gallery:Gallery")(None, args.path) as gallery:
+            yield gallery
+        return
+    with _call(args, "gallery.model:open", path=args.model) as model, _call(args, model.gallery) as gallery:
+        yield gallery
+
+
+def _on_gallery(method: str) -> Callable[[Args], None]:
+    """A command that is one method of a gallery."""
+
+    def run(args: Args) -> None:
+        with _gallery(args) as gallery:
+            _show(args, _call(args, getattr(gallery, method)))
+
+    return run
+
+
+@_command(
+    "gallery add", "embed images and add them to a gallery, which is made where there is none",
+    EMBEDDER, FOLDER,
+    _option("--data", required=True, metavar="DIR", help="folder of images, dataset, or feature store"), LAYOUT,
+    _option("--id", dest="name", metavar="NAME", help="the person that all these images show"),
+    _option("--ids-from", choices=("labels", "folder", "file"),
+            help="who each image shows: the dataset's label, or else its path (labels, the default); the name of the "
+            "folder that it lies in; or its file name without the ending"),
+    _option("--camera", type=int, metavar="N", help="of all these images (default: the dataset's, or unknown)"),
+    _option("--time", metavar="TIME", help="when they were seen, such as 2026-11-28T12:00Z (default: now)"),
+    _option("--code", choices=("fp32", "fp16", "int8"), help="of a new gallery: how features are kept (default fp32)"),
+    _flag("--thumbnails", "of a new gallery: keep a small picture of each image, for `gallery migrate`"),
+    _flag("--audit", "of a new gallery: log each search"),
+    BATCH, THREADS,
+)
+def _gallery_add(args: Args) -> None:
+    with _gallery(args) as gallery:
+        _show(args, _call(args, "gallery.gallery:add_data", gallery=gallery))
+
+
+COMMANDS["gallery remove"] = Command(
+    "remove all images of people, or all that are older than some days; `compact` then cleans the files",
+    (
+        FOLDER, _option("ids", nargs="*", metavar="ID", help="the people's ids"),
+        _option("--keep-days", type=float, metavar="DAYS", help="remove what was seen longer ago than this"),
+    ),
+    _on_gallery("remove"),
+)
+
+
+@_command(
+    "gallery search", "rank a gallery for images of people",
+    EMBEDDER, FOLDER,
+    _option("--query", dest="images", required=True, nargs="+", metavar="IMAGE", help="images of the people to find"),
+    _option("--top", type=int, help="gallery images per query (default 10)"),
+    _option("--camera", dest="cameras", type=int, nargs="+", metavar="N", help="rank images of these cameras only"),
+    _option("--exclude-camera", type=int, metavar="N", help="do not rank images of this camera"),
+    _option("--since", metavar="TIME", help="rank images seen then or later, such as 2026-11-28T12:00Z"),
+    _option("--until", metavar="TIME", help="rank images seen then or earlier"),
+    _option("--threshold", type=float, metavar="COSINE",
+            help="cosine from which a match counts, as `threshold` recommends (default: all count)"),
+    _flag("--one-person", "all query images show one person: they are one query"),
+    _option("--head", type=_head_use, metavar="USE",
+            help="yes | no | auto: where the model's table by images a person shows no harm (default auto)"),
+    _option("--images-per-person", type=int, metavar="N",
+            help="images of one person in the gallery, for --head auto (default: by the ids)"),
+    _option("--note", help="for the log, such as a case number; no name"), BATCH, THREADS, OUT_JSON,
+)
+def _gallery_search(args: Args) -> None:
+    _on_gallery("search")(args)
+
+
+COMMANDS["gallery compact"] = Command(
+    "write the gallery's files anew, without a byte of what was removed; or with a smaller code",
+    (
+        FOLDER,
+        _option("--code", type=_choice(spec.GalleryCode), metavar="NAME",
+                help="how features are kept from now on: fp32 | fp16 | int8 | binary-int8 | pca128-int8 | pca64-int8"),
+        _option("--max-map-drop", type=float, metavar="POINTS",
+                help="choose the smallest code that loses no more mAP than this, by the gallery's ids or --held-out"),
+        _option("--held-out", metavar="STORE.npz", help="features of people to measure with, that `embed` wrote"),
+    ),
+    _on_gallery("compact"),
+)
+COMMANDS["gallery stats"] = Command("what a gallery holds, and bytes an image", (FOLDER,), _on_gallery("stats"))
+COMMANDS["gallery audit"] = Command("the log: additions, removals, searches", (FOLDER,), _on_gallery("audit"))
+COMMANDS["gallery backup"] = Command(
+    "copy a gallery as it is at this instant, while others read and write",
+    (FOLDER, _option("-o", "--output", dest="to", required=True, metavar="DIR", help="a new folder")),
+    _on_gallery("backup"),
+)
+COMMANDS["gallery merge"] = Command(
+    "add all images of another gallery of the same model",
+    (FOLDER, _option("other", metavar="OTHER", help="the other gallery's folder")),
+    _on_gallery("merge"),
+)
+
+
+def _migrate(args: Args) -> None:
+    without_model = _find("gallery.gallery:Gallery")
+    with _call(args, "gallery.model:open", path=args.model) as model, without_model(None, args.path) as gallery:
+        _show(args, _call(args, gallery.migrate, runner=model.runner))
+
+
+COMMANDS["gallery migrate"] = Command(
+    "embed a gallery's thumbnails with another model, which the gallery is then for",
+    (
+        _option("model", help="checkpoint (.safetensors), bundle or engine that the gallery shall be for"), SIGNED,
+        FOLDER, BATCH, THREADS,
+    ),
+    _migrate,
+)
+
+
 @_command(
     "parity", "compare the ranking of an engine with its reference; exit code 1 if a gate fails",
     _option("reference", help="usually the checkpoint"), _option("engine"), DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
@@ -587,9 +712,14 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"nformer-edge {__version__}")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    about = "People's images, kept, searched and forgotten"
+    group = commands.add_parser("gallery", help=about[0].lower() + about[1:], description=f"{about}.")
+    verbs = group.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         about = command.summary[0].upper() + command.summary[1:] + "."
-        sub = commands.add_parser(name, help=command.summary, description=about, argument_default=argparse.SUPPRESS)
+        among, verb = (verbs, name.partition(" ")[2]) if " " in name else (commands, name)
+        sub = among.add_parser(verb, help=command.summary, description=about, argument_default=argparse.SUPPRESS)
+        sub.set_defaults(command=name)
         for option in command.options:
             option(sub)
         sub.add_argument("--json", action="store_true", default=False, help="print the result as JSON")

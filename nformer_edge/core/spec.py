@@ -18,6 +18,7 @@ Stem = Literal["standard", "no_relu", "ceil_pool"]
 NeighborRule = Literal["features", "affinity", "gated"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
+GalleryCode = Literal["fp32", "fp16", "int8", "binary-int8", "pca128-int8", "pca64-int8"]
 CalibrationMethod = Literal["minmax", "entropy", "percentile", "mse"]
 CalibrationChoice = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 

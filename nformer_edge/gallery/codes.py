@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 
 from nformer_edge.core.errors import DataError
-from nformer_edge.core.spec import check_choice
+from nformer_edge.core.features import Features
+from nformer_edge.core.spec import GalleryCode, check_choice
 from nformer_edge.metrics.distance import cosine_distances, row_blocks, unit_rows
+from nformer_edge.metrics.ranking import evaluate
 
-CodeName: TypeAlias = Literal["fp32", "fp16", "int8", "pca128-int8", "pca64-int8", "binary-int8"]
-
-#: From the most exact to the smallest; a budget is tried from the end.
-CODES: Final = ("fp32", "fp16", "int8", "binary-int8", "pca128-int8", "pca64-int8")
+#: From the most exact to the smallest.
+CODES: Final[tuple[GalleryCode, ...]] = typing.get_args(GalleryCode)
 
 _DTYPES: Final[Mapping[str, type[np.generic]]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
@@ -47,12 +48,12 @@ class Code:
         center: float32 [W], where a number's bit changes; None: no bits.
     """
 
-    name: CodeName = "fp32"
+    name: GalleryCode = "fp32"
     directions: np.ndarray | None = None
     center: np.ndarray | None = None
 
     @staticmethod
-    def fit(name: CodeName, features: np.ndarray) -> Code:
+    def fit(name: GalleryCode, features: np.ndarray) -> Code:
         """The code of this name, its directions learned from float32 [N, D].
 
         Raises:
@@ -110,6 +111,49 @@ class Code:
         """Features float32 [N, D], as near as the code keeps them."""
         rows: np.ndarray = columns["codes"].astype(np.float32) * columns["scale"][:, None]
         return rows if self.directions is None else rows @ self.directions
+
+
+@dataclass(frozen=True)
+class CodeScore:
+    """What a code is worth.
+
+    Args:
+        code: its name.
+        bytes_per_image: of memory, labels excluded.
+        mAP: mean average precision, 0 to 1.
+        rank1: share of queries whose first match is right.
+    """
+
+    code: GalleryCode
+    bytes_per_image: int
+    mAP: float
+    rank1: float
+
+
+def measure_codes(query: Features, gallery: Features) -> tuple[CodeScore, ...]:
+    """Each of `CODES` that there are images enough for, on these labels by Market-1501's protocol; FP32 first.
+
+    Raises:
+        DataError: if no query has a match.
+    """
+    scores = []
+    for name in CODES:
+        if name not in _DTYPES and len(gallery) < gallery.features.shape[1]:
+            continue
+        code = Code.fit(name, gallery.features)
+        columns = code.encode(gallery.features)
+        columns |= code.complete(columns)
+        asked = query.with_features(code.project(unit_rows(query.features)))
+        decoded = gallery.with_features(columns["codes"].astype(np.float32))
+        distances = None
+        if code.center is not None:
+            rows, cosines = nearest_rows(code, columns, query.features, RESCORED)
+            distances = np.full((len(query), len(gallery)), 2.0, np.float32)
+            np.put_along_axis(distances, rows, 1.0 - cosines, axis=1)
+        found = evaluate(asked, decoded, distances=distances)
+        size = sum(int(np.prod(c.shape[1:], dtype=int)) * c.itemsize for c in columns.values())
+        scores.append(CodeScore(name, size, found.mAP, found.rank(1)))
+    return tuple(scores)
 
 
 def _toward_signs(rows: np.ndarray) -> np.ndarray:
@@ -171,6 +215,21 @@ def nearest_rows(
             order = _order(distances, near, found, names)
             indices[i], scores[i] = near[order], 1.0 - distances[order]
     return indices, scores
+
+
+def best_scored(
+    scores: np.ndarray, top: int, allowed: np.ndarray | None, names: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of float32 [Q, N] the `top` highest, best first; ties by name, then by row.
+
+    Returns:
+        int64 [Q, k] and float32 [Q, k], k = min(top, images allowed).
+    """
+    rows = np.arange(scores.shape[1]) if allowed is None else np.flatnonzero(allowed)
+    found = min(top, len(rows))
+    best = [rows[_order(-row[rows], rows, found, names)] for row in scores if found]
+    indices = np.array(best, np.int64).reshape(len(scores), found)
+    return indices, np.take_along_axis(scores, indices, axis=1)
 
 
 def _rough_scores(

@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import ClassVar
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,15 +21,19 @@ from PIL import Image
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
-from nformer_edge.core.features import Features, check_features, check_range, labels_of
+from nformer_edge.core.features import UNKNOWN, Features, check_features, check_range, labels_of
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.core.spec import check_at_least, check_choice, to_dict
-from nformer_edge.core.values import JSON, Result, Table, to_json
-from nformer_edge.gallery.codes import CODES, Code, CodeName
+from nformer_edge.core.spec import GalleryCode, check_at_least, check_choice, to_dict
+from nformer_edge.core.values import JSON, Table, to_json
+from nformer_edge.data.readers import read_dataset
+from nformer_edge.data.records import Dataset
+from nformer_edge.gallery.codes import CODES, Code, CodeScore, best_scored, measure_codes
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.held import Held, label_columns
 from nformer_edge.gallery.images import Images, Source, image_sources
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY
+from nformer_edge.gallery.live import LiveHead
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, QUICK
+from nformer_edge.gallery.results import Audit, Changed, Compacted, GalleryStats
 from nformer_edge.gallery.search import (
     HeadUse,
     Matches,
@@ -49,106 +54,10 @@ from nformer_edge.metrics.distance import unit_rows
 #: The longer side of a thumbnail, in pixels.
 THUMBNAIL = 256
 
+#: Images that are queries once, to measure codes with.
+QUERIES = 1000
+
 _DAY = 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class GalleryStats(Result):
-    """What a gallery holds.
-
-    Args:
-        images: how many.
-        ids: different ids.
-        cameras: different cameras that are known.
-        features: numbers an image, D.
-        code: how they are kept (`gallery.codes`).
-        bytes_per_image: of memory, labels excluded.
-        memory_mib: of all images, labels excluded.
-        disk_mib: of the gallery's files; null for one in memory.
-        oldest: when the first image was seen, seconds since 1970; null where no time is known.
-        newest: likewise the last.
-        thumbnails: whether pictures are kept.
-        audit: whether searches are logged.
-        model: architecture and image size.
-        path: the gallery's folder, or "".
-    """
-
-    kind: ClassVar[str] = "gallery"
-    version: ClassVar[int] = 2
-
-    images: int
-    ids: int
-    cameras: int
-    features: int
-    code: str
-    bytes_per_image: int
-    memory_mib: float
-    disk_mib: float | None
-    oldest: float | None
-    newest: float | None
-    thumbnails: bool
-    audit: bool
-    model: str
-    path: str
-
-    def __str__(self) -> str:
-        cameras = f", {self.cameras:,} cameras" if self.cameras else ""
-        size = (
-            f"{self.features} numbers as {self.code}, {self.bytes_per_image} bytes an image, {self.memory_mib:.1f} MiB"
-        )
-        disk = "" if self.disk_mib is None else f"\n{self.path}: {self.disk_mib:.1f} MiB on disk"
-        seen = (
-            "" if self.oldest is None or self.newest is None else f", seen {_date(self.oldest)} to {_date(self.newest)}"
-        )
-        return f"{self.images:,} images of {self.ids:,} ids{cameras}{seen}: {size}, model {self.model}{disk}"
-
-
-@dataclass(frozen=True)
-class Changed(Result):
-    """What was done to a gallery.
-
-    Args:
-        action: ``add``, ``remove``, ``merge``, ``migrate``, ``compact`` or ``backup``.
-        images: how many were added, removed, taken over, embedded again, or are kept.
-        ids: how many ids these have.
-        total: images in the gallery now.
-        path: the gallery's folder, of a backup the new one; "" for a gallery in memory.
-    """
-
-    kind: ClassVar[str] = "gallery-changed"
-
-    action: str
-    images: int
-    ids: int
-    total: int
-    path: str
-
-    def __str__(self) -> str:
-        said = f"{self.action}: {self.images:,} images of {self.ids:,} ids, {self.total:,} images in the gallery now"
-        forgotten = "\n`gallery compact` takes what was removed out of the gallery's files"
-        return said + (forgotten if self.action == "remove" and self.path else "")
-
-
-@dataclass(frozen=True)
-class Audit(Result):
-    """What was done to a gallery and asked of it, oldest first. No entry holds a name.
-
-    Args:
-        entries: one a call.
-    """
-
-    kind: ClassVar[str] = "gallery-audit"
-
-    entries: tuple[Entry, ...]
-
-    def __str__(self) -> str:
-        lines = [f"{'time (UTC)':20}  {'action':8}  {'images':>8}  {'ids':>6}  note"]
-        lines += [f"{_date(e.time):20}  {e.action:8}  {e.images:8,}  {e.ids:6,}  {e.note}" for e in self.entries]
-        return "\n".join(lines)
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class Gallery:
@@ -175,7 +84,7 @@ class Gallery:
         runner: Runner | None,
         path: str | os.PathLike[str] | None = None,
         *,
-        code: CodeName = "fp32",
+        code: GalleryCode = "fp32",
         thumbnails: bool = False,
         audit: bool = False,
     ) -> None:
@@ -189,9 +98,10 @@ class Gallery:
             raise UsageError("gallery", "neither a model nor a path", "one of them", "Pass the gallery's folder.")
         self._about = about or {}
         if self._store:
-            self._about = {key: self._store.get(key) for key in (*_IDENTITY, "thumbnails", "audit")}
-        if runner is not None:
-            self._check_identity(runner)
+            self._read_about(self._store)
+        self._live: LiveHead | None = None
+        self._whole_passes = False
+        self._live_held, self._live_lock = _empty(Code(code), self._features), threading.Lock()
         self._next = self._changes = 0
         if self._store:
             self._load()
@@ -206,7 +116,11 @@ class Gallery:
             raise ArtifactError("gallery", f"features {size!r}", "a whole number", "Restore it from a backup.")
         return size
 
-    def _check_identity(self, runner: Runner) -> None:
+    def _read_about(self, store: Store) -> None:
+        """What the gallery says of itself, which must be of this model."""
+        self._about = {key: store.get(key) for key in (*_IDENTITY, "thumbnails", "audit")}
+        if (runner := self._runner) is None:
+            return
         made = {key: str(self._about[key]) for key in ("model", "checkpoint", "precision")}
         check_model(runner, Features(np.empty((0, self._features), np.float32), **made), "gallery")  # type: ignore[arg-type]
         if self._about["preprocess"] != _about(runner)["preprocess"]:
@@ -343,6 +257,8 @@ class Gallery:
         boxes: ArrayLike | None = None,
         head: HeadUse = "auto",
         images_per_person: int | None = None,
+        exact: bool = True,
+        shortlist: int | None = None,
         together: bool = False,
         batch: int = 32,
         note: str = "",
@@ -362,6 +278,9 @@ class Gallery:
             head: let the NFormer head see each query with the gallery first. ``auto``: where the model's own
                 measurement says that it does no harm (`search.head_decision`).
             images_per_person: that the gallery has, where the caller knows; for ``auto``.
+            exact: the head lets the query change the gallery, as a whole pass over both would; False is quicker
+                (`live.LiveHead.ask`).
+            shortlist: the head relates the query with so many images alone, the nearest ones.
             together: all queries and the gallery in one pass of the head.
             batch: images run at once.
             note: for the log of a gallery that logs its searches, such as a case number.
@@ -383,7 +302,13 @@ class Gallery:
         allowed = allowed_images(held, cameras, since, until, exclude_camera)
         use, decision = head_use(runner, head, held, images_per_person)
         protocol: Protocol | None = None
-        if use:
+        live = self._live_head(runner) if use and not together else None
+        if live is not None:
+            protocol = PER_QUERY if exact and shortlist is None else QUICK
+            nearest = None if shortlist is None else top_matches(query, held, shortlist, allowed)[0]
+            scores = self._live_scores(live, held, query, exact, nearest)
+            found = best_scored(scores, top if shortlist is None else min(top, shortlist), allowed, held["ids"])
+        elif use:
             protocol = JOINT if together else PER_QUERY
             found = search_related(runner, query, held.features, top, together, allowed)
         else:
@@ -394,32 +319,66 @@ class Gallery:
         searched = len(held) if allowed is None else int(allowed.sum())
         return rank(runner, query, held, found, searched, threshold, protocol, decision)
 
-    def compact(self, code: CodeName | None = None) -> Changed:
+    def compact(
+        self,
+        code: GalleryCode | None = None,
+        *,
+        max_map_drop: float | None = None,
+        held_out: str | os.PathLike[str] | None = None,
+    ) -> Compacted:
         """Writes the gallery's files anew: without a byte of what was removed, small batches joined.
 
         Args:
             code: keep features so from now on (`gallery.codes`); what a smaller code drops does not come back.
+            max_map_drop: choose the smallest code that loses no more points of mAP than this.
+            held_out: a feature store of this model with query and gallery, of people to measure with; if None this
+                gallery's ids, each image a query once (at most `QUERIES`).
 
         Raises:
+            UsageError: for a code and a budget at once.
+            DataError: if no two images have the same id, or features are of another model.
             BackendError: if another process reads or writes just then; run it again.
         """
+        if code is not None and max_map_drop is not None:
+            raise UsageError("code", "a code and a budget", "one of them", "Leave one out.")
+        before, scores = self._store.bytes if self._store else 0, tuple[CodeScore, ...]()
         with self._changing("compact") as done:
             held = self._held
+            if max_map_drop is not None:
+                check_at_least("max_map_drop", max_map_drop, 0)
+                scores = measure_codes(*self._measured_with(held_out))
+                allowed = scores[0].mAP - max_map_drop / 100
+                code = min((s for s in scores if s.mAP >= allowed), key=lambda s: s.bytes_per_image).code
             if code is not None and code != held.code.name:
                 features = held.features.features
                 fitted = Code.fit(code, features)
                 held = Held.of(fitted, held.labels | fitted.encode(features))
             if self._store:
-                self._store.put_code(held.code)
-                self._store.clear()
-                held = self._store.append(held)
-                self._changes += 1
-                self._store.put(changes=self._changes)
-            changed = done(held, len(held), len(set(held["ids"].tolist())))
+                held = self._rewritten(self._store, held)
+            done(held, len(held), len(set(held["ids"].tolist())))
         if self._store:
             with self._lock:
                 self._store.shrink()
-        return changed
+        after = self._store.bytes if self._store else 0
+        return Compacted(len(held), held.code.name, held.bytes_per_image, before, after, scores)
+
+    def _measured_with(self, held_out: str | os.PathLike[str] | None) -> tuple[Features, Features]:
+        """Query and gallery to measure codes with, people numbered."""
+        if held_out is not None:
+            pair = Features.load(held_out, "query"), Features.load(held_out, "gallery")
+            for features in pair:
+                made = {key: str(self._about[key]) for key in ("model", "checkpoint", "precision")}
+                if features.model and not features.shares_model(*made.values()):
+                    raise DataError(
+                        str(held_out), "features of another model", "this gallery's", "Embed the images again."
+                    )
+            return pair
+        held = self._held
+        numbers = np.unique(held["ids"].astype(str), return_inverse=True)[1] + 1
+        alone = np.arange(len(held), dtype=np.int64)  # each image its own camera: all but itself can be its match
+        gallery = replace(held.features, pids=numbers, camids=alone)
+        chosen = np.sort(np.random.default_rng(0).permutation(len(held))[:QUERIES])
+        return gallery.take(chosen), gallery
 
     def stats(self) -> GalleryStats:
         """What the gallery holds, in numbers."""
@@ -447,7 +406,7 @@ class Gallery:
         with self._lock:
             return Audit(self._store.entries() if self._store else tuple(self._log))
 
-    def backup(self, path: str | os.PathLike[str]) -> Changed:
+    def backup(self, to: str | os.PathLike[str]) -> Changed:
         """Writes the gallery as it is now to another folder, whole or not at all, while others read and write.
 
         What is removed later stays in a backup: restoring it brings it back.
@@ -458,7 +417,7 @@ class Gallery:
         held = self._current()
         store = self._require_store("backup")
         with self._lock:
-            folder = store.copy_to(path)
+            folder = store.copy_to(to)
         return Changed("backup", len(held), len(set(held["ids"].tolist())), len(held), str(folder))
 
     def merge(self, other: Gallery | str | os.PathLike[str]) -> Changed:
@@ -488,7 +447,70 @@ class Gallery:
                     self._store.put_thumbnails({key: picture for key, picture in pictures.items() if picture})
             return done(self._held.extended(held), len(held), len(set(new["ids"].tolist())))
 
+    def migrate(self, runner: Runner, *, batch: int = 32) -> Changed:
+        """Embeds the kept thumbnails with another model, which the gallery is then for.
+
+        A thumbnail is smaller than the image was: features differ a little from those of the image itself.
+
+        Args:
+            runner: the other model, open.
+            batch: images run at once.
+
+        Raises:
+            DataError: if an image has no thumbnail; the gallery is then as it was.
+        """
+        store = self._require_store("migrate")
+        with self._changing("migrate") as done:
+            held, pictures = self._held, list[Image.Image]()
+            for key, name in zip(held["key"].tolist(), held["ids"].tolist(), strict=True):
+                picture = store.thumbnail(key)
+                if picture is None:
+                    hint = "Remove it, or add all images to a new gallery."
+                    raise DataError(f"image of {name!r}", "no thumbnail", "one of each image", hint)
+                pictures.append(Image.open(io.BytesIO(picture), formats=["JPEG"]))
+            about = _about(runner)
+            code = held.code if held.code.directions is None else Code()
+            held = _empty(code, runner.spec.backbone.features) if not pictures else held
+            if pictures:
+                features = embed_images(runner, pictures, batch=batch).features
+                held = Held.of(code, held.labels | code.encode(features))
+            store.put(**about)
+            changed = done(self._rewritten(store, held), len(held), len(set(held["ids"].tolist())))
+        self._about, self._runner, self._live = {**self._about, **about}, runner, None
+        return changed
+
     # How values change.
+
+    def _rewritten(self, store: Store, held: Held) -> Held:
+        """The file's batches and code, written anew."""
+        store.put_code(held.code)
+        store.clear()
+        self._changes += 1
+        store.put(changes=self._changes)
+        return store.append(held)
+
+    def _live_head(self, runner: Runner) -> LiveHead | None:
+        """The head's live form; None where the model has none, and whole passes answer."""
+        with self._live_lock:
+            if self._live is None and not self._whole_passes:
+                try:
+                    self._live = LiveHead.open(runner)
+                except ArtifactError:
+                    self._whole_passes = True
+            return self._live
+
+    def _live_scores(
+        self, live: LiveHead, held: Held, query: Features, exact: bool, nearest: np.ndarray | None
+    ) -> np.ndarray:
+        """float32 [Q, N], after the live head has followed the gallery to what it is now."""
+        with self._live_lock:
+            before, self._live_held = self._live_held, held
+            if before is not held:
+                _follow(live, before, held)
+            if nearest is None:
+                return live.ask(query.features, exact)
+            rows = zip(query.features[:, None], nearest, strict=True)
+            return np.concatenate([live.ask(row, among=among) for row, among in rows])
 
     def _require_model(self, what: str) -> Runner:
         if self._runner is None:
@@ -521,6 +543,8 @@ class Gallery:
         with store.reading():
             changes, self._next = store.number("changes"), store.number("next")
             fresh = not hasattr(self, "_held") or changes != self._changes
+            if fresh:
+                self._read_about(store)
             held = _empty(store.code(self._features), self._features) if fresh else self._held
             last = int(held["batch"][-1]) if len(held) else 0
             for more in store.read(held.code, self._features, last):
@@ -592,6 +616,60 @@ def _each(name: str, values: object, count: int) -> list[object]:
         hint = f"Pass one of the {name} for each image, or one for all."
         raise DataError(name, f"{len(values)} for {count} images", f"{count}", hint)
     return [*values]
+
+
+def _follow(live: LiveHead, before: Held, held: Held) -> None:
+    """Brings a live head from what the gallery was to what it is. Images keep their keys and their order."""
+    gone = np.flatnonzero(~np.isin(before["key"], held["key"]))
+    fresh = held.take(np.flatnonzero(~np.isin(held["key"], before["key"])))
+    if before.code is not held.code or len(gone) + len(fresh) > len(held) // 2:
+        live.build(held.features.features)
+        return
+    if len(gone):
+        live.remove(gone)
+    if len(fresh):
+        live.add(fresh.features.features)
+    if live.grown:
+        live.rebuild()
+
+
+def add_data(
+    gallery: Gallery,
+    data: Dataset | str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    ids_from: Literal["labels", "folder", "file"] = "labels",
+    camera: int | None = None,
+    time: Time | None = None,
+    batch: int = 32,
+) -> Changed:
+    """Adds a folder of images, a dataset (its gallery, or else all of it) or a feature store to a gallery.
+
+    Args:
+        name: the id of all of them.
+        ids_from: where else ids come from: ``labels``, the dataset's, or else the paths; ``folder``, the names of the
+            folders that images lie in; ``file``, their names without the ending.
+        camera: of all of them; the dataset's if None.
+        time: when they were seen; now if None.
+
+    Raises:
+        Error: as `Gallery.add`.
+    """
+    images: Images | Features
+    if not isinstance(data, Dataset) and os.fspath(data).endswith(".npz"):
+        images = features = Features.load(data)
+        paths, cameras, labels = features.paths, features.camids.tolist(), features.names
+    else:
+        dataset = data if isinstance(data, Dataset) else read_dataset(data, whole=True)
+        records = dataset.gallery or dataset.train
+        paths, cameras = tuple(r.path for r in records), [r.camid for r in records]
+        labels = tuple(str(r.pid) if r.pid != UNKNOWN else r.path for r in records)
+        images = [*paths]
+    ids: Sequence[str] = labels
+    if ids_from != "labels":
+        check_choice("ids_from", ids_from, ("labels", "folder", "file"))
+        ids = [Path(path).parent.name if ids_from == "folder" else Path(path).stem for path in paths]
+    return gallery.add(images, name or ids, cameras if camera is None else camera, time, batch=batch)
 
 
 def _thumbnail(source: Source) -> bytes:

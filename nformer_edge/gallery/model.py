@@ -11,7 +11,7 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.features import Features
 from nformer_edge.core.signature import required
-from nformer_edge.gallery.codes import CodeName
+from nformer_edge.core.spec import GalleryCode
 from nformer_edge.gallery.embed import embed_images
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.images import Images
@@ -65,7 +65,7 @@ class Model:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        code: CodeName = "fp32",
+        code: GalleryCode = "fp32",
         thumbnails: bool = False,
         audit: bool = False,
     ) -> Gallery:

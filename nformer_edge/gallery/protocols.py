@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 JOINT: Final = "joint"
 PER_QUERY: Final = "per-query"
 
+#: Each query alone, and the gallery as it is without it, or but for a shortlist (`live.LiveHead.ask`).
+QUICK: Final = "quick"
+
 
 def relate_sets(
     runner: Runner, query: Features, gallery: Features, seed: int | None = None

@@ -30,7 +30,7 @@ from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate
 HeadUse: TypeAlias = "bool | Literal['auto']"
 
 #: What the head saw.
-Protocol: TypeAlias = Literal["per-query", "joint"]
+Protocol: TypeAlias = Literal["per-query", "quick", "joint"]
 
 #: Seconds since 1970, or a date and time.
 Time: TypeAlias = "float | str | datetime"
@@ -86,8 +86,9 @@ class Matches(Result):
         meta: [Q][k], the caller's own data of them.
         searched: gallery images that were ranked: those that the filters let through.
         threshold: cosine from which a match counts; null if none was given, and all count.
-        protocol: what the head saw: ``per-query``, each query alone with the gallery; ``joint``, all queries and the
-            gallery at once; null for the backbone alone.
+        protocol: what the head saw: ``per-query``, each query alone with the gallery; ``quick``, the same, but the
+            gallery as it is without the query, or a shortlist of it; ``joint``, all queries and the gallery at once;
+            null for the backbone alone.
         model: architecture and image size.
         backend: what computed.
         decision: why the head was used or not; "" where the caller said it.

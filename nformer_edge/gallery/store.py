@@ -21,8 +21,9 @@ import numpy as np
 
 from nformer_edge.core.artifact import fsync
 from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.spec import GalleryCode
 from nformer_edge.core.values import to_json
-from nformer_edge.gallery.codes import Code, CodeName
+from nformer_edge.gallery.codes import Code
 from nformer_edge.gallery.held import LABELS, Held
 
 FILE = "gallery.sqlite"
@@ -74,7 +75,7 @@ class Store:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], create: Mapping[str, object] | None = None, code: CodeName = "fp32"
+        self, folder: str | os.PathLike[str], create: Mapping[str, object] | None = None, code: GalleryCode = "fp32"
     ) -> None:
         self.path = Path(folder) / FILE
         if create is None and not self.path.is_file():
@@ -94,7 +95,7 @@ class Store:
             self._check()
             self._seen = self._version()
 
-    def _create(self, about: Mapping[str, object], code: CodeName) -> None:
+    def _create(self, about: Mapping[str, object], code: GalleryCode) -> None:
         with self.writing():
             if self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 
@@ -23,6 +24,11 @@ CALLED = {
     "build-engine": ("targets.build:build_for_target", *ENGINE),
     "prepare": ("targets.trtexec:prepare_for_target", *ENGINE),
     "embed": ("gallery.embed:embed_files",),
+    "gallery add": ("gallery.model:open", "gallery.model:Model.gallery", "gallery.gallery:add_data"),
+    "gallery search": ("gallery.model:open", "gallery.model:Model.gallery", "gallery.gallery:Gallery.search"),
+    "gallery migrate": ("gallery.model:open", "gallery.gallery:Gallery.migrate"),
+    **{f"gallery {verb}": (f"gallery.gallery:Gallery.{verb}",) for verb in
+       ("remove", "compact", "stats", "audit", "backup", "merge")},
     "parity": ("report.parity:parity",),
     "benchmark": ("report.benchmark:benchmark",),
     "report": ("report.html.page:write_report",),
@@ -35,18 +41,25 @@ OWN |= {"require_signed", "signed_since"}
 READ = {
     "summary": {"data"}, "train": {"features", "preset", "config"}, "benchmark": {"models"},
     "build-engine": {"calib_data", "force_calibration", "budget_images", "budget_scope"},
+    **{f"gallery {verb}": {"path"} for verb in ("remove", "compact", "stats", "audit", "backup", "merge")},
+    **{f"gallery {verb}": {"path", "model"} for verb in ("add", "search", "migrate")},
     "prepare": {"calib_data", "force_calibration", "budget_images", "budget_scope"},
 }  # fmt: skip
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(commands.choices)
+    def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+        (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        return dict(action.choices)
+
+    found = commands(cli.parser())
+    return found | {f"gallery {verb}": parser for verb, parser in commands(found["gallery"]).items()}
 
 
 def parameters(where: str) -> set[str]:
     module, _, name = where.partition(":")
-    return set(inspect.signature(getattr(importlib.import_module(f"nformer_edge.{module}"), name)).parameters)
+    found = importlib.import_module(f"nformer_edge.{module}")
+    return set(inspect.signature(functools.reduce(getattr, name.split("."), found)).parameters)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -10,8 +10,8 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery import model as face
-from nformer_edge.gallery.gallery import GalleryStats
 from nformer_edge.gallery.model import search
+from nformer_edge.gallery.results import GalleryStats
 from nformer_edge.gallery.search import Matches
 from nformer_edge.targets.build import build
 
@@ -72,6 +72,27 @@ def test_the_head_sees_each_query_alone(gallery):
     alone = gallery.search(CROPS[4], head=True)
     assert (among.protocol, together.protocol) == ("per-query", "joint")
     np.testing.assert_allclose(among.scores[1], alone.scores[0], atol=1e-6)
+
+
+def test_the_live_head_follows_a_gallery_that_changes(model, gallery):
+    first = gallery.search(CROPS[3:], head=True)
+    live = gallery._live
+    assert len(live) == 3
+    gallery.add(CROPS[3:], ids=["eve", "joe"])
+    found = gallery.search(CROPS[3:], head=True, top=5)
+    assert [row[0] for row in found.ids] == ["eve", "joe"]
+    assert found.searched == len(gallery._live) == 5
+    for way in ({"exact": False}, {"shortlist": 3}):
+        quick = gallery.search(CROPS[3:], head=True, top=5, **way)
+        assert quick.protocol == "quick"
+        assert [row[0] for row in quick.ids] == ["eve", "joe"]
+        assert quick.indices.shape == (2, 3 if "shortlist" in way else 5)
+    assert gallery.search(CROPS[3:], head=True, top=5, shortlist=2, exclude_camera=2).cameras[0].tolist() == [-1, -1]
+    gallery.remove(["eve", "joe"])
+    again = gallery.search(CROPS[3:], head=True)
+    assert again.ids == first.ids
+    assert gallery._live is live
+    np.testing.assert_allclose(again.scores, first.scores, atol=1e-5)
 
 
 def test_equal_images_are_ordered_by_id_and_then_as_they_were_added(model):

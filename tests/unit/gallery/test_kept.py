@@ -17,7 +17,8 @@ import pytest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery import store
-from nformer_edge.gallery.gallery import Audit, Changed, Gallery, GalleryStats
+from nformer_edge.gallery.gallery import Gallery
+from nformer_edge.gallery.results import Audit, Changed, GalleryStats
 from tests.helpers.galleries import SIZE, rows, stub
 
 ODD = [
