@@ -15,7 +15,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,7 @@ OWN_FIELDS = ("kind", "format_version", "files", "sha256")
 
 _TEMPORARY = ".nformer-edge-tmp-"
 _REPLACING = ".nformer-edge-replacing-"
+_TOGETHER = ".nformer-edge-together-"
 _HOST = re.sub(r"\W", "_", platform.node()) or "host"
 
 #: Of Linux's ``renameat2``.
@@ -97,6 +98,7 @@ def read_json(path: str | os.PathLike[str], what: str, hint: str) -> JSON:
     Raises:
         ArtifactError: as `read_text`; if it is no JSON, or nested too deep to be read.
     """
+    recover(Path(path))
     text = read_text(path, what)
     try:
         return typing.cast(JSON, json.loads(text))
@@ -146,6 +148,7 @@ def _prepare(path: Path) -> None:
     except OSError as e:
         raise ArtifactError(str(path.parent), e.strerror, "a folder to write to", "Choose another -o.") from e
     _sweep(path.parent)
+    recover(path)
 
 
 def _write_failed(path: Path, error: OSError, placed: bool) -> ArtifactError:
@@ -245,6 +248,17 @@ def _require_ours(path: Path, kind: str) -> None:
 
 
 @contextmanager
+def working_in(folder: Path, path: Path) -> Iterator[None]:
+    """Where writing a file of `folder` fails, the error says what became of `path`, which is made of them."""
+    try:
+        yield
+    except ArtifactError as e:
+        if not (isinstance(e.__cause__, OSError) and e.subject.startswith(str(folder))):
+            raise
+        raise _write_failed(path, e.__cause__, placed=False) from e.__cause__
+
+
+@contextmanager
 def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     """Yields an empty temporary folder; on success it replaces `path`, which may hold an earlier folder of this kind.
 
@@ -254,21 +268,17 @@ def atomic_folder(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     path = Path(path)
     _require_ours(path, kind)
     _prepare(path)
-    recover(path)
     temporary, placed = _temporary(path.parent, directory=True), False
     try:
         os.chmod(temporary, 0o755)
-        yield temporary
+        with working_in(temporary, path):
+            yield temporary
         for entry in temporary.rglob("*"):
             fsync(entry)
         fsync(temporary)
         _put(temporary, path)
         placed = True
         fsync(path.parent)
-    except ArtifactError as e:  # of a file inside: what counts is what became of the folder
-        if not (isinstance(e.__cause__, OSError) and e.subject.startswith(str(temporary))):
-            raise
-        raise _write_failed(path, e.__cause__, placed) from e.__cause__
     except OSError as e:
         raise _write_failed(path, e, placed) from e
     finally:
@@ -315,6 +325,11 @@ def _journal(path: Path) -> tuple[Path, Path]:
 
 def recover(path: Path) -> None:
     """Completes a replacement of `path` that a killed process had decided and not finished. Else it does nothing."""
+    parts = path.name.split(".")
+    for end in range(1, len(parts) + 1):
+        together = path.parent / f"{_TOGETHER}{'.'.join(parts[:end])}"
+        if os.path.isdir(together):
+            _give_names(together)
     ready, old = _journal(path)
     if ready.is_dir():
         if path.exists():
@@ -324,6 +339,45 @@ def recover(path: Path) -> None:
         fsync(path.parent)
     if path.exists() and old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_together(folder: Path, path: Path) -> None:
+    """Gives every file of `folder` its name in the folder above, all or none, and removes `folder`.
+
+    Killed on the way, the rest follows before the next command opens or writes one of them (`recover`).
+
+    Args:
+        folder: a complete set of files. An empty one stands for removal: what bears its name goes. Folders inside are
+            removed.
+        path: the chief of the new files; the names of all begin with its stem.
+
+    Raises:
+        ArtifactError: if the disk fails; it says whether the new set or the earlier one is in place.
+    """
+    ready, placed = path.with_name(f"{_TOGETHER}{path.stem}"), False
+    try:
+        for entry in folder.iterdir():
+            fsync(entry)
+        fsync(folder)
+        os.rename(folder, ready)  # from here on the new files are the ones
+        placed = True
+        fsync(path.parent)
+        _give_names(ready)
+    except OSError as e:
+        raise _write_failed(path, e, placed) from e
+
+
+def _give_names(ready: Path) -> None:
+    with suppress(FileNotFoundError):  # another process was first
+        for entry in ready.iterdir():
+            target = ready.with_name(entry.name)
+            if entry.is_file() and entry.stat().st_size:
+                os.replace(entry, target)
+            elif entry.is_file():
+                target.unlink(missing_ok=True)
+        fsync(ready.parent)
+        fsync(ready)
+    shutil.rmtree(ready, ignore_errors=True)
 
 
 def _may_replace(path: Path, kind: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import zipfile
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ def file_kind(path: str | os.PathLike[str], data: bytes | None = None) -> FileKi
     """What the file `path` is; of `data`, where its contents have been read. Nothing in it is parsed but an archive's
     list of entries.
     """
+    if data is None and not stat.S_ISREG(os.stat(path).st_mode):  # it might never end
+        return FileKind("a folder, a device or a FIFO", "Pass a plain file.")
     with io.BytesIO(data) if data is not None else open(path, "rb") as file:
         head = file.read(_HEAD)
         length = int.from_bytes(head[:8], "little")

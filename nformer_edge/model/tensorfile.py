@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nformer_edge.core.artifact import atomic_write
+from nformer_edge.core.artifact import atomic_write, recover
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.filekind import file_kind
 
@@ -61,6 +61,7 @@ class TensorFile:
         return tensors, metadata
 
     def _open(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        recover(path)
         if not path.is_file():
             got = "a folder" if path.is_dir() else "no such file"
             raise ArtifactError(str(path), got, self.expected, self.hint)

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nformer_edge.core.artifact import atomic_write, read_json, require_new_file, sha256_file
+from nformer_edge.core.artifact import (
+    atomic_write,
+    put_together,
+    read_json,
+    recover,
+    require_new_file,
+    sha256_file,
+)
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.training.compute import Compute
@@ -23,6 +31,8 @@ from nformer_edge.training.state import StateFile
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+HISTORY = "training.json"
 
 COLUMNS = ("stage", *(field.name for field in fields(Epoch)))
 
@@ -84,8 +94,10 @@ def _summary_writer() -> type[SummaryWriter]:
 class Run:
     """One training that ends in the checkpoint `out`.
 
+    It works in a folder of its own, ``<stem>.unfinished``. At its end all files take their names at once.
+
     Args:
-        out: the checkpoint; every other file lies beside it and begins with its stem.
+        out: the checkpoint; every other file then lies beside it and begins with its stem.
         identity: only the same training is resumed.
         compute: only its leading rank writes.
         minutes: between two writes of a stage's state, at least.
@@ -104,42 +116,59 @@ class Run:
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
         self.out, self.identity, self.compute, self.minutes, self.resume = Path(out), identity, compute, minutes, resume
-        self.history = self.out.with_suffix(".training.json")
+        self.folder = self.out.with_name(f"{self.out.stem}.unfinished")
+        self.checkpoint = self.folder / self.out.name
         self.logs = Logs(self.beside("training.csv"), tensorboard if compute.leads else None)
+        recover(self.out)
 
     def beside(self, name: str) -> Path:
-        """``model.safetensors`` and ``backbone.safetensors`` give ``model.backbone.safetensors``."""
-        return self.out.with_name(f"{self.out.stem}.{name}")
+        """Where the file waits that will be ``<stem>.<name>``."""
+        return self.folder / f"{self.out.stem}.{name}"
+
+    def kept(self, name: str) -> Path:
+        """Where the run keeps what only it needs."""
+        return self.folder / "state" / name
 
     def state(self, stage: str, identity: Identity) -> StateFile:
         """The state of one stage, of which `identity` says what decides its numbers."""
-        path = self.beside(f"{stage}.state.safetensors")
+        path = self.kept(f"{stage}.safetensors")
         return StateFile(path, identity, self.minutes, self.resume, writes=self.compute.leads)
 
     def finished(self) -> History | None:
         """The history of this training if it came to its end and `resume` asks for no more than that."""
-        if not (self.resume and self.history.is_file() and self.out.is_file()):
+        path = self.out.with_name(self.beside(HISTORY).name)
+        if not (self.resume and path.is_file() and self.out.is_file()):
             return None
         try:
-            history = History.from_json(read_json(self.history, "a history", "Train again."))
+            history = History.from_json(read_json(path, "a history", "Train again."))
         except ArtifactError:
             return None
         same = history.identity == self.identity and history.sha256 == sha256_file(self.out)
         return history if same else None
 
-    def require_new(self, force: bool) -> None:
-        """Raises ArtifactError where an earlier checkpoint would be replaced.
+    def begin(self, force: bool) -> None:
+        """Raises ArtifactError where an earlier checkpoint would be replaced; else the folder is ready.
 
         Not with `force`, and not where `resume` goes on with what an interrupted run left.
         """
-        left = any(self.beside(f"{stage}.state.safetensors").is_file() for stage in ("backbone", "head"))
-        interrupted = self.resume and (left or not self.history.is_file())
-        require_new_file(self.out, "a checkpoint", force or interrupted)
+        require_new_file(self.out, "a checkpoint", force or (self.resume and self.folder.is_dir()))
+        if self.compute.leads and not self.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def clean(self, *names: str) -> None:
-        """Removes files of the run that nobody needs any more."""
-        for name in names if self.compute.leads else ():
-            self.beside(name).unlink(missing_ok=True)
+    def without(self, name: str) -> None:
+        """This run has no such file; at its end an earlier run's goes."""
+        if self.compute.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.beside(name).write_bytes(b"")
+
+    def finish(self, history: History) -> None:
+        """All files take their names."""
+        self.compute.wait()  # until every rank has read what it needs
+        if self.compute.leads:
+            history.save(self.beside(HISTORY))
+            put_together(self.folder, self.out)
+        self.compute.wait()
+        self.logs.close()
 
 
 def images_identity(records: Sequence[ImageRecord], root: str) -> str:

@@ -52,7 +52,7 @@ def first_stage(
     """
     start = time.perf_counter()
     spec = replace(config.model, head=None)
-    path = run.out if config.model.head is None else run.beside(BACKBONE)
+    path = run.checkpoint if config.model.head is None else run.beside(BACKBONE)
     state = run.state("backbone", replace(run.identity, config=config_identity(config, "head")))
     done = state.finished()
     if done is not None and path.is_file() and sha256_file(path) == done["sha256"]:
@@ -63,7 +63,7 @@ def first_stage(
         return kept.backbone, record, kept.sha256
     backbone, device = start_backbone(config, initial), str(run.compute.device)
     if holdout is None:
-        run.clean(BEST_BACKBONE)  # an earlier run's
+        run.without(BEST_BACKBONE)
 
     def watch(model: Backbone) -> float:
         assert holdout is not None
@@ -118,7 +118,7 @@ def second_stage(
     spec = config.model
     assert spec.head is not None
     if held is None:
-        run.clean(BEST_HEAD)  # an earlier run's
+        run.without(BEST_HEAD)
     state = run.state("head", replace(run.identity, config=config_identity(config, "backbone"), features=source))
 
     def watch(head: Head) -> float:
@@ -146,11 +146,11 @@ def second_stage(
     )
     if run.compute.leads:
         measured: Table = {} if held is None else {"accuracy": to_json(_accuracy(head, *held, config.seed))}
-        save_checkpoint(run.out, spec, backbone, head, {**extra, **measured})
+        save_checkpoint(run.checkpoint, spec, backbone, head, {**extra, **measured})
     run.compute.wait()
     alone = None if held is None or not run.compute.leads else evaluate(*held).mAP
     record = Stage(tuple(rows), Best.of(rows), time.perf_counter() - start, backbone_map=alone)
-    return record, sha256_file(run.out)
+    return record, sha256_file(run.checkpoint)
 
 
 def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Composition:
@@ -171,7 +171,7 @@ def extract_views(
     Args:
         source: sha256 of the backbone's checkpoint: views of another one are extracted anew.
     """
-    path, device = run.beside(VIEWS), str(run.compute.device)
+    path, device = run.kept(VIEWS), str(run.compute.device)
     views: list[Features] = []
     if run.compute.leads:
         kept = list(load_features(path).values()) if run.resume and path.is_file() else []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nformer_edge.core.artifact import require_suffix, sha256_file
+from nformer_edge.core.artifact import require_suffix, sha256_file, working_in
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.spec import ModelSpec, from_dict
@@ -26,7 +26,7 @@ from nformer_edge.training.compute import open_compute
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.history import History, Identity, Stage, config_identity, head_notes
 from nformer_edge.training.run import Run, determinism, images_identity
-from nformer_edge.training.stages import VIEWS, extract_views, first_stage, held_out, second_stage
+from nformer_edge.training.stages import extract_views, first_stage, held_out, second_stage
 
 StrPath = str | os.PathLike[str]
 SPLIT = "train"
@@ -61,9 +61,9 @@ def train(
     """Trains backbone and head, or a head on `features` alone, and writes the checkpoint `out`.
 
     The history stands beside it as ``.training.json``. Stage one leaves its own checkpoint,
-    ``<stem>.backbone.safetensors``; `docs/training.md` names every file. Each is written whole or not at all: killed at
-    any moment, the run leaves what stood there, and `resume` goes on to the same numbers. The same seed on the same
-    machine gives the same checkpoint.
+    ``<stem>.backbone.safetensors``; `docs/training.md` names every file. They are one set: killed at any moment, the
+    run leaves all files that stood there or all new ones, and `resume` goes on to the same numbers. The same seed on
+    the same machine gives the same checkpoint.
 
     Args:
         data: a dataset, or where one lies.
@@ -103,17 +103,15 @@ def train(
     done = run.finished()
     if done is not None:
         return done
-    run.require_new(force)
-    with determinism(config.deterministic, device), torch.random.fork_rng(devices=[]):
-        stages, sha256 = source.learn(run)
-    size = (source.name, str(run.out), sha256, source.images, source.identities)
-    where = ({"torch": torch.__version__}, torch.get_num_threads(), compute.world, device)
-    told = config, source.identity, stages, head_notes(stages)
-    history = History(*size, *told, *where, time.perf_counter() - start)
-    if compute.leads:
-        history.save(run.history)
-    run.clean("backbone.state.safetensors", "head.state.safetensors", VIEWS)
-    run.logs.close()
+    run.begin(force)
+    with working_in(run.folder, run.out):
+        with determinism(config.deterministic, device), torch.random.fork_rng(devices=[]):
+            stages, sha256 = source.learn(run)
+        size = (source.name, str(run.out), sha256, source.images, source.identities)
+        where = ({"torch": torch.__version__}, torch.get_num_threads(), compute.world, device)
+        told = config, source.identity, stages, head_notes(stages)
+        history = History(*size, *told, *where, time.perf_counter() - start)
+        run.finish(history)
     return history
 
 

@@ -219,7 +219,7 @@ class Workshop:
             return command(*self.training(folder, out))
 
         attempt(train, limit_s=300)
-        (out.parent / "h.head.state.safetensors").rename(folder / "h.state")
+        (out.parent / "h.unfinished" / "state" / "head.safetensors").rename(folder / "h.state")
 
     def training(self, folder: Path, out: Path) -> tuple[object, ...]:
         return ("train", "--features", folder / "f.npz", "--config", folder / "train.toml", "-o", out, "--resume")
@@ -285,8 +285,9 @@ class Workshop:
     def _resumed(self, path: Path, work: Path) -> tuple[int, Any]:
         place = work / "t"
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        shutil.copyfile(path, place / "h.head.state.safetensors")
+        state = place / "h.unfinished" / "state" / "head.safetensors"
+        state.parent.mkdir(parents=True)
+        shutil.copyfile(path, state)
         code, _ = command(*self.training(self.root / "a", place / "h.safetensors"))
         return code, digest((place / "h.safetensors").read_bytes()) if code == 0 else None
 

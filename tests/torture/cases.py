@@ -198,6 +198,7 @@ class Row:
         kinds: cases by kind of artifact or command.
         outcomes: cases by how they ended.
         seconds: that the row took.
+        cpu_seconds: of all its processes.
     """
 
     name: str
@@ -207,6 +208,7 @@ class Row:
     kinds: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def upper(self) -> float:
@@ -236,7 +238,7 @@ def upper_bound(violations: int, cases: int) -> float:
 
 def run_row(name: str, cases: Sequence[Case], faults: Sequence[Case], folder: Path, workers: int = 1) -> Row:
     """Runs a row's cases, then its planted faults, each of which must be a violation."""
-    start, row = time.monotonic(), Row(name, len(cases))
+    start, spent, row = time.monotonic(), _spent(), Row(name, len(cases))
     for case, (violation, status) in zip(cases, _spread(cases, folder, workers), strict=True):
         row.kinds[case.kind] += 1
         row.outcomes[status] += 1
@@ -244,8 +246,14 @@ def run_row(name: str, cases: Sequence[Case], faults: Sequence[Case], folder: Pa
             row.violations.append(f"{case.kind}: {violation}")
     planted = _spread(faults, folder, workers)
     row.caught = sum(violation is not None for violation, _ in planted), len(faults)
-    row.seconds = time.monotonic() - start
+    row.seconds, row.cpu_seconds = time.monotonic() - start, _spent() - spent
     return row
+
+
+def _spent() -> float:
+    """CPU seconds of the processes that ended so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @dataclass

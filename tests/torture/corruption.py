@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -305,14 +305,17 @@ def judge(outcome: Outcome, sound: Outcome, strict: bool) -> str | None:
     return found
 
 
+_sound_tree = cache(tree)
+
+
 def _case(kind: Kind, change: Change, seed: str, strict: bool, sound: Outcome, door: Any = None) -> Case:
     def run(work: Path) -> tuple[str | None, str]:
         rng, path = random.Random(seed), kind.copied(work)
         what = change(path, rng)
-        while tree(path) == tree(kind.place):  # what changes nothing is no case
+        while (changed := tree(path)) == _sound_tree(kind.place):  # what changes nothing is no case
             path = kind.copied(work)
             what = change(path, rng)
-        same = tree(path) == tree(kind.other)  # another sound one, whole: a new input
+        same = changed == _sound_tree(kind.other)  # another sound one, whole: a new input
         outcome = attempt(lambda: door(path, work), 2) if door else here(lambda: kind.door(path, work))
         found = judge(outcome, sound, strict and not same)
         return (f"{what}: {found}" if found else None), outcome.status

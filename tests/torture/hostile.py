@@ -314,16 +314,16 @@ def _names(shop: Workshop, each: int) -> Made:
         """A command's arguments, what is copied under the name first, and what the command writes."""
         image, page, store = (folder / f"{name}{end}" for end in (".png", ".html", ".npz"))
         result, model, plain = folder / f"{name}.json", folder / f"{name}.safetensors", folder / name
-        bundle = a / "bundle"
+        bundle, few = a / "bundle", ("--threads", 1)
         return {
-            "query": (("search", bundle, "--query", image, "--gallery", shop.images), image, None),
-            "gallery": (("search", bundle, "--query", shop.query, "--gallery", folder), image, None),
-            "gallery, JSON": (("search", bundle, "--query", image, "--gallery", folder, "--json"), image, None),
-            "embed": (("embed", bundle, "--data", shop.images, "-o", store), None, store),
+            "query": (("search", bundle, "--query", image, "--gallery", shop.images, *few), image, None),
+            "gallery": (("search", bundle, "--query", shop.query, "--gallery", folder, *few), image, None),
+            "gallery, JSON": (("search", bundle, "--query", image, "--gallery", folder, "--json", *few), image, None),
+            "embed": (("embed", bundle, "--data", shop.images, "-o", store, *few), None, store),
             "report": (("report", a / "evaluation.json", "-o", page), None, page),
             "result": (("report", result, "-o", folder / "page.html"), result, None),
-            "model": (("search", model, "--query", shop.query, "--gallery", shop.images), model, None),
-            "folder": (("search", plain, "--query", shop.query, "--gallery", shop.images), plain, None),
+            "model": (("search", model, "--query", shop.query, "--gallery", shop.images, *few), model, None),
+            "folder": (("search", plain, "--query", shop.query, "--gallery", shop.images, *few), plain, None),
             "build": (("build-engine", bundle, "-o", plain, "--backend", "onnxruntime"), None, plain),
             "no such": (("evaluate", plain, "--data", plain), None, None),
         }

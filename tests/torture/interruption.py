@@ -6,6 +6,7 @@ run sweeps what the dead one left.
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -41,6 +42,7 @@ class Writer:
         old: what stands there before.
         is_new: whether what stands there is whole and what this command writes. It raises where it is damaged.
         fresh: whether it may also write where nothing stands.
+        together: whether the files beside the target are written with it, as one.
     """
 
     name: str
@@ -49,22 +51,32 @@ class Writer:
     old: Path
     is_new: Callable[[Path], bool]
     fresh: bool = True
+    together: bool = False
 
     def lay(self, out: Path, replacing: bool) -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        if replacing:
+        if self.together:
+            for file in self._files(self.old) if replacing else ():
+                shutil.copyfile(file, out / file.name)
+        elif replacing:
             copy(self.old, out / self.target)
+
+    def _files(self, path: Path) -> list[Path]:
+        return sorted(p for p in path.parent.iterdir() if p.is_file()) if self.together else [path]
+
+    def _holds(self, path: Path) -> list[tuple[str, str]]:
+        return [(p.name, tree(p)) for p in self._files(path)]
 
     def state(self, out: Path) -> str:
         """OLD, NEW or NONE; anything else is damage, in words."""
         path = out / self.target
         try:
-            if not path.exists():
+            if self.together or not path.exists():
                 _recover(path)
-            if not path.exists():
+            if not (self._files(path) if self.together else path.exists()):
                 return NONE
-            if tree(path) == tree(self.old):
+            if self._holds(path) == self._holds(self.old):
                 return OLD
             return NEW if self.is_new(path) else "whole, but neither the old one nor the new one"
         except Exception as e:
@@ -82,13 +94,15 @@ def writers(shop: Workshop) -> list[Writer]:
     from nformer_edge.core.artifact import read_manifest
     from nformer_edge.core.features import load_features
     from nformer_edge.model.checkpoint import load_checkpoint
+    from nformer_edge.training.history import History
 
     a, b = shop.root / "a", shop.root / "b"
     bundle, table, int8 = a / "bundle", a / "calibration.json", shop.root / "int8"
-    how = ("--backend", "onnxruntime")
+    how, few = ("--backend", "onnxruntime"), ("--threads", 1)
     _remember(shop)
     quantized = ("build-engine", bundle, "--int8", "--calib-data", table, *how, "-o")
     shop.must(*quantized, int8)
+    shop.must("export", a / "m.safetensors", "-o", shop.root / "exported")
     shop.must("upgrade", copy(a / "format1", shop.root / "upgraded"))
     training = ("--config", a / "train.toml", "-o")
     for folder in (a, b):
@@ -97,7 +111,9 @@ def writers(shop: Workshop) -> list[Writer]:
                   folder / "matches.json")  # fmt: skip
         shop.must("prepare", folder / "bundle", "--precision", "fp32", "-o", folder / "graphs")
     shop.must("make-data", "-o", b / "drawn", "--seed", 1)
-    shop.must("train", "--features", b / "f.npz", *training, b / "h.safetensors")
+    (b / "set").mkdir()
+    shop.must("train", "--features", b / "f.npz", *training, b / "set" / "h.safetensors")
+    shutil.copyfile(b / "m.safetensors", b / "set" / "h.head.best.safetensors")  # an earlier run with held-out people
 
     def runs(*argv: object) -> Callable[[Path], tuple[int, str]]:
         return lambda path: command(*argv, path)
@@ -117,6 +133,20 @@ def writers(shop: Workshop) -> list[Writer]:
     def checkpoint(path: Path) -> bool:
         return bool(load_checkpoint(path))
 
+    def training_set(path: Path) -> bool:
+        """All files of one run, and none of another."""
+        history = History.from_json(json.loads(path.with_name("h.training.json").read_text()))
+        epochs = list(csv.DictReader(path.with_name("h.training.csv").read_text().splitlines()))
+        names = {"h.safetensors", "h.training.json", "h.training.csv", "h.head.last.safetensors"}
+        last = path.with_name("h.head.last.safetensors")
+        seconds = {str(epoch.seconds) for epoch in history.stages["head"].epochs}
+        return (
+            {p.name for p in path.parent.iterdir() if p.is_file()} == names
+            and history.sha256 == load_checkpoint(path).sha256
+            and {row["seconds"] for row in epochs} == seconds
+            and load_checkpoint(last).extra["features"] == history.identity.features
+        )
+
     def result(kind: str) -> Callable[[Path], bool]:
         return lambda path: json.loads(path.read_text())["kind"] == kind
 
@@ -129,20 +159,22 @@ def writers(shop: Workshop) -> list[Writer]:
          folder_of("engine", a / "fp32")),
         ("build INT8", runs(*quantized[:-1], "--force", "-o"), b / "int8", folder_of("engine", int8)),
         ("prepare", runs("prepare", bundle, "--precision", "fp32", "--force", "-o"), b / "graphs", folder_of("graphs")),
-        ("embed", runs("embed", bundle, "--data", shop.data, "--batch", 4, "-o"), b / "f.npz", store),
+        ("embed", runs("embed", bundle, "--data", shop.data, "--batch", 4, *few, "-o"), b / "f.npz", store),
         ("save a gallery", gallery, b / "f.npz", store),
-        ("evaluate", runs("evaluate", bundle, "--data", shop.data, "-o"), b / "evaluation.json", result("evaluation")),
-        ("search", runs("search", bundle, "--query", shop.query, "--gallery", shop.images, "-o"), b / "matches.json",
-         result("matches")),
+        ("evaluate", runs("evaluate", bundle, "--data", shop.data, *few, "-o"), b / "evaluation.json",
+         result("evaluation")),
+        ("search", runs("search", bundle, "--query", shop.query, "--gallery", shop.images, *few, "-o"),
+         b / "matches.json", result("matches")),
         ("report", runs("report", a / "evaluation.json", "-o"), b / "page.html",
          lambda path: tree(path) == tree(a / "page.html")),
         ("make-data", runs("make-data", "--force", "-o"), b / "drawn", folder_of("dataset")),
-        ("train", runs("train", "--features", a / "f.npz", "--force", *training), b / "h.safetensors", checkpoint),
         ("import", lambda path: command(*shop.importing(a / "weights.pth", path), "--force"), b / "m.safetensors",
          checkpoint),
     )  # fmt: skip
     upgraded = Writer("upgrade", runs("upgrade"), "format1", a / "format1", folder_of("bundle", bundle), fresh=False)
-    return [*(Writer(name, run, old.name, old, is_new) for name, run, old, is_new in rows), upgraded]
+    train = runs("train", "--features", a / "f.npz", "--force", *training)
+    trained = Writer("train", train, "h.safetensors", b / "set" / "h.safetensors", training_set, together=True)
+    return [*(Writer(name, run, old.name, old, is_new) for name, run, old, is_new in rows), trained, upgraded]
 
 
 def _remember(shop: Workshop) -> None:
@@ -153,8 +185,9 @@ def _remember(shop: Workshop) -> None:
     from nformer_edge.exporting import export
     from nformer_edge.quantize import placement_cpu
 
-    for module, name in ((export, "trace_backbone"), (export, "trace_head"), (placement_cpu, "place_for_cpu")):
-        _once(module, name)
+    for name in ("trace_backbone", "trace_head", "_golden", "_exact"):
+        _once(export, name)
+    _once(placement_cpu, "place_for_cpu")
     small = generate.GenerateSpec.tiny()
     small = replace(small, train_ids=2, test_ids=2, cameras=2, seen_by=2, images=2, distractors=1, junk=1)
     generate.GenerateSpec = lambda seed=0, **_: replace(small, seed=seed)
@@ -163,12 +196,17 @@ def _remember(shop: Workshop) -> None:
     generate.draw_images = lambda spec: iter(drawn.setdefault(spec, list(draw(spec))))
 
 
+def _key(value: Any) -> str:
+    if hasattr(value, "parameters"):
+        return str(sum(p.detach().sum().item() for p in value.parameters()))
+    return getattr(value, "sha256", "") or repr(value)  # a checkpoint
+
+
 def _once(module: Any, name: str) -> None:
     real, known = getattr(module, name), {}
 
     def call(*args: Any, **settings: Any) -> Any:
-        model = hasattr(args[0], "parameters")
-        key = str(sum(p.detach().sum().item() for p in args[0].parameters())) if model else repr(args)
+        key = str([_key(a) for a in args])
         if key not in known:
             known[key] = real(*args, **settings)
         return deepcopy(known[key])
@@ -178,8 +216,8 @@ def _once(module: Any, name: str) -> None:
             setattr(other, name, call)
 
 
-def count(writer: Writer, out: Path, replacing: bool) -> tuple[int, int]:
-    """Calls below the output's folder in a sound run, and the bytes it writes."""
+def count(writer: Writer, out: Path, replacing: bool) -> tuple[int, dict[int, int]]:
+    """Calls below the output's folder in a sound run, and the bytes that the n-th of them writes."""
 
     def run() -> tuple[int, Any]:
         with tempfile.TemporaryFile() as log:
@@ -188,7 +226,7 @@ def count(writer: Writer, out: Path, replacing: bool) -> tuple[int, int]:
             found = shim.calls()
             shim.off()
             log.seek(0)
-            return code, (found, sum(len(op[4]) for op in read_log(log.read()) if op[0] == "write"))
+            return code, (found, {int(op[2]): len(op[4]) for op in read_log(log.read()) if op[0] == "write"})
 
     writer.lay(out, replacing)
     outcome = attempt(run, 300)
@@ -214,6 +252,7 @@ def judge(writer: Writer, out: Path, outcome: Outcome, replacing: bool, killed: 
             if words in outcome.said and found != true:
                 return f"the message says {words!r}, but it is {found}"
     _next_run(out / writer.target)
+    shutil.rmtree(out / "h.unfinished", ignore_errors=True)  # as the next training begins, without --resume
     left = [p.name for p in out.rglob("*") if "nformer-edge-" in p.name]
     if left:
         return f"the next run leaves {left[0]}"
@@ -484,12 +523,10 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
     def fails() -> Made:
         cases = []
         for writer, replacing, out in layouts():
-            for at in range(1, count(writer, out, replacing)[0] + 1):
-                every = [
-                    _case(writer, shim.FAIL, at, code, replacing) for code in (errno.EIO, errno.ENOSPC, errno.EINTR)
-                ]
-                every.append(_case(writer, shim.SHORT, at, 0, replacing))
-                cases += every if replacing else [every[at % 4]]
+            calls, written = count(writer, out, replacing)
+            codes = (errno.EIO, errno.ENOSPC, errno.EINTR)
+            cases += [_case(writer, shim.FAIL, at, codes[at % 3], replacing) for at in range(1, calls + 1)]
+            cases += [_case(writer, shim.SHORT, at, 0, replacing) for at in written if replacing]
         page = by_name("report")
         return cases, [_case(page, shim.FAIL, at, errno.EIO, True, fault=_deaf) for at in (3, 4)]
 
@@ -507,7 +544,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
     def fulls() -> Made:
         cases = []
         for writer, replacing, out in layouts():
-            size = count(writer, out, replacing)[1]
+            size = sum(count(writer, out, replacing)[1].values())
             cases += [_case(writer, shim.FULL, 0, 0, replacing, room=size * i // 25) for i in range(25)]
         page = by_name("report")
         return cases, [_case(page, shim.FULL, 0, 0, True, room=100, fault=fault) for fault in (_deaf, _in_place)]

@@ -55,6 +55,7 @@ static void record(const char *call, const char *a, const char *b, long offset, 
     put(line, n);
     if (data && size) put(data, size);
 }
+static const char *number(void) { static char text[16]; snprintf(text, sizeof text, "%d", calls); return text; }
 /* Before a call: 1 if it is to fail with errno set. */
 static int gate(int is_write) {
     calls++;
@@ -106,7 +107,7 @@ ssize_t write(int fd, const void *data, size_t n) {
     if (done > 0) {
         if (mode == FULL) room -= done;
         if (fcntl(fd, F_GETFL) & O_APPEND) at = lseek(fd, 0, SEEK_CUR) - done;
-        record("write", held[fd], 0, at, done, data);
+        record("write", held[fd], number(), at, done, data);
     }
     passed();
     return done;
@@ -116,7 +117,7 @@ ssize_t pwrite64(int fd, const void *data, size_t n, off_t at) {
     if (!known(fd)) return real(fd, data, n, at);
     if (gate(1) || full()) return -1;
     ssize_t done = real(fd, data, mode == SHORT && calls == wanted && n > 1 ? n / 2 : n, at);
-    if (done > 0) { if (mode == FULL) room -= done; record("write", held[fd], 0, at, done, data); }
+    if (done > 0) { if (mode == FULL) room -= done; record("write", held[fd], number(), at, done, data); }
     passed();
     return done;
 }

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,48 @@ def test_a_manifest_nested_too_deep_is_refused(bundle: Path) -> None:
     (bundle / "manifest.json").write_text('{"kind": "bundle", "format_version": 2, "files": ' + "[" * 100_000)
     with pytest.raises(ArtifactError, match="no readable manifest"):
         artifact.read_manifest(bundle, "bundle")
+
+
+def _set(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"m.{name}").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("moves", range(3))
+def test_files_that_belong_together_are_all_new_or_all_old_wherever_the_process_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    _set(tmp_path, json="old", csv="old", gone="old")
+    work = _set(tmp_path / "m.unfinished", json="new", csv="new", gone="")
+    (work / "state").mkdir()
+    left = [moves]
+
+    def replace(source: Path, target: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        os.rename(source, target)
+
+    monkeypatch.setattr(artifact.os, "replace", replace)
+    with suppress(KeyboardInterrupt):
+        artifact.put_together(work, tmp_path / "m.json")
+    monkeypatch.undo()
+    artifact.recover(tmp_path / "m.csv")  # of whichever file is opened or written first
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"m.json": "new", "m.csv": "new"}
+
+
+def test_files_that_cannot_take_their_names_leave_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _set(tmp_path, json="old")
+    work = _set(tmp_path / "m.unfinished", json="new")
+
+    def rename(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact.os, "rename", rename)
+    with pytest.raises(ArtifactError, match=r"The earlier m\.json is untouched"):
+        artifact.put_together(work, tmp_path / "m.json")
+    assert (tmp_path / "m.json").read_text() == "old"

@@ -179,7 +179,7 @@ def test_a_damaged_state_is_refused(data: Path, tmp_path: Path, kill_after: Any)
     kill_after(2)
     with pytest.raises(Killed):
         train(data, tmp_path / "m.safetensors", SAVING)
-    state = tmp_path / "m.backbone.state.safetensors"
+    state = tmp_path / "m.unfinished" / "state" / "backbone.safetensors"
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)

@@ -123,15 +123,12 @@ def test_an_interrupted_run_leaves_what_stood_there(
     with pytest.raises(KeyboardInterrupt):
         train(dataset, out, tiny(backbone=replace(tiny().backbone, epochs=1)))
     assert out.read_bytes() == b"yesterday's"
-    beside = (
-        "backbone.safetensors",
-        "backbone.best.safetensors",
-        "backbone.state.safetensors",
-        "training.csv",
-        "views.npz",
-    )
-    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", *(f"m.{name}" for name in beside)}
-    assert load_checkpoint(tmp_path / "m.backbone.safetensors").backbone is not None
+    work = tmp_path / "m.unfinished"
+    beside = ("backbone.safetensors", "backbone.best.safetensors", "training.csv")
+    assert {p.name for p in tmp_path.iterdir()} == {out.name, work.name}
+    assert {p.name for p in work.iterdir()} == {"state", *(f"m.{name}" for name in beside)}
+    assert {p.name for p in (work / "state").iterdir()} == {"backbone.safetensors", "views.npz"}
+    assert load_checkpoint(work / "m.backbone.safetensors").backbone is not None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training(dataset: Dataset) -> None:
