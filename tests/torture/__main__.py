@@ -14,7 +14,7 @@ from torture import shim
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
-    parser.add_argument("--each", type=int, default=110, help="cases a kind of artifact in each row of corruption")
+    parser.add_argument("--each", type=int, default=60, help="cases a kind of artifact in each row of corruption")
     parser.add_argument("--share", type=float, default=1.0, help="of the other rows' cases")
     parser.add_argument("--rows", nargs="+", default=(), metavar="WORD", help="only rows whose name holds one of these")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

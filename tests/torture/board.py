@@ -54,7 +54,7 @@ def run(
     workshop, kinds, sound = prepare(root)
     makers = {
         **corruption.rows(kinds, sound, each),
-        **signed.rows(workshop, kinds, 5 * each),
+        **signed.rows(workshop, kinds, 15 * each),
         **hostile.rows(workshop, kinds, sound),
         **interruption.rows(workshop, root),
     }

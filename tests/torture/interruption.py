@@ -525,7 +525,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         for writer, replacing, out in layouts():
             calls, written = count(writer, out, replacing)
             codes = (errno.EIO, errno.ENOSPC, errno.EINTR)
-            cases += [_case(writer, shim.FAIL, at, codes[at % 3], replacing) for at in range(1, calls + 1)]
+            cases += [_case(writer, shim.FAIL, at, codes[at % 3], replacing) for at in _places(calls, replacing)]
             cases += [_case(writer, shim.SHORT, at, 0, replacing) for at in written if replacing]
         page = by_name("report")
         return cases, [_case(page, shim.FAIL, at, errno.EIO, True, fault=_deaf) for at in (3, 4)]
@@ -534,7 +534,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         cases = []
         for writer, replacing, out in layouts():
             calls = count(writer, out, replacing)[0]  # killed after a call is killed before the next one
-            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in range(1, calls + 1)]
+            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in _places(calls, replacing)]
             cases.append(_case(writer, shim.KILL_AFTER, calls, 0, replacing))
         page, build = by_name("report"), by_name("build FP32")
         last = count(build, root / "count" / "planted" / "out", True)[0]
@@ -545,7 +545,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         cases = []
         for writer, replacing, out in layouts():
             size = sum(count(writer, out, replacing)[1].values())
-            cases += [_case(writer, shim.FULL, 0, 0, replacing, room=size * i // 25) for i in range(25)]
+            cases += [_case(writer, shim.FULL, 0, 0, replacing, room=size * i // 20) for i in range(20)]
         page = by_name("report")
         return cases, [_case(page, shim.FULL, 0, 0, True, room=100, fault=fault) for fault in (_deaf, _in_place)]
 
@@ -553,7 +553,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         cases = []
         for writer, replacing, out in layouts():
             ops = record(writer, out, replacing)
-            cases += [_power(writer, ops, out, replacing, f"{writer.name} {i}") for i in range(100)]
+            cases += [_power(writer, ops, out, replacing, f"{writer.name} {i}") for i in range(300)]
         faults = []
         for name in ("report", "build FP32"):
             out = root / "unsynced" / name / "out"
@@ -562,6 +562,11 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         return cases, faults
 
     return {"n-th system call fails": fails, "killed at every call": kills, "disk full": fulls, "power lost": power}
+
+
+def _places(calls: int, replacing: bool) -> list[int]:
+    """Every call; where nothing stands, every third, and all of the last ones, which give the names."""
+    return [at for at in range(1, calls + 1) if replacing or at % 3 == 0 or at > calls - 12]
 
 
 def _any(cases: list[Case]) -> Case:
