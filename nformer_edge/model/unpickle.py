@@ -228,6 +228,8 @@ class Saved:
         return root
 
     def _keep(self, storage: _Storage, data: bytes) -> None:
+        if len(data) != storage.length * storage.dtype.itemsize:  # an entry may hold less than its list says
+            raise Unreadable("a storage that is cut short")
         numbers = torch.frombuffer(bytearray(data), dtype=storage.dtype) if data else torch.empty(0)
         self._tensors[storage.key] = numbers
 
