@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tokenize
 import typing
 import zipfile
 import zlib
@@ -27,7 +28,7 @@ _FORMAT = "nformer-edge-features-2"
 #: What numpy and zipfile raise for a damaged ``.npz``; RuntimeError is an encrypted one or an unknown compression.
 UNREADABLE = (
     *(ValueError, TypeError, KeyError, AttributeError, OSError, EOFError, RuntimeError, MemoryError, OverflowError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError),  # the last two: of NumPy's header
 )
 
 #: A row's largest number: the squares of what counts, and the sum of 10,000 such, stay in float32's range.
@@ -84,6 +85,8 @@ class Features(Result):
         rows = len(self.features)
         for name in ("pids", "camids"):
             labels = labels_of(name, getattr(self, name))
+            if labels.ndim != 1:
+                raise DataError(name, f"shape {labels.shape}", f"[{rows}]", "Pass one number an image.")
             object.__setattr__(self, name, labels if len(labels) else np.full(rows, UNKNOWN, np.int64))
         object.__setattr__(self, "paths", self.paths or ("",) * rows)
         for name in ("pids", "camids", "paths", "hashes", "ids"):

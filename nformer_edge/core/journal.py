@@ -1,7 +1,7 @@
 """What was measured or computed, kept line by line, so that an interrupted run goes on where it stopped.
 
-Each line is JSON: a key, which is a hash of everything that the value depends on, the value, its hash, and the seconds
-that it took. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for: the
+Each line is JSON: a key, which is a hash of everything that the value depends on, the value, a hash of both, and the
+seconds that it took. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for: the
 file may outlive the settings.
 """
 
@@ -46,7 +46,7 @@ class Journal:
         for line in lines:
             try:
                 entry = json.loads(line)
-                if entry["sha256"] == _sha256(entry["value"]):
+                if entry["sha256"] == _sha256([entry["key"], entry["value"]]):
                     self._known[entry["key"]] = entry["value"], float(entry["seconds"])
             except (ValueError, TypeError, KeyError):
                 continue
@@ -103,7 +103,7 @@ class Journal:
         if self._path is None:
             return
         value, seconds = self._known[key]
-        entry = {"key": key, "seconds": seconds, "sha256": _sha256(value), "value": value}
+        entry = {"key": key, "seconds": seconds, "sha256": _sha256([key, value]), "value": value}
         line = json.dumps(entry).encode() + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,8 @@ def _line_field(path: Path, rng: random.Random, rehash: bool) -> str:
     at = rng.randrange(len(lines))
     entry, what = edit(json.loads(lines[at]), rng)
     if rehash and isinstance(entry, dict) and "value" in entry:
-        entry["sha256"] = hashlib.sha256(json.dumps(entry["value"], sort_keys=True).encode()).hexdigest()
+        both = [entry.get("key"), entry["value"]]
+        entry["sha256"] = hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()
     lines[at] = json.dumps(entry)
     path.write_text("\n".join(lines) + "\n")
     return f"line {at}: {what}"

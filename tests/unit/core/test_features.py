@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,3 +236,19 @@ def test_features_of_the_same_checkpoint_in_another_precision_are_not_those_of_t
     assert not s.shares_model("checkpoint", precision="fp32")
     assert s.shares_model("engine", "checkpoint", "int8")
     assert replace(s, precision="").shares_model("bundle", "checkpoint", "fp32"), "an older store does not say"
+
+
+@pytest.mark.parametrize("pids", [np.array(-1), np.zeros((4, 2), int)])
+def test_labels_that_are_no_row_of_numbers_are_refused(pids: np.ndarray) -> None:
+    with pytest.raises(DataError, match="Pass one number an image"):
+        Features(np.ones((4, 3), np.float32), pids=pids)
+
+
+def test_a_store_whose_header_ends_in_the_middle_is_refused_by_name(tmp_path: Path) -> None:
+    save_features(tmp_path / "f.npz", {"query": Features(np.ones((4, 3), np.float32))})
+    out = tmp_path / "g.npz"
+    with zipfile.ZipFile(tmp_path / "f.npz") as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[:10] + b"{'descr': (" + b" " * 106 + b"\n")
+    with pytest.raises(ArtifactError, match="a feature store"):
+        load_features(out)

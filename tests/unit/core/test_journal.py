@@ -20,6 +20,14 @@ def test_an_array_is_computed_once_and_then_remembered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [[[2, 3], "no base64"], [[-1], "AAAA"], [[7], "AAAAAA=="], "text", None, [[2], 5]])
 def test_a_line_whose_hash_holds_and_that_is_no_array_is_computed_again(tmp_path: Path, value: object) -> None:
-    entry = {"key": _sha256("facts"), "seconds": 1.0, "sha256": _sha256(value), "value": value}
+    key = _sha256("facts")
+    entry = {"key": key, "seconds": 1.0, "sha256": _sha256([key, value]), "value": value}
     (tmp_path / "j").write_text(json.dumps(entry) + "\n")
+    np.testing.assert_array_equal(Journal(tmp_path / "j").recall_array("facts", lambda: ARRAY), ARRAY)
+
+
+def test_a_line_with_the_value_of_another_key_is_computed_again(tmp_path: Path) -> None:
+    Journal(tmp_path / "j").recall_array("others", lambda: ARRAY + 1)
+    line = json.loads((tmp_path / "j").read_text()) | {"key": _sha256("facts")}
+    (tmp_path / "j").write_text(json.dumps(line) + "\n")
     np.testing.assert_array_equal(Journal(tmp_path / "j").recall_array("facts", lambda: ARRAY), ARRAY)

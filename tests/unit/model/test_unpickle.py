@@ -177,6 +177,6 @@ def test_a_changed_byte_of_an_archive_is_noticed() -> None:
 def test_an_entry_that_holds_less_than_its_list_says_is_refused() -> None:
     data = bytearray(saved({"a": torch.full((64,), 7.0)}))
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))  # of the central directory
-    data[entry + 20 : entry + 24] = bytes(4)  # its compressed size
-    with pytest.raises(Unreadable, match="cut short|damaged"):
+    data[entry + 16 : entry + 24] = bytes(8)  # its checksum and its compressed size
+    with pytest.raises(Unreadable, match="cut short"):
         Saved(bytes(data))
