@@ -1,8 +1,8 @@
 """What was measured or computed, kept line by line, so that an interrupted run goes on where it stopped.
 
 Each line is JSON: a key, which is a hash of everything that the value depends on, the value, a hash of both, and the
-seconds that it took. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks for: the
-file may outlive the settings.
+seconds that it took. A line that a killed run left half-written is passed over, and so are lines whose key nobody asks
+for: the file may outlive the settings.
 """
 
 from __future__ import annotations
