@@ -249,6 +249,56 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_exit_code_3(run: Run, monk
     assert "Traceback" in run("summary", "--data", "anything", "--verbose").err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError(), 2, "no more memory"),
+        (RuntimeError("std::bad_alloc"), 2, "no more memory"),
+        (OSError(5, "Input/output error", "x.csv"), 2, "x.csv: got Input/output error"),
+        (OverflowError("too large"), 3, "OverflowError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_every_other_end_has_its_exit_code_and_one_line(
+    run: Run, monkeypatch, error: BaseException, code: int, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nformer_edge.data.readers.read_dataset", fail)
+    ran = run("summary", "--data", "anything")
+    assert (ran.code, ran.out, len(ran.err.strip().splitlines())) == (code, "", 1)
+    assert said in ran.err
+
+
+def test_damaged_images_that_are_looked_for_are_a_gate_that_fails(run: Run, tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 32))
+    for name in ("0001_c1s1_000001_00.png", "0001_c2s1_000001_00.png"):
+        image.save(tmp_path / name)
+    rows = "".join(f"{name},1,{name[6]},query\n" for name in sorted(p.name for p in tmp_path.iterdir()))
+    (tmp_path / "list.csv").write_text("path,pid,camid,split\n" + rows)
+    assert run("summary", "--data", tmp_path / "list.csv", "--check").code == 0
+    (tmp_path / "0001_c1s1_000001_00.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert run("summary", "--data", tmp_path / "list.csv", "--check").code == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("x" * 70_000 + ",1,1,query", "70010 characters"),
+        ('"' + "x" * 140_000 + '",1,1,query', "140012 characters"),
+        ("a\0b,1,1,query", "a zero byte"),
+        ("," * 70_000, "70000 characters"),
+    ],
+)
+def test_a_field_that_no_list_needs_is_refused_by_its_line(run: Run, tmp_path: Path, row: str, said: str) -> None:
+    (tmp_path / "list.csv").write_text(f"path,pid,camid,split\n{row}\n")
+    ran = run("summary", "--data", tmp_path / "list.csv", "--layout", "csv")
+    assert (ran.code, len(ran.err.strip().splitlines())) == (2, 1)
+    assert "line 2" in ran.err
+    assert said in ran.err
+
+
 def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
     ran = run("summary", "--data", tmp_path / "\x1b]0;owned\x07\x1b[31mred")
     assert ran.code == 2
