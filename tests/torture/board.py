@@ -41,9 +41,15 @@ def prepare(root: Path) -> tuple[Workshop, list[Kind], dict[str, Outcome]]:
 
 
 def run(
-    root: Path, each: int, share: float, only: tuple[str, ...], workers: int, kept: Path | None = None
+    root: Path,
+    each: int,
+    share: float,
+    only: tuple[str, ...],
+    kinds_of: tuple[str, ...],
+    workers: int,
+    kept: Path | None = None,
 ) -> list[Row]:
-    """Every row whose name holds one of `only`.
+    """Every row whose name holds one of `only`, and of its cases those whose kind holds one of `kinds_of`.
 
     Args:
         each: cases a kind of artifact in each row of corruption.
@@ -65,6 +71,7 @@ def run(
         done = [row for row in known if row.name == name]
         if not done and (not only or any(word in name for word in only)):
             cases, faults = make()
+            cases = [c for c in cases if not kinds_of or any(word in c.kind for word in kinds_of)]
             if name not in (*corruption.CHANGES, signed.ROW):
                 step = 1 / share
                 cases = [cases[int(i * step)] for i in range(round(len(cases) * share))]

@@ -404,12 +404,20 @@ class Disk:
         shutil.rmtree(out, ignore_errors=True)
         self._lay(0, out, names, rng)
 
-    def _lay(self, node: int, path: Path, names: dict[int, dict[str, int]], rng: random.Random) -> None:
+    def lay_all(self, out: Path) -> None:
+        """Writes into `out` what is there now, synced or not."""
+        shutil.rmtree(out)
+        self._lay(0, out, self.now, None)
+
+    def _lay(self, node: int, path: Path, names: dict[int, dict[str, int]], rng: random.Random | None) -> None:
         inode = self.nodes[node]
         if inode.folder:
             path.mkdir(parents=True)
             for name, child in names[node].items():
                 self._lay(child, path / name, names, rng)
+            return
+        if rng is None:
+            path.write_bytes(_written(inode.data, inode.waiting))
             return
         how, chosen = rng.choice(("none", "all", "some", "torn")), []
         for offset, data in inode.waiting:
@@ -463,6 +471,23 @@ def _power(writer: Writer, ops: list[Any], recorded: Path, replacing: bool, seed
             if found not in (OLD if replacing else NONE, NEW):
                 return f"after {at} of {len(ops)} calls, {'replacing' if replacing else 'fresh'}: {found}", "lost"
         return None, found
+
+    return Case(writer.name, run)
+
+
+def _stopped(writer: Writer, ops: list[Any], recorded: Path, replacing: bool, at: int) -> Case:
+    """The files as they are after `at` calls: what a kill leaves, on a system that goes on."""
+
+    def run(place: Path) -> tuple[str | None, str]:
+        out = place / "out"
+        writer.lay(out, replacing)
+        disk = Disk(out)
+        disk.root = str(recorded)
+        for op in ops[:at]:
+            disk.apply(op)
+        disk.lay_all(out)
+        found = judge(writer, out, Outcome(KILLED), replacing, killed=True)
+        return found and f"after {at} of {len(ops)} calls, {'replacing' if replacing else 'fresh'}: {found}", KILLED
 
     return Case(writer.name, run)
 
@@ -531,11 +556,15 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         return cases, [_case(page, shim.FAIL, at, errno.EIO, True, fault=_deaf) for at in (3, 4)]
 
     def kills() -> Made:
+        """The states that a kill leaves, each replayed from the calls of one run; and kills at a third of the calls."""
         cases = []
         for writer, replacing, out in layouts():
             calls = count(writer, out, replacing)[0]  # killed after a call is killed before the next one
-            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in _places(calls, replacing)]
+            places = [at for at in _places(calls, False) if replacing or at > calls - 12]
+            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in places]
             cases.append(_case(writer, shim.KILL_AFTER, calls, 0, replacing))
+            ops = record(writer, out, replacing)
+            cases += [_stopped(writer, ops, out, replacing, at) for at in range(1, len(ops))]
         page, build = by_name("report"), by_name("build FP32")
         last = count(build, root / "count" / "planted" / "out", True)[0]
         middle = [_case(build, shim.KILL_BEFORE, at, 0, True, fault=_in_place) for at in range(1, last + 8)]
