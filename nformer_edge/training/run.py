@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nformer_edge.core.artifact import (
-    atomic_write,
-    put_together,
-    read_json,
-    recover,
-    require_new_file,
-    sha256_file,
-)
+from nformer_edge.core.artifact import atomic_write, put_together, read_json, recover, require_new_file, sha256_file
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.training.compute import Compute
