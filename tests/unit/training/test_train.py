@@ -121,7 +121,7 @@ def test_an_interrupted_run_leaves_what_stood_there(
 
     monkeypatch.setattr(stages, "train_head", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(dataset, out, tiny(backbone=replace(tiny().backbone, epochs=1)))
+        train(dataset, out, tiny(backbone=replace(tiny().backbone, epochs=1)), force=True)
     assert out.read_bytes() == b"yesterday's"
     work = tmp_path / "m.unfinished"
     beside = ("backbone.safetensors", "backbone.best.safetensors", "training.csv")
