@@ -5,7 +5,7 @@ scores, and what every layer saw. A new image enters some lists, a removed one l
 reaches is computed anew, layer by layer, and nothing else. An `exact` query is an image that is added, asked and taken
 back; a quick one moves nothing but its closest neighbors.
 
-What the landmarks give (the gated head's center and gauge, the published head's agents) is taken when they are drawn,
+What the landmarks give (the gated head's center, the published head's agents) is taken when they are drawn,
 and stays the gallery's own until `rebuild`. Needs numpy and the native kernels alone.
 
 Letters: N images, B new ones or queries, D features, K names in a list, P rows.

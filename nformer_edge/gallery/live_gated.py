@@ -11,9 +11,6 @@ from nformer_edge.gallery.live import BLOCK, STILL, LiveHead, scaled, unit
 from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
 
-_TOP, _NEAR, _FAR = (GATED_RANKS.index(rank) for rank in (16, 32, 128))
-_FALL = (np.log(32) - np.log(np.array(GATED_RANKS))) / np.log(128 / 32)
-
 #: Places of a list whose scores a profile takes: its head stands in where a small set has no more.
 _PLACES = np.array((0, *GATED_RANKS))
 
@@ -26,11 +23,11 @@ class GatedLive(LiveHead):
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         row, ranks = (self.spec.features,), len(GATED_RANKS)
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {"moments": ((2 * ranks + 1,), np.float32)}
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {"length": ((), np.float32)}
         for layer in range(self.spec.layers):
             shapes |= {f"profile{layer}": ((ranks,), np.float32), f"t{layer}": ((), np.float32)}
             shapes |= {f"x{layer}": (row, np.float32)} if layer else {}
-        return {**super()._shapes(), **shapes, "length": ((), np.float32), "crowd": ((), np.float32)}
+        return {**super()._shapes(), **shapes}
 
     def _entered(self, features: np.ndarray) -> np.ndarray:
         x, power = scaled(features, self.spec), self.numbers["map.power"]
@@ -47,21 +44,12 @@ class GatedLive(LiveHead):
     def _draw(self, entered: np.ndarray, drawn: np.ndarray) -> None:
         self._landmarks["center"] = entered[drawn[0]].mean(axis=0)
 
-    def _draw_lists(self, drawn: np.ndarray) -> None:
-        scores = _profile(self._rows["scores"][drawn[0]][:, _PLACES])
-        spread = np.maximum((scores[:, _TOP] - scores[:, _FAR]).mean(), np.float32(1e-3))
-        excess = _excess(scores, spread)
-        self._landmarks |= {"spread": spread, "mean": excess.mean(axis=0), "deviation": excess.std(axis=0)}
-
     def _spread(self, size: int, moved: np.ndarray) -> None:
         names = self._rows["names"][:size]
         near, places = np.ascontiguousarray(names[:, : self.spec.k + 1]), names[:, _PLACES]
         rows = np.flatnonzero(moved)
         scores = _profile(self._rows["scores"][rows][:, _PLACES])
         self._put("profile0", rows, scores, size)
-        self._put("moments", rows, self._moments(scores), size)
-        rows = np.flatnonzero(moved | moved[near].any(axis=1))  # -1 reads the last row: one more to compute
-        mixed = self._put("crowd", rows, self._crowd(rows, near), size, STILL)
         x, differs, profiles = self._rows["unit"][:size], np.zeros(size, bool), moved
         for layer in range(self.spec.layers):
             if layer:
@@ -69,23 +57,22 @@ class GatedLive(LiveHead):
                 rows = np.flatnonzero(profiles)
                 scores = native.pair_scores(x[rows][None], x[None], np.ascontiguousarray(places[rows])[None])[0]
                 self._put(f"profile{layer}", rows, _profile(scores.astype(np.float32)), size)
-            rows = np.flatnonzero(profiles | mixed)
-            t = self._thresholds(layer, self._rows[f"profile{layer}"][rows], self._rows["crowd"][rows])
+            rows = np.flatnonzero(profiles)
+            t = self._thresholds(layer, self._rows[f"profile{layer}"][rows])
             seen = differs | self._put(f"t{layer}", rows, t, size, STILL)
-            rows = np.flatnonzero(moved | mixed | seen | seen[near].any(axis=1))
+            rows = np.flatnonzero(moved | seen | seen[near].any(axis=1))  # -1 reads the last row: one more to compute
             differs = np.zeros(size, bool)
             for part in row_blocks(len(rows), BLOCK):
                 differs |= self._pass(layer, x, rows[part], near)
 
     def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
         """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
-        t, crowd = self._rows[f"t{layer}"][None, : len(x)], self._rows["crowd"][rows]
-        one = x[None]
+        t, one = self._rows[f"t{layer}"][None, : len(x)], x[None]
         y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
-        new = self._joined(layer, x[rows], y, crowd)
+        new = self._joined(layer, x[rows], y)
         if layer + 1 < self.spec.layers:
             return self._put(f"x{layer + 1}", rows, new, len(x), STILL)
-        return self._put("out", rows, self._output(new, self._rows["unit"][rows], crowd), len(x))
+        return self._put("out", rows, self._output(new, self._rows["unit"][rows]), len(x))
 
     def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         size, x = len(self), asked["unit"]
@@ -98,26 +85,25 @@ class GatedLive(LiveHead):
         near = lists[:, : self.spec.k]
         counts, places = near >= 0, np.ascontiguousarray(lists[:, _PLACES_BUT_ITSELF])
         profile = _profile(scores[:, _PLACES_BUT_ITSELF])
-        crowd = self._judge(profile, 0.5 * (self._rows["moments"][near] * counts[:, :, None]).sum(axis=1))
         query, place = np.nonzero(counts & (scores[:, : self.spec.k] > self._rows["scores"][near, self.spec.k]))
         image = near[query, place]  # gallery rows that hold the query for a neighbor, as it holds them
-        rows, theirs = self._rows["unit"][near], self._rows["crowd"][image]  # [B, k, D], as each query changes them
+        rows = self._rows["unit"][near]  # [B, k, D], as each query changes them
         for layer in range(self.spec.layers):
             before = self._rows[f"x{layer}" if layer else "unit"][:size]
             if layer:
                 profile = _profile(native.pair_scores(x[None], before[None], places[None], threads=1)[0])
-            t = self._thresholds(layer, profile, crowd)
+            t = self._thresholds(layer, profile)
             weights = self._weights(layer, x, rows, t, near, counts)
             y = np.einsum("bk,bkd->bd", weights, rows)
             pulled = self._sums(layer, image, before) + weights[query, place, None] * x[query]
-            joined = self._joined(layer, rows[query, place], pulled, theirs)
+            joined = self._joined(layer, rows[query, place], pulled)
             if layer + 1 < self.spec.layers:
                 rows = self._rows[f"x{layer + 1}"][near]
                 rows[query, place] = joined
-            x = self._joined(layer, x, y, crowd)
-        x = self._output(x, asked["unit"], crowd)
+            x = self._joined(layer, x, y)
+        x = self._output(x, asked["unit"])
         found = x @ self._rows["out"][:size].T
-        moved = self._output(joined, self._rows["unit"][image], theirs)
+        moved = self._output(joined, self._rows["unit"][image])
         found[query, image] = np.einsum("pd,pd->p", moved, x[query])
         return found
 
@@ -136,45 +122,18 @@ class GatedLive(LiveHead):
 
     # The head's numbers.
 
-    def _moments(self, scores: np.ndarray) -> np.ndarray:  # [P, RANKS] -> [P, 2 RANKS + 1]
-        x = _excess(scores, self._landmarks["spread"]) - self._landmarks["mean"]
-        return np.hstack([x, x * x, np.ones_like(x[:, :1])])
-
-    def _crowd(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:  # [P] -> [P]
-        """What the gauge says."""
-        scores, moments = self._rows["profile0"][None, : len(near)], self._rows["moments"][None, : len(near)]
-        even = np.zeros((1, len(near)), np.float32)  # with a scale of 0 every neighbor weighs the same
-        sums = native.reciprocal_neighbor_attention(scores, scores, moments, near[None], 0.0, even, rows=rows)[0]
-        return self._judge(scores[0, rows], sums)
-
-    def _judge(self, scores: np.ndarray, sums: np.ndarray) -> np.ndarray:  # [P, RANKS], [P, 2 RANKS + 1] -> [P]
-        whole, ranks = self._landmarks, len(GATED_RANKS)
-        means = sums[:, :-1] / np.maximum(sums[:, -1:], 0.5)
-        mean, square = means[:, :ranks], means[:, ranks:]
-        deviation = np.sqrt(np.maximum(square - mean * mean, 0) + 1e-6)
-        around = np.broadcast_to(np.concatenate([whole["mean"], whole["deviation"]]), (len(scores), 2 * ranks))
-        seen = np.hstack([_excess(scores, whole["spread"]) / 3, mean + whole["mean"], deviation, around])
-        hidden = np.tanh(seen.astype(np.float32) @ self.numbers["gauge.hidden.w"] + self.numbers["gauge.hidden.b"])
-        return _sigmoid(hidden @ self.numbers["gauge.out.w"] + self.numbers["gauge.out.b"])[:, 0].astype(np.float32)
-
-    def _thresholds(self, layer: int, scores: np.ndarray, crowd: np.ndarray) -> np.ndarray:  # [P, RANKS], [P] -> [P]
-        both = scores @ self.numbers[f"h.{layer}.profile"].T + self.numbers[f"h.{layer}.offset"]
-        return _mixed(both, crowd).astype(np.float32)
+    def _thresholds(self, layer: int, scores: np.ndarray) -> np.ndarray:  # [P, RANKS] -> [P]
+        t = scores @ self.numbers[f"h.{layer}.profile"] + self.numbers[f"h.{layer}.offset"]
+        return t.astype(np.float32)
 
     def _slope(self, layer: int) -> float:
         return math.exp(self.numbers[f"h.{layer}.log_slope"])
 
-    def _joined(self, layer: int, x: np.ndarray, y: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-        return unit(x + np.exp(_mixed(self.numbers[f"h.{layer}.log_strength"], crowd))[:, None] * y)
+    def _joined(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return unit(x + np.exp(self.numbers[f"h.{layer}.log_strength"]) * y)
 
-    def _output(self, x: np.ndarray, own: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-        return unit(x + _mixed(self.numbers["own"], crowd)[:, None] * own)
-
-
-def _mixed(numbers: np.ndarray, crowd: np.ndarray) -> np.ndarray:  # [2] or [P, 2], [P] -> [P]
-    few, many = numbers[..., 0], numbers[..., 1]
-    mixed: np.ndarray = few + crowd * (many - few)
-    return mixed
+    def _output(self, x: np.ndarray, own: np.ndarray) -> np.ndarray:
+        return unit(x + self.numbers["own"] * own)
 
 
 def _profile(scores: np.ndarray) -> np.ndarray:  # [P, 1 + RANKS] -> [P, RANKS]
@@ -185,11 +144,6 @@ def _profile(scores: np.ndarray) -> np.ndarray:  # [P, 1 + RANKS] -> [P, RANKS]
     last = np.take_along_axis(scores, there.sum(axis=1)[:, None], axis=1)
     drop = GATED_MISSING * np.cumsum(~there, axis=1)
     return np.where(there, scores[:, 1:], last - drop).astype(np.float32)
-
-
-def _excess(scores: np.ndarray, spread: float | np.ndarray) -> np.ndarray:  # [P, RANKS] -> [P, RANKS]
-    near, far = scores[:, _NEAR, None], scores[:, _FAR, None]
-    return ((scores - (near + (near - far) * _FALL)) / spread).astype(np.float32)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -3,9 +3,8 @@
 The published head gives every image its k neighbors, whoever they are; where a person has one image in the gallery,
 all twenty are strangers. Here image i has a threshold t_i, read from the scores along its own list (its profile), and a
 neighbor j weighs ``sigmoid(slope * (s_ij - (t_i + t_j) / 2))``: hardly anything where nobody stands out. The mean of
-both thresholds is what adaptive score normalization subtracts (Matejka et al., Interspeech 2017). How much the gates
-let through follows from the set itself (`Gauge`). `docs/operators.md` has the operator, `docs/training.md` how gates
-are learnt.
+both thresholds is what adaptive score normalization subtracts (Matejka et al., Interspeech 2017). `docs/operators.md`
+has the operator, `docs/training.md` how gates are learnt.
 
 Letters: N images seen together, D features, K listed neighbors, l landmarks.
 """
@@ -16,7 +15,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +32,6 @@ RANKS, LISTED, MISSING = GATED_RANKS, GATED_LIST, GATED_MISSING
 
 #: The gates that a new head starts with, and how they were learnt.
 GATES = Path(__file__).with_name("gates.json")
-
-#: Of `RANKS`: where strangers begin, where the profile ends, and what lies between them.
-_TOP, _NEAR, _FAR = RANKS.index(16), RANKS.index(32), RANKS.index(128)
-
-#: By how much the line through `_NEAR` and `_FAR`, straight over the logarithm of the rank, is above `_NEAR`.
-_FALL = (math.log(RANKS[_NEAR]) - torch.tensor(RANKS).log()) / math.log(RANKS[_FAR] / RANKS[_NEAR])
 
 
 class Map(nn.Module):
@@ -64,109 +56,24 @@ class Map(nn.Module):
         return x.sign() * x.abs().pow(self.power)
 
 
-class Whole(NamedTuple):
-    """What the gauge keeps of a whole set, from the profiles of its landmarks.
-
-    Args:
-        spread: [], the unit of excess: how far scores fall from rank 16 to rank 128.
-        mean, deviation: [RANKS] each, of the landmarks' excess.
-    """
-
-    spread: Tensor
-    mean: Tensor
-    deviation: Tensor
-
-
-class Gauge(nn.Module):
-    """How many images of its person stand around each image, from 0 (few) to 1 (many).
-
-    Strangers' scores fall by the logarithm of their rank; what a profile has above that line is its excess. One image's
-    is noisy; those of the neighbors and of the whole set together tell the composition without labels, also where
-    people with one image stand beside dense groups that nobody asks for.
-    """
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.k = k
-        self.hidden = Projection(5 * len(RANKS), 16)
-        self.out = Projection(16, 1)
-
-    def forward(
-        self,
-        scores: Tensor,  # [N, RANKS], profiles
-        neighbors: Tensor,  # int32 [1, N, LISTED]
-        whole: Whole,
-    ) -> Tensor:  # [N]
-        excess = _excess(scores, whole.spread)
-        values = _moments(excess - whole.mean)[None]
-        same = excess[None]  # a scale of 0 gives every neighbor in the list the same weight
-        sums = operators().reciprocal_neighbor_attention(
-            same, same, values, neighbors[:, :, : self.k + 1], 0.0, torch.zeros_like(excess[:, 0])[None]
-        )[0]
-        return self.judge(excess, sums, whole)
-
-    def around(
-        self,
-        scores: Tensor,  # [B, RANKS], profiles
-        theirs: Tensor,  # [B, k, RANKS], their neighbors' profiles
-        counts: Tensor,  # bool [B, k]
-        whole: Whole,
-    ) -> Tensor:  # [B]
-        """As `forward`, where the neighbors' profiles are at hand."""
-        values = _moments(_excess(theirs.flatten(0, 1), whole.spread) - whole.mean).reshape(*counts.shape, -1)
-        sums = 0.5 * (values * counts[:, :, None]).sum(dim=1)
-        return self.judge(_excess(scores, whole.spread), sums, whole)
-
-    def whole(self, scores: Tensor) -> Whole:  # [l, RANKS], the landmarks' profiles
-        """Of a set."""
-        spread = (scores[:, _TOP] - scores[:, _FAR]).mean().clamp_min(1e-3)
-        excess = _excess(scores, spread)
-        mean = excess.mean(dim=0)
-        return Whole(spread, mean, (excess - mean).square().mean(dim=0).sqrt())
-
-    def judge(self, excess: Tensor, sums: Tensor, whole: Whole) -> Tensor:  # [N, RANKS], [N, 2 RANKS + 1] -> [N]
-        """From the images' own excess, and the sums of their neighbors' `_moments` about the whole's mean."""
-        means = sums[:, :-1] / sums[:, -1:].clamp_min(0.5)
-        mean, square = means.chunk(2, dim=1)
-        deviation = (square - mean.square()).clamp_min(0).add(1e-6).sqrt()
-        around = torch.cat([whole.mean, whole.deviation]).expand(excess.shape[0], -1)
-        seen = torch.cat([excess / 3, mean + whole.mean, deviation, around], dim=1)
-        found: Tensor = self.out(torch.tanh(self.hidden(seen)))[:, 0].sigmoid()
-        return found
-
-
-def _moments(x: Tensor) -> Tensor:  # [N, RANKS] -> [N, 2 RANKS + 1]
-    return torch.cat([x, x.square(), torch.ones_like(x[:, :1])], dim=1)
-
-
-def _excess(scores: Tensor, spread: Tensor) -> Tensor:  # [N, RANKS] -> [N, RANKS]
-    near, far = scores[:, _NEAR, None], scores[:, _FAR, None]
-    return (scores - (near + (near - far) * _FALL.to(scores))) / spread
-
-
 class Gate(nn.Module):
-    """One layer: ``unit(x_i + strength_i * sum_j w_ij x_j)``.
-
-    All numbers but the slope are learnt twice, for images of people with one image and with many; the gauge says how
-    they are mixed.
-    """
+    """One layer: ``unit(x_i + strength * sum_j w_ij x_j)``."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
-        self.profile = nn.Parameter(torch.zeros(2, len(RANKS)))
-        self.offset = nn.Parameter(torch.zeros(2))
+        self.profile = nn.Parameter(torch.zeros(len(RANKS)))
+        self.offset = nn.Parameter(torch.zeros(()))
         self.log_slope = nn.Parameter(torch.tensor(math.log(20.0)))
-        self.log_strength = nn.Parameter(torch.zeros(2))
+        self.log_strength = nn.Parameter(torch.zeros(()))
 
     def forward(
         self,
         x: Tensor,  # [N, D], unit rows
         scores: Tensor,  # [N, RANKS], its profiles
         neighbors: Tensor,  # int32 [1, N, LISTED]
-        crowd: Tensor,  # [N], what the gauge says
     ) -> Tensor:  # [N, D], unit rows
-        return self.joined(x, self.sums(x, self.thresholds(scores, crowd), neighbors), crowd)
+        return self.joined(x, self.sums(x, self.thresholds(scores), neighbors))
 
     def sums(self, x: Tensor, thresholds: Tensor, neighbors: Tensor) -> Tensor:  # [N, D], [N], [1, N, LISTED] -> [N, D]
         """What the neighbors give each row."""
@@ -177,18 +84,13 @@ class Gate(nn.Module):
         )[0]
         return found
 
-    def thresholds(self, scores: Tensor, crowd: Tensor) -> Tensor:  # [N, RANKS], [N] -> [N]
+    def thresholds(self, scores: Tensor) -> Tensor:  # [N, RANKS] -> [N]
         """t, in the unit of the scores."""
-        return _mixed(scores @ self.profile.T + self.offset, crowd)
+        return scores @ self.profile + self.offset
 
-    def joined(self, x: Tensor, y: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:  # [N, D], [N, D] -> [N, D]
         """Rows and what their neighbors add."""
-        return unit(x + _mixed(self.log_strength, crowd).exp()[:, None] * y)
-
-
-def _mixed(numbers: Tensor, crowd: Tensor) -> Tensor:  # [2] or [N, 2], [N] -> [N]
-    few, many = numbers[..., 0], numbers[..., 1]
-    return few + crowd * (many - few)
+        return unit(x + self.log_strength.exp() * y)
 
 
 def profile(
@@ -221,8 +123,7 @@ class GatedHead(nn.Module):
         self.spec = spec
         self.map = Map(spec.features)
         self.h: Sequence[Gate] = nn.ModuleList(Gate(spec.k) for _ in range(spec.layers))  # type: ignore[assignment]
-        self.gauge = Gauge(spec.k)
-        self.own = nn.Parameter(torch.zeros(2))
+        self.own = nn.Parameter(torch.zeros(()))
 
     def forward(
         self,
@@ -240,34 +141,28 @@ class GatedHead(nn.Module):
             check_finite("features", features)
             if features.shape[0] == 0:
                 return features
-        return self.relate(self.mapped(features, landmarks), landmarks)
+        return self.relate(self.mapped(features, landmarks))
 
-    def relate(
-        self,
-        own: Tensor,  # [N, D], as `mapped` gives them
-        landmarks: Tensor,  # int32 [layers, l]
-    ) -> Tensor:  # [N, D]
+    def relate(self, own: Tensor) -> Tensor:  # [N, D], as `mapped` gives them -> [N, D]
         """What follows the map."""
         neighbors = operators().row_top_k(own[None], own[None], LISTED)
-        scores = profile(own, neighbors[0])
-        return self.through(own, scores, neighbors, self.gauge.whole(scores.index_select(0, landmarks[0])))
+        return self.through(own, profile(own, neighbors[0]), neighbors)
 
     def through(
         self,
         own: Tensor,  # [N, D]
         scores: Tensor,  # [N, RANKS], its profiles
         neighbors: Tensor,  # int32 [1, N, LISTED]
-        whole: Whole,
     ) -> Tensor:  # [N, D]
-        """The layers, where lists and the whole are known."""
-        x, crowd = own, self.gauge(scores, neighbors, whole)
+        """The layers, where lists are known."""
+        x = own
         for layer, gate in enumerate(self.h):
-            x = gate(x, profile(x, neighbors[0]) if layer else scores, neighbors, crowd)
-        return self.output(x, own, crowd)
+            x = gate(x, profile(x, neighbors[0]) if layer else scores, neighbors)
+        return self.output(x, own)
 
-    def output(self, x: Tensor, own: Tensor, crowd: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
+    def output(self, x: Tensor, own: Tensor) -> Tensor:  # [N, D], [N, D] -> [N, D]
         """The last layer's rows, with a share of what went into the first."""
-        return x + _mixed(self.own, crowd)[:, None] * own
+        return x + self.own * own
 
     def mapped(self, features: Tensor, landmarks: Tensor) -> Tensor:
         """What is compared: unit rows [N, D]. The center is the mean of the first layer's landmarks."""
@@ -318,6 +213,6 @@ def start_as_gates(
     if head.spec.layers > len(learnt["layers"]):
         hint = "Lower layers, or start at random."
         raise UsageError("layers", head.spec.layers, f"at most {len(learnt['layers'])} under the gated rule", hint)
-    for part, numbers in zip([head.gauge, *head.h], [learnt["gauge"], *learnt["layers"]], strict=False):
+    for part, numbers in zip(head.h, learnt["layers"], strict=False):
         part.load_state_dict({name: torch.tensor(value) for name, value in numbers.items()})
     head.own.copy_(torch.tensor(learnt["own"]))

@@ -148,7 +148,7 @@ class GalleryPass:
 
 
 class GatedPass:
-    """As `GalleryPass`, for the gated head. Center and gauge are the gallery's own.
+    """As `GalleryPass`, for the gated head. The center is the gallery's own.
 
     A query enters some hundred lists, and through thresholds and layers nearly every row changes a little: `ask` runs
     the layers over the whole set and chooses only the lists anew that the query enters. `ask_nearby` moves the query
@@ -163,8 +163,6 @@ class GatedPass:
         self.lists = operators().row_top_k(self.own[None], self.own[None], LISTED)[0]
         self.last = _last_scores(self.own[None], self.own[None], self.lists[None].long())[0]
         self.scores = profile(self.own, self.lists)
-        self.whole = head.gauge.whole(self.scores.index_select(0, landmarks[0]))
-        self.crowd = head.gauge(self.scores, self.lists[None], self.whole)
         nearest = self.lists[None, :, : head.spec.k + 1]
         self.outside = _last_scores(self.own[None], self.own[None], nearest.long())[0]
         self.layers = [self.own]
@@ -172,10 +170,10 @@ class GatedPass:
         self.sums: list[Tensor] = []
         for layer, gate in enumerate(head.h):
             x = self.layers[-1]
-            self.thresholds.append(gate.thresholds(profile(x, self.lists) if layer else self.scores, self.crowd))
+            self.thresholds.append(gate.thresholds(profile(x, self.lists) if layer else self.scores))
             self.sums.append(gate.sums(x, self.thresholds[-1], self.lists[None]))
-            self.layers.append(gate.joined(x, self.sums[-1], self.crowd))
-        self.embeddings: Tensor = head.output(self.layers[-1], self.own, self.crowd)
+            self.layers.append(gate.joined(x, self.sums[-1]))
+        self.embeddings: Tensor = head.output(self.layers[-1], self.own)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -190,7 +188,7 @@ class GatedPass:
         if entered.any():
             lists[:size][entered] = operators().row_top_k(self.own[entered][None], both[None], LISTED)[0]
         image = torch.arange(size + 1, device=query.device).roll(1)
-        x = self.head.through(both, profile(both, lists), lists[None], self.whole)
+        x = self.head.through(both, profile(both, lists), lists[None])
         return Changed(torch.zeros_like(image), image, x[image])
 
     def ask_nearby(self, queries: Tensor) -> Changed:
@@ -204,25 +202,24 @@ class GatedPass:
         near = chosen[:, : self.head.spec.k].long()
         counts, near = near >= 0, near.clamp_min(0)
         own = profile(x, lists, self.own)
-        crowd, theirs = self.head.gauge.around(own, self.scores[near], counts, self.whole), self.crowd[near]
         rows = self.own[near]  # [B, k, D], as this query changes them
         query, place = (counts & ((mine[:, None] * rows).sum(dim=2) > self.outside[near])).nonzero(as_tuple=True)
         image = near[query, place]
         for layer, (gate, before, thresholds) in enumerate(
             zip(self.head.h, self.layers, self.thresholds, strict=False)
         ):
-            t = gate.thresholds(profile(x, lists, before) if layer else own, crowd)[:, None]
+            t = gate.thresholds(profile(x, lists, before) if layer else own)[:, None]
             scores = (x[:, None] * rows).sum(dim=2)
             weights = (gate.log_slope.exp() * (scores - (t + thresholds[near]) / 2)).sigmoid() * counts
             y = (weights[:, :, None] * rows).sum(dim=1)
             pulled = self.sums[layer][image] + weights[query, place, None] * x[query]
-            joined = gate.joined(rows[query, place], pulled, theirs[query, place])
+            joined = gate.joined(rows[query, place], pulled)
             rows = self.layers[layer + 1][near]
             rows[query, place] = joined
-            x = gate.joined(x, y, crowd)
+            x = gate.joined(x, y)
         index = torch.arange(len(x), device=x.device)
-        out = self.head.output(x, mine, crowd)
-        moved = self.head.output(rows[query, place], self.own[image], self.crowd[image])
+        out = self.head.output(x, mine)
+        moved = self.head.output(rows[query, place], self.own[image])
         return Changed(
             torch.cat([index, query]), torch.cat([torch.full_like(index, len(self)), image]), torch.cat([out, moved])
         )

@@ -75,11 +75,21 @@ def ranking_loss(
     Gallery images of the query's person and camera are left out. A query without a match counts nothing.
     """
     asked = torch.from_numpy(rng.permutation(queries)[:QUERIES])
-    score = unit(x[asked]) @ unit(x[queries:]).T
-    same = labels[asked][:, None] == labels[None, queries:]
-    left_out = same & (cameras[asked][:, None] == cameras[None, queries:]) & (cameras[asked][:, None] >= 0)
+    scores = unit(x[asked]) @ unit(x[queries:]).T
+    return loss_of_scores(scores, (labels[asked], cameras[asked]), (labels[queries:], cameras[queries:]), rng)
+
+
+def loss_of_scores(
+    scores: Tensor,  # [Q, G], cosines
+    query: tuple[Tensor, Tensor],  # int64 [Q], people and cameras
+    gallery: tuple[Tensor, Tensor],  # int64 [G]
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor]:
+    """`ranking_loss`, from scores."""
+    same = query[0][:, None] == gallery[0][None]
+    left_out = same & (query[1][:, None] == gallery[1][None]) & (query[1][:, None] >= 0)
     losses, first = [], []
-    for row, mine, hidden in zip(score, same & ~left_out, left_out, strict=True):
+    for row, mine, hidden in zip(scores, same & ~left_out, left_out, strict=True):
         matches = mine.nonzero()[:, 0]
         if not len(matches):
             continue
@@ -90,5 +100,5 @@ def ranking_loss(
         losses.append(1 - (among / place).mean())
         first.append(mine[row.detach().masked_fill(hidden, -torch.inf).argmax()].float())
     if not losses:
-        return x.sum() * 0, x.new_zeros(())
+        return scores.sum() * 0, scores.new_zeros(())
     return torch.stack(losses).mean(), torch.stack(first).mean()

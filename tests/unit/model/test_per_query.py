@@ -200,10 +200,10 @@ def test_a_query_alone_equals_a_whole_pass_of_the_gated_head(people: int, shots:
         own = head.map(scaled(rows, head.spec))
         own = unit(own - own[:-1].index_select(0, landmarks[0]).mean(dim=0))
         lists = operators().row_top_k(own[None], own[None], LISTED)
-        x, mixed = own, head.gauge(profile(own, lists[0]), lists, passed.whole)
+        x = own
         for gate in head.h:
-            x = gate(x, profile(x, lists[0]), lists, mixed)
-        exact = head.output(x, own, mixed)
+            x = gate(x, profile(x, lists[0]), lists)
+        exact = head.output(x, own)
         answer = passed.ask(query[None])
         assert torch.allclose(answer.x, exact[answer.image], atol=1e-12)
         nearby = passed.ask_nearby(query[None]).x[:1]
@@ -231,34 +231,20 @@ def _nearby_by_hand(head: GatedHead, passed: GatedPass, query: Tensor) -> float:
     ranked = lists[-1]
     near = [int(j) for j in ranked[: k + 1] if j != size]
     holds = [j for j in near if size in lists[j, : k + 1]]
-    scores = (both[ranked[list(RANKS)]] @ own[0])[None]
-    crowds = head.gauge.around(scores, passed.scores[near][None], torch.ones(1, len(near)) > 0, passed.whole)
     rows, alone, moved = passed.own.clone(), passed.own, own
     for gate, thresholds in zip(head.h, passed.thresholds, strict=False):
-        t = gate.thresholds((torch.cat([alone, moved])[ranked[list(RANKS)]] @ moved[0])[None], crowds)
+        t = gate.thresholds((torch.cat([alone, moved])[ranked[list(RANKS)]] @ moved[0])[None])
         weights = torch.sigmoid(gate.log_slope.exp() * (rows[near] @ moved[0] - (t + thresholds[near]) / 2))
         sums = gate.sums(alone, thresholds, passed.lists[None])
-        alone = gate.joined(alone, sums, passed.crowd)
+        alone = gate.joined(alone, sums)
         after = alone.clone()
         for j, weight in zip(near, weights, strict=True):
             if j in holds:
-                after[j] = gate.joined(rows[j : j + 1], sums[j : j + 1] + weight * moved, passed.crowd[j : j + 1])[0]
-        moved, rows = gate.joined(moved, (weights[:, None] * rows[near]).sum(dim=0)[None], crowds), after
+                after[j] = gate.joined(rows[j : j + 1], sums[j : j + 1] + weight * moved)[0]
+        moved, rows = gate.joined(moved, (weights[:, None] * rows[near]).sum(dim=0)[None]), after
     answer = passed.ask_nearby(query)
     assert sorted(answer.image[1:].tolist()) == sorted(holds)
-    assert torch.allclose(answer.x[:1], head.output(moved, own, crowds), atol=1e-12)
-    expected = head.output(rows, passed.own, passed.crowd)[answer.image[1:]]
+    assert torch.allclose(answer.x[:1], head.output(moved, own), atol=1e-12)
+    expected = head.output(rows, passed.own)[answer.image[1:]]
     assert torch.allclose(answer.x[1:], expected, atol=1e-12)
     return len(holds) / len(near)
-
-
-@torch.no_grad()
-def test_the_gauge_says_the_same_from_lists_and_from_profiles_at_hand() -> None:
-    head, gallery = _gated(), crowd(50, 3)
-    own = unit(gallery - gallery.mean(dim=0))
-    lists = operators().row_top_k(own[None], own[None], LISTED)
-    scores = profile(own, lists[0])
-    whole = head.gauge.whole(scores)
-    near = lists[0, :, 1 : head.spec.k + 1].long()
-    beside = head.gauge.around(scores, scores[near], near >= 0, whole)
-    assert torch.allclose(head.gauge(scores, lists, whole), beside, atol=1e-12)
