@@ -140,9 +140,15 @@ def _is_dead(entry: Path) -> bool:
     return False
 
 
+def _refuse_zero(path: str | os.PathLike[str]) -> None:
+    if "\0" in os.fspath(path):
+        raise ArtifactError(
+            repr(os.fspath(path)), "a zero byte", "a name that the system can take", "Choose another -o."
+        )
+
+
 def _prepare(path: Path) -> None:
-    if "\0" in str(path):
-        raise ArtifactError(repr(str(path)), "a zero byte", "a name that the system can take", "Choose another -o.")
+    _refuse_zero(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -219,6 +225,7 @@ def require_new(path: str | os.PathLike[str], kind: str, force: bool) -> None:
 
 def require_suffix(path: str | os.PathLike[str], suffix: str) -> None:
     """Raises UsageError unless what will be written has the suffix that it is opened by later."""
+    _refuse_zero(path)
     if Path(path).suffix != suffix:
         hint = f"Name it {Path(path).with_suffix(suffix)}"
         raise UsageError("output", os.fspath(path), f"a file that ends in {suffix}", hint)
