@@ -199,8 +199,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     except OSError as e:
         raise _write_failed(path, e, placed) from e
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if temporary is not None and not placed:
+            with suppress(OSError):  # what is left is swept by the next run
+                temporary.unlink()
 
 
 def atomic_write_json(path: str | os.PathLike[str], data: Any) -> None:
