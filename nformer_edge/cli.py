@@ -232,9 +232,11 @@ K = _option("--k", type=int, help="neighbors per image (default 20)")
 LANDMARKS = _option("--landmarks", type=int, help="landmark images per layer (default 5)")
 HEADS = _option("--heads", type=int, help="attention heads (default 2)")
 PRECISION = (
-    _option("--precision", type=_choice(spec.Precision), metavar="P", help="of the backbone: fp32 | fp16 | int8"),
+    _option("--precision", type=_choice(spec.PrecisionChoice), metavar="P",
+            help="of the backbone: fp32 | fp16 | bf16 | int8, or auto: the fastest here within the accuracy budget"),
     _option("--fp16", action="store_const", const="fp16", dest="precision", help="short for --precision fp16"),
     _option("--int8", action="store_const", const="int8", dest="precision", help="short for --precision int8"),
+    _option("--bf16", action="store_const", const="bf16", dest="precision", help="short for --precision bf16"),
 )
 CALIBRATION = (
     LAYOUT,
@@ -390,7 +392,7 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt", "bundle -> bundle with a backbone quantized to INT8 or FP16 by NVIDIA ModelOpt, for TensorRT",
-    BUNDLE, _new("DIR"), SIGN, FORCE, SEED, *PRECISION[1:], LAYOUT,
+    BUNDLE, _new("DIR"), SIGN, FORCE, SEED, *PRECISION[1:3], LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), help="for INT8 (default entropy)"),
@@ -422,13 +424,14 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
     "build-engine", "bundle -> engine for one backend and precision",
     BUNDLE, _out("DIR", help="default: a name made of model, size and precision"), SIGN, FORCE,
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
-    _option("--backend", metavar="NAME", help="onnxruntime | tensorrt | tensorrt-rtx (default: the best here)"),
+    _option("--backend", metavar="NAME",
+            help="onnxruntime | openvino | tensorrt | tensorrt-rtx | auto: a GPU's, or the CPU's fastest (default)"),
     *PRECISION, *CALIBRATION, *BUDGET, SEED,
     _option("--batch", type=_sizes, metavar="MIN:OPT:MAX",
-            help="batch of the backbone (TensorRT; default 1:8:32)"),
+            help="batch of the backbone; engines are timed with OPT (default 1:8:32)"),
     _option("--gallery-size", type=_sizes, metavar="MIN:OPT:MAX",
             help="images in one pass of the head (TensorRT; default 20:2000:50000)"),
-    _flag("--reduce-range", "with --int8: 7-bit weights, for CPUs with and without VNNI (onnxruntime)"),
+    _flag("--reduce-range", "with --int8: 7-bit weights, for CPUs with and without VNNI"),
     _option("--workspace", type=float, help="memory for the builder, in GiB (TensorRT)"),
     _option("--timing-cache", metavar="FILE", help="kernel times, read if present and written after the build"),
     _option("--hardware-compat", choices=("none", "same_compute_capability", "ampere_plus"),
@@ -437,7 +440,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
     _option("--dla", type=int, metavar="CORE", help="run the backbone on a Jetson's DLA"),
     _flag("--keep-graphs", "keep the parsed ONNX files in the engine (TensorRT)"),
     _option("--capabilities", nargs="+", metavar="C", help="compute capabilities, such as 8.9 (TensorRT-RTX)"),
-    _option("--device", help="the GPU to build on, such as cuda:0 (TensorRT)"),
+    _option("--device", help="the GPU to build on, such as cuda:0 (TensorRT); cpu | gpu | npu (OpenVINO)"),
 )
 def _build_engine(args: Args) -> None:
     engine = _call(args, "targets.build:build_for_target", **_engine_inputs(args))
@@ -448,7 +451,7 @@ def _build_engine(args: Args) -> None:
     "prepare", "bundle -> graphs and trtexec commands, for devices without Python 3.10 (JetPack 5.1)",
     BUNDLE, _new("DIR"), FORCE,
     _option("--target", default="jetson-xavier-jp51", metavar="NAME", help="recipe (default jetson-xavier-jp51)"),
-    *PRECISION, *CALIBRATION, *BUDGET, SEED,
+    *PRECISION[:3], *CALIBRATION, *BUDGET, SEED,
 )
 def _prepare(args: Args) -> None:
     _show(args, _call(args, "targets.trtexec:prepare_for_target", **_engine_inputs(args)))

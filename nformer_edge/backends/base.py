@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from nformer_edge.exporting.bundle import Bundle, ModelFiles
     from nformer_edge.quantize.values import LowPrecision
 
-#: One line a backend, best first: the order in which ``auto`` tries them. It is the backend's package, which has a
-#: module `build` that is a `Backend`; the package's own name, with hyphens, is the backend's.
-PACKAGES = ["nformer_edge.backends.tensorrt", "nformer_edge.backends.tensorrt_rtx", "nformer_edge.backends.onnxruntime"]
+#: One line a backend, in the order in which ``auto`` tries them: a GPU's come first, among the CPU's the clock decides
+#: (`backends.choice`). It is the backend's package, which has a module `build` that is a `Backend`; the package's own
+#: name, with hyphens, is the backend's.
+PACKAGES = [
+    "nformer_edge.backends.tensorrt",
+    "nformer_edge.backends.tensorrt_rtx",
+    "nformer_edge.backends.onnxruntime",
+    "nformer_edge.backends.openvino",
+]
 
 #: What runs a checkpoint. It builds nothing, so it is no `Backend`.
 PYTORCH = "pytorch"
@@ -26,13 +32,15 @@ PYTORCH = "pytorch"
 class Backend(Protocol):
     """What a backend's module `build` has: two words, build and run, and what this machine is missing for them.
 
-    `NAME` is also the package that it needs, `EXTRA` the extra of ours that installs it, `USE` what it is for.
+    `NAME` is also the package that it needs, `EXTRA` the extra of ours that installs it, `USE` what it is for. `ON_CPU`
+    backends build in seconds and run here: `backends.choice` times them against each other.
     """
 
     NAME: str
     EXTRA: str
     USE: str
     PRECISIONS: tuple[Precision, ...]
+    ON_CPU: bool
 
     @staticmethod
     def missing() -> tuple[str, ...]:
@@ -67,7 +75,7 @@ class Backend(Protocol):
 
 
 def names() -> tuple[str, ...]:
-    """Of every backend, best first."""
+    """Of every backend, in the order of the table."""
     return tuple(_name(package) for package in PACKAGES)
 
 

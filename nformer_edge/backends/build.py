@@ -5,45 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nformer_edge.backends.base import get, names
-from nformer_edge.backends.engine import KIND, BuiltFor, Engine, EngineManifest, PartAudit, open_engine
+from nformer_edge.backends.choice import CHOICE, Choice, build_fastest, choose_backends
+from nformer_edge.backends.engine import KIND, BuiltFor, Engine, PartAudit, open_engine
 from nformer_edge.backends.runner import model_name
 from nformer_edge.backends.spec import AUTO, EngineSpec, resolve
 from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
-from nformer_edge.core.errors import BackendError
 from nformer_edge.core.signature import check_private_key, sign_folder
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.values import Result, to_table
-from nformer_edge.exporting.bundle import LIVE, Bundle, ModelManifest, open_bundle
-from nformer_edge.quantize.prepare import CalibrationData, Data, prepare
+from nformer_edge.exporting.bundle import LIVE, Bundle, open_bundle
+from nformer_edge.quantize.prepare import CalibrationData, Data
 from nformer_edge.quantize.values import BUDGET, BudgetSearch, CalibrationFacts, HalfFacts
-
-
-def choose_backend(backend: str = AUTO, precision: Precision = "fp32") -> tuple[str, str]:
-    """The backend to build for, and why.
-
-    Raises:
-        BackendError: if the one asked for cannot build here, or none can build this precision.
-    """
-    if backend != AUTO:
-        missing = get(backend).missing()
-        if missing:
-            hint = "Use --backend auto; `nformer-edge doctor` names the next steps."
-            raise BackendError(backend, ", ".join(missing), "a machine that it can build on", hint)
-        return backend, "as asked"
-    excluded: list[str] = []
-    for name in names():
-        found = get(name)
-        missing = tuple(dict.fromkeys((*found.missing(), *found.missing_to_run())))
-        if not missing and precision in found.PRECISIONS:
-            return name, f"the best that this machine has ({'; '.join(excluded)})" if excluded else "the best there is"
-        excluded.append(f"{name}: {', '.join(missing) or f'no {precision} on this backend'}")
-    hint = "Choose --int8 or no precision flag, or see `nformer-edge doctor`."
-    raise BackendError("backend", "; ".join(excluded), f"one that can build {precision} here", hint)
 
 
 def default_name(bundle: Bundle, backend: str, precision: str) -> str:
@@ -82,29 +59,24 @@ def build_engine(
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
     check_private_key(sign)
-    chosen = resolve(spec, recipe)
-    name, why = choose_backend(chosen.backend, chosen.precision)
-    backend, opened = get(name), open_bundle(bundle)
+    chosen, opened = resolve(spec, recipe), open_bundle(bundle)
+    data = calib_data if isinstance(calib_data, CalibrationData) else CalibrationData(calib_data)
+    names, _ = choose_backends(chosen.backend, chosen.precision)
+    name = names[0] if len(names) == 1 else AUTO
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, chosen.precision)
-    half = "fp16" in backend.PRECISIONS
     require_new(path, KIND, force)
-    low = prepare(opened, chosen, calib_data, path, half=half)
-    model = {field.name: getattr(opened.manifest, field.name) for field in dataclasses.fields(ModelManifest)}
     with atomic_folder(path, KIND) as folder:
-        low.save(folder)
+        work = folder / "tried"
+        work.mkdir()
+        engine, why, choice = build_fastest(opened, work, chosen, data, path)
+        for file in engine.folder.iterdir():
+            file.rename(folder / file.name)
+        shutil.rmtree(work)
         if LIVE in opened.files.files:
             opened.files.copy(LIVE, folder)
-        built = backend.build(opened, folder, chosen, low)
-        manifest = EngineManifest(
-            **{**model, **vars(built)},
-            backend=name,
-            why=why,
-            spec=dataclasses.replace(chosen, exclude_nodes=low.exclude_nodes),
-            bundle_sha256=opened.sha256,
-            calibration=low.calibration,
-            float_nodes=low.exclude_nodes,
-        )
-        write_manifest(folder, KIND, to_table(manifest))
+        if choice is not None:
+            choice.save(folder / CHOICE)
+        write_manifest(folder, KIND, to_table(engine.manifest(opened, why)))
         sign_folder(folder, KIND, sign)
     return path
 
@@ -125,10 +97,11 @@ class EngineSummary(Result):
         built_for: the machine.
         float_nodes: for INT8, nodes that were left in float on purpose.
         budget: the search, where there was one.
+        choice: what it was timed against, where it was.
     """
 
     kind = "engine"
-    version = 2
+    version = 3
 
     engine: str
     backend: str
@@ -141,6 +114,7 @@ class EngineSummary(Result):
     built_for: BuiltFor
     float_nodes: tuple[str, ...]
     budget: BudgetSearch | None
+    choice: Choice | None
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {precision}" for part, precision in self.precision.items())
@@ -152,6 +126,7 @@ class EngineSummary(Result):
             lines += str(self.budget).splitlines()
         elif self.float_nodes:
             lines.append(f"{len(self.float_nodes)} nodes left in float, as asked")
+        lines += str(self.choice).splitlines() if self.choice is not None else []
         lines += [f"built for {self.built_for}"] if str(self.built_for) else []
         first = f"wrote {self.engine}: {parts}, {size:.1f} MB, for {self.backend} ({self.why})"
         return "\n".join([first, *(f"  {line}" for line in lines)])
@@ -162,6 +137,7 @@ def describe_engine(path: str | os.PathLike[str] | Engine) -> EngineSummary:
     engine = open_engine(path)
     found, files = engine.manifest, engine.files.files
     search = BudgetSearch.from_json(json.loads(files[BUDGET]), BUDGET) if BUDGET in files else None
+    choice = Choice.from_json(json.loads(files[CHOICE]), CHOICE) if CHOICE in files else None
     size_mb = {name: len(data) / 1e6 for name, data in files.items() if name.endswith((".onnx", ".engine"))}
     same = {f.name: getattr(found, f.name) for f in dataclasses.fields(EngineSummary) if hasattr(found, f.name)}
-    return EngineSummary(engine=str(engine.folder), size_mb=size_mb, budget=search, **same)
+    return EngineSummary(engine=str(engine.folder), size_mb=size_mb, budget=search, choice=choice, **same)

@@ -79,6 +79,7 @@ class BuiltFor:
         compute_capabilities: for TensorRT-RTX, those that it is compiled for.
         instruction_sets: for INT8 on a CPU, those of the CPU that it was built on.
         reduce_range: for INT8 on a CPU, whether weights have 7 bits.
+        device: for OpenVINO, where it is not the CPU.
     """
 
     gpu: str | None = None
@@ -88,6 +89,7 @@ class BuiltFor:
     compute_capabilities: tuple[str, ...] = ()
     instruction_sets: tuple[str, ...] = ()
     reduce_range: bool | None = None
+    device: str | None = None
 
     def __str__(self) -> str:
         told = {name: value for name, value in vars(self).items() if value not in (None, (), "none")}
@@ -123,7 +125,8 @@ class Built:
         audit: of each part.
         built_for: the machine.
         profiles: of each part's inputs min, opt and max shape; empty where any shape runs.
-        operators: for TensorRT, what computes the head's operators: ``library``, ``ahead-of-time``, or null.
+        operators: what computes the head's operators: for TensorRT ``library``, ``ahead-of-time`` or null; for OpenVINO
+            ``native`` (onnxruntime with our kernels) or ``inlined`` (OpenVINO itself).
         plugin_sha256: of the plugin library that the head needs to run, or null where it needs none.
         kernels: of ours in the plan itself.
         fp16: for FP16 and INT8 on a backend that computes in FP16, what stays FP32 and why.
@@ -190,7 +193,7 @@ def open_engine(path: str | os.PathLike[str] | Engine) -> Engine:
 
 #: What a rebuild must repeat of `BuildSpec` besides backend and precision, where it is not the default.
 _REPEATED = (
-    *("batch", "gallery_size", "workspace", "calib_num", "calib_method"),
+    *("batch", "gallery_size", "device", "workspace", "calib_num", "calib_method"),
     *("hardware_compat", "version_compat", "dla", "capabilities", "reduce_range"),
 )
 

@@ -9,7 +9,7 @@ import platform
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from nformer_edge.backends.base import PYTORCH, get, names
+from nformer_edge.backends.base import PYTORCH, get
 from nformer_edge.backends.engine import KIND as ENGINE
 from nformer_edge.backends.engine import Engine, open_engine
 from nformer_edge.backends.runner import Runner
@@ -17,15 +17,16 @@ from nformer_edge.backends.spec import AUTO
 from nformer_edge.core.artifact import kind_of
 from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.filekind import FileKind, file_kind
-from nformer_edge.core.machine import instruction_sets, nvidia_driver, versions
+from nformer_edge.core.machine import instruction_sets, nvidia_driver, user_cache, versions
 from nformer_edge.core.signature import refuse_unsigned
 from nformer_edge.exporting.bundle import KIND as BUNDLE
 from nformer_edge.exporting.bundle import Bundle, open_bundle
+from nformer_edge.exporting.session import ONNXRUNTIME
 from nformer_edge.metrics.agreement import row_errors
 
 #: How far a row may be off what it was when the model was made, of its norm, by precision as built. FP32 on other CPUs
 #: was 3e-6 off, and in FP16 it would be 1e-3; INT8 that is computed plainly was 0.05 off onnxruntime's kernels.
-_SELF_TEST_ERROR = {"fp32": 1e-4, "fp16": 0.03, "int8": 0.14}
+_SELF_TEST_ERROR = {"fp32": 1e-4, "fp16": 0.03, "bf16": 0.14, "int8": 0.14}
 
 
 def open_model(
@@ -45,7 +46,8 @@ def open_model(
     Args:
         path: the model.
         backend: ``auto``, or the one that must run it, such as ``onnxruntime``.
-        device: ``cpu``, or a GPU such as ``cuda:0``. None: the CPU, or for a TensorRT engine the first GPU.
+        device: ``cpu``, or a GPU such as ``cuda:0``; of an OpenVINO engine ``gpu`` or ``npu``. None: the CPU, for a
+            TensorRT engine the first GPU, for an OpenVINO engine what it was built for.
         intra_op_threads: CPU threads of one forward pass; the backend's own choice if None.
         contexts: of a TensorRT engine, threads of the caller that compute at once: each takes the memory of one
             execution context. Two if None.
@@ -72,7 +74,7 @@ def open_model(
         refuse_unsigned(path, "a checkpoint")
         return _open_checkpoint(path, intra_op_threads, device, reference, native)
     model = open_files(path)
-    runs_on = model.manifest.backend if isinstance(model, Engine) else names()[-1]  # ONNX files run on any machine
+    runs_on = model.manifest.backend if isinstance(model, Engine) else ONNXRUNTIME
     _refuse_other(path, model.files.kind, runs_on, backend)
     how = {"intra_op_threads": intra_op_threads, "contexts": contexts}
     runner = get(runs_on).run(model, device=device, native=native, **how)
@@ -148,7 +150,7 @@ def _test_once(model: Bundle | Engine, runner: Runner, device: str | None) -> No
         "native": runner.native,
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    passed = _passed_tests() / name
+    passed = user_cache() / "passed-self-tests" / name
     if passed.exists():
         return
     with ExitStack() as stack:
@@ -158,8 +160,3 @@ def _test_once(model: Bundle | Engine, runner: Runner, device: str | None) -> No
     with suppress(OSError):
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()
-
-
-def _passed_tests() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "nformer-edge" / "passed-self-tests"

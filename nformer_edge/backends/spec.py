@@ -9,7 +9,7 @@ from typing import Literal
 
 from nformer_edge.backends.base import names
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import CalibrationChoice, Precision, check_at_least, check_choice
+from nformer_edge.core.spec import CalibrationChoice, PrecisionChoice, check_at_least, check_choice
 from nformer_edge.quantize.spec import QuantizeSpec
 
 AUTO = "auto"
@@ -22,17 +22,20 @@ class EngineSpec:
     """What is asked for. None leaves a field to a target's recipe, then to the default.
 
     Args:
-        backend: who runs the engine; ``auto``, the default, takes the best that this machine has.
-        precision: of the backbone; FP32 by default. The head stays FP32 on onnxruntime.
+        backend: who runs the engine; ``auto``, the default, takes the best that this machine has: a GPU's, or the
+            fastest of the CPU's by the clock (`backends.choice`).
+        precision: of the backbone; FP32 by default. ``auto`` builds all, and takes the fastest within the accuracy
+            budget. The head stays FP32 on a CPU.
         calib_method: for INT8, how ranges follow from activations; ``auto`` takes the method that ranks held-out
             training people best. ``percentile`` by default.
         calib_num: for INT8, calibration images at most; 256 by default.
-        batch: images the backbone sees at once: min, opt, max; 1, 8, 32 by default. onnxruntime runs any number.
+        batch: images the backbone sees at once: min, opt, max; 1, 8, 32 by default. On a CPU any number runs; opt is
+            what engines are timed with, and what OpenVINO is compiled for.
         gallery_size: images the head sees together, likewise; queries count among them. 20, 2000, 50000 by default.
         workspace: GiB that a builder may use; its own choice by default.
         device: where the engine will run; the backend's own choice by default.
         seed: of the choice of calibration images; 0 by default.
-        reduce_range: for INT8 on onnxruntime, 7-bit weights; this machine's CPU decides by default.
+        reduce_range: for INT8 on a CPU, 7-bit weights; this machine's CPU decides by default.
         timing_cache: for TensorRT, a file of measured kernels: read if it is there, written afterwards.
         hardware_compat: for TensorRT, ``none``, ``same_compute_capability`` or ``ampere_plus``: the plan runs on more
             GPUs, and slower.
@@ -45,7 +48,7 @@ class EngineSpec:
     """
 
     backend: str | None = None
-    precision: Precision | None = None
+    precision: PrecisionChoice | None = None
     calib_method: CalibrationChoice | None = None
     calib_num: int | None = None
     batch: tuple[int, ...] | None = None
@@ -66,7 +69,7 @@ class EngineSpec:
     def __post_init__(self) -> None:
         if self.backend is not None:
             check_choice("backend", self.backend, (AUTO, *names()))
-        choices = {"precision": Precision, "calib_method": CalibrationChoice, "hardware_compat": HardwareCompat}
+        choices = {"precision": PrecisionChoice, "calib_method": CalibrationChoice, "hardware_compat": HardwareCompat}
         for name, literal in choices.items():
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), typing.get_args(literal))
@@ -96,7 +99,7 @@ class BuildSpec(QuantizeSpec):
     keep_graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.exclude_nodes and self.precision != "int8":
+        if self.exclude_nodes and self.precision not in ("int8", AUTO):
             raise UsageError("exclude_nodes", f"names with {self.precision}", "int8", "Add --int8, or leave it out.")
 
     @property

@@ -136,6 +136,11 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in KNOWN if name in flags)
 
 
+def user_cache() -> Path:
+    """The folder of this package in the user's cache, which may not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nformer-edge"
+
+
 def saturates_int8() -> bool:
     """Whether 16-bit sums of u8 x s8 saturate here: x86 from SSE4 to AVX-512, but for VNNI."""
     found = instruction_sets()

@@ -1,6 +1,7 @@
 """The parity gates as data, and what becomes of each: passed, failed, undecided, or only reported.
 
-Both sides see the same images, preprocessing and landmarks; FP32, FP16 and INT8 have their own bounds.
+Both sides see the same images, preprocessing and landmarks; FP32, FP16 and INT8 have their own bounds. BF16 has
+those of INT8.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Rule:
 #: What FP16's tensor error may be, as a share of the row's norm. FP32 beyond it is no matter of rounding.
 HALF_ERROR = 2e-3
 
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+#: Of each precision its column in the table. BF16 has 8 bits of significand: it is as coarse as INT8.
+_COLUMN: dict[Precision, int] = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 2}
 
 #: Of each gate its title, and its bound in each precision.
 _TABLE: dict[str, tuple[str, float | None, float | None, float | None]] = {
@@ -61,18 +63,18 @@ TITLES: dict[str, str] = {gate: title for gate, (title, *_) in _TABLE.items()}
 
 
 def rule(precision: Precision, gate: str) -> Rule:
-    """The table's line of `gate` for `precision`. In INT8 cosines are alarms, and ratios have an aim."""
-    bound = _TABLE[gate][1:][_PRECISIONS.index(precision)]
+    """The table's line of `gate` for `precision`. In INT8 and BF16 cosines are alarms, and ratios have an aim."""
+    bound = _TABLE[gate][1:][_COLUMN[precision]]
     if bound is None:
         return Rule(gate, "report")
-    if precision != "int8":
+    if _COLUMN[precision] < 2:
         return Rule(gate, "gate", bound)
     if gate.startswith("cosine"):
         return Rule(gate, "alarm", bound)
     return Rule(gate, "gate", bound, *((0.995, True) if gate.endswith("_kept") else ()))
 
 
-GATES: dict[Precision, tuple[Rule, ...]] = {p: tuple(rule(p, gate) for gate in _TABLE) for p in _PRECISIONS}
+GATES: dict[Precision, tuple[Rule, ...]] = {p: tuple(rule(p, gate) for gate in _TABLE) for p in _COLUMN}
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,11 @@ class Evaluator:
         if model is None:
             found_by = {scope: ranked for scope, (_, ranked) in self._reference.items()}
             return {s: _UNKNOWN if r is None else Score(r.mAP, r.rank(1), 0.0, 0.0, 1.0) for s, r in found_by.items()}
-        found = self._features(model.SerializeToString())
+        return self.engine_score(self._session(model.SerializeToString()))
+
+    def engine_score(self, embed: Callable[[np.ndarray], np.ndarray]) -> dict[str, Score]:
+        """What an engine's backbone is worth, by scope; the head's features are FP32's head's."""
+        found = self._scoped(embed)
         return {scope: self._compared(found[scope], *self._reference[scope]) for scope in self.scopes}
 
     def latency(self, model: ModelProto) -> tuple[float, float]:
@@ -184,7 +188,8 @@ class Evaluator:
 
     @cached_property
     def _reference(self) -> Mapping[str, tuple[np.ndarray, RankingResult | None]]:
-        return {scope: (rows, self._ranked(rows)) for scope, rows in self._features(self._bundle.backbone).items()}
+        found = self._scoped(self._session(self._bundle.backbone))
+        return {scope: (rows, self._ranked(rows)) for scope, rows in found.items()}
 
     def _ranked(self, rows: np.ndarray) -> RankingResult | None:
         if not self.held_out.labeled:
@@ -202,8 +207,7 @@ class Evaluator:
         gain = paired_difference(ranked.ap[ranked.valid], expected.ap[expected.valid], quantiles=ONE_SIDED)
         return Score(ranked.mAP, ranked.rank(1), expected.mAP - ranked.mAP, 0.0 - gain.lower, overlap)
 
-    def _features(self, backbone: bytes) -> dict[str, np.ndarray]:
-        run = self._session(backbone)
+    def _scoped(self, run: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
         parts = [run(self._images[i : i + _BATCH]) for i in range(0, len(self._images), _BATCH)]
         found = {SCOPES[0]: np.concatenate(parts)}
         if self._bundle.has_head:

@@ -42,6 +42,10 @@ Data = Dataset | str | os.PathLike[str]
 #: Held-out images that choose a calibration method, unless a budget says how many.
 _IMAGES = 600
 
+#: What the choice of a precision may cost, unless a budget says otherwise: points of mAP, and the share of each image's
+#: ten nearest that stays, where nobody labeled the images. About what the gates of `parity` allow.
+_POINTS, _OVERLAP = 1.0, 0.95
+
 
 @dataclass(frozen=True)
 class CalibrationData:
@@ -67,8 +71,39 @@ class CalibrationData:
         return Path(self.images) if is_path and Path(self.images).suffix == ".json" else None  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What engines of several precisions are judged by, before one of them is taken.
+
+    Args:
+        evaluator: by held-out people.
+        budget: what must hold.
+        rest: what is left to calibrate with.
+    """
+
+    evaluator: Evaluator
+    budget: BudgetSpec
+    rest: Data | None
+
+
+def judging(bundle: Bundle, spec: QuantizeSpec, data: CalibrationData) -> Judging:
+    """For a choice of precision. Raises as `prepare` does for INT8 with a budget."""
+    _require_int8(bundle, spec)
+    if data.images is None:
+        _images(None, spec, data)
+    evaluator, rest = _evaluator(bundle, spec, data)
+    usual = BudgetSpec(_POINTS) if evaluator.held_out.labeled else BudgetSpec(min_overlap=_OVERLAP)
+    return Judging(evaluator, data.budget or usual, rest)
+
+
 def prepare(
-    bundle: Bundle, spec: QuantizeSpec, calib_data: CalibrationData | Data | None, out: Path, *, half: bool
+    bundle: Bundle,
+    spec: QuantizeSpec,
+    calib_data: CalibrationData | Data | None,
+    out: Path,
+    *,
+    half: bool,
+    judge: Judging | None = None,
 ) -> LowPrecision:
     """Calibrates, searches for the nodes that a budget needs in float, and for numbers that FP16 does not hold.
 
@@ -81,6 +116,7 @@ def prepare(
         calib_data: what to measure on.
         out: the engine's folder to be.
         half: whether what is not INT8 will be FP16.
+        judge: what was held out already, if it was.
 
     Raises:
         UsageError: for INT8 without images, a budget without INT8 or without a dataset to hold people out of, nodes
@@ -93,17 +129,21 @@ def prepare(
     data = calib_data if isinstance(calib_data, CalibrationData) else CalibrationData(calib_data)
     if spec.precision != "int8" and data.budget is not None:
         raise UsageError("max_map_drop", f"a budget for {spec.precision}", "int8", "Add --int8.")
-    if spec.precision == "fp32" and data.images is not None:
-        raise UsageError("calib_data", "images for fp32", "int8 or fp16", "Add --int8, or leave --calib-data out.")
-    if spec.precision == "fp32" or (spec.precision == "fp16" and data.images is None):
+    if spec.precision in ("fp32", "bf16") and data.images is not None:
+        hint = "Add --int8, or leave --calib-data out."
+        raise UsageError("calib_data", f"images for {spec.precision}", "int8 or fp16", hint)
+    if spec.precision in ("fp32", "bf16") or (spec.precision == "fp16" and data.images is None):
         return LowPrecision()
     if spec.precision == "fp16":
         images = _images(data.images, spec, data)
         return _with_overflow(LowPrecision(), bundle, images) if half else LowPrecision()
     _require_int8(bundle, spec)
     evaluator, source, journal = None, data.images, Journal()
-    if data.budget is not None or (spec.calib_method == AUTO and data.table is None):
+    if judge is not None:
+        evaluator, source = judge.evaluator, judge.rest
+    elif data.budget is not None or (spec.calib_method == AUTO and data.table is None):
         evaluator, source = _evaluator(bundle, spec, data)
+    if evaluator is not None:
         journal = Journal(out.with_name(f"{out.name}.measured.jsonl"))
     reduced = saturates_int8() if spec.reduce_range is None else spec.reduce_range
     images = () if data.table is not None else _images(source, spec, data)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from nformer_edge.core.artifact import read_text
 from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.core.spec import CalibrationChoice, Precision, check_at_least, check_choice
+from nformer_edge.core.spec import CalibrationChoice, Precision, PrecisionChoice, check_at_least, check_choice
 
 if TYPE_CHECKING:
     from nformer_edge.quantize.values import Score
@@ -27,12 +27,18 @@ SCOPES = ("backbone", "end_to_end")
 class QuantizeSpec:
     """How a backbone is brought to low precision. Fields as in `backends.spec.EngineSpec`."""
 
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "fp32"
     calib_method: CalibrationChoice = "percentile"
     calib_num: int = 256
     seed: int = 0
     reduce_range: bool | None = None
     exclude_nodes: tuple[str, ...] = ()
+
+    @property
+    def built_precision(self) -> Precision:
+        """`precision`, once one has been chosen."""
+        assert self.precision != AUTO, "a build is of one precision"
+        return self.precision
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from nformer_edge.backends.build import build_engine
 from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.machine import conditions, machine
-from nformer_edge.core.spec import Precision
+from nformer_edge.core.spec import PrecisionChoice
 from nformer_edge.core.values import from_json
 from nformer_edge.exporting.bundle import Bundle, open_bundle
 from nformer_edge.quantize.prepare import CalibrationData, Data
@@ -21,7 +21,7 @@ def build(
     bundle: str | os.PathLike[str] | Bundle,
     out: str | os.PathLike[str] | None = None,
     *,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     backend: str | None = None,
     target: str | None = None,
     calib_data: Data | None = None,
@@ -36,7 +36,8 @@ def build(
     Args:
         bundle: folder that `export` wrote.
         out: folder, written whole or not at all; beside the bundle, named after it, if None.
-        precision: of the backbone, FP32 by default; ``int8`` needs `calib_data`.
+        precision: of the backbone, FP32 by default; ``int8`` needs `calib_data`. ``auto`` takes the fastest within the
+            accuracy budget, and needs it too.
         backend: who runs the engine; the best that this machine has by default.
         target: name of a recipe, such as ``jetson-orin-jp62``, or a recipe file.
         calib_data: the dataset that the model was trained on, a folder of images, or a `calibration.json`.

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from nformer_edge.backends.spec import BuildSpec, EngineSpec, resolve
 from nformer_edge.backends.tensorrt.build import NAME as TENSORRT
+from nformer_edge.backends.tensorrt.build import PRECISIONS
 from nformer_edge.backends.tensorrt.plans import PLANS, prepare_part, profiles
 from nformer_edge.backends.tensorrt.plugin.library import LIBRARY
 from nformer_edge.core.artifact import atomic_folder, require_new, write_manifest
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import version_key
-from nformer_edge.core.spec import ModelSpec, PreprocessSpec
+from nformer_edge.core.spec import ModelSpec, PreprocessSpec, check_choice
 from nformer_edge.core.values import Result, to_table
 from nformer_edge.exporting.bundle import GOLDEN, open_bundle
 from nformer_edge.quantize.prepare import CalibrationData, Data, prepare
@@ -132,6 +133,7 @@ def prepare_for_trtexec(
         ArtifactError: if there is something at `out`, or the bundle does not verify.
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
+    check_choice("precision", spec.precision, PRECISIONS)
     opened, path = open_bundle(bundle), Path(out)
     require_new(path, KIND, force)
     low = prepare(opened, spec, calib_data, path, half=True)

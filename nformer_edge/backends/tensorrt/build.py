@@ -25,6 +25,7 @@ __all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "installed_version", "missing
 NAME = "tensorrt"
 EXTRA, USE = NAME, "for a Jetson or a server GPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+ON_CPU = False
 
 #: Versions without DLA, from this one on and below that one: NVIDIA's notes on 10.8 to 11.4.0.
 _NO_DLA = ((10, 8), (11, 4, 1))

@@ -102,9 +102,9 @@ def prepare_part(
         raise BackendError("build-engine", f"no package {e.name}", expected, hint) from e
     unfit = low.overflow.unfit(part) if low.overflow is not None else None
     if part == HEAD.part:
-        return prepare_head(bundle, work, spec.precision, typed=typed, operators=operators, unfit=unfit)
+        return prepare_head(bundle, work, spec.built_precision, typed=typed, operators=operators, unfit=unfit)
     exclude = low.exclude_nodes
-    return prepare_backbone(bundle, work, spec.precision, low.ranges, typed=typed, unfit=unfit, exclude=exclude)
+    return prepare_backbone(bundle, work, spec.built_precision, low.ranges, typed=typed, unfit=unfit, exclude=exclude)
 
 
 def _as_built(audit: PartAudit) -> Precision:

@@ -6,9 +6,10 @@ from nformer_edge.backends.engine import Built
 from nformer_edge.backends.onnxruntime.build import run
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD
 
-__all__ = ["EXTRA", "NAME", "PRECISIONS", "USE", "build", "missing", "missing_to_run", "run"]
+__all__ = ["EXTRA", "NAME", "ON_CPU", "PRECISIONS", "USE", "build", "missing", "missing_to_run", "run"]
 
 NAME, EXTRA, USE = "toy-backend", "cpu", "to show how a backend is added"
+ON_CPU = True
 PRECISIONS = ("fp32",)
 
 

@@ -10,7 +10,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from nformer_edge.backends.build import EngineSummary, build_engine, choose_backend, describe_engine
+from nformer_edge.backends.build import EngineSummary, build_engine, describe_engine
+from nformer_edge.backends.choice import choose_backends
 from nformer_edge.backends.engine import Counts, open_engine
 from nformer_edge.backends.onnxruntime import build as onnxruntime
 from nformer_edge.backends.open import open_model, self_test
@@ -114,23 +115,23 @@ def test_a_damaged_bundle_is_refused_before_anything_is_built(tiny_bundle, tmp_p
         build_engine(copy, tmp_path / "e", spec("fp32"))
 
 
-def test_fp16_on_a_cpu_is_refused_with_the_reason(tiny_bundle, tmp_path):
-    with pytest.raises(BackendError, match=r"fp16 for onnxruntime on a CPU.*use --int8"):
+def test_fp16_on_a_cpu_is_refused_by_name(tiny_bundle, tmp_path):
+    with pytest.raises(BackendError, match=r"fp16 for onnxruntime, expected fp32 \| int8"):
         build_engine(tiny_bundle, tmp_path / "e", spec("fp16"))
-    with pytest.raises(BackendError, match="no fp16 on this backend"):
-        choose_backend("auto", "fp16")
+    with pytest.raises(BackendError, match=r"precision: got fp16|no fp16 on this backend"):
+        build_engine(tiny_bundle, tmp_path / "e", EngineSpec(precision="fp16"))
 
 
 def test_auto_takes_what_is_there_and_says_why():
-    name, why = choose_backend("auto", "int8")
-    assert name == "onnxruntime"
+    names, why = choose_backends("auto", "int8")
+    assert "onnxruntime" in names
     assert "tensorrt: " in why
 
 
 def test_auto_prefers_a_backend_that_lacks_nothing(monkeypatch):
     monkeypatch.setattr(tensorrt, "missing", lambda: ())
     monkeypatch.setattr(tensorrt, "missing_to_run", lambda: ())
-    assert choose_backend("auto", "fp16") == ("tensorrt", "the best there is")
+    assert choose_backends("auto", "fp16") == (("tensorrt",), "the best there is")
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])

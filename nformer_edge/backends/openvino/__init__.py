@@ -1,0 +1,1 @@
+"""OpenVINO on the CPU, on Intel's integrated GPU or on its NPU."""
