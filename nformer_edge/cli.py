@@ -378,6 +378,11 @@ _calls(
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
     _flag("--portable", "also write nformer.portable.onnx: the head of standard operators alone, for other runtimes"),
+    _option("--input", choices=("float32", "uint8"),
+            help="what backbone.onnx takes: normalized numbers (default), or pixels, which it normalizes itself"),
+    _option("--input-layout", choices=("NCHW", "NHWC"), help="of pixels (default NCHW)"),
+    _option("--input-channels", choices=("RGB", "BGR"), help="order of the pixels' colors (default RGB)"),
+    _flag("--unit-features", "backbone.onnx divides each feature by its L2 norm"),
     _option("--data", metavar="DIR", help="dataset or feature store: measures the manifest's table by images a person "
             "(default: training's table, of held-out people)"),
     LAYOUT,

@@ -58,7 +58,7 @@ class Runner(Protocol):
 
     def embed(
         self,
-        images: np.ndarray,  # float32 [B, 3, H, W], as core.preprocess makes them
+        images: np.ndarray,  # float32 [B, 3, H, W] as a rule, as core.preprocess makes them
     ) -> np.ndarray:  # float32 [B, D]
         """Images to features."""
         ...
@@ -78,7 +78,7 @@ def model_name(spec: ModelSpec) -> str:
 
 
 def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
-    """The door of `embed`. Returns contiguous float32 [B, 3, H, W].
+    """The door of `embed`. Returns them contiguous: float32 [B, 3, H, W], or pixels where the graph takes these.
 
     Warns, once, where the numbers look like pixels that nobody normalized. Channels in the wrong order cannot be told.
 
@@ -86,10 +86,12 @@ def check_images(images: np.ndarray, spec: ModelSpec) -> np.ndarray:
         UsageError: if shape or type do not fit.
         DataError: if a number is NaN or infinite, naming the first such image.
     """
-    shape = (3, spec.preprocess.height, spec.preprocess.width)
-    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+    shape, dtype = spec.preprocess.shape, spec.preprocess.dtype
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != dtype:
         hint = "Bring images through core.preprocess with the model's own spec."
-        raise UsageError("images", f"{images.dtype} {images.shape}", f"float32 [B, {str(shape)[1:-1]}]", hint)
+        raise UsageError("images", f"{images.dtype} {images.shape}", f"{dtype} [B, {str(shape)[1:-1]}]", hint)
+    if spec.preprocess.pixels is not None:
+        return np.ascontiguousarray(images)
     bad = ~np.isfinite(images).all(axis=(1, 2, 3))
     if bad.any():
         got = f"NaN or infinity in image {int(bad.argmax())}"

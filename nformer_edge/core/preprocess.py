@@ -150,12 +150,15 @@ def resize(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:
 
 
 def normalize(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """RGB uint8 [..., H, W, 3] to float32 [..., 3, H, W] in the spec's channel order, minus mean, over std.
+    """RGB uint8 [..., H, W, 3] to the backbone's input: float32 [..., 3, H, W], minus mean, over std.
 
-    `mean` and `std` stand in the order of the spec's channels, for values in 0..1.
+    Channels, `mean` and `std` are in the order of the spec's channels, for values in 0..1. A graph that normalizes by
+    itself (`PreprocessSpec.pixels`) gets the pixels, in its layout and order.
     """
-    scale = np.float32(1.0) / (np.float32(255.0) * np.asarray(spec.std, np.float32))
-    shift = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    if spec.pixels is not None:
+        ordered = pixels[..., ::-1] if spec.pixels.channels == "BGR" else pixels
+        return np.ascontiguousarray(ordered if spec.pixels.layout == "NHWC" else np.moveaxis(ordered, -1, -3))
+    scale, shift = scale_and_shift(spec)
     if spec.channels == "BGR":
         pixels = pixels[..., ::-1]
     # a channel at a time into its place: 20 times quicker than to convert whole pixels and then move the axis
@@ -166,8 +169,14 @@ def normalize(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     return out
 
 
+def scale_and_shift(spec: PreprocessSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Of each channel, float32 [3]: a pixel times `scale` minus `shift` is the model's number."""
+    scale = np.float32(1.0) / (np.float32(255.0) * np.asarray(spec.std, np.float32))
+    return scale, np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+
+
 def preprocess_files(paths: Sequence[str | os.PathLike[str]], spec: PreprocessSpec) -> np.ndarray:
-    """Image files to the backbone's input, float32 [B, 3, height, width]."""
+    """Image files to the backbone's input, float32 [B, 3, height, width] as a rule: see `normalize`."""
     if not paths:
-        return np.empty((0, 3, spec.height, spec.width), dtype=np.float32)
+        return np.empty((0, *spec.shape), dtype=spec.dtype)
     return normalize(np.stack([load_resized(p, spec) for p in paths]), spec)

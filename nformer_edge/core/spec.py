@@ -88,6 +88,23 @@ def check_size(name: str, value: float, min_value: float = 1) -> None:
 
 
 @dataclass(frozen=True)
+class PixelSpec:
+    """What a backbone's graph takes that normalizes pixels itself: uint8.
+
+    Args:
+        layout: ``NCHW`` or ``NHWC``.
+        channels: their order as they come in; the graph brings them to the model's.
+    """
+
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    channels: Literal["RGB", "BGR"] = "RGB"
+
+    def __post_init__(self) -> None:
+        check_choice("layout", self.layout, ("NCHW", "NHWC"))
+        check_choice("channels", self.channels, ("RGB", "BGR"))
+
+
+@dataclass(frozen=True)
 class PreprocessSpec:
     """How an image file becomes one row of the backbone's input; recorded in every manifest.
 
@@ -96,6 +113,7 @@ class PreprocessSpec:
         mean, std: of each channel, for values 0 to 1.
         channels: their order.
         interpolation: of the resizing.
+        pixels: what the graph takes where it normalizes pixels itself; null where it takes normalized numbers.
     """
 
     height: int = 256
@@ -104,6 +122,18 @@ class PreprocessSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     channels: Literal["RGB", "BGR"] = "RGB"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    pixels: PixelSpec | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image as the backbone takes it."""
+        size = (self.height, self.width)
+        return (3, *size) if self.pixels is None or self.pixels.layout == "NCHW" else (*size, 3)
+
+    @property
+    def dtype(self) -> str:
+        """Of the backbone's input."""
+        return "float32" if self.pixels is None else "uint8"
 
     def __post_init__(self) -> None:
         check_size("height", self.height, 16)
@@ -221,11 +251,13 @@ class ModelSpec:
         backbone: one image to one feature.
         head: features of many images, related to each other; None for a backbone alone.
         preprocess: an image file to the backbone's input.
+        unit_features: whether the backbone's graph brings features to length 1.
     """
 
     backbone: BackboneSpec = field(default_factory=BackboneSpec)
     head: HeadSpec | None = None
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    unit_features: bool = False
 
     def __post_init__(self) -> None:
         if self.head is not None and self.head.features != self.backbone.features:

@@ -25,7 +25,8 @@ def decode(path: Path, spec: PreprocessSpec) -> np.ndarray:
 def iter_batches(
     paths: Sequence[Path], spec: PreprocessSpec, batch: int = 32, threads: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields float32 [B, 3, height, width] in the order of `paths`; the last batch may be smaller.
+    """Yields the backbone's input, as a rule float32 [B, 3, height, width], in the order of `paths`; the last batch may
+    be smaller.
 
     The numbers are those of `core.preprocess.preprocess_files`, whatever `batch` and `threads`. Arguments and errors
     are those of `iter_pixels`.

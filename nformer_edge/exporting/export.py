@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -16,13 +18,14 @@ from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.machine import versions
 from nformer_edge.core.preprocess import normalize
 from nformer_edge.core.signature import check_private_key, sign_folder
-from nformer_edge.core.spec import PreprocessSpec
+from nformer_edge.core.spec import ModelSpec, PixelSpec, PreprocessSpec, check_choice, from_dict
 from nformer_edge.core.values import to_table
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD, KIND, LIVE, PORTABLE, BundleManifest, Normalization
 from nformer_edge.exporting.session import ONNXRUNTIME, open_session
-from nformer_edge.exporting.trace import portable_head, trace_backbone, trace_head
+from nformer_edge.exporting.trace import bring_to_unit_length, portable_head, take_pixels, trace_backbone, trace_head
 from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, tensor_error
 from nformer_edge.metrics.composition import Composition
+from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
 from nformer_edge.model.gated import head_numbers
 from nformer_edge.ops.bodies import DEFAULT_OPSET, IR_VERSION, check_opset
@@ -48,6 +51,10 @@ def export_bundle(
     *,
     opset: int = DEFAULT_OPSET,
     landmark_seed: int = 0,
+    input: Literal["float32", "uint8"] = "float32",
+    input_layout: Literal["NCHW", "NHWC"] | None = None,
+    input_channels: Literal["RGB", "BGR"] | None = None,
+    unit_features: bool = False,
     accuracy: Composition | None = None,
     portable: bool = False,
     sign: str | os.PathLike[str] | None = None,
@@ -60,6 +67,11 @@ def export_bundle(
         out: the folder, written whole or not at all.
         opset: of the standard ONNX domain, 18 to 20.
         landmark_seed: recorded in the manifest; runners draw landmarks from it.
+        input: what `backbone.onnx` takes: ``float32``, normalized outside, or ``uint8``: it then normalizes pixels
+            itself, with the model's three means and deviations. Images are resized outside in either case.
+        input_layout: of pixels; NCHW by default.
+        input_channels: order of the pixels' colors; RGB by default. The graph brings them to the model's order.
+        unit_features: `backbone.onnx` brings features to length 1.
         accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
             if None what its training measured on held-out people, where it did. `search` decides by it.
         portable: also write `nformer.portable.onnx`, the head of standard operators alone (`exporting.trace`).
@@ -67,7 +79,8 @@ def export_bundle(
         force: replace an earlier bundle.
 
     Raises:
-        UsageError: for an opset without bodies, a negative seed, or `portable` without a head.
+        UsageError: for an opset without bodies, a negative seed, `portable` without a head, a layout or an order of
+            colors without ``uint8``, or features of length 1 for a head that takes them as they are.
         ArtifactError: if there is something at `out`, the checkpoint cannot be read, or onnxruntime computes something
             else than PyTorch.
         BackendError: if onnxruntime, which the check needs, is not installed.
@@ -84,10 +97,17 @@ def export_bundle(
     if portable and loaded.head is None:
         hint = "Leave --portable out: backbone.onnx has standard operators alone."
         raise UsageError("portable", "a checkpoint without a head", "a head to write", hint)
+    backbone = loaded.backbone
+    loaded = replace(loaded, spec=_exported(loaded.spec, input, input_layout, input_channels, unit_features))
     golden = _golden(loaded, landmark_seed)
     with atomic_folder(out, KIND) as folder:
         size = (loaded.spec.preprocess.height, loaded.spec.preprocess.width)
-        _save(trace_backbone(loaded.backbone, size, opset), folder / BACKBONE, "One feature an image.")
+        graph = trace_backbone(backbone, size, opset)
+        if loaded.spec.preprocess.pixels is not None:
+            take_pixels(graph, loaded.spec.preprocess)
+        if unit_features:
+            bring_to_unit_length(graph)
+        _save(graph, folder / BACKBONE, "One feature an image.")
         if loaded.head is not None:
             head, doc = trace_head(loaded.head, opset), "Features of N images that know their neighbors."
             _save(head, folder / HEAD, doc)
@@ -101,6 +121,31 @@ def export_bundle(
         write_manifest(folder, KIND, to_table(_manifest(loaded, opset, landmark_seed, worst, accuracy)))
         sign_folder(folder, KIND, sign)
     return Path(out)
+
+
+def _exported(spec: ModelSpec, kind: str, layout: str | None, channels: str | None, unit_features: bool) -> ModelSpec:
+    """What the bundle's manifest says of the model."""
+    check_choice("input", kind, ("float32", "uint8"))
+    given = {"layout": layout, "channels": channels}
+    pixels = {name: value for name, value in given.items() if value is not None}
+    if pixels and kind != "uint8":
+        name, value = next(iter(pixels.items()))
+        raise UsageError(f"input_{name}", f"{value} for {kind}", "uint8", "Add --input uint8, or leave it out.")
+    if unit_features and spec.head is not None and spec.head.input_scale == "none":
+        hint = "Leave --unit-features out: this head tells features by their length, too."
+        raise UsageError("unit_features", "features of length 1", "features as they are, for this head", hint)
+    taken = from_dict(PixelSpec, pixels) if kind == "uint8" else None
+    return replace(spec, preprocess=replace(spec.preprocess, pixels=taken), unit_features=unit_features)
+
+
+def _features(backbone: Backbone, images: np.ndarray, spec: ModelSpec, kind: torch.dtype) -> np.ndarray:
+    """PyTorch's features of golden images, by the Python path: pixels are normalized outside."""
+    if spec.preprocess.pixels is not None:
+        rgb = images if spec.preprocess.pixels.layout == "NHWC" else np.moveaxis(images, -3, -1)
+        rgb = rgb[..., ::-1] if spec.preprocess.pixels.channels == "BGR" else rgb
+        images = normalize(rgb, replace(spec.preprocess, pixels=None))
+    features = backbone(torch.from_numpy(images).to(kind))
+    return (torch.nn.functional.normalize(features) if spec.unit_features else features).numpy()
 
 
 def _save(model: onnx.ModelProto, path: Path, doc: str) -> None:
@@ -123,7 +168,7 @@ def _golden(loaded: Checkpoint, seed: int) -> dict[str, np.ndarray]:
     images = _golden_images(spec.preprocess, rng)
     arrays = {"images": images}
     with torch.no_grad():
-        arrays["features"] = loaded.backbone(torch.from_numpy(images)).numpy()
+        arrays["features"] = _features(loaded.backbone, images, spec, torch.float32)
         if loaded.head is not None and spec.head is not None:
             # People with several shots each, so that there are neighbors, and who is one is not a matter of rounding.
             people = np.repeat(rng.standard_normal((_GOLDEN_PEOPLE, spec.head.features)), _GOLDEN_SHOTS, axis=0)
@@ -135,7 +180,7 @@ def _golden(loaded: Checkpoint, seed: int) -> dict[str, np.ndarray]:
 
 
 def _golden_images(spec: PreprocessSpec, rng: np.random.Generator) -> np.ndarray:
-    """Noise, white, and two of black and white blocks: float32 [4, 3, H, W].
+    """Noise, white, and two of black and white blocks: [4, 3, H, W] as a rule, as the graph takes them.
 
     Large bright areas make the largest sums: where INT8 saturates, features of white were 0.33 of their norm off, of
     such blocks up to 0.27, of generated people 0.05 to 0.09 (the demo's model, Haswell).
@@ -144,19 +189,23 @@ def _golden_images(spec: PreprocessSpec, rng: np.random.Generator) -> np.ndarray
     rows, columns = np.arange(spec.height) * down // spec.height, np.arange(spec.width) * across // spec.width
     blocks = rng.choice(np.array([0, 255], np.uint8), (2, down, across))[:, rows][:, :, columns]
     bright = np.concatenate([np.full((1, spec.height, spec.width), 255, np.uint8), blocks])
-    noise = rng.standard_normal((1, 3, spec.height, spec.width), np.float32)
+    if spec.pixels is not None:
+        noise = rng.integers(0, 256, (1, *spec.shape), np.uint8)
+    else:
+        noise = rng.standard_normal((1, *spec.shape), np.float32)
     return np.concatenate([noise, normalize(np.repeat(bright[..., None], 3, axis=-1), spec)])
 
 
 def _exact(loaded: Checkpoint, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """PyTorch's outputs for the golden inputs, computed in float64."""
     found = {}
-    for part, (feed, output) in ((loaded.backbone, _GRAPHS[BACKBONE]), (loaded.head, _GRAPHS[HEAD])):
-        if part is not None and output in golden:
-            inputs = [torch.from_numpy(golden[array]) for array in feed.values()]
-            with torch.no_grad():
-                double = copy.deepcopy(part).double()
-                found[output] = double(inputs[0].double(), *inputs[1:]).numpy()
+    with torch.no_grad():
+        if loaded.backbone is not None:
+            double = copy.deepcopy(loaded.backbone).double()
+            found["features"] = _features(double, golden["images"], loaded.spec, torch.float64)
+        if loaded.head is not None and "embeddings" in golden:
+            rows, landmarks = (torch.from_numpy(golden[array]) for array in ("head_input", "landmarks"))
+            found["embeddings"] = copy.deepcopy(loaded.head).double()(rows.double(), landmarks).numpy()
     return found
 
 
@@ -199,6 +248,8 @@ def _manifest(
 ) -> BundleManifest:
     head = loaded.spec.head
     where = "inside nformer.onnx: features go in as the backbone gave them"
+    if loaded.spec.unit_features:
+        where = f"inside backbone.onnx, and {where}"
     return BundleManifest(
         model=loaded.spec,
         preprocess=loaded.spec.preprocess,

@@ -19,12 +19,14 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from nformer_edge import __version__
+from nformer_edge.core.preprocess import scale_and_shift
+from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.gated import Head
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
@@ -115,6 +117,49 @@ def trace_backbone(backbone: Backbone, size: tuple[int, int], opset: int) -> Mod
     """
     axes = {"images": {0: "B"}, "features": {0: "B"}}
     return _trace(folded_neck(backbone), (torch.zeros(2, 3, *size),), ("images",), "features", axes, opset)
+
+
+def take_pixels(model: ModelProto, spec: PreprocessSpec) -> None:
+    """Lets a backbone's graph normalize pixels by itself: its input becomes uint8, as `spec.pixels` says.
+
+    The numbers are those of `core.preprocess.normalize`, operation by operation in float32.
+    """
+    assert spec.pixels is not None, "asked for"
+    scale, shift = (values.reshape(1, 3, 1, 1) for values in scale_and_shift(spec))
+    images, rest = model.graph.input[0], list(model.graph.node)
+    inner = "/pixels/normalized"
+    for node in rest:
+        for i, name in enumerate(node.input):
+            node.input[i] = inner if name == images.name else name
+    steps: list[tuple[str, dict[str, object], list[tuple[str, np.ndarray]]]] = []
+    if spec.pixels.layout == "NHWC":
+        steps.append(("Transpose", {"perm": [0, 3, 1, 2]}, []))
+    if spec.pixels.channels != spec.channels:
+        steps.append(("Gather", {"axis": 1}, [("/pixels/order", np.array([2, 1, 0]))]))
+    steps += [("Cast", {"to": TensorProto.FLOAT}, []), ("Mul", {}, [("/pixels/scale", scale)])]
+    steps.append(("Sub", {}, [("/pixels/shift", shift)]))
+    made, nodes = images.name, []
+    for kind, attributes, constants in steps:
+        model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in constants)
+        output = inner if kind == "Sub" else f"/pixels/{kind}_output"
+        inputs = [made, *(name for name, _ in constants)]
+        nodes.append(helper.make_node(kind, inputs, [output], name=f"/pixels/{kind}", **attributes))
+        made = output
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+    images.CopyFrom(helper.make_tensor_value_info(images.name, TensorProto.UINT8, ["B", *spec.shape]))
+
+
+def bring_to_unit_length(model: ModelProto) -> None:
+    """Lets a backbone's graph divide each feature by its L2 norm."""
+    output, inner = model.graph.output[0].name, "/unit/features"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = inner if name == output else name
+    model.graph.node.append(
+        helper.make_node("LpNormalization", [inner], [output], name="/unit/LpNormalization", axis=1)
+    )
 
 
 def folded_neck(backbone: Backbone) -> Backbone:

@@ -140,6 +140,9 @@ def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, float] | None
     if views == 1:
         return lambda pixels, hashes, view: normalize(pixels, spec), ""
     check_at_least("seed", seed, 0)
+    if spec.pixels is not None:
+        hint = "Embed views with the checkpoint, or with a bundle without --input uint8."
+        raise UsageError("views", f"{views} for a graph that takes pixels", "1", hint)
     try:
         from nformer_edge.data import loaders
     except ImportError as e:

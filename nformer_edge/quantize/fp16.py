@@ -27,7 +27,10 @@ from nformer_edge.ops.contract import DOMAIN
 MULTIPLICATIONS = ("Conv", "Gemm", "MatMul")
 
 #: From the backbone's output back to its last pooling.
-_TAIL = ("Flatten", "Gemm", "MatMul", "Relu", "Identity", "BatchNormalization", "Reshape", "Squeeze", "Add", "Mul")
+_TAIL = (
+    *("Flatten", "Gemm", "MatMul", "Relu", "Identity", "BatchNormalization", "Reshape", "Squeeze", "Add", "Mul"),
+    "LpNormalization",
+)
 
 #: A pooling, and what generalized-mean pooling (GeM) is made of besides: powers reach far beyond FP16.
 _POOLINGS = ("GlobalAveragePool", "ReduceMean")
@@ -53,9 +56,10 @@ def drop_unused(model: ModelProto) -> None:
 
 
 def backbone_float32(model: ModelProto) -> set[str]:
-    """Names of the nodes that stay FP32: norms, and from the last pooling (GeM with its powers) to the output."""
+    """Names of the nodes that stay FP32: what normalizes pixels, norms, and from the last pooling (GeM with its powers)
+    to the output."""
     made_by = makers(model)
-    kept = {node.name for node in model.graph.node if node.op_type in _NORMS}
+    kept = {node.name for node in model.graph.node if node.op_type in _NORMS} | set(pixel_nodes(model))
     tail: tuple[str, ...] = _TAIL + _POWERS + _POOLINGS
     waiting = [(o.name, tail) for o in model.graph.output]
     while waiting:
@@ -67,6 +71,17 @@ def backbone_float32(model: ModelProto) -> set[str]:
         before = _POWERS if node.op_type in _POOLINGS or wanted is not tail else tail
         waiting += [(name, before) for name in node.input]
     return kept
+
+
+def pixel_nodes(model: ModelProto) -> list[str]:
+    """Names of the nodes between uint8 images and the first multiplication: they make the model's numbers of pixels."""
+    inputs = [i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.UINT8]
+    made, names = set(inputs), []
+    for node in model.graph.node if inputs else ():
+        if node.op_type not in (*MULTIPLICATIONS, "QuantizeLinear") and made & set(node.input):
+            made |= set(node.output)
+            names.append(node.name)
+    return names
 
 
 def head_float16(model: ModelProto) -> set[str]:

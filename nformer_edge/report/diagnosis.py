@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,8 @@ def _images(records: Sequence[ImageRecord], preprocess: PreprocessSpec) -> np.nd
 def compare_inputs(
     reference: PreprocessSpec, engine: PreprocessSpec, records: Sequence[ImageRecord]
 ) -> InputDifference:
-    """What two models make of the first of these images."""
+    """What two models make of the first of these images, before a graph that takes pixels normalizes them."""
+    reference, engine = (replace(spec, pixels=None) for spec in (reference, engine))
     ours, theirs = (_images(records, spec) for spec in (reference, engine))
     error = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours)) if ours.shape == theirs.shape else None
     pairs = [(f.name, getattr(engine, f.name), getattr(reference, f.name)) for f in dataclasses.fields(reference)]

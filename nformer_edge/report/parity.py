@@ -11,6 +11,7 @@ import numpy as np
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, GateError, UsageError
+from nformer_edge.core.features import Features
 from nformer_edge.core.machine import MachineFacts, machine
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import Result
@@ -245,20 +246,33 @@ def parity(
         with open_model(reference, intra_op_threads, reference=True, native=built.native) as original:
             _check_heads(built, original)
             seeds = _landmark_seeds(built, landmark_seeds)
-            judged = _Parts(original, built, embed(original), theirs)
+            shorten = built.spec.unit_features and not original.spec.unit_features
+
+            def as_built(pair: Pair) -> Pair:
+                return (_unit(pair[0]), _unit(pair[1])) if shorten else pair
+
+            judged = _Parts(original, built, as_built(embed(original)), theirs)
             double = original.float64() if isinstance(original, _HasFloat64) else None
             if double is not None:
-                judged.use(double, embed(double) if judged.needs_backbone else None)
+                judged.use(double, as_built(embed(double)) if judged.needs_backbone else None)
             parts = judged.judge(seeds, draws, seed)
             ours, its = (reference, original, reference_label), (engine, built, engine_label)
             models = MeasuredModel.of(*ours), MeasuredModel.of(*its)
             spec, seen = original.spec, compare_inputs(original.spec.preprocess, built.spec.preprocess, query)
+            alike = original.spec.preprocess.pixels == built.spec.preprocess.pixels
     asked = [p for p in parts if p.part != "end_to_end" and (layers or _unexplained(p, seen))]
-    compared = compare_layers(reference, engine, asked, spec, query, judged.ours)
+    pixels = [p for p in asked if p.part == "backbone" and not alike]
+    compared = tuple(Layers(p.part, note="one graph takes pixels, the other normalized numbers") for p in pixels)
+    compared += compare_layers(reference, engine, [p for p in asked if p not in pixels], spec, query, judged.ours)
     measured = MeasuredData(dataset.name, len(query), len(gallery))
     status = gates.worst_verdict(p.status for p in parts)
     notes = calibration_note(built, *theirs)
     return Parity(machine(), *models, measured, seeds, draws, parts, seen, compared, status, blame(parts), notes)
+
+
+def _unit(features: Features) -> Features:
+    rows = features.features
+    return features.with_features(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 class _Parts:

@@ -176,7 +176,7 @@ def known_holes() -> list[Check]:
 def int8_note(here: MachineFacts) -> str:
     """What INT8 can gain on this CPU."""
     if _TIMED & set(here.instruction_sets):
-        return "has instructions that multiply 8-bit integers: INT8 engines should be faster than FP32"
+        return "has instructions that multiply 8-bit integers: INT8 may be faster than FP32; a build times both"
     if _INT8 & set(here.instruction_sets):
         return f"has instructions that multiply 8-bit integers; INT8 was not timed with these: {_COMPARE}"
     return f"no instructions that multiply 8-bit integers: INT8 engines are smaller, and may be faster: {_COMPARE}"

@@ -110,8 +110,8 @@ class OnnxRuntimeRunner:
         return self._sessions[name]
 
     def _check_inputs(self, name: str, found: Mapping[str, tuple[Any, ...]]) -> None:
-        size, head = self.spec.preprocess, self.spec.head
-        expected: dict[str, tuple[Any, ...]] = {"images": ("B", 3, size.height, size.width)}
+        head = self.spec.head
+        expected: dict[str, tuple[Any, ...]] = {"images": ("B", *self.spec.preprocess.shape)}
         if head is not None:
             expected |= {"features": ("N", head.features), "landmarks": (head.layers, "l")}
         for key, shape in found.items():

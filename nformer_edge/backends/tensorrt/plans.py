@@ -120,7 +120,7 @@ def _as_built(audit: PartAudit) -> Precision:
 
 def profiles(bundle: Bundle, spec: BuildSpec) -> dict[str, Profile]:
     """Min, opt and max shape of each part's inputs."""
-    image = (3, bundle.spec.preprocess.height, bundle.spec.preprocess.width)
+    image = bundle.spec.preprocess.shape
     found: dict[str, Profile] = {"backbone": {"images": tuple((size, *image) for size in spec.batch)}}
     head = bundle.spec.head
     if head is not None:
