@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.calibrate import HistogramCollector, create_calibrator
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
@@ -26,6 +27,7 @@ from nformer_edge.core.spec import CalibrationMethod as Method
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.batches import iter_batches
+from nformer_edge.quantize.placement import as_exported
 from nformer_edge.quantize.values import Ranges
 
 #: Images whose activations are held at once. All of them are kept while a histogram is taken: ResNet-50 at 256 x 128
@@ -93,7 +95,7 @@ def measure_ranges(
 def with_shapes(backbone: bytes, folder: Path) -> Path:
     """A file in `folder`, with the types and shapes of all tensors, which calibrator and quantizer look up."""
     source, prepared = folder / "backbone.onnx", folder / "prepared.onnx"
-    source.write_bytes(backbone)
+    onnx.save(as_exported(onnx.load_from_string(backbone)), source)
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
     return prepared
 

@@ -13,15 +13,15 @@ once a channel.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.quantize.fp16 import makers
+from nformer_edge.quantize.fp16 import drop_unused, makers
 
 #: Nodes that are in INT8 when what they read is: they only pass it on.
 FOLLOWERS = (
@@ -148,6 +148,66 @@ def _shield(model: ModelProto, excluded: Collection[str]) -> None:
     used = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
     del model.graph.node[:]  # without the DQ that nobody reads any more
     model.graph.node.extend(n for n in nodes if n.op_type != "DequantizeLinear" or n.output[0] in used)
+
+
+def as_exported(model: ModelProto) -> ModelProto:
+    """A copy of a graph that others wrote, in the form of our own export: constants are initializers, and batch norms
+    are folded into the convolution or the linear layer before them."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    given = {node.name or node.output[0]: value for node in graph.node if (value := _constant(node)) is not None}
+    graph.initializer.extend(given.values())
+    kept = [node for node in graph.node if (node.name or node.output[0]) not in given]
+    readers = Counter(name for node in kept for name in node.input) + Counter(o.name for o in graph.output)
+    made_by, constants = {node.output[0]: node for node in kept if node.output}, {t.name: t for t in graph.initializer}
+    folded: list[NodeProto] = []
+    for node in kept:
+        before = made_by.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if before is not None and readers[node.input[0]] == 1 and _fold(before, node, constants):
+            graph.initializer.extend(constants[name] for name in before.input[1:])
+            folded.append(node)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(node for node in kept if not any(node is one for one in folded))
+    drop_unused(result)
+    return result
+
+
+def _constant(node: NodeProto) -> TensorProto | None:
+    """What a Constant node gives; None for another node, and for text and sparse tensors."""
+    if node.op_type != "Constant" or not node.attribute:
+        return None
+    name, value = node.attribute[0].name, helper.get_attribute_value(node.attribute[0])
+    if name == "value":
+        tensor = TensorProto()
+        tensor.CopyFrom(value)
+        tensor.name = node.output[0]
+        return tensor
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    return numpy_helper.from_array(np.array(value, kinds[name]), node.output[0]) if name in kinds else None
+
+
+def _fold(node: NodeProto, norm: NodeProto, constants: dict[str, TensorProto]) -> bool:
+    """Folds a batch norm into a convolution or a linear layer, whose constants become its own."""
+    settings = {a.name: helper.get_attribute_value(a) for a in (*node.attribute, *norm.attribute)}
+    plain = node.op_type == "Conv" or (node.op_type == "Gemm" and settings.get("alpha", 1.0) == 1.0)
+    plain = plain and settings.get("beta", 1.0) == 1.0 and not settings.get("transA") and len(norm.output) == 1
+    if not plain or not set((*node.input[1:], *norm.input[1:])) <= constants.keys():
+        return False
+    scale, shift, mean, variance = (numpy_helper.to_array(constants[name]) for name in norm.input[1:5])
+    factor = scale / np.sqrt(variance + settings.get("epsilon", 1e-5))
+    weight = numpy_helper.to_array(constants[node.input[1]])
+    axis = 0 if node.op_type == "Conv" or settings.get("transB") else 1
+    bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros_like(mean)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    made = {"weight": weight * factor.reshape(shape), "bias": (bias - mean) * factor + shift}
+    names = [f"{norm.output[0]}/{what}" for what in made]
+    for name, values in zip(names, made.values(), strict=True):
+        constants[name] = numpy_helper.from_array(values.astype(weight.dtype), name)
+    del node.input[1:]
+    node.input.extend(names)
+    node.output[0] = norm.output[0]
+    return True
 
 
 def require_nodes(model: ModelProto, names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from nformer_edge.quantize.fp16 import MULTIPLICATIONS, drop_unused, makers, multiplication_types
-from nformer_edge.quantize.placement import require_nodes
+from nformer_edge.quantize.placement import as_exported, require_nodes
 from nformer_edge.quantize.placement_cpu import excluded_multiplications, float_nodes, require_quantized
 from nformer_edge.quantize.values import Ranges
 
@@ -39,6 +39,7 @@ def place_for_tensorrt(model: ModelProto, ranges: Ranges, exclude: Collection[st
             ones, came out quantized.
         UsageError: for a name in `exclude` that no node has.
     """
+    model = as_exported(model)
     require_nodes(model, exclude)
     placed = _Placement(model, ranges, exclude).run()
     require_quantized(multiplication_types(placed), excluded_multiplications(model, exclude))

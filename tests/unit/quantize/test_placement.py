@@ -15,12 +15,13 @@ from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.exporting.session import open_session
 from nformer_edge.quantize.calibrate import CALIBRATED, measure_ranges
 from nformer_edge.quantize.fp16 import multiplication_types
-from nformer_edge.quantize.placement import FOLLOWERS, node_groups
+from nformer_edge.quantize.placement import FOLLOWERS, as_exported, node_groups
 from nformer_edge.quantize.placement_cpu import (
     excluded_multiplications,
     float_nodes,
     for_onnxruntime,
     place_for_cpu,
+    quantize_backbone,
     quantized_nodes,
     require_quantized,
 )
@@ -122,3 +123,51 @@ def test_an_engine_with_nothing_left_in_int8_is_refused(placement, ranges):
         require_quantized(multiplication_types(model), excluded_multiplications(model, everything))
     with pytest.raises(ArtifactError, match="Exclude fewer nodes"):
         place_for_tensorrt(placement.plain, ranges, everything)
+
+
+def graph_of_others(constant_nodes):
+    """A small backbone with a batch norm behind a convolution and one behind its Gemm; constants as nodes or not."""
+    rng = np.random.default_rng(0)
+    norms = {f"{kind}{i}": rng.uniform(0.5, 2, size) for i, size in ((1, 16), (2, 8)) for kind in "sbmv"}
+    arrays = {"w": rng.normal(size=(16, 3, 3, 3)), "g": rng.normal(size=(16, 8)), "gb": rng.normal(size=8), **norms}
+    tensors = [onnx.numpy_helper.from_array(values.astype(np.float32), name) for name, values in arrays.items()]
+    node = onnx.helper.make_node
+    nodes = [
+        node("Conv", ["images", "w"], ["c"], name="conv"),
+        node("BatchNormalization", ["c", *(f"{kind}1" for kind in "sbmv")], ["n"], name="norm", epsilon=0.1),
+        node("Relu", ["n"], ["r"], name="relu"),
+        node("GlobalAveragePool", ["r"], ["p"], name="pool"),
+        node("Flatten", ["p"], ["f"], name="flatten"),
+        node("Gemm", ["f", "g", "gb"], ["y"], name="gemm"),
+        node("BatchNormalization", ["y", *(f"{kind}2" for kind in "sbmv")], ["features"], name="neck"),
+    ]
+    if constant_nodes:
+        nodes = [node("Constant", [], [t.name], name=f"make {t.name}", value=t) for t in tensors] + nodes
+    ends = [("images", ["B", 3, 64, 32]), ("features", ["B", 8])]
+    (images,), (found,) = ([onnx.helper.make_tensor_value_info(name, 1, shape)] for name, shape in ends)
+    graph = onnx.helper.make_graph(nodes, "others", [images], [found], [] if constant_nodes else tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("constant_nodes", [False, True])
+def test_graphs_of_others_are_quantized_with_constant_nodes_and_unfolded_batch_norms(constant_nodes, tiny_market):
+    model = graph_of_others(constant_nodes)
+    images = [str(p) for p in sorted((tiny_market / "bounding_box_train").iterdir())[:2]]
+    measured = measure_ranges(model.SerializeToString(), images, PreprocessSpec(64, 32), ["minmax"])["minmax"]
+    placed = quantize_backbone(model.SerializeToString(), measured, reduce_range=True)
+    onnx.checker.check_model(placed, full_check=True)
+    for found in (placed, place_for_tensorrt(model, measured)):
+        assert multiplication_types(found) == {"conv": "int8", "gemm": "fp32"}
+        assert "BatchNormalization" not in {n.op_type for n in found.graph.node}
+        expected = features(model)
+        assert np.linalg.norm(features(found) - expected) <= 0.2 * np.linalg.norm(expected)
+
+
+def test_a_graph_in_the_form_of_our_export_computes_the_same_and_what_cannot_be_folded_stays():
+    model = graph_of_others(constant_nodes=True)
+    np.testing.assert_allclose(features(as_exported(model)), features(model), rtol=1e-4, atol=1e-5)
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info("c", 1, ["B", 16, 62, 30])
+    )  # it is read elsewhere, too
+    kept = [n.name for n in as_exported(model).graph.node if n.op_type == "BatchNormalization"]
+    assert kept == ["norm"]
