@@ -225,7 +225,8 @@ def build_fastest(
             exclude = spec.exclude_nodes if precision == "int8" else ()
             one = replace(spec, precision=precision, exclude_nodes=exclude)
             if (precision, half) not in measured:
-                given = data if exact or precision == "int8" else replace(data, budget=None)
+                others = {"int8": data, "fp16": replace(data, budget=None)}
+                given = data if exact else others.get(precision, CalibrationData())
                 measured[precision, half] = prepare(bundle, one, given, out, half=half, judge=judge)
             low = measured[precision, half]
             low.save(folder)
