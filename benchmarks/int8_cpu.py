@@ -1,8 +1,10 @@
-"""INT8 against FP32 on this CPU: our engines in onnxruntime, PyTorch, OpenVINO on the same files, and NNCF's INT8.
+"""INT8 against FP32 on this CPU: our engines for onnxruntime and OpenVINO, PyTorch, and NNCF's INT8 in OpenVINO.
 
     pip install -e '.[bench]'
-    python benchmarks/int8_cpu.py --arch resnet50 --prepare        # models, calibration: minutes
-    python benchmarks/int8_cpu.py --arch resnet50 -o int8_cpu.json # the clock
+    python benchmarks/int8_cpu.py --arch resnet50 resnet18 osnet_x0_25 -o int8_cpu.json
+
+The first run makes the models and calibrates, which takes minutes (`--prepare` does that alone). Without NNCF its line
+is left out. At the end stands what ``build-engine --precision auto`` takes, by its own clock.
 
 Weights are random unless `--model` names a checkpoint (time does not depend on them), with the batch norms' statistics
 taken from training images of the generated dataset; the same images calibrate both INT8 models. NNCF is what a user of
@@ -16,14 +18,13 @@ over rounds of one round's ratio; in brackets its 5th to 95th percentile.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
-import tempfile
 import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.build import build_engine, describe_engine
+from nformer_edge.backends.open import open_model
 from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import atomic_write_json
-from nformer_edge.core.machine import VNNI, conditions, instruction_sets, machine
-from nformer_edge.core.spec import Arch, BackboneSpec, CalibrationMethod, ModelSpec
+from nformer_edge.core.errors import BackendError
+from nformer_edge.core.machine import VNNI, conditions, instruction_sets, machine, versions
+from nformer_edge.core.spec import TRUNKS, BackboneSpec, CalibrationMethod, ModelSpec
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import to_json
 from nformer_edge.data.batches import iter_batches
@@ -50,16 +53,23 @@ from nformer_edge.report.table import format_table
 Run = Callable[[np.ndarray], np.ndarray]
 Counts = dict[str, int]
 
-#: Name: what runs it, and the file in the work folder.
+#: Name: what runs it, and the file or the engine in the work folder.
 CONTENDERS = {
-    "onnxruntime FP32": ("onnxruntime", "bundle/backbone.onnx"),
-    "onnxruntime INT8, ours": ("onnxruntime", "engine/backbone.onnx"),
+    "onnxruntime FP32": ("engine", "onnxruntime_fp32"),
+    "onnxruntime INT8": ("engine", "onnxruntime_int8"),
     "PyTorch eager FP32": ("pytorch", "model.safetensors"),
-    "OpenVINO FP32": ("openvino", "bundle/backbone.onnx"),
-    "OpenVINO INT8, our file": ("openvino", "engine/backbone.onnx"),
+    "OpenVINO FP32": ("engine", "openvino_fp32"),
+    "OpenVINO BF16": ("engine", "openvino_bf16"),
+    "OpenVINO INT8": ("engine", "openvino_int8"),
     "OpenVINO INT8, NNCF": ("openvino", "nncf.xml"),
 }
 BASELINES = ("onnxruntime FP32", "PyTorch eager FP32")
+
+#: Engines of ours: backend and precision.
+ENGINES = (
+    *(("onnxruntime", precision) for precision in ("fp32", "int8")),
+    *(("openvino", precision) for precision in ("fp32", "bf16", "int8")),
+)
 
 #: Seconds before each run. onnxruntime's, OpenMP's and TBB's threads spin for some milliseconds after theirs.
 PAUSE = 0.05
@@ -71,7 +81,7 @@ COMPARED = 64
 _INT8 = ("i8", "u8")
 
 
-def random_checkpoint(path: Path, arch: Arch, calibration: Sequence[str]) -> None:
+def random_checkpoint(path: Path, arch: str, calibration: Sequence[str]) -> None:
     """A seeded model whose batch norms know the statistics of `calibration`: else all its features look alike."""
     import torch
 
@@ -110,20 +120,31 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
         if args.model:
             model.symlink_to(Path(args.model).resolve())
         else:
-            random_checkpoint(model, args.arch, chosen)
+            random_checkpoint(model, work.name, chosen)
     if not (work / "bundle").exists():
         export_bundle(model, work / "bundle")
-    if not (work / "engine").exists():
-        spec = EngineSpec("onnxruntime", "int8", calib_method=args.calib_method, calib_num=args.calib_num)
-        build_engine(work / "bundle", work / "engine", spec, dataset)
-    if not (work / "nncf.xml").exists():
+    table = work / "onnxruntime_int8" / "calibration.json"
+    for backend, precision in ENGINES:
+        out = work / f"{backend}_{precision}"
+        if out.exists():
+            continue
+        images = (table if table.exists() else dataset) if precision == "int8" else None
+        spec = EngineSpec(backend, precision, calib_method=args.calib_method, calib_num=args.calib_num)
+        try:
+            build_engine(work / "bundle", out, spec, images)
+        except BackendError as e:  # no BF16 on this CPU
+            print(f"left out: {backend} {precision}: {e}")
+    if not (work / "auto").exists():
+        spec = EngineSpec(precision="auto", calib_method=args.calib_method, calib_num=args.calib_num)
+        build_engine(work / "bundle", work / "auto", spec, dataset)
+    if importlib.util.find_spec("nncf") and not (work / "nncf.xml").exists():
         preprocess = load_checkpoint(model).spec.preprocess
         images = list(iter_batches(chosen, preprocess, 1))
         quantize_by_nncf(work / "bundle/backbone.onnx", work / "nncf.xml", images)
 
 
 def dataset_in(work: Path) -> Dataset:
-    folder = work / "data"
+    folder = work.parent / "data"
     return read_dataset(folder) if folder.exists() else generate_dataset(folder)
 
 
@@ -145,19 +166,12 @@ def open_pytorch(path: Path, threads: int) -> tuple[Run, Counts]:
     return run, {"int8": 0, "total": total}
 
 
-def open_onnxruntime(path: Path, threads: int) -> tuple[Run, Counts]:
-    import onnx
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = os.path.join(folder, "as_it_runs.onnx")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    counts = {"int8": kinds.count("QLinearConv"), "total": kinds.count("QLinearConv") + kinds.count("Conv")}
-    return lambda images: session.run(["features"], {"images": images})[0], counts
+def open_engine(path: Path, threads: int) -> tuple[Run, Counts]:
+    runner = open_model(path, intra_op_threads=threads)
+    audit = describe_engine(path).audit
+    found = audit["backbone"].multiplications if audit else {}
+    counts = {"int8": found["int8"].built if "int8" in found else 0, "total": sum(c.asked for c in found.values())}
+    return runner.__enter__().embed, counts
 
 
 def open_openvino(path: Path, threads: int) -> tuple[Run, Counts]:
@@ -178,7 +192,7 @@ def open_openvino(path: Path, threads: int) -> tuple[Run, Counts]:
     return run, {"int8": sum(t in _INT8 for t in types), "total": len(types)}
 
 
-OPENERS = {"pytorch": open_pytorch, "onnxruntime": open_onnxruntime, "openvino": open_openvino}
+OPENERS = {"pytorch": open_pytorch, "engine": open_engine, "openvino": open_openvino}
 
 
 def serve(pipe: Connection, backend: str, path: Path, threads: int) -> None:
@@ -201,8 +215,8 @@ class Contender:
         self._process = context.Process(target=serve, args=(other, backend, work / file, threads), daemon=True)
         self._process.start()
         other.close()
-        files = [(work / file).resolve(), (work / file).with_suffix(".bin")]
-        self.size_mb = sum(f.stat().st_size for f in files if f.exists()) / 1e6
+        files = [(work / file).resolve(), (work / file).with_suffix(".bin"), work / file / "backbone.onnx"]
+        self.size_mb = sum(f.stat().st_size for f in files if f.is_file()) / 1e6
         self.convolutions: Counts = self._pipe.recv()
 
     def __call__(self, images: np.ndarray) -> tuple[float, np.ndarray]:
@@ -250,7 +264,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     spec = load_checkpoint(work / "model.safetensors").spec.preprocess
     images = list(iter_batches(queries[:COMPARED], spec, max(args.batch)))
     before = conditions()
-    contenders = {name: Contender(name, work, args.threads) for name in CONTENDERS}
+    there = [name for name, (_, file) in CONTENDERS.items() if (work / file).exists()]
+    contenders = {name: Contender(name, work, args.threads) for name in there}
     models = {
         name: {"size_mb": c.size_mb, "convolutions": c.convolutions, "cosine": cosine}
         for (name, c), cosine in zip(contenders.items(), compare_outputs(contenders, images).values(), strict=True)
@@ -266,8 +281,9 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         contender.close()
     return {
         "kind": "int8_cpu", "machine": asdict(machine()), "conditions": {"before": before, "after": conditions()},
-        "versions": {name: version(name) for name in ("openvino", "nncf")}, "vnni": has_vnni(),
-        "arch": args.arch, "weights": args.model or "random", "threads": args.threads, "rounds": args.rounds,
+        "versions": versions("openvino", "nncf", "onnxruntime", "torch"), "vnni": has_vnni(),
+        "auto": str(describe_engine(work / "auto").choice), "arch": work.name,
+        "weights": args.model or "random", "threads": args.threads, "rounds": args.rounds,
         "calibration": {"num": args.calib_num, "method": args.calib_method}, "models": models, "runs": runs,
     }  # fmt: skip
 
@@ -280,7 +296,7 @@ def _lines(result: dict[str, Any]) -> list[list[str]]:
     lines = []
     for name, model in result["models"].items():
         counts, cosine = model["convolutions"], model["cosine"]
-        line = [name, f"{model['size_mb']:.1f}", f"{counts['int8']} of {counts['total']}",
+        line = [name, f"{model['size_mb']:.1f}", f"{counts['int8']} of {counts['total']}" if counts["int8"] else "-",
                 f"{cosine['min']:.4f} / {cosine['mean']:.4f}"]  # fmt: skip
         for run in (r for r in result["runs"] if r["name"] == name):
             line.append(f"{run['latency']['p50_ms']:.1f}")
@@ -291,10 +307,11 @@ def _lines(result: dict[str, Any]) -> list[list[str]]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    headers = ["", "MB", "INT8 convolutions", "cosine to PyTorch, min / mean"]
+    headers = [result["arch"], "MB", "INT8 multiplications", "cosine to PyTorch, min / mean"]
     for batch in dict.fromkeys(r["batch"] for r in result["runs"]):
         headers += [f"batch {batch}, ms", "speed-up on onnxruntime FP32", "on PyTorch"]
     print(format_table(headers, _lines(result)))
+    print(f"build-engine --precision auto: {result['auto']}")
     if result["weights"] == "random":
         print(
             "Weights are random: how much rounding changes their features tells nothing of a trained model's accuracy."
@@ -306,7 +323,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", choices=typing.get_args(Arch), default="resnet50")
+    parser.add_argument("--arch", nargs="+", choices=list(TRUNKS), default=["resnet50"])
     parser.add_argument("--model", metavar="CHECKPOINT", help="trained weights, instead of random ones")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
@@ -314,18 +331,19 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="rounds before the clock counts")
     parser.add_argument("--calib-num", type=int, default=64)
     parser.add_argument("--calib-method", choices=typing.get_args(CalibrationMethod), default="minmax")
-    parser.add_argument("--work", metavar="DIR", help="folder of the models, kept (default: runs/int8_cpu/ARCH)")
+    parser.add_argument("--work", metavar="DIR", default="runs/int8_cpu", help="folder of the models, kept")
     parser.add_argument("--prepare", action="store_true", help="make the models and end")
     parser.add_argument("-o", "--output", metavar="FILE", default="int8_cpu.json")
     args = parser.parse_args()
-    work = Path(args.work or f"runs/int8_cpu/{args.arch}")
-    work.mkdir(parents=True, exist_ok=True)
-    prepare(work, args)
-    if args.prepare:
-        return
-    result = measure(work, args)
-    atomic_write_json(args.output, result)
-    print_table(result)
+    results = []
+    for arch in args.arch:
+        work = Path(args.work) / arch
+        work.mkdir(parents=True, exist_ok=True)
+        prepare(work, args)
+        if not args.prepare:
+            results.append(measure(work, args))
+            print_table(results[-1])
+            atomic_write_json(args.output, {"kind": "int8_cpu", "architectures": results})
 
 
 if __name__ == "__main__":
