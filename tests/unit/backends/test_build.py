@@ -224,7 +224,7 @@ def test_a_table_of_another_backbone_is_refused(int8_engine, tiny_bundle, tmp_pa
     with pytest.raises(ArtifactError, match="got ranges of another backbone"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "other.json")
     (tmp_path / "broken.json").write_text('{"kind": "calibration", "ranges": {"x": [1]}}')
-    with pytest.raises(ArtifactError, match="expected calibration, version 2"):
+    with pytest.raises(ArtifactError, match="expected calibration, version 3"):
         build_engine(tiny_bundle, tmp_path / "e", spec("int8"), calib_data=tmp_path / "broken.json")
 
 
