@@ -3,6 +3,11 @@
 Each seed draws its own dataset, harder than the demo's, and trains anew at 64 x 32. Prints mean and spread.
 
     python benchmarks/generated_data.py --seeds 0 1 2 3 4 -o generated_data.json
+
+With --composition, the gated head at each of these numbers of gallery images a person, beside its backbone, on smaller
+data with people whom no query asks for:
+
+    python benchmarks/generated_data.py --composition 1 8 -o generated_composition.json
 """
 
 from __future__ import annotations
@@ -31,11 +36,24 @@ RULES = ("features", "affinity")
 HARD = {"train_ids": 140, "test_ids": 80, "cameras": 6, "seen_by": 5, "images": 3, "alike": 4}
 
 
+#: For `--composition`: half as many people, drawn at the size at which they are read.
+SMALL = HARD | {
+    "train_ids": 60,
+    "test_ids": 60,
+    "distractors": 60,
+    "junk": 0,
+    "open_set": 20,
+    "height": 64,
+    "width": 32,
+}
+
+
 def recipe(seed: int, rule: str) -> TrainConfig:
     """The demo's at 64 x 32, with 20 neighbors."""
     demo = TrainConfig.demo(seed, rule)
     assert demo.model.head is not None
-    model = replace(demo.model, head=replace(demo.model.head, k=20), preprocess=PreprocessSpec(64, 32))
+    head = demo.model.head if rule == "gated" else replace(demo.model.head, k=20)
+    model = replace(demo.model, head=head, preprocess=PreprocessSpec(64, 32))
     return replace(demo, model=model)
 
 
@@ -61,6 +79,18 @@ def one_seed(seed: int, folder: Path) -> dict[str, tuple[float, float]]:
     return rows
 
 
+def by_images(seed: int, folder: Path, counts: list[int]) -> dict[str, tuple[float, float]]:
+    """mAP and Rank-1, in percent, of backbone and gated head by the number of gallery images a person."""
+    model, rows = folder / "gated.safetensors", {}
+    for n in counts:  # one seed draws the same people whatever their number of images
+        dataset = generate_dataset(folder / f"data{n}", GenerateSpec(seed, **SMALL, gallery_images=(n,)))
+        if n == counts[0]:
+            train(dataset, model, recipe(seed, "gated"))
+        found = evaluate(model, dataset, rank_lists=0, per_query=False, draws=0).rankings
+        rows |= {f"{r.name}, {n} a person": (100 * r.mAP, 100 * r.cmc[0]) for r in found}
+    return rows
+
+
 def _scores(model: Path, dataset: Any, rerank: bool = False) -> dict[str, tuple[float, float]]:
     rankings = evaluate(model, dataset, rerank=rerank, rank_lists=0).rankings
     return {r.name: (100 * r.mAP, 100 * r.cmc[0]) for r in rankings}
@@ -69,12 +99,14 @@ def _scores(model: Path, dataset: Any, rerank: bool = False) -> dict[str, tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--composition", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("-o", "--output", metavar="FILE", default="generated_data.json")
     args = parser.parse_args()
     start, by_seed = time.perf_counter(), {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            by_seed[seed] = one_seed(seed, Path(folder))
+            counts = args.composition
+            by_seed[seed] = by_images(seed, Path(folder), counts) if counts else one_seed(seed, Path(folder))
         print(f"seed {seed}: " + ", ".join(f"{k} {m:.1f}/{r:.1f}" for k, (m, r) in by_seed[seed].items()), flush=True)
         atomic_write_json(
             args.output,

@@ -366,7 +366,7 @@ _calls(
     "accuracy (mAP, mINP, CMC) of a checkpoint, bundle or engine; the head under both query protocols",
     MODEL, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--seed", dest="seeds", type=int, nargs="+", help="landmark seeds, a run each (default: the model's own)"),
-    _flag("--rerank", "add k-reciprocal re-ranking (20/6/0.3) and other baselines"),
+    _flag("--rerank", "add k-reciprocal re-ranking (20/6/0.3) and other baselines, also after a gated head's map"),
     _option("--draws", type=int, metavar="N",
             help="draws of the table by images a person, averaged (default 1; 0 leaves the table out)"),
 )

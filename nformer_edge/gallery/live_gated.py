@@ -34,6 +34,15 @@ class GatedLive(LiveHead):
         x = x if power == 1 else np.sign(x) * np.abs(x) ** power
         return x @ self.numbers["map.linear.w"] + self.numbers["map.linear.b"]
 
+    def compared(
+        self,
+        features: np.ndarray,  # [N, D]
+        landmarks: np.ndarray,  # int32 [layers, l]
+    ) -> np.ndarray:  # [N, D]
+        """What the head compares in a set: unit rows, mapped, less their center."""
+        entered = self._entered(features)
+        return unit(entered - entered[landmarks[0]].mean(axis=0))
+
     def _held(self) -> np.ndarray:
         return self._rows["unit"][:-1] * self._rows["length"][:-1, None] + self._landmarks.get("center", 0)
 

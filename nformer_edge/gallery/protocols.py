@@ -26,6 +26,7 @@ from nformer_edge.gallery.live import LiveHead
 from nformer_edge.ops.contract import draw_landmarks, relate_jointly
 
 if TYPE_CHECKING:
+    from nformer_edge.gallery.live_gated import GatedLive
     from nformer_edge.training.relate import PerQuery
 
 JOINT: Final = "joint"
@@ -52,6 +53,19 @@ def relate_sets(
     """
     head = require_head(runner.spec)
     return relate_jointly(runner.relate, head, query, gallery, runner.landmark_seed if seed is None else seed)
+
+
+def map_sets(
+    runner: Runner, query: Features, gallery: Features, seed: int | None = None
+) -> tuple[Features, Features] | None:
+    """Query and gallery as a gated head compares them in one set: mapped, less their center, unit length.
+
+    None where the head is not gated, or has no live form.
+    """
+    if runner.spec.head is None or runner.spec.head.rule != "gated" or not can_ask(runner):
+        return None
+    live = cast("GatedLive", LiveHead.open(runner, seed))
+    return relate_jointly(live.compared, runner.spec.head, query, gallery, live.seed)
 
 
 def relate_per_query(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> PerQuery:

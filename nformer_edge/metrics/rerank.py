@@ -10,15 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from nformer_edge.core.spec import check_at_least
-from nformer_edge.metrics.distance import (
-    check_same_size,
-    cosine_distances,
-    nearest,
-    reciprocal_mask,
-    row_blocks,
-    smallest,
-    unit_rows,
-)
+from nformer_edge.metrics.distance import check_same_size, reciprocal_mask, row_blocks, unit_rows
 from nformer_edge.ops import native
 
 
@@ -90,12 +82,9 @@ def reciprocal_mean(query: np.ndarray, gallery: np.ndarray, k: int = 20) -> tupl
         float32 [Q, D] and [G, D].
     """
     unit = _together(query, gallery)
-    neighbors, _ = nearest(unit, k)
-    mutual = reciprocal_mask(neighbors)
-    means = np.empty_like(unit)
-    for rows in row_blocks(len(unit)):
-        weights = mutual[rows] / mutual[rows].sum(axis=1, keepdims=True)
-        means[rows] = np.einsum("bk,bkd->bd", weights, unit[neighbors[rows]])
+    lists = _lists(unit, k)
+    mutual = reciprocal_mask(lists)
+    means = _sums(unit, lists, mutual / mutual.sum(axis=1, keepdims=True, dtype=np.float32))
     return means[: len(query)], means[len(query) :]
 
 
@@ -108,8 +97,7 @@ def mutual_sum(query: np.ndarray, gallery: np.ndarray, k: int = 2) -> tuple[np.n
         float32 [Q, D] and [G, D].
     """
     unit = _together(query, gallery)
-    together, own = unit[None], np.arange(len(unit))[:, None]
-    lists = native.row_top_k(together, together, min(k + 1, len(unit)))[0]
+    lists, own = _lists(unit, k + 1), np.arange(len(unit))[:, None]
     sums = unit + _sums(unit, lists, reciprocal_mask(lists) & (lists != own))
     return sums[: len(query)], sums[len(query) :]
 
@@ -126,8 +114,7 @@ def graph_propagation(
         unit float32 [Q, D] and [G, D].
     """
     unit = _together(query, gallery)
-    together = unit[None]
-    lists = native.row_top_k(together, together, min(k, len(unit)))[0]
+    lists = _lists(unit, k)
     weights = np.empty(lists.shape, dtype=np.float32)
     for rows in row_blocks(len(unit)):
         weights[rows] = np.einsum("bd,bkd->bk", unit[rows], unit[lists[rows]]).clip(0) ** 2
@@ -137,10 +124,19 @@ def graph_propagation(
     return sent[: len(query)], sent[len(query) :]
 
 
+def _lists(unit: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest images of each of [N, D], itself among them though more than k equal it. int32 [N, min(k, N)]."""
+    together, own = unit[None], np.arange(len(unit), dtype=np.int32)
+    lists = native.row_top_k(together, together, min(k, len(unit)))[0]
+    missing = (lists != own[:, None]).all(axis=1)
+    lists[missing, -1] = own[missing]
+    return lists
+
+
 def _sums(x: np.ndarray, lists: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of each list, the weighted sum of its images' rows: [N, D], [N, K] and [N, K] to float32 [N, D]."""
-    sums = np.empty_like(x)
-    for rows in row_blocks(len(x)):
+    """Of each list, the weighted sum of its images' rows: [M, D], [N, K] and [N, K] to float32 [N, D]."""
+    sums = np.empty((len(lists), x.shape[1]), dtype=np.float32)
+    for rows in row_blocks(len(lists)):
         sums[rows] = np.einsum("bk,bkd->bd", weights[rows], x[lists[rows]])
     return sums
 
@@ -149,8 +145,5 @@ def average_query_expansion(query: np.ndarray, gallery: np.ndarray, k: int = 5) 
     """Each query averaged with its k nearest gallery features (Chum et al., ICCV 2007). Returns unit float32 [Q, D]."""
     check_same_size(query, gallery)
     q, g = unit_rows(query, "query features"), unit_rows(gallery, "gallery features")
-    expanded = np.empty_like(q)
-    for rows in row_blocks(len(q)):
-        best = smallest(cosine_distances(q[rows], g), k)
-        expanded[rows] = q[rows] + g[best].sum(axis=1)
-    return unit_rows(expanded, "expanded queries")
+    lists = native.row_top_k(q[None], g[None], min(k, len(g)))[0]
+    return unit_rows(q + _sums(g, lists, np.ones(lists.shape, np.float32)), "expanded queries")

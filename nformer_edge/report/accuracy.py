@@ -19,7 +19,7 @@ from nformer_edge.core.values import Result
 from nformer_edge.data.labels import judge_labels
 from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_dataset
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY, ask_each, can_ask, relate_per_query, relate_sets
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, ask_each, can_ask, map_sets, relate_per_query, relate_sets
 from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
 from nformer_edge.metrics.composition import Composition, Scores, composition
@@ -45,6 +45,7 @@ from nformer_edge.report.models import (
 from nformer_edge.report.table import format_table, number, percent
 
 BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
+MAPPED = ", mapped"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Ranking:
 
     Args:
         name: backbone, +NFormer, +NFormer per-query, k-reciprocal, reciprocal mean, query expansion,
-            graph propagation or mutual sum.
+            graph propagation or mutual sum; the last five and cosine also with ``, mapped`` after it.
         mAP: mean average precision; this and the next two are means over the landmark seeds, where there are several.
         mINP: mean inverse negative penalty (Ye et al. 2021).
         cmc: share of queries with a correct match among the first 1 to 50.
@@ -233,7 +234,8 @@ def evaluate(
         model: an open model, or the path of a checkpoint, bundle or engine; None to score a feature store as it is.
         data: a dataset, its folder, or a feature store (`.npz`) whose features the model's head takes.
         batch: images that the backbone sees at once.
-        rerank: add k-reciprocal re-ranking and the other ways of `metrics.rerank`, each on the backbone's features.
+        rerank: add k-reciprocal re-ranking and the other ways of `metrics.rerank`, each on the backbone's features
+            and, for a gated head, on the features as the head compares them (mapped, less their center).
         seeds: of the landmarks; the model's own seed if None. Several give the spread over draws.
         rank_lists: how many queries' ranked galleries to record, spread evenly over the queries with a match.
         top: length of a recorded list.
@@ -273,6 +275,7 @@ def evaluate(
                 rankings.append(_per_query(runner, query, gallery, chosen))
         if rerank:
             rankings += _baselines(query, gallery)
+            rankings += [] if runner is None else _mapped_baselines(runner, query, gallery)
         measured = None if runner is None or model is None else MeasuredModel.of(model, runner, label)
         notes = alike(query.features, "query") + alike(gallery.features, "gallery")
         notes += () if runner is None else calibration_note(runner, query, gallery)
@@ -353,7 +356,8 @@ def _per_query(runner: Runner, query: Features, gallery: Features, seeds: tuple[
     return replace(scored, protocol=PER_QUERY, exact=exact, changed_rows=changed)
 
 
-def _baselines(query: Features, gallery: Features) -> list[Ranking]:
+def _baselines(query: Features, gallery: Features, after: str = "") -> list[Ranking]:
+    """Each way of `metrics.rerank`, its name followed by `after`."""
     q, g = query.features, gallery.features
 
     def changed(queries: np.ndarray, images: np.ndarray) -> RankingResult:
@@ -366,7 +370,15 @@ def _baselines(query: Features, gallery: Features) -> list[Ranking]:
         "graph propagation": lambda _: changed(*graph_propagation(q, g)),
         "mutual sum": lambda _: changed(*mutual_sum(q, g)),
     }
-    return [_ranked(name, way)[1] for name, way in ways.items()]
+    return [_ranked(name + after, way)[1] for name, way in ways.items()]
+
+
+def _mapped_baselines(runner: Runner, query: Features, gallery: Features) -> list[Ranking]:
+    """Cosine and the same ways, on the features as the gated head compares them; nothing under another rule."""
+    mapped = map_sets(runner, query, gallery)
+    if mapped is None:
+        return []
+    return [_ranked("cosine" + MAPPED, lambda _: ranking.evaluate(*mapped))[1], *_baselines(*mapped, MAPPED)]
 
 
 def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[RankList]:

@@ -9,7 +9,7 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
-from nformer_edge.gallery.protocols import relate_per_query
+from nformer_edge.gallery.protocols import map_sets, relate_per_query
 from nformer_edge.metrics.distance import cosine_distances, unit_rows
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.training.relate import per_query
@@ -58,6 +58,22 @@ def test_a_query_is_ranked_as_in_a_pass_of_its_own(models):
     assert found.exact
     assert found.changed > 0
     assert found.query.paths == query.paths
+
+
+def test_sets_are_mapped_as_the_gated_head_compares_them(models):
+    import torch
+
+    query, gallery = people(15, 1), people(60, 2)
+    rows = torch.from_numpy(np.concatenate([query.features, gallery.features]))
+    with open_model(models["gated"], intra_op_threads=1) as runner:
+        mapped = map_sets(runner, query, gallery, seed=4)
+        landmarks = torch.from_numpy(draw_landmarks(75, 1, 3, 4))
+        expected = runner.with_head(lambda head: head.mapped(rows, landmarks))
+    assert [f.paths for f in mapped] == [query.paths, gallery.paths]
+    np.testing.assert_allclose(np.concatenate([f.features for f in mapped]), expected, atol=1e-6)
+    for rule in ("features", None):
+        with open_model(models[rule], intra_op_threads=1) as runner:
+            assert map_sets(runner, query, gallery) is None
 
 
 def test_the_gated_head_answers_exactly_with_every_image_changed(models):

@@ -133,6 +133,11 @@ def test_reciprocal_mean_averages_those_who_chose_each_other():
     assert np.abs(got - expected).max() <= 1e-6
 
 
+def test_reciprocal_means_of_more_equal_images_than_k_are_that_image():
+    query, gallery = np.tile([3.0, 4.0], (3, 1)), np.tile([6.0, 8.0], (9, 1))
+    assert np.abs(np.concatenate(reciprocal_mean(query, gallery, 4)) - [0.6, 0.8]).max() <= 1e-6
+
+
 def test_mutual_sums_add_those_who_chose_each_other():
     features = people(60)
     unit = unit_rows(features).astype(np.float64)
@@ -155,6 +160,16 @@ def test_graph_propagation_is_a_power_of_the_sparse_affinity():
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     got = np.concatenate(graph_propagation(features[:10], features[10:], k=5))
     assert np.abs(got - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 5, 80])
+def test_query_expansion_is_the_mean_with_the_nearest_of_a_sorted_matrix(k):
+    features = people(90)
+    unit = unit_rows(features).astype(np.float64)
+    order = np.argsort(-(unit[:30] @ unit[30:].T), axis=1, kind="stable")[:, :k]
+    expected = unit[:30] + unit[30:][order].sum(axis=1)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs(average_query_expansion(features[:30], features[30:], k) - expected).max() <= 1e-6
 
 
 def test_query_expansion_moves_a_query_to_its_nearest_gallery_images():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.features import Features, save_features
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.core.values import dumps
 from nformer_edge.data.records import Dataset
 from nformer_edge.gallery.model import Model
@@ -33,6 +34,26 @@ def test_backbone_and_head_and_baselines_are_scored(dataset, grid_runner):
     assert result.data == MeasuredData("people", 24, 54, "images")
     assert result.model.label == "made"
     assert all(0.2 < r.mAP <= 1 and len(r.cmc) == 50 for r in result.rankings)
+
+
+def test_baselines_also_run_on_the_features_as_a_gated_head_compares_them(tmp_path):
+    from nformer_edge.model.checkpoint import save_checkpoint
+    from nformer_edge.model.gated import make_head
+
+    spec = ModelSpec(BackboneSpec("osnet_x0_25", 24), HeadSpec.gated(24), PreprocessSpec(32, 16))
+    head = make_head(spec.head)
+    save_checkpoint(tmp_path / "head.safetensors", spec, None, head)
+    rng = np.random.default_rng(0)
+    pids, camids = np.arange(90) % 15, np.arange(90) % 4
+    rows = 1 + rng.standard_normal((15, 24))[pids] + rng.standard_normal((90, 24))
+    sets = Features(rows.astype(np.float32), pids + 1, camids, tuple(f"{i}.jpg" for i in range(90)))
+    halves = {"query": sets.take(np.arange(30)), "gallery": sets.take(np.arange(30, 90))}
+    save_features(tmp_path / "people.npz", halves)
+    result = evaluate(tmp_path / "head.safetensors", tmp_path / "people.npz", rerank=True, draws=0, per_query=False)
+    mapped = [f"{name}, mapped" for name in ("cosine", *RERANKED)]
+    assert list(by_name(result)) == ["backbone", "+NFormer", *RERANKED, *mapped]
+    assert by_name(result)["cosine, mapped"].mAP != by_name(result)["backbone"].mAP  # the center is taken off
+    assert all(r.seconds > 0 for r in result.rankings)
 
 
 def test_a_model_without_head_has_no_nformer_row(dataset, grid_runner):
