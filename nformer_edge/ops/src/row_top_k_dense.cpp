@@ -37,7 +37,7 @@ constexpr double kMostScale = 0x1p127;  // of factors, in float32
 
 // One pair in so many left, and float32 products of all cost less than scores of those: measured, where k is 20 to 129.
 constexpr int kCrowded = 10;
-constexpr int kMostPatience = 64;
+constexpr int kMostPatience = 16;
 
 // x * scale, of R numbers.
 void scaled(const float* x, int64_t r, double scale, float* out, int64_t stride) {
@@ -177,9 +177,9 @@ class Dense {
     std::array<float, kBlockRows> other_threshold{};
   };
 
-  // A column panel in float32. Beside integers it is packed anew each time, unless they fail again and again.
+  // A column panel in float32. Beside integers it is packed anew each time: all columns would take as much again.
   const float* column_panel(Worker& worker, int64_t other, int64_t c) {
-    if (!integers_ || worker.patience == kMostPatience) return column_block(other) + c * x_.r;
+    if (!integers_) return column_block(other) + c * x_.r;
     pack(x_.b, x_.m, x_.r, scaling_.b, other * kBlockRows + c, table_.nr, table_.nr, worker.columns.data());
     return worker.columns.data();
   }
