@@ -28,11 +28,11 @@ from nformer_edge.metrics.composition import thin
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.gated import RANKS, GatedHead, Map, make_head
 from nformer_edge.model.nformer import scaled, unit
-from nformer_edge.model.per_query import GatedPass
+from nformer_edge.model.per_query import nearby_cosines
 from nformer_edge.model.start import discriminant
 from nformer_edge.report.table import format_table
 from nformer_edge.training.head import spread
-from nformer_edge.training.mixed import IMAGES, QUERIES, draw_mixed, loss_of_scores
+from nformer_edge.training.mixed import IMAGES, QUERIES, draw_mixed, ranking_loss
 
 #: Steps, rate, and weight of a set's loss by `IMAGES`.
 Phase = tuple[int, float, tuple[float, ...]]
@@ -97,13 +97,8 @@ def draw(domain: Domain, images: int, rng: np.random.Generator) -> tuple[Tensor,
 
 
 def asked(head: GatedHead, queries: Tensor, gallery: Tensor) -> Tensor:  # [Q, D], [G, D] -> [Q, G]
-    """Cosines of each query alone with the gallery."""
-    passed = GatedPass(head, gallery, torch.arange(len(gallery), dtype=torch.int32)[None])
-    answer = passed.ask_nearby(queries)
-    count, x = len(queries), unit(answer.x)
-    query, image = answer.query[count:], answer.image[count:]
-    moved = (x[query] * x[count:]).sum(dim=1)
-    return (x[:count] @ unit(passed.embeddings).T).index_put((query, image), moved)
+    """Cosines of each query alone with the gallery, all of whose images are landmarks."""
+    return nearby_cosines(head, queries, gallery, torch.arange(len(gallery), dtype=torch.int32)[None])
 
 
 @torch.no_grad()
@@ -139,7 +134,7 @@ def learn(head: GatedHead, sources: list[Domain], phase: Phase, sets: int, rng: 
                 related = unit(head.relate(rows))
                 scores = related[ask] @ related[queries:].T
             gallery = labels[queries:], cameras[queries:]
-            loss, _ = loss_of_scores(scores, (labels[ask], cameras[ask]), gallery, rng)
+            loss, _ = ranking_loss(scores, (labels[ask], cameras[ask]), gallery, rng)
             (weights[place] * loss).backward()
             recent.append(loss.item())
         adam.step()

@@ -235,6 +235,21 @@ class GatedPass:
             yield rows, self.ask(queries[rows]) if follow else self.ask_nearby(queries[rows])
 
 
+def nearby_cosines(
+    head: GatedHead,
+    queries: Tensor,  # [Q, D]
+    gallery: Tensor,  # [G, D]
+    landmarks: Tensor,  # int32 [layers, l], of the gallery
+) -> Tensor:  # [Q, G]
+    """What `GatedPass.ask_nearby` ranks by; gradients flow."""
+    passed = GatedPass(head, gallery, landmarks)
+    answer = passed.ask_nearby(queries)
+    count, x = len(queries), unit(answer.x)
+    query, image = answer.query[count:], answer.image[count:]
+    moved = (x[query] * x[count:]).sum(dim=1)
+    return (x[:count] @ unit(passed.embeddings).T).index_put((query, image), moved)
+
+
 def gallery_pass(head: Head, gallery: Tensor, landmarks: Tensor) -> GalleryPass | GatedPass:
     """The pass over `gallery` [N, D] alone that the head's rule takes."""
     return (GatedPass if isinstance(head, GatedHead) else GalleryPass)(head, gallery, landmarks)  # type: ignore[arg-type]

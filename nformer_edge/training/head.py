@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features, check_features
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.model.gated import GatedHead, Head, make_head, start_as_gates
-from nformer_edge.model.nformer import NFormer
+from nformer_edge.model.nformer import NFormer, unit
+from nformer_edge.model.per_query import nearby_cosines
 from nformer_edge.model.start import start_as_discriminant, start_as_reciprocal_mean
 from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import HeadConfig
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import Criterion
-from nformer_edge.training.mixed import IMAGES, MixedSet, draw_mixed, ranking_loss
+from nformer_edge.training.mixed import IMAGES, QUERIES, MixedSet, draw_mixed, ranking_loss
 from nformer_edge.training.optimize import Optimizer
 from nformer_edge.training.state import TrainingState
 
@@ -216,7 +217,10 @@ def _epoch(state: TrainingState, stack: Tensor, labels: Tensor, head: NFormer, c
 def _mixed_epoch(
     state: TrainingState, stack: Tensor, labels: Tensor, camids: Tensor, head: GatedHead, config: HeadConfig
 ) -> None:
-    """What is left of an epoch of the gated head: a ranking loss over sets of mixed composition (`training.mixed`)."""
+    """What is left of an epoch of the gated head: a ranking loss over sets of mixed composition (`training.mixed`).
+
+    Half of the sets have all queries together, half each query alone, as a search asks.
+    """
     compute, optimizer, rng = state.compute, state.optimizer, state.rng
     assert rng is not None
     head.train()
@@ -228,19 +232,44 @@ def _mixed_epoch(
         for place in range(config.batch):  # every rank draws every set, so that all go on from the same state
             images = IMAGES[(state.step * config.batch + place) % len(IMAGES)]
             drawn = draw_mixed(people, cameras, images, config.set_size, rng)
-            landmarks = _landmarks(head.spec, len(drawn.rows), rng, compute.device)
+            asked, alone = rng.permutation(drawn.queries)[:QUERIES], bool(drawn.queries and rng.random() < 0.5)
+            landmarks = _landmarks(head.spec, len(drawn.rows) - alone * drawn.queries, rng, compute.device)
             view, seed = int(rng.integers(len(stack))), int(rng.integers(2**31))
             if place // share == compute.rank:
-                sets.append((stack[view, drawn.rows].to(compute.device, compute.dtype), landmarks, drawn, seed))
-        related = compute.forward(partial(_relate, sets=sets), sync=part[0] == part[1] - 1)
+                x = stack[view, drawn.rows].to(compute.device, compute.dtype)
+                sets.append(_Asked(x, landmarks, drawn, torch.from_numpy(asked).to(x.device), alone, seed))
+        scores = compute.forward(partial(_scores, sets=sets), sync=part[0] == part[1] - 1)
         losses, accuracies = [], []
-        for x, (_, _, drawn, seed) in zip(related, sets, strict=True):
-            mine = (labels[drawn.rows].to(x.device), camids[drawn.rows].to(x.device))
-            loss, accuracy = ranking_loss(x, *mine, drawn.queries, np.random.default_rng(seed))
+        for found, each in zip(scores, sets, strict=True):
+            of_rows = [x[each.drawn.rows].to(found.device) for x in (labels, camids)]
+            query, gallery = (
+                (of_rows[0][rows], of_rows[1][rows]) for rows in (each.asked, slice(each.drawn.queries, None))
+            )
+            loss, accuracy = ranking_loss(found, query, gallery, np.random.default_rng(each.seed))
             losses.append(loss)
             accuracies.append(float(accuracy))
         state.took(optimizer.step(torch.stack(losses).mean(), part), float(np.mean(accuracies)), part)
 
 
-def _relate(head: GatedHead, sets: Sequence[tuple[Tensor, Tensor, MixedSet, int]]) -> list[Tensor]:
-    return [head(features, landmarks) for features, landmarks, _, _ in sets]
+class _Asked(NamedTuple):
+    """A set [N, D] with its landmarks, and which of its queries are asked, alone or with all others."""
+
+    x: Tensor
+    landmarks: Tensor
+    drawn: MixedSet
+    asked: Tensor
+    alone: bool
+    seed: int
+
+
+def _scores(head: GatedHead, sets: Sequence[_Asked]) -> list[Tensor]:
+    """Cosines of the queries asked to the gallery, of each set."""
+    found = []
+    for each in sets:
+        query, gallery = each.x[: each.drawn.queries], each.x[each.drawn.queries :]
+        if each.alone:
+            found.append(nearby_cosines(head, query[each.asked], gallery, each.landmarks))
+        else:
+            related = unit(head(each.x, each.landmarks))
+            found.append(related[each.asked] @ related[each.drawn.queries :].T)
+    return found

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nformer_edge.model.nformer import unit
-
 #: Gallery images a person, by turns; the last keeps all.
 IMAGES = (1, 2, 4, 8, 1 << 30)
 
@@ -64,28 +62,15 @@ def draw_mixed(labels: np.ndarray, cameras: np.ndarray, images: int, size: int, 
 
 
 def ranking_loss(
-    x: Tensor,  # [N, D]
-    labels: Tensor,  # int64 [N]
-    cameras: Tensor,  # int64 [N]
-    queries: int,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:  # loss, share of queries with a right first match
-    """1 - smooth average precision (Brown et al., ECCV 2020) of some of the queries, by Market-1501's protocol.
-
-    Gallery images of the query's person and camera are left out. A query without a match counts nothing.
-    """
-    asked = torch.from_numpy(rng.permutation(queries)[:QUERIES])
-    scores = unit(x[asked]) @ unit(x[queries:]).T
-    return loss_of_scores(scores, (labels[asked], cameras[asked]), (labels[queries:], cameras[queries:]), rng)
-
-
-def loss_of_scores(
     scores: Tensor,  # [Q, G], cosines
     query: tuple[Tensor, Tensor],  # int64 [Q], people and cameras
     gallery: tuple[Tensor, Tensor],  # int64 [G]
     rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """`ranking_loss`, from scores."""
+) -> tuple[Tensor, Tensor]:  # loss, share of queries with a right first match
+    """1 - smooth average precision (Brown et al., ECCV 2020), by Market-1501's protocol.
+
+    Gallery images of the query's person and camera are left out. A query without a match counts nothing.
+    """
     same = query[0][:, None] == gallery[0][None]
     left_out = same & (query[1][:, None] == gallery[1][None]) & (query[1][:, None] >= 0)
     losses, first = [], []
