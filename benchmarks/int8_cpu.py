@@ -280,7 +280,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     for contender in contenders.values():
         contender.close()
     return {
-        "kind": "int8_cpu", "machine": asdict(machine()), "conditions": {"before": before, "after": conditions()},
+        "kind": "int8_cpu", "machine": asdict(machine()),
+        "conditions": to_json({"before": before, "after": conditions()}),
         "versions": versions("openvino", "nncf", "onnxruntime", "torch"), "vnni": has_vnni(),
         "auto": str(describe_engine(work / "auto").choice), "arch": work.name,
         "weights": args.model or "random", "threads": args.threads, "rounds": args.rounds,
