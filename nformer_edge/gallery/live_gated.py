@@ -27,6 +27,7 @@ class GatedLive(LiveHead):
         for layer in range(self.spec.layers):
             shapes |= {f"profile{layer}": ((ranks,), np.float32), f"t{layer}": ((), np.float32)}
             shapes |= {f"x{layer}": (row, np.float32)} if layer else {}
+            shapes[f"exponents{layer}"] = (self.spec.k + 1,), np.float32  # of the weights of neighbors
         return {**super()._shapes(), **shapes}
 
     def _entered(self, features: np.ndarray) -> np.ndarray:
@@ -68,15 +69,30 @@ class GatedLive(LiveHead):
                 self._put(f"profile{layer}", rows, _profile(scores.astype(np.float32)), size)
             rows = np.flatnonzero(profiles)
             t = self._thresholds(layer, self._rows[f"profile{layer}"][rows])
-            seen = differs | self._put(f"t{layer}", rows, t, size, STILL)
-            rows = np.flatnonzero(moved | seen | seen[near].any(axis=1))  # -1 reads the last row: one more to compute
-            differs = np.zeros(size, bool)
+            before = self._rows[f"t{layer}"][:size].copy()
+            risen = self._put(f"t{layer}", rows, t, size, STILL)
+            surely = moved | differs | differs[near].any(axis=1)  # -1 reads the last row: one more to compute
+            rows = np.flatnonzero(~surely & (risen | risen[near].any(axis=1)))
+            surely[rows[self._reweighed(layer, rows, near, self._rows[f"t{layer}"][:size] - before)]] = True
+            rows, differs = np.flatnonzero(surely), np.zeros(size, bool)
             for part in row_blocks(len(rows), BLOCK):
                 differs |= self._pass(layer, x, rows[part], near)
+
+    def _reweighed(self, layer: int, rows: np.ndarray, near: np.ndarray, rise: np.ndarray) -> np.ndarray:
+        """Which of `rows` [P], whose neighbors stay as they were, weigh them otherwise where thresholds rise by [n]."""
+        slope, exponents = self._slope(layer), self._rows[f"exponents{layer}"][rows]
+        new = exponents - np.float32(slope / 2) * (rise[rows, None] + rise[near[rows]])
+        self._put(f"exponents{layer}", rows, new, len(near))
+        changes = np.abs(_sigmoid(new) - _sigmoid(exponents)).sum(axis=1)
+        moved: np.ndarray = changes * np.exp(self.numbers[f"h.{layer}.log_strength"]) > STILL
+        return moved
 
     def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
         """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
         t, one = self._rows[f"t{layer}"][None, : len(x)], x[None]
+        over = native.pair_scores(x[rows][None], one, near[None, rows])[0] - (t[0, rows, None] + t[0, near[rows]]) / 2
+        over[near[rows] == rows[:, None]] = -np.inf
+        self._put(f"exponents{layer}", rows, (self._slope(layer) * over).astype(np.float32), len(x))
         y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
         new = self._joined(layer, x[rows], y)
         if layer + 1 < self.spec.layers:
