@@ -2,6 +2,7 @@
 # make test   lint, types, import floors and the whole test suite
 # make test-optional   what needs qemu, CMake, Chromium or a like tool; skips name what is missing
 # make torture   broken, cut, hostile and interrupted: every row of docs/reliability.md
+# make serve-demo   generated people in a gallery, and the page that searches it
 # make docs   the generated reference: docs/api.md and docs/schemas
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
@@ -11,10 +12,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
-.PHONY: help install demo docs torture test test-optional gpu-check lint format clean
+.PHONY: help install demo serve-demo docs torture test test-optional gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 
 demo: install
 	$(BIN)/nformer-edge demo -o demo
+
+serve-demo: install
+	$(BIN)/python export/service/demo.py demo build/serve-demo
 
 test: install
 	$(BIN)/python -m pytest

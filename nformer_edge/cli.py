@@ -33,6 +33,8 @@ Option = Callable[[argparse._ActionsContainer], object]
 
 #: Which extra brings a package that a command needs.
 _EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train"}
+_EXTRAS |= {"fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve", "h11": "serve"}
+_EXTRAS |= {"prometheus_client": "serve"}
 
 
 #: How torch, onnxruntime and the system say that there is no memory for a tensor, a kernel or a thread.
@@ -507,6 +509,33 @@ _calls(
             help="images of one person in the gallery, for --head auto (default: by the gallery's labels, or else 1)"),
     _flag("--together", "all queries in one pass of the head; they then affect each other"),
 )
+
+
+@_command(
+    "serve", "a gallery over HTTP, with a page to look with (docs/serve.md)",
+    MODEL, THREADS,
+    _option("--gallery", dest="folder", required=True, metavar="DIR", help="the gallery's folder, made if missing"),
+    _option("--host", help="address to listen at (default 127.0.0.1); another machine's needs --tokens"),
+    _option("--port", type=int, help="default 8000"),
+    _option("--tokens", metavar="FILE", help="lines `ROLE TOKEN`; roles: read | write | admin; read again on SIGHUP"),
+    _option("--queue", type=int, help="requests at once; more are refused with 429 (default 64)"),
+    BATCH,
+    _option("--deadline", dest="deadline_s", type=float, metavar="S", help="seconds to the features (default 10)"),
+    _option("--body", dest="body_mib", type=float, metavar="MIB", help="size of an image file (default 8)"),
+    _option("--megapixels", type=float, help="size of an image (default 16)"),
+    _option("--rate", type=float, help="requests a second of one token (default 100)"),
+    _option("--threshold", type=float, metavar="COSINE", help="where a search names none"),
+    _option("--head", type=_head_use, metavar="USE", help="yes | no | auto, as for `search` (default auto)"),
+    _option("--purpose", metavar="TEXT", help="what the gallery is for; shown to who uses it"),
+    _flag("--require-note", "refuse a search without a note, such as a case number"),
+    _flag("--audit", "of a new gallery: log each search"),
+    _flag("--thumbnails", "of a new gallery: keep small pictures, for the page"),
+    _option("--keep-days", type=float, metavar="N", help="remove images that were seen longer ago (default: keep)"),
+    _option("--erase-minutes", type=float, metavar="N",
+            help="what was removed leaves the files within this time (default 0: at once)"),
+)
+def _serve(args: Args) -> None:
+    _call(args, "gallery.service.server:serve", settings=_call(args, "gallery.service.settings:Settings"))
 
 
 _calls(

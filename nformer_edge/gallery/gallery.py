@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -164,6 +165,7 @@ class Gallery:
         *,
         boxes: ArrayLike | None = None,
         batch: int = 32,
+        pictures: Images | None = None,
     ) -> Changed:
         """Adds images, all or none. When it returns, those of a gallery in a folder are on the disk.
 
@@ -177,13 +179,15 @@ class Gallery:
             meta: your own JSON data, a list of one an image, or one table for all; matches give them back.
             boxes: of people in `images`, one frame.
             batch: images run at once.
+            pictures: of features, the images that they were computed from, for thumbnails.
 
         Raises:
             Error: as `Model.embed`; for labels that are not one an image; for rows that are not finite, all zeros, of
                 another size or of another model.
         """
         runner = self._require_model("add")
-        sources = None if isinstance(images, Features) else image_sources(images, boxes)
+        shown = pictures if isinstance(images, Features) else images
+        sources = None if shown is None else image_sources(shown, boxes)
         new = images if isinstance(images, Features) else embed_images(runner, sources or [], batch=batch)
         check_model(runner, new, "images")
         check_features(new.features, "images", self._features)
@@ -400,6 +404,15 @@ class Gallery:
             str(self._about["name"]),
             str(self._store.path.parent) if self._store else "",
         )
+
+    def people(self) -> dict[str, int]:
+        """Of each id how many images, in the order of their names."""
+        return dict(sorted(Counter(self._current()["ids"].tolist()).items()))
+
+    def thumbnail(self, key: int) -> bytes | None:
+        """The picture, a JPEG, of the image that `Match.key` names; None where none was kept."""
+        with self._lock:
+            return self._store.thumbnail(key) if self._store else None
 
     def audit(self) -> Audit:
         """The log: what was added and removed and, if so chosen when it was made, each search."""

@@ -41,7 +41,7 @@ ALLOWED_LOSS = (0.003, 0.005)
 _OVERRIDE = "`evaluate` shows what the head gains; head=True (--head yes) uses it"
 
 
-_NUMBERS = (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64))
+_NUMBERS = (("indices", np.int64), ("scores", np.float32), ("cameras", np.int64), ("keys", np.int64))
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Match:
         camera: -1 is unknown.
         time: when it was seen, seconds since 1970; None is unknown.
         meta: the caller's own data of the image.
+        key: the image's own number, which no other image of the gallery has or gets.
     """
 
     rank: int
@@ -67,6 +68,7 @@ class Match:
     camera: int
     time: float | None
     meta: JSON
+    key: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Matches(Result):
         cameras: int64 [Q, k], -1 is unknown.
         times: float64 [Q, k], when they were seen, seconds since 1970; null is unknown.
         meta: [Q][k], the caller's own data of them.
+        keys: int64 [Q, k], their own numbers, which stay when other images come and go.
         searched: gallery images that were ranked: those that the filters let through.
         threshold: cosine from which a match counts; null if none was given, and all count.
         protocol: what the head saw: ``per-query``, each query alone with the gallery; ``quick``, the same, but the
@@ -105,6 +108,7 @@ class Matches(Result):
     cameras: np.ndarray
     times: np.ndarray
     meta: tuple[tuple[JSON, ...], ...]
+    keys: np.ndarray
     searched: int
     threshold: float | None
     protocol: Protocol | None
@@ -126,11 +130,21 @@ class Matches(Result):
         return len(self.queries)
 
     def __getitem__(self, query: int) -> tuple[Match, ...]:
-        columns = (self.indices, self.scores, self.ids, self.paths, self.cameras, self.times, self.meta)
+        columns = (self.indices, self.scores, self.ids, self.paths, self.cameras, self.times, self.meta, self.keys)
         rows = zip(*(column[query] for column in columns), strict=True)
         return tuple(
-            Match(rank, int(index), float(score), name, path, int(camera), None if time != time else float(time), meta)
-            for rank, (index, score, name, path, camera, time, meta) in enumerate(rows, 1)
+            Match(
+                rank,
+                int(i),
+                float(score),
+                name,
+                path,
+                int(camera),
+                None if time != time else float(time),
+                meta,
+                int(key),
+            )
+            for rank, (i, score, name, path, camera, time, meta, key) in enumerate(rows, 1)
         )
 
     def __iter__(self) -> Iterator[tuple[Match, ...]]:
@@ -242,6 +256,7 @@ def rank(
         gallery["cameras"][indices],
         gallery["times"][indices],
         labels("meta"),
+        gallery["key"][indices],
         searched,
         threshold,
         protocol,

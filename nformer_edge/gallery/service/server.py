@@ -1,0 +1,122 @@
+"""The process that serves: it listens, reads its tokens again on SIGHUP, and on SIGTERM finishes what it accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nformer_edge.core.errors import UsageError
+from nformer_edge.gallery.gallery import Gallery
+from nformer_edge.gallery.model import Model
+from nformer_edge.gallery.model import open as open_model
+from nformer_edge.gallery.service.app import create_app
+from nformer_edge.gallery.service.settings import Settings
+
+_LOG = logging.getLogger("nformer_edge.service")
+
+#: Connections at once, whatever they do.
+_CONNECTIONS = 512
+
+
+def serve(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    backend: str = "auto",
+    intra_op_threads: int | None = None,
+) -> None:
+    """Serves a gallery until SIGTERM or SIGINT.
+
+    Args:
+        model: checkpoint, bundle or engine.
+        folder: the gallery's; one is made where there is none.
+        settings: None: the defaults.
+
+    Raises:
+        Error: for a model, gallery, address or file of tokens that cannot be used.
+    """
+    settings = settings or Settings()
+    with (
+        open_model(model, backend=backend, intra_op_threads=intra_op_threads) as opened,
+        opened.gallery(folder, thumbnails=settings.thumbnails, audit=settings.audit) as gallery,
+    ):
+        serve_opened(opened, gallery, settings)
+
+
+def serve_opened(model: Model, gallery: Gallery, settings: Settings) -> None:
+    """`serve`, of what is open."""
+    with _listen(settings) as listening:
+        app = create_app(model, gallery, settings)
+        server = uvicorn.Server(_config(app, settings))
+        asyncio.run(_serve(server, listening, app.state.service.reload))
+
+
+def _config(app: Any, settings: Settings) -> uvicorn.Config:
+    """uvicorn's settings. No access log: addresses of requests hold names."""
+    return uvicorn.Config(
+        app, http=_limited(settings.receive_s), ws="none", access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=max(1, round(settings.stop_s)), limit_concurrency=_CONNECTIONS,
+        log_level="info", lifespan="on", timeout_keep_alive=5,
+    )  # fmt: skip
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as e:
+        listening.close()
+        hint = "Choose another --port or --host."
+        raise UsageError(f"{settings.host}:{settings.port}", e.strerror, "a free address", hint) from e
+    return listening
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket, reload: Any) -> None:
+    def again() -> None:
+        try:
+            reload()
+            _LOG.warning("tokens were read again")
+        except (UsageError, OSError) as e:
+            _LOG.error("tokens of before stay: %s", e)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again)
+    await server.serve(sockets=[listening])
+
+
+def _limited(seconds: float) -> type[asyncio.Protocol]:
+    """HTTP whose headers must arrive within this time; uvicorn itself waits for ever."""
+
+    class Limited(H11Protocol):
+        late: asyncio.TimerHandle | None = None
+
+        def _arm(self) -> None:
+            self.late = self.late or self.loop.call_later(seconds, self.transport.abort)
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is None or self.cycle.response_complete:
+                self._arm()
+            elif self.late:
+                self.late.cancel()
+                self.late = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.late:
+                self.late.cancel()
+            super().connection_lost(exc)
+
+    return Limited
