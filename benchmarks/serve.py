@@ -2,9 +2,9 @@
 
     python benchmarks/serve.py engine images/ --seconds 10
 
-Requests arrive at fixed times, whether or not earlier ones are answered; goodput is what was accepted and answered. Server
-and callers share this machine's cores. Each image is enrolled under its own id, and the gallery is counted at the end:
-nothing lost, nothing doubled.
+Requests arrive at fixed times, whether or not earlier ones are answered; goodput is what was accepted and answered.
+Server and callers share this machine's cores. Each image is enrolled under its own id, and the gallery is counted at
+the end: nothing lost, nothing doubled.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Load:
         await asyncio.gather(*(caller() for _ in range(callers)))
         return done / seconds
 
-    async def open_loop(self, rate: float, seconds: float) -> dict[str, float]:
+    async def open_loop(self, rate: float, seconds: float) -> dict[str, object]:
         """`rate` requests a second, whatever becomes of them."""
         began, tasks = time.perf_counter(), []
         for number in range(int(rate * seconds)):
@@ -99,11 +99,11 @@ class Load:
         return {
             "offered_per_s": offered,
             "goodput_per_s": len(latency) / took,
-            "accepted_p50_ms": float(np.percentile(latency, 50)),
-            "accepted_p99_ms": float(np.percentile(latency, 99)),
+            "accepted_p50_ms": float(np.percentile(latency or [np.nan], 50)),
+            "accepted_p99_ms": float(np.percentile(latency or [np.nan], 99)),
             "refused": len(refused),
             "refused_without_retry_after": refused.count(False),
-            "other": len(found) - len(latency) - len(refused),
+            "other": sorted({status for status, *_ in found} - {201, 429, 503}),
         }
 
 
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--queue", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1, help="of a forward pass; the rest serves")
     args = parser.parse_args()
     files = image_files(args.images)[:64]
     with socket.socket() as probe:
@@ -138,7 +139,7 @@ def main() -> None:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "nformer_edge.cli", "serve", args.engine, "--gallery", folder, "--port", port,
-                   "--batch", args.batch, "--queue", args.queue, "--rate", 1e6]  # fmt: skip
+                   "--batch", args.batch, "--queue", args.queue, "--threads", args.threads, "--rate", 1e6]  # fmt: skip
         server = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             bodies = [Path(path).read_bytes() for path in files]

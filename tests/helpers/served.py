@@ -1,4 +1,4 @@
-"""A model of mean colors; and, run as a script with ``PORT FOLDER [LEAK]``, a service over it to be stopped and killed."""
+"""A model of mean colors; run as a script with ``PORT FOLDER [LEAK]``, a service over it to be stopped and killed."""
 
 from __future__ import annotations
 
