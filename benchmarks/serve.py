@@ -80,7 +80,8 @@ class Load:
         async def caller() -> None:
             nonlocal done
             while time.perf_counter() < end:
-                done += (await self.one())[0] == 201
+                status, *_ = await self.one()
+                done += status == 201
 
         await asyncio.gather(*(caller() for _ in range(callers)))
         return done / seconds

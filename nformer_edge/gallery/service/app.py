@@ -34,8 +34,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nformer_edge import __version__
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen
-from nformer_edge.gallery.gallery import Changed, Gallery
+from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.model import Model
+from nformer_edge.gallery.results import Changed
 from nformer_edge.gallery.service.batching import Batcher
 from nformer_edge.gallery.service.settings import ROLES, Role, Settings, read_tokens
 

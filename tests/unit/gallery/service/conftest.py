@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +18,7 @@ from tests.helpers.served import Colors, jpeg
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -49,3 +56,29 @@ def send():
         return client.post(path, content=jpeg() if body is None else body, params=parameters, headers=headers)
 
     return post
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A running service: its process and port."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.helpers.served", str(port), str(tmp_path / "people")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -20,33 +18,6 @@ from tests.helpers.galleries import stub
 from tests.helpers.served import jpeg
 
 pytest.importorskip("uvicorn")
-ROOT = Path(__file__).parents[4]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def started(tmp_path):
-    """A running service: its process and port."""
-    port = free_port()
-    command = [sys.executable, "-m", "tests.helpers.served", str(port), str(tmp_path / "people")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.1)
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
 
 
 def enroll(port: int, name: str) -> int:
