@@ -517,9 +517,11 @@ class Gallery:
     ) -> np.ndarray:
         """float32 [Q, N], after the live head has followed the gallery to what it is now."""
         with self._live_lock:
-            before, self._live_held = self._live_held, held
+            before = self._live_held
             if before is not held:
+                self._live_held = _empty(Code(), self._features)  # if it fails half way: it is built anew
                 _follow(live, before, held)
+                self._live_held = held
             if nearest is None:
                 return live.ask(query.features, exact)
             rows = zip(query.features[:, None], nearest, strict=True)
