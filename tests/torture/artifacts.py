@@ -297,7 +297,7 @@ class Workshop:
 
     def _imported(self, path: Path, work: Path) -> tuple[int, Any]:
         out = work / "i.safetensors"
-        code, _ = command(*self.importing(path, out))
+        code, _ = command(*self.importing(path, out), "--force")
         return code, digest(out.read_bytes()) if code == 0 else None
 
     def importing(self, weights: Path, out: Path | str) -> tuple[object, ...]:
