@@ -29,6 +29,7 @@ CALLED = {
     "gallery migrate": ("gallery.model:open", "gallery.gallery:Gallery.migrate"),
     **{f"gallery {verb}": (f"gallery.gallery:Gallery.{verb}",) for verb in
        ("remove", "compact", "stats", "audit", "backup", "merge")},
+    "serve": ("gallery.service.server:serve", "gallery.service.settings:Settings"),
     "parity": ("report.parity:parity",),
     "benchmark": ("report.benchmark:benchmark",),
     "report": ("report.html.page:write_report",),
