@@ -150,8 +150,9 @@ class GalleryPass:
 class GatedPass:
     """As `GalleryPass`, for the gated head. The center is the gallery's own.
 
-    A query enters some hundred lists, and through thresholds and layers nearly every row changes a little: `ask` runs
-    the layers over the whole set and chooses only the lists anew that the query enters. `ask_nearby` moves the query
+    A query enters some hundred lists, and through thresholds and layers changes some hundred rows more: `ask` runs the
+    layers over the whole set and chooses only the lists anew that the query enters (`gallery.live` follows what
+    changes). `ask_nearby` moves the query
     and the images that it and they hold for neighbors, and nothing else: what the query pulls most.
     """
 
