@@ -191,6 +191,7 @@ class _Noted:
         self.lists: list[Tensor] = []
         self._inner = inner
         self.reciprocal_neighbor_attention = inner.reciprocal_neighbor_attention
+        self.pair_scores = inner.pair_scores
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
         self.lists.append(self._inner.row_top_k(a, b, k))
@@ -203,6 +204,7 @@ class _Given:
     def __init__(self, lists: list[Tensor]) -> None:
         self._lists = iter(lists)
         self.reciprocal_neighbor_attention = ops.reciprocal_neighbor_attention
+        self.pair_scores = ops.pair_scores
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
         return next(self._lists)

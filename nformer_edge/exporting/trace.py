@@ -29,6 +29,7 @@ from nformer_edge.core.preprocess import scale_and_shift
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.gated import Head
+from nformer_edge.ops import reference
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
 from nformer_edge.ops.contract import (
     DOMAIN,
@@ -76,6 +77,9 @@ class _Nodes:
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
         return _RowTopK.apply(a, b, k)  # type: ignore[no-untyped-call]
+
+    def pair_scores(self, a: Tensor, b: Tensor, names: Tensor) -> Tensor:
+        return reference.pair_scores(a, b, names)
 
     def reciprocal_neighbor_attention(
         self,

@@ -103,13 +103,14 @@ def profile(
     A place that a small set does not have repeats the one before, less `MISSING`.
     """
     table = x if table is None else table
-    last, drop, columns = neighbors[:, 0], torch.zeros_like(x[:, 0]), []
+    last, drop, names, drops = neighbors[:, 0], torch.zeros_like(x[:, 0]), [], []
     for rank in RANKS:
         there = neighbors[:, rank] >= 0
         last = torch.where(there, neighbors[:, rank], last)
         drop = torch.where(there, drop, drop + MISSING)
-        columns.append((x * table.index_select(0, last.clamp_min(0))).sum(dim=1) - drop)
-    return torch.stack(columns, dim=1)
+        names.append(last.clamp_min(0))
+        drops.append(drop)
+    return operators().pair_scores(x, table, torch.stack(names, dim=1)) - torch.stack(drops, dim=1)
 
 
 class GatedHead(nn.Module):

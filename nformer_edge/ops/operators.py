@@ -23,9 +23,12 @@ from nformer_edge.ops import reference as plain
 
 
 class Operators(Protocol):
-    """Who computes the operators: any object or module with these two functions. Shapes as in `ops.reference`."""
+    """Who computes the operators, and few scores of long lists: any object or module with these functions. Shapes as in
+    `ops.reference`."""
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor: ...
+
+    def pair_scores(self, a: Tensor, b: Tensor, names: Tensor) -> Tensor: ...
 
     def reciprocal_neighbor_attention(
         self,
@@ -45,6 +48,12 @@ class FastestOperators:
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
         return (row_top_k if supports(a, b) else plain.row_top_k)(a, b, k)
+
+    def pair_scores(self, a: Tensor, b: Tensor, names: Tensor) -> Tensor:
+        if not supports(a, b) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+            return plain.pair_scores(a, b, names)
+        found = native.pair_scores(*(x[None].detach().numpy() for x in (a, b, names)), threads=torch.get_num_threads())
+        return torch.from_numpy(found[0]).to(a.dtype)
 
     def reciprocal_neighbor_attention(
         self,

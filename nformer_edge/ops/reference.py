@@ -73,6 +73,15 @@ def _largest(
     return columns.masked_fill(values == -math.inf, NO_NEIGHBOR).to(torch.int32)
 
 
+def pair_scores(
+    a: Tensor,  # [N, R]
+    b: Tensor,  # [M, R]
+    names: Tensor,  # int32 [N, K], each 0..M-1
+) -> Tensor:  # [N, K]
+    """The scores of each row with the columns that it names, of one head. Differentiable."""
+    return torch.stack([(a * b.index_select(0, column)).sum(dim=1) for column in names.unbind(dim=1)], dim=1)
+
+
 def reciprocal_neighbor_attention(
     a: Tensor,  # [H, N, R]
     b: Tensor,  # [H, N, R]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.ops import reference as ops
+from nformer_edge.ops.operators import FastestOperators
 from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
 
 
@@ -254,3 +255,15 @@ def test_gated_attention_does_not_depend_on_the_block_size(monkeypatch: pytest.M
     whole = reciprocal_neighbor_attention(*arguments, 0.5)
     monkeypatch.setattr(ops, "BLOCK_BYTES", 1)
     assert (reciprocal_neighbor_attention(*arguments, 0.5) - whole).abs().max() <= 1e-6
+
+
+def test_few_scores_of_native_kernels_are_those_of_plain_torch_and_gradients_flow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 24, generator=generator) for n in (7, 11))
+    names = torch.randint(11, (7, 5), generator=generator, dtype=torch.int32)
+    expected = torch.gather(a @ b.T, 1, names.long())
+    for chosen in (FastestOperators(), ops):
+        torch.testing.assert_close(chosen.pair_scores(a, b, names), expected)
+    a.requires_grad_()
+    FastestOperators().pair_scores(a, b, names).sum().backward()
+    torch.testing.assert_close(a.grad, b[names.long()].sum(dim=1))
