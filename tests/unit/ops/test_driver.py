@@ -49,5 +49,5 @@ def test_neon_gives_the_same_bits_as_this_machine(tmp_path: Path) -> None:
     cross = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static")
     compiler = "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"
     printed = build_and_run(tmp_path, *cross, compiler, before=(QEMU,))
-    assert printed.startswith("neon ")
+    assert "neon" in printed.split()  # and neondot, where the emulator has it
     assert CHECKSUM in printed
