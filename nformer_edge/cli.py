@@ -564,6 +564,8 @@ def _gallery(args: Args) -> Iterator[Any]:
         with _find("gallery.gallery:Gallery")(None, args.path) as gallery:
             yield gallery
         return
+    if args.command != "gallery add":  # nothing else makes one
+        _find("gallery.store:Store")(args.path).close()
     with _call(args, "gallery.model:open", path=args.model) as model, _call(args, model.gallery) as gallery:
         yield gallery
 

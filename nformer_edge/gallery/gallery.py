@@ -27,7 +27,7 @@ from nformer_edge.core.preprocess import load_image
 from nformer_edge.core.spec import GalleryCode, check_at_least, check_choice, to_dict
 from nformer_edge.core.values import JSON, Table, to_json
 from nformer_edge.data.readers import read_dataset
-from nformer_edge.data.records import Dataset
+from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.gallery.codes import CODES, Code, CodeScore, best_scored, measure_codes
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.held import Held, label_columns
@@ -198,10 +198,7 @@ class Gallery:
             [seconds_of("times", t) for t in _each("times", time.time() if times is None else times, count)]
         )
         metas = [to_json(value) for value in _each("meta", meta, count)]
-        names = None if ids is None else [str(name) for name in _each("ids", ids, count)]
-        for name in names or ():
-            if not name:
-                raise DataError("ids", "an empty name", "a name an image", "Leave ids out to number the images.")
+        names = None if ids is None else [_id(name) for name in _each("ids", ids, count)]
         with self._changing("add") as done:
             numbers = range(self._next, self._next + count)
             given = names or [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
@@ -225,7 +222,9 @@ class Gallery:
         Raises:
             DataError: for an id that is not there, with the nearest one. Nothing is removed then.
         """
-        wanted = {str(name) for name in ([ids] if isinstance(ids, (str, int)) else ids)}
+        wanted = {_id(name) for name in ([ids] if isinstance(ids, (str, int)) else ids)}
+        if not wanted and keep_days is None:
+            raise UsageError("remove", "no id and no age", "ids, or keep_days", "Name what to remove.")
         if keep_days is not None and not keep_days >= 0:
             raise UsageError("keep_days", keep_days, "0 or more", "Name the days that images are kept.")
         with self._changing("remove") as done:
@@ -440,6 +439,9 @@ class Gallery:
             DataError: if it is of another model or preprocessing.
         """
         theirs = other if isinstance(other, Gallery) else Gallery(None, other)
+        same = self._store and theirs._store and os.path.samefile(self._store.path, theirs._store.path)
+        if theirs is self or same:
+            raise UsageError("merge", "the gallery itself", "another gallery", "Name another folder.")
         for key in _IDENTITY:
             if key != "name" and theirs._about[key] != self._about[key]:
                 hint = "Embed its images again with this gallery's model: nformer-edge gallery migrate"
@@ -619,6 +621,18 @@ def _empty(code: Code, features: int) -> Held:
     return Held.of(code, {**code.encode(none.features), **label_columns(none)})
 
 
+def _id(name: object) -> str:
+    """An id as text.
+
+    Raises:
+        DataError: for what is neither text nor a whole number, or empty text.
+    """
+    if isinstance(name, (str, int, np.integer)) and not isinstance(name, bool) and str(name):
+        return str(name)
+    got = "an empty name" if name == "" else f"{type(name).__name__} {name!r:.60}"
+    raise DataError("ids", got, "text or a whole number, one an image or one for all", "Pass a list, or leave ids out.")
+
+
 def _each(name: str, values: object, count: int) -> list[object]:
     """One value an image: those given, or the one for all.
 
@@ -662,8 +676,9 @@ def add_data(
 
     Args:
         name: the id of all of them.
-        ids_from: where else ids come from: ``labels``, the dataset's, or else the paths; ``folder``, the names of the
-            folders that images lie in; ``file``, their names without the ending.
+        ids_from: where else ids come from: ``labels``, the dataset's (the folder's name where a folder is a person), or
+            else the paths; ``folder``, the names of the folders that images lie in; ``file``, their names without the
+            ending.
         camera: of all of them; the dataset's if None.
         time: when they were seen; now if None.
 
@@ -680,11 +695,25 @@ def add_data(
         paths, cameras = tuple(r.path for r in records), [r.camid for r in records]
         labels = tuple(str(r.pid) if r.pid != UNKNOWN else r.path for r in records)
         images = [*paths]
+        if folders := _people_folders(dataset, records):
+            labels = tuple(folders.get(r.pid, label) for r, label in zip(records, labels, strict=True))
     ids: Sequence[str] = labels
     if ids_from != "labels":
         check_choice("ids_from", ids_from, ("labels", "folder", "file"))
         ids = [Path(path).parent.name if ids_from == "folder" else Path(path).stem for path in paths]
     return gallery.add(images, name or ids, cameras if camera is None else camera, time, batch=batch)
+
+
+def _people_folders(dataset: Dataset, records: Sequence[ImageRecord]) -> dict[int, str]:
+    """Each person's folder where a folder is a person: its name is who it is, and the number is the reader's own."""
+    names: dict[int, set[str]] = {}
+    for record in records:
+        if record.pid != UNKNOWN:
+            folder = Path(record.path).parent
+            names.setdefault(record.pid, set()).add("" if folder == Path(dataset.root) else folder.name)
+    found = {pid: next(iter(held)) for pid, held in names.items() if len(held) == 1}
+    apart = len(found) == len(names) == len(set(found.values())) and "" not in found.values()
+    return found if apart else {}
 
 
 def _thumbnail(source: Source) -> bytes:

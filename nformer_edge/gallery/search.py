@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,12 +203,19 @@ def allowed_images(
     if cameras is not None:
         kept &= np.isin(gallery["cameras"], labels_of("cameras", cameras))
     if exclude_camera is not None:
+        if not isinstance(exclude_camera, (int, np.integer)) or isinstance(exclude_camera, bool):
+            got = f"{type(exclude_camera).__name__} {exclude_camera!r:.60}"
+            raise UsageError("exclude_camera", got, "a camera's number", "Pass one whole number.")
         kept &= gallery["cameras"] != exclude_camera
     if since is not None:
         kept &= gallery["times"] >= seconds_of("since", since)
     if until is not None:
         kept &= gallery["times"] <= seconds_of("until", until)
     return None if kept.all() else kept
+
+
+#: The year 10,000 in seconds: what is beyond was counted in milliseconds.
+_LATEST = 253_402_300_800
 
 
 def seconds_of(name: str, value: object) -> float:
@@ -220,11 +226,13 @@ def seconds_of(name: str, value: object) -> float:
     """
     try:
         if isinstance(value, str):
-            value = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+            text = value.strip().replace("Z", "+00:00")
+            seconds = len(text) > len("20261128") and text.replace(".", "", 1).isdecimal()
+            value = float(text) if seconds else datetime.fromisoformat(text)
         if isinstance(value, datetime):
             value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-        if math.isfinite(seconds := float(value)):  # type: ignore[arg-type]
-            return seconds
+        if abs(since := float(value)) < _LATEST:  # type: ignore[arg-type]
+            return since
     except (ValueError, TypeError, OverflowError):
         pass
     hint = "Write it like 2026-11-28T12:00Z."

@@ -127,6 +127,8 @@ class Store:
             yield
         except sqlite3.Error as e:
             told, where = str(e), str(self.path)
+            if "closed database" in told:
+                raise BackendError(where, "a gallery that was closed", "an open one", "Open it again.") from e
             if "locked" in told or "busy" in told:
                 hint = "Run it again when that is done."
                 raise BackendError(where, "another process that writes", "one writer at a time", hint) from e

@@ -274,7 +274,8 @@ def _limits(dataset: Dataset, curves: list[Curve], size: int, images_per_person:
     strangers = min(curve.strangers for curve in curves)
     if size > strangers:
         said.append(
-            f"extrapolated: a query met about {strangers:,.0f} strangers here, and --gallery-size asks for {size:,}"
+            f"extrapolated: a query met about {strangers:,.0f} strangers here, and --gallery-size asks for {size:,}. "
+            "They are drawn again and again, so far more strangers than here are wrong more often than shown"
         )
     if len({curve.queries for curve in curves}) > 1:
         counts = ", ".join(f"{curve.name} {curve.queries:,}" for curve in curves)

@@ -70,6 +70,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
+        if not 0 <= self.port <= 65535:
+            raise UsageError("port", self.port, "0 to 65535", "Leave it out for 8000.")
         for name in ("queue", "batch"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("deadline_s", "body_mib", "megapixels", "rate", "receive_s", "stop_s"):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nformer_edge.cli import main
+from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.search import Matches
 
 
@@ -95,3 +96,13 @@ def test_thumbnails_are_embedded_with_another_model(tiny_bundle, tiny_checkpoint
     assert run(capsys, *add)[0] == 0
     code, _, err = run(capsys, "gallery", "migrate", tiny_bundle, tmp_path / "bare")
     assert (code, "no thumbnail, expected one of each image" in err) == (2, True)
+
+
+def test_a_folder_a_person_gives_its_name_and_only_add_makes_a_gallery(tiny_bundle, crops, tmp_path, capsys):
+    place = tmp_path / "people"
+    code, _, said = run(capsys, "gallery", "search", tiny_bundle, place, "--query", crops / "ann" / "0.png")
+    assert (code, place.exists()) == (2, False)
+    assert "no gallery there" in said
+    assert run(capsys, "gallery", "add", tiny_bundle, place, "--data", crops)[0] == 0
+    with Gallery(None, place) as gallery:
+        assert gallery.people() == {"ann": 2, "ben": 2}

@@ -12,7 +12,7 @@ from nformer_edge.core.features import Features
 from nformer_edge.gallery import model as face
 from nformer_edge.gallery.model import search
 from nformer_edge.gallery.results import GalleryStats
-from nformer_edge.gallery.search import Matches
+from nformer_edge.gallery.search import Matches, seconds_of
 from nformer_edge.targets.build import build
 
 CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
@@ -203,3 +203,33 @@ def test_a_path_may_stand_for_the_model(model, tiny_bundle):
     np.testing.assert_allclose(features.features, face.embed(model, CROPS).features, rtol=1e-4, atol=1e-5)
     found = search(tiny_bundle, CROPS[0], features, top=2)
     assert found.indices.tolist() == search(model, CROPS[0], features, top=2).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"a": 1}.keys(), (n for n in "ab"), {"a", "b"}, [None, "a"], [7.0, 8.0], [b"a", b"b"], ""]
+)
+def test_ids_of_another_kind_are_refused_and_nothing_is_added(model, gallery, wrong):
+    held = len(gallery)
+    with pytest.raises(DataError, match="ids"):
+        gallery.add(CROPS[:2], ids=wrong)
+    assert len(gallery) == held
+
+
+def test_a_gallery_is_not_merged_with_itself_and_nothing_is_removed_without_being_named(gallery):
+    with pytest.raises(UsageError, match="itself"):
+        gallery.merge(gallery)
+    with pytest.raises(UsageError, match="no id"):
+        gallery.remove()
+
+
+@pytest.mark.parametrize("wrong", ["3", [3], 3.5, True])
+def test_a_camera_to_leave_out_is_one_whole_number(gallery, wrong):
+    with pytest.raises(UsageError, match="exclude_camera"):
+        gallery.search(CROPS[:1], exclude_camera=wrong)
+
+
+def test_times_are_seconds_in_any_spelling_and_milliseconds_are_refused():
+    assert seconds_of("time", "1795907863") == seconds_of("time", 1795907863) == 1795907863
+    assert seconds_of("time", "20261128") == seconds_of("time", "2026-11-28")
+    with pytest.raises(UsageError, match="seconds"):
+        seconds_of("time", 1795907863829)

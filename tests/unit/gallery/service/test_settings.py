@@ -23,7 +23,8 @@ def test_on_this_machine_alone_it_needs_none(host):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"queue": 0}, {"rate": float("nan")}, {"deadline_s": 0}, {"keep_days": -1}, {"threshold": 2}]
+    "wrong",
+    [{"queue": 0}, {"port": 99999}, {"rate": float("nan")}, {"deadline_s": 0}, {"keep_days": -1}, {"threshold": 2}],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError):
