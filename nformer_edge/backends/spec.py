@@ -126,8 +126,8 @@ def resolve(*specs: EngineSpec | None) -> BuildSpec:
 def check_sizes(name: str, sizes: tuple[int, ...]) -> None:
     """Raises UsageError unless `sizes` are min, opt and max, in order."""
     if not (len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]):
-        hint = f"Such as --{name.replace('_', '-')} 1:8:32"
-        raise UsageError(name, ":".join(map(str, sizes)), "min:opt:max, each at least 1", hint)
+        hint = "Such as 1:8:32" if name == "sizes" else f"Such as --{name.replace('_', '-')} 1:8:32"
+        raise UsageError(name, ":".join(map(str, sizes)), "min:opt:max, rising, each at least 1", hint)
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

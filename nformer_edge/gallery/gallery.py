@@ -106,6 +106,11 @@ class Gallery:
         self._next = self._changes = 0
         if self._store:
             self._load()
+            held_code = self._store.code(self._features).name
+            asked = {"thumbnails": thumbnails, "audit": audit, "code": code not in ("fp32", held_code)}
+            for setting in [name for name, wanted in asked.items() if wanted and not self._about.get(name)]:
+                hint = "Leave it out, or make a new gallery and merge this one into it."
+                raise UsageError(setting, "a gallery that was made without it", "a new gallery", hint)
         else:
             self._held = _empty(Code(code), self._features)
 
@@ -123,9 +128,10 @@ class Gallery:
         if (runner := self._runner) is None:
             return
         made = {key: str(self._about[key]) for key in ("model", "checkpoint", "precision")}
-        check_model(runner, Features(np.empty((0, self._features), np.float32), **made), "gallery")  # type: ignore[arg-type]
+        none = Features(np.empty((0, self._features), np.float32), **made)  # type: ignore[arg-type]
+        hint = "Open the model that it was made with, or embed its images again: nformer-edge gallery migrate"
+        check_model(runner, none, "gallery", hint)
         if self._about["preprocess"] != _about(runner)["preprocess"]:
-            hint = "Open the model that it was made with, or embed its images again: nformer-edge gallery migrate"
             raise DataError("gallery", "images brought to the model in another way", "this model's preprocessing", hint)
 
     def __enter__(self) -> Gallery:
@@ -699,9 +705,11 @@ def add_data(
             labels = tuple(folders.get(r.pid, label) for r, label in zip(records, labels, strict=True))
     ids: Sequence[str] = labels
     if ids_from != "labels":
+        if name is not None:
+            raise UsageError("ids_from", f"{ids_from}, and the id {name!r}", "one of them", "Leave out the other.")
         check_choice("ids_from", ids_from, ("labels", "folder", "file"))
         ids = [Path(path).parent.name if ids_from == "folder" else Path(path).stem for path in paths]
-    return gallery.add(images, name or ids, cameras if camera is None else camera, time, batch=batch)
+    return gallery.add(images, ids if name is None else name, cameras if camera is None else camera, time, batch=batch)
 
 
 def _people_folders(dataset: Dataset, records: Sequence[ImageRecord]) -> dict[int, str]:

@@ -393,12 +393,13 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
     return use, f"head used: {measured}" if use else f"head not used: {measured}"
 
 
-def check_model(runner: Runner, features: Features, subject: str) -> None:
+def check_model(
+    runner: Runner, features: Features, subject: str, hint: str = "Embed the images again with this model."
+) -> None:
     """Raises DataError for features of another model, unless it is of the same checkpoint and precision."""
     precision = runner.precision["backbone"]
     if not features.model or features.shares_model(runner.sha256, runner.checkpoint, precision):
         return
-    hint = "Embed the images again with this model."
     if features.shares_model(runner.sha256, runner.checkpoint):
         hint += " `nformer-edge fleet` measures what a mix of models costs."
         raise DataError(subject, f"features computed in {features.precision}", f"{precision}, as here", hint)

@@ -91,7 +91,7 @@ def test_thumbnails_are_embedded_with_another_model(tiny_bundle, tiny_checkpoint
     code, out, err = run(capsys, "gallery", "migrate", tiny_checkpoint, people)
     assert out == "migrate: 4 images of 2 ids, 4 images in the gallery now\n", err
     assert json.loads(run(capsys, "gallery", "stats", people, "--json")[1])["model"] == "osnet_x0_25_64x32"
-    assert run(capsys, *add, "--id", "eve")[1].startswith("add: 4 images of 1 ids, 8 images")
+    assert run(capsys, *add[:6], "--threads", 1, "--id", "eve")[1].startswith("add: 4 images of 1 ids, 8 images")
     add = ("gallery", "add", tiny_bundle, tmp_path / "bare", "--data", crops, "--threads", 1)
     assert run(capsys, *add)[0] == 0
     code, _, err = run(capsys, "gallery", "migrate", tiny_bundle, tmp_path / "bare")
@@ -106,3 +106,6 @@ def test_a_folder_a_person_gives_its_name_and_only_add_makes_a_gallery(tiny_bund
     assert run(capsys, "gallery", "add", tiny_bundle, place, "--data", crops)[0] == 0
     with Gallery(None, place) as gallery:
         assert gallery.people() == {"ann": 2, "ben": 2}
+    for wrong in (("--id", ""), ("--id", "eve", "--ids-from", "folder"), ("--audit",), ("--code", "int8")):
+        code, _, err = run(capsys, "gallery", "add", tiny_bundle, place, "--data", crops, *wrong)
+        assert code == 2, (wrong, err)
