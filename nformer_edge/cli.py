@@ -55,9 +55,9 @@ def _all(*options: Option) -> Option:
     return lambda parser: [option(parser) for option in options]
 
 
-def _one_of(*options: Option) -> Option:
+def _one_of(*options: Option, required: bool = True) -> Option:
     def add(parser: argparse._ActionsContainer) -> None:
-        group = parser.add_mutually_exclusive_group(required=True)
+        group = parser.add_mutually_exclusive_group(required=required)
         for option in options:
             option(group)
 
@@ -399,7 +399,7 @@ def _export(args: Args) -> None:
 
 @_command(
     "modelopt", "bundle -> bundle with a backbone quantized to INT8 or FP16 by NVIDIA ModelOpt, for TensorRT",
-    BUNDLE, _new("DIR"), SIGN, FORCE, SEED, *PRECISION[1:3], LAYOUT,
+    BUNDLE, _new("DIR"), SIGN, FORCE, SEED, _one_of(*PRECISION[1:3], required=False), LAYOUT,
     _option("--calib-data", required=True, metavar="DIR", help="dataset with training images for calibration"),
     _option("--calib-num", type=int, help="calibration images (default 256)"),
     _option("--calib-method", choices=("minmax", "entropy"), help="for INT8 (default entropy)"),
@@ -433,7 +433,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
     _option("--backend", metavar="NAME",
             help="onnxruntime | openvino | tensorrt | tensorrt-rtx | auto: a GPU's, or the CPU's fastest (default)"),
-    *PRECISION, *CALIBRATION, *BUDGET, SEED,
+    _one_of(*PRECISION, required=False), *CALIBRATION, *BUDGET, SEED,
     _option("--batch", type=_sizes, metavar="MIN:OPT:MAX",
             help="batch of the backbone; engines are timed with OPT (default 1:8:32)"),
     _option("--gallery-size", type=_sizes, metavar="MIN:OPT:MAX",
@@ -458,7 +458,7 @@ def _build_engine(args: Args) -> None:
     "prepare", "bundle -> graphs and trtexec commands, for devices without Python 3.10 (JetPack 5.1)",
     BUNDLE, _new("DIR"), FORCE,
     _option("--target", default="jetson-xavier-jp51", metavar="NAME", help="recipe (default jetson-xavier-jp51)"),
-    *PRECISION[:3], *CALIBRATION, *BUDGET, SEED,
+    _one_of(*PRECISION[:3], required=False), *CALIBRATION, *BUDGET, SEED,
 )
 def _prepare(args: Args) -> None:
     _show(args, _call(args, "targets.trtexec:prepare_for_target", **_engine_inputs(args)))
@@ -502,9 +502,12 @@ _calls(
     _option("--top", type=int, help="gallery images per query (default 10)"), BATCH, DECODERS, THREADS, OUT_JSON,
     _option("--threshold", type=float, metavar="COSINE",
             help="cosine from which a match counts, as `threshold` recommends (default: all count)"),
-    _option("--head", type=_head_use, metavar="USE",
-            help="yes | no | auto: where the model's table by images a person shows no harm (default auto)"),
-    _option("--no-head", action="store_false", dest="head", help="short for --head no"),
+    _one_of(
+        _option("--head", type=_head_use, metavar="USE",
+                help="yes | no | auto: where the model's table by images a person shows no harm (default auto)"),
+        _option("--no-head", action="store_false", dest="head", help="short for --head no"),
+        required=False,
+    ),
     _option("--images-per-person", type=int, metavar="N",
             help="images of one person in the gallery, for --head auto (default: by the gallery's labels, or else 1)"),
     _flag("--together", "all queries in one pass of the head; they then affect each other"),

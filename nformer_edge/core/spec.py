@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -52,6 +53,8 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raises UsageError unless `value` is a number >= `least`."""
+    if not isinstance(value, numbers.Real):
+        raise UsageError(name, repr(value), f"a number, at least {least}", "Convert it.")
     if not value >= least:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
 

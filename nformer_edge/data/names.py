@@ -30,7 +30,7 @@ _BESIDE = set(
 
 _CAMERA = re.compile(
     r"(?<![A-Za-z0-9])c(\d+)(?=s\d|[^A-Za-z0-9]|$)"
-    r"|(?<![A-Za-z])cam(?:era)?[_\- ]?(\d+|[A-Za-z])(?=s\d|[^A-Za-z0-9]|$)"
+    r"|(?<![A-Za-z])(?:cam(?:era)?|kamera|ch(?:annel)?)[_\- ]?(\d+|[A-Za-z])(?=s\d|[^A-Za-z0-9]|$)"
     r"|(?<=\d)C(\d+)(?=T\d)",  # MARS: 0001C1T0001F001.jpg
     re.IGNORECASE,
 )
@@ -65,7 +65,7 @@ def is_number(text: str) -> bool:
 
 
 def camera(name: str) -> str:
-    """The camera that a file's or folder's name tells (``c3``, ``cam3``, ``camera_03``, ``cam_a``), "" for none."""
+    """The camera that a file's or folder's name tells (``c3``, ``camera_03``, ``cam_a``, ``CH01``), "" for none."""
     hit = _CAMERA.search(name)
     return next(filter(None, hit.groups()), "") if hit else ""
 

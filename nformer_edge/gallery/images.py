@@ -57,7 +57,9 @@ def image_files(source: str | os.PathLike[str]) -> list[str]:
         return [os.fspath(source)]
     found = walk_images(source).images
     if not found:
-        raise DataError(os.fspath(source), "zero images", f"{', '.join(SUFFIXES)} files", "Check the path.")
+        others = sorted({p.suffix.lower() for p in Path(source).iterdir() if p.suffix and p.is_file()})
+        hint = f"Convert what is there ({', '.join(others[:4])})." if others else "Check the path."
+        raise DataError(os.fspath(source), "zero images", f"{', '.join(SUFFIXES)} files", hint)
     return [*found]
 
 
@@ -89,13 +91,19 @@ def _hint(image: np.ndarray) -> str:
 
 
 def _crops(frame: Source, boxes: ArrayLike) -> list[Image.Image]:
-    corners = np.asarray(boxes, np.float64)
+    hint = "Pass one row x1, y1, x2, y2 for each person."
+    try:
+        corners = np.asarray(boxes, np.float64)
+    except (TypeError, ValueError) as e:
+        raise UsageError("boxes", "rows of unlike length, or no numbers", "[N, 4]", hint) from e
     if not corners.size:
         return []
     if corners.ndim != 2 or corners.shape[1] != 4:
-        hint = "Pass one row x1, y1, x2, y2 for each person."
         raise UsageError("boxes", f"shape {list(corners.shape)}", "[N, 4]", hint)
     image = frame if isinstance(frame, Image.Image) else load_image(frame)
+    if (corners >= 0).all() and (corners <= 1).all():
+        hint = f"Multiply x by the frame's width, {image.width}, and y by its height, {image.height}."
+        raise UsageError("boxes", "all between 0 and 1", "pixels", hint)
     first, last = np.floor(corners[:, :2]), np.ceil(corners[:, 2:])
     size = np.array([image.width, image.height])
     outside = ((first >= size) | (last <= 0)).any(axis=1)

@@ -550,18 +550,17 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         for writer, replacing, out in layouts():
             calls, written = count(writer, out, replacing)
             codes = (errno.EIO, errno.ENOSPC, errno.EINTR)
-            cases += [_case(writer, shim.FAIL, at, codes[at % 3], replacing) for at in _places(calls, replacing)]
-            cases += [_case(writer, shim.SHORT, at, 0, replacing) for at in written if replacing]
+            cases += [_case(writer, shim.FAIL, at, codes[at % 3], replacing) for at in range(1, calls + 1)]
+            cases += [_case(writer, shim.SHORT, at, 0, replacing) for at in written]
         page = by_name("report")
         return cases, [_case(page, shim.FAIL, at, errno.EIO, True, fault=_deaf) for at in (3, 4)]
 
     def kills() -> Made:
-        """The states that a kill leaves, each replayed from the calls of one run; and kills at a third of the calls."""
+        """Before every call and after the last; and what stands after every call that changes something."""
         cases = []
         for writer, replacing, out in layouts():
             calls = count(writer, out, replacing)[0]  # killed after a call is killed before the next one
-            places = [at for at in _places(calls, False) if replacing or at > calls - 12]
-            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in places]
+            cases += [_case(writer, shim.KILL_BEFORE, at, 0, replacing) for at in range(1, calls + 1)]
             cases.append(_case(writer, shim.KILL_AFTER, calls, 0, replacing))
             ops = record(writer, out, replacing)
             cases += [_stopped(writer, ops, out, replacing, at) for at in range(1, len(ops))]
@@ -591,11 +590,6 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         return cases, faults
 
     return {"n-th system call fails": fails, "killed at every call": kills, "disk full": fulls, "power lost": power}
-
-
-def _places(calls: int, replacing: bool) -> list[int]:
-    """Every call; where nothing stands, every third, and all of the last ones, which give the names."""
-    return [at for at in range(1, calls + 1) if replacing or at % 3 == 0 or at > calls - 12]
 
 
 def _any(cases: list[Case]) -> Case:

@@ -27,6 +27,7 @@ def test_names_of_people_are_no_splits(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "number"),
     [("x_c3_1", "3"), ("0012_c3s1_7", "3"), ("1_cam3", "3"), ("camera_03", "03"), ("Cam-2", "2"), ("cam_a", "a"),
+     ("CH01", "01"), ("Kamera 3", "3"),
      ("001cam2_5", "2"), ("0001C2T0001F001", "2"), ("c1_0", "1"), ("abc3", ""), ("camel", ""), ("scene_c", "")],
 )  # fmt: skip
 def test_cameras_are_read_in_their_common_spellings(name: str, number: str) -> None:

@@ -87,3 +87,10 @@ def test_the_check_sees_a_flag_that_nothing_reads() -> None:
     assert not {"nonsense"} <= parameters("report.accuracy:evaluate")
     with pytest.raises(AttributeError):
         parameters("report.accuracy:nothing")
+
+
+@pytest.mark.parametrize("flags", [("--int8", "--fp16"), ("--int8", "--precision", "fp32")])
+def test_two_precisions_are_refused(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["build-engine", "bundle", *flags])
+    assert "not allowed with argument" in capsys.readouterr().err

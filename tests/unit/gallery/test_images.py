@@ -79,6 +79,12 @@ def test_a_box_that_shows_nobody_is_refused_by_its_row(box, message):
 def test_boxes_need_one_frame_and_four_numbers():
     with pytest.raises(UsageError, match=r"boxes: got shape \[4\], expected \[N, 4\]"):
         image_sources(FRAME, [0, 0, 9, 9])
+    with pytest.raises(UsageError, match="boxes: got rows of unlike length"):
+        image_sources(FRAME, [[0, 0, 9, 9], [1, 2]])
+    with pytest.raises(
+        UsageError, match=r"got all between 0 and 1, expected pixels\. Multiply x by the frame.s width, 70"
+    ):
+        image_sources(FRAME, [[0.1, 0.2, 0.5, 0.9]])
     with pytest.raises(UsageError, match="boxes: got 2 images, expected one frame"):
         image_sources([FRAME, FRAME], [[0, 0, 9, 9]])
 
@@ -105,6 +111,12 @@ def test_a_damaged_pil_image_is_refused_by_its_number(file):
     file.write_bytes(file.read_bytes()[:999])
     with Image.open(file) as image, pytest.raises(DataError, match=r"images\[1\]: got a damaged image"):
         image_sources([FRAME, image])
+
+
+def test_a_folder_of_images_of_another_kind_is_refused_by_their_suffix(tmp_path):
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"got zero images.*Convert what is there \(.gif\)"):
+        image_sources(tmp_path)
 
 
 @pytest.mark.parametrize("none", [[], (), FRAME[None][:0]])
