@@ -1,10 +1,11 @@
-"""A service under load: capacity, then an open loop at 0.5, 1, 2 and 4 times as much; and embedding together or alone.
+"""A service under load: its peak, an open loop at 0.5, 1, 2 and 4 times as much, and callers together or one by one.
 
-    python benchmarks/serve.py engine images/ --seconds 10
+    python benchmarks/serve.py images/ --engine engine --seconds 10
 
-Requests arrive at fixed times, whether or not earlier ones are answered; goodput is what was accepted and answered.
-Server and callers share this machine's cores. Each image is enrolled under its own id, and the gallery is counted at
-the end: nothing lost, nothing doubled.
+Requests leave at fixed times, whether or not earlier ones are answered; a latency runs from the time at which its
+request was due. Goodput is what was accepted and answered. The callers have one core, the service the other. Each
+image is enrolled under its own id, and the gallery is counted at the end: nothing lost, nothing doubled. Without
+``--engine`` the model sleeps for `--sleep` seconds a batch: that measures the queue and not the machine.
 """
 
 from __future__ import annotations
@@ -13,147 +14,215 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import numpy as np
 
-import nformer_edge as ne
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.images import image_files
 
 LOADS = (0.5, 1.0, 2.0, 4.0)
+ROOT = Path(__file__).parents[1]
 
 
-def embedding(model: str, files: list[str], seconds: float, batch: int) -> dict[str, float]:
-    """Images a second, one at a time and `batch` together, by turns."""
-    from nformer_edge.core.preprocess import load_image
+class Connection(asyncio.Protocol):
+    """One request after another."""
 
-    images = [load_image(path) for path in files[:batch]]
-    rates: dict[int, list[float]] = {1: [], batch: []}
-    with ne.open(model) as opened:
-        for size in rates:
-            opened.embed(images[:size], batch=size, decoders=1)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for size, seen in rates.items():
-                began = time.perf_counter()
-                for i in range(0, len(images), size):
-                    opened.embed(images[i : i + size], batch=size, decoders=1)
-                seen.append(len(images) / (time.perf_counter() - began))
-    alone, together = (float(np.median(seen)) for seen in rates.values())
-    return {"alone_per_s": alone, "together_per_s": together, "ratio": together / alone}
+    def __init__(self) -> None:
+        self.used, self.got = time.monotonic(), bytearray()
+        self.answer: asyncio.Future[tuple[int, bool]] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def ask(self, request: bytes) -> asyncio.Future[tuple[int, bool]]:
+        """Status (0: no answer), and whether it says when to come back."""
+        self.answer, self.got = asyncio.get_running_loop().create_future(), bytearray()
+        self.transport.write(request)
+        return self.answer
+
+    def data_received(self, data: bytes) -> None:
+        self.got += data
+        head, whole, body = self.got.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        if whole and length and len(body) >= int(length[1]):
+            self._done(int(head[9:12]), b"retry-after" in head.lower())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._done(0, False)
+
+    def _done(self, status: int, told: bool) -> None:
+        self.used = time.monotonic()
+        if self.answer and not self.answer.done():
+            self.answer.set_result((status, told))
 
 
-class Load:
-    """Callers of one service."""
+@dataclass
+class Callers:
+    """Those who enroll: what they send, and what was acknowledged."""
 
-    def __init__(self, client: httpx.AsyncClient, bodies: list[bytes]) -> None:
-        self.client, self.bodies, self.sent = client, bodies, 0
-        self.acknowledged: set[str] = set()
+    port: int
+    bodies: list[bytes]
+    sent: int = 0
+    acknowledged: set[str] = field(default_factory=set)
+    idle: list[Connection] = field(default_factory=list)
 
-    async def one(self) -> tuple[int, float, bool]:
-        """Status (0: none), latency in ms, and whether a refusal said when to come back."""
+    async def one(self, due: float) -> tuple[int, float, bool]:
+        """Status, milliseconds since it was due, and whether a refusal said when to come back."""
         name, body = f"i{self.sent}", self.bodies[self.sent % len(self.bodies)]
         self.sent += 1
-        began = time.perf_counter()
-        try:
-            answer = await self.client.post(
-                "/v1/images", params={"id": name}, content=body, headers={"Content-Type": "application/octet-stream"}
-            )
-        except httpx.HTTPError:
-            return 0, 0.0, False
-        if answer.status_code == 201:
+        while self.idle and (self.idle[-1].transport.is_closing() or time.monotonic() - self.idle[-1].used > 3):
+            self.idle.pop().transport.close()
+        if self.idle:
+            connection = self.idle.pop()
+        else:
+            _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self.port)
+        head = (
+            f"POST /v1/images?id={name} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        status, told = await connection.ask(head.encode() + body)
+        if status == 201:
             self.acknowledged.add(name)
-        return answer.status_code, 1e3 * (time.perf_counter() - began), "retry-after" in answer.headers
+        self.idle.append(connection)
+        return status, 1e3 * (time.perf_counter() - due), told
 
-    async def capacity(self, seconds: float, callers: int = 32) -> float:
+    async def closed_loop(self, seconds: float, callers: int) -> float:
         """Answers a second of callers that always ask again."""
         end, done = time.perf_counter() + seconds, 0
 
         async def caller() -> None:
             nonlocal done
-            while time.perf_counter() < end:
-                status, *_ = await self.one()
-                done += status == 201
+            while (now := time.perf_counter()) < end:
+                done += (await self.one(now))[0] == 201
 
+        began = time.perf_counter()
         await asyncio.gather(*(caller() for _ in range(callers)))
-        return done / seconds
+        return done / (time.perf_counter() - began)
 
     async def open_loop(self, rate: float, seconds: float) -> dict[str, object]:
         """`rate` requests a second, whatever becomes of them."""
-        began, tasks = time.perf_counter(), []
+        began, tasks, late = time.perf_counter(), [], []
         for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.one()))
+            due = began + number / rate
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            late.append(1e3 * (time.perf_counter() - due))
+            tasks.append(asyncio.create_task(self.one(due)))
         offered = len(tasks) / (time.perf_counter() - began)
         found = await asyncio.gather(*tasks)
-        took = time.perf_counter() - began
         latency = [ms for status, ms, _ in found if status == 201]
-        refused = [told for status, _, told in found if status in (429, 503)]
+        refused = [(ms, told) for status, ms, told in found if status in (429, 503)]
         return {
             "offered_per_s": offered,
-            "goodput_per_s": len(latency) / took,
+            "late_p99_ms": float(np.percentile(late, 99)),
+            "goodput_per_s": len(latency) / (time.perf_counter() - began),
             "accepted_p50_ms": float(np.percentile(latency or [np.nan], 50)),
             "accepted_p99_ms": float(np.percentile(latency or [np.nan], 99)),
             "refused": len(refused),
-            "refused_without_retry_after": refused.count(False),
+            "refused_p99_ms": float(np.percentile([ms for ms, _ in refused] or [np.nan], 99)),
+            "refused_without_retry_after": [told for _, told in refused].count(False),
             "other": sorted({status for status, *_ in found} - {201, 429, 503}),
         }
 
 
-async def loaded(port: int, bodies: list[bytes], seconds: float) -> tuple[dict[str, object], set[str]]:
-    """Capacity and the four loads, and what was acknowledged."""
-    limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
-        while True:
-            try:
-                if (await client.get("/ready")).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                await asyncio.sleep(0.2)
-        load = Load(client, bodies)
-        await load.capacity(2)
-        capacity = await load.capacity(seconds)
-        rows = {f"{times:g}": await load.open_loop(times * capacity, seconds) for times in LOADS}
-        return {"capacity_per_s": capacity, "loads": rows}, load.acknowledged
+@contextmanager
+def service(args: argparse.Namespace, folder: str, batch: int) -> Iterator[tuple[int, int]]:
+    """A running service: its port and process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if args.engine:
+        command = [sys.executable, "-m", "nformer_edge.cli", "serve", args.engine, "--gallery", folder, "--port", port,
+                   "--batch", batch, "--queue", args.queue, "--threads", args.threads, "--rate", 1e6]  # fmt: skip
+    else:
+        command = [sys.executable, "-m", "tests.helpers.served", port, folder, "--seconds", args.sleep, "--batch",
+                   batch, "--queue", args.queue]  # fmt: skip
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout
+    cores = sorted(os.sched_getaffinity(0))
+    for core, pid in zip(cores, (process.pid, 0), strict=False):
+        os.sched_setaffinity(pid, {core})
+    try:
+        if b"http://" not in process.stdout.readline():
+            raise SystemExit("the service did not start")
+        yield port, process.pid
+    finally:
+        os.sched_setaffinity(0, cores)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process, so far."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def overloaded(port: int, pid: int, bodies: list[bytes], args: argparse.Namespace) -> tuple[dict, Callers]:
+    """The peak, and each load in turn, `rounds` times."""
+    callers = Callers(port, bodies)
+    await callers.closed_loop(2, args.queue)
+    rounds = []
+    for _ in range(args.rounds):
+        peak = await callers.closed_loop(args.seconds, args.queue)
+        loads = {}
+        for times in LOADS:
+            began, used = time.perf_counter(), cpu_seconds(pid)
+            own = time.process_time()
+            loads[f"{times:g}"] = await callers.open_loop(times * peak, args.seconds)
+            took = time.perf_counter() - began
+            loads[f"{times:g}"] |= {"service_cpu": (cpu_seconds(pid) - used) / took,
+                                    "callers_cpu": (time.process_time() - own) / took}  # fmt: skip
+        best = max(peak, *(load["goodput_per_s"] for load in loads.values()))
+        rounds.append({"peak_per_s": peak, "loads": loads, "kept_at_4": loads["4"]["goodput_per_s"] / best})
+    return {"rounds": rounds, "kept_at_4": float(np.median([one["kept_at_4"] for one in rounds]))}, callers
+
+
+def together(args: argparse.Namespace, bodies: list[bytes]) -> dict[str, float]:
+    """Images a second of one caller, of many whose images are embedded one by one, and of many together."""
+    rates = {}
+    for name, batch, callers in (("one_caller", 1, 1), ("one_by_one", 1, 32), ("together", args.batch, 32)):
+        with tempfile.TemporaryDirectory() as folder, service(args, folder, batch) as (port, _):
+            asked = Callers(port, bodies)
+            asyncio.run(asked.closed_loop(1, callers))
+            asked.idle.clear()
+            rates[f"{name}_per_s"] = asyncio.run(asked.closed_loop(args.seconds, callers))
+    rates["ratio"] = rates["together_per_s"] / rates["one_by_one_per_s"]
+    return rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine")
     parser.add_argument("images", help="folder of images")
+    parser.add_argument("--engine", help="None: a model that sleeps")
+    parser.add_argument("--sleep", type=float, default=0.1, help="seconds a batch of the model that sleeps")
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--queue", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1, help="of a forward pass; the rest serves")
+    parser.add_argument("--threads", type=int, default=1, help="of a forward pass")
     args = parser.parse_args()
-    files = image_files(args.images)[:64]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    bodies = [Path(path).read_bytes() for path in image_files(args.images)[:64]]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "nformer_edge.cli", "serve", args.engine, "--gallery", folder, "--port", port,
-                   "--batch", args.batch, "--queue", args.queue, "--threads", args.threads, "--rate", 1e6]  # fmt: skip
-        server = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            bodies = [Path(path).read_bytes() for path in files]
-            found, acknowledged = asyncio.run(loaded(port, bodies, args.seconds))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+        with service(args, folder, args.batch) as (port, pid):
+            found, callers = asyncio.run(overloaded(port, pid, bodies, args))
         with Gallery(None, folder) as gallery:
             people = gallery.people()
-    found["acknowledged"] = len(acknowledged)
-    found["lost"] = len(acknowledged - set(people))
+    found["acknowledged"] = len(callers.acknowledged)
+    found["lost"] = len(callers.acknowledged - set(people))
     found["doubled"] = sum(images > 1 for images in people.values())
-    found["embedding"] = embedding(args.engine, files, args.seconds, args.batch)
+    found["callers"] = together(args, bodies)
     found["cores"], found["load_average"] = os.cpu_count(), os.getloadavg()[0]
     print(json.dumps(found, indent=2))
 

@@ -1,9 +1,9 @@
-"""A model of mean colors; run as a script with ``PORT FOLDER [LEAK]``, a service over it to be stopped and killed."""
+"""A model of mean colors; run as a script, a service over it to be stopped and killed."""
 
 from __future__ import annotations
 
+import argparse
 import io
-import sys
 import time
 from collections.abc import Sequence
 
@@ -44,11 +44,24 @@ class Colors:
         return Features(np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) + 1 for image in images]))
 
 
-if __name__ == "__main__":
-    from nformer_edge.gallery.service.server import serve_opened
+def main() -> None:
+    """Serves until it is stopped."""
+    from nformer_edge.gallery.service.server import listen, serve_opened
     from nformer_edge.gallery.service.settings import Settings
 
-    model = Colors(0.01, int(sys.argv[3]) if len(sys.argv) > 3 else 0)
-    settings = Settings(port=int(sys.argv[1]), receive_s=2, rate=1e6)
-    with Gallery(model.runner, sys.argv[2]) as opened:
-        serve_opened(model, opened, settings)  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("folder")
+    parser.add_argument("--seconds", type=float, default=0.01, help="a batch")
+    parser.add_argument("--leak", type=int, default=0, help="bytes a batch")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--queue", type=int, default=64)
+    args = parser.parse_args()
+    model = Colors(args.seconds, args.leak)
+    settings = Settings(port=args.port, batch=args.batch, queue=args.queue, receive_s=2, rate=1e6)
+    with listen(settings) as listening, Gallery(model.runner, args.folder) as opened:
+        serve_opened(model, opened, settings, listening)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

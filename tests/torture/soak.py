@@ -2,6 +2,7 @@
 
 Memory is read every second; the first third is the warm-up. The line through the medians of the rest, by tenths, may
 rise by no more than `ALLOWED_MIB` in all. ``--leak 4096`` plants a leak of so many bytes a batch: it must be caught.
+Callers ask ``--rate`` times a second in all, so that the machine is left to others.
 """
 
 from __future__ import annotations
@@ -26,22 +27,26 @@ from tests.helpers.served import jpeg
 ALLOWED_MIB = 8.0
 
 
+def tenths_mib(memory_mib: Sequence[float]) -> list[float]:
+    """Medians of ten parts."""
+    return [float(np.median(part)) for part in np.array_split(np.asarray(memory_mib), 10)]
+
+
 def rise_mib(memory_mib: Sequence[float]) -> float:
     """By how much memory rises after the warm-up: of a line through the medians of ten parts (Theil and Sen)."""
-    steady = np.asarray(memory_mib)[len(memory_mib) // 3 :]
-    medians = np.array([np.median(part) for part in np.array_split(steady, 10)])
+    medians = np.array(tenths_mib(memory_mib[len(memory_mib) // 3 :]))
     i, j = np.triu_indices(10, 1)
     return float(9 * np.median((medians[j] - medians[i]) / (j - i)))
 
 
-def soak(minutes: float, leak: int = 0, callers: int = 4) -> dict[str, object]:
+def soak(minutes: float, leak: int = 0, rate: float = 20, callers: int = 4) -> dict[str, object]:
     """Loads a service that forgets as much as it enrolls, and judges its memory."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.helpers.served", str(port), folder, str(leak)]
+        command = [sys.executable, "-m", "tests.helpers.served", str(port), folder, "--leak", str(leak)]
         process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         answers: dict[str, int] = {}
         memory: list[float] = []
@@ -58,6 +63,7 @@ def soak(minutes: float, leak: int = 0, callers: int = 4) -> dict[str, object]:
                 status = str(getattr(e, "code", type(e).__name__))
             with lock:
                 answers[status] = answers.get(status, 0) + 1
+            time.sleep(callers / rate)
 
         def call(number: int) -> None:
             turn = 0
@@ -95,7 +101,7 @@ def soak(minutes: float, leak: int = 0, callers: int = 4) -> dict[str, object]:
     failed = sum(count for status, count in answers.items() if not status.startswith("2"))
     flat = rise <= ALLOWED_MIB
     return {
-        "minutes": minutes, "leak_bytes": leak, "answers": answers, "first_mib": memory[0], "last_mib": memory[-1],
+        "minutes": minutes, "leak_bytes": leak, "rate": rate, "answers": answers, "tenths_mib": tenths_mib(memory),
         "rise_mib": rise, "allowed_mib": ALLOWED_MIB, "passed": flat and not failed and ended is None,
     }  # fmt: skip
 
@@ -104,6 +110,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--leak", type=int, default=0, help="bytes a batch")
+    parser.add_argument("--rate", type=float, default=20, help="requests a second")
     found = soak(**vars(parser.parse_args()))
     print(json.dumps(found, indent=2))
     sys.exit(0 if found["passed"] else 1)

@@ -156,7 +156,7 @@ def _busy(status: int, detail: str, seconds: float = 1.0) -> HTTPException:
     return HTTPException(status, detail, {"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
@@ -164,10 +164,10 @@ At = Annotated[Service, Depends(_service)]
 _BEARER = HTTPBearer(auto_error=False, description="A token of the service's file; not needed where it has none.")
 
 
-def _may(role: Role) -> Callable[..., None]:
+def _may(role: Role) -> Callable[..., Awaitable[None]]:
     """Lets callers of this role or a higher one through."""
 
-    def check(
+    async def check(
         request: Request, service: At, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
     ) -> None:
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
@@ -512,8 +512,16 @@ def _policy(html: str) -> str:
 _POLICY = _policy(_PAGE)
 
 
+_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_FULL = JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": "1"})
+
+
 class Measured:
-    """Counts and times answers, and forbids keeping them."""
+    """Counts and times answers, and forbids keeping them. What a full queue refuses costs no more than that."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -527,14 +535,14 @@ class Measured:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] += [
-                    (b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                ]  # fmt: skip
+                message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
         try:
-            await self.app(scope, receive, answer)
+            if scope["method"] in ("POST", "DELETE") and self.service.in_flight >= self.service.settings.queue:
+                await _FULL(scope, receive, answer)
+            else:
+                await self.app(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.requests.labels(route, status).inc()

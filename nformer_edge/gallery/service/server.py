@@ -17,12 +17,14 @@ from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.model import open as open_model
 from nformer_edge.gallery.service.app import create_app
-from nformer_edge.gallery.service.settings import Settings
+from nformer_edge.gallery.service.settings import Settings, read_tokens
 
 _LOG = logging.getLogger("nformer_edge.service")
 
 #: Connections at once, whatever they do.
 _CONNECTIONS = 512
+
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 def serve(
@@ -44,36 +46,57 @@ def serve(
         Error: for a model, gallery, address or file of tokens that cannot be used.
     """
     settings = settings or Settings()
+    if settings.tokens is not None:
+        read_tokens(settings.tokens)
     with (
+        listen(settings) as listening,  # first, so that a taken port leaves no gallery behind
         open_model(model, backend=backend, intra_op_threads=intra_op_threads) as opened,
         opened.gallery(folder, thumbnails=settings.thumbnails, audit=settings.audit) as gallery,
     ):
-        serve_opened(opened, gallery, settings)
+        serve_opened(opened, gallery, settings, listening)
 
 
-def serve_opened(model: Model, gallery: Gallery, settings: Settings) -> None:
+def serve_opened(model: Model, gallery: Gallery, settings: Settings, listening: socket.socket) -> None:
     """`serve`, of what is open."""
-    with _listen(settings) as listening:
-        app = create_app(model, gallery, settings)
-        server = uvicorn.Server(_config(app, settings))
-        asyncio.run(_serve(server, listening, app.state.service.reload))
+    app = create_app(model, gallery, settings)
+    asyncio.run(_serve(_Server(_config(app, settings)), listening, app.state.service.reload))
+
+
+class _Server(uvicorn.Server):
+    """Says where it is, once it is there."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port, *_ = sockets[0].getsockname()
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(
+                f"The page is at {address}/ and the API at {address}/v1 ({address}/openapi.json). Ctrl-C stops.",
+                flush=True,
+            )
 
 
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
     """uvicorn's settings. No access log: addresses of requests hold names."""
     return uvicorn.Config(
         app, http=_limited(settings.receive_s), ws="none", access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.stop_s)), limit_concurrency=_CONNECTIONS,
-        log_level="info", lifespan="on", timeout_keep_alive=5,
+        timeout_graceful_shutdown=max(1, round(settings.stop_s)), log_level="warning", lifespan="on",
+        timeout_keep_alive=5,
     )  # fmt: skip
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """A socket at the settings' address; callers that come before the service runs wait.
+
+    Raises:
+        UsageError: for an address that is taken or not this machine's.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        listening.listen()
     except OSError as e:
         listening.close()
         hint = "Choose another --port or --host."
@@ -94,7 +117,7 @@ async def _serve(server: uvicorn.Server, listening: socket.socket, reload: Any) 
 
 
 def _limited(seconds: float) -> type[asyncio.Protocol]:
-    """HTTP whose headers must arrive within this time; uvicorn itself waits for ever."""
+    """HTTP from so many callers, whose headers come and whose answers go within this time; uvicorn waits for ever."""
 
     class Limited(H11Protocol):
         late: asyncio.TimerHandle | None = None
@@ -102,21 +125,35 @@ def _limited(seconds: float) -> type[asyncio.Protocol]:
         def _arm(self) -> None:
             self.late = self.late or self.loop.call_later(seconds, self.transport.abort)
 
+        def _disarm(self) -> None:
+            if self.late:
+                self.late.cancel()
+                self.late = None
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._arm()
+            if len(self.connections) > _CONNECTIONS:
+                transport.write(_FULL)
+                transport.close()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is None or self.cycle.response_complete:
                 self._arm()
-            elif self.late:
-                self.late.cancel()
-                self.late = None
+            elif not self.flow.write_paused:
+                self._disarm()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._arm()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._disarm()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self.late:
-                self.late.cancel()
+            self._disarm()
             super().connection_lost(exc)
 
     return Limited
