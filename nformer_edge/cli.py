@@ -728,6 +728,12 @@ def _report(args: Args) -> None:
 
 
 _calls(
+    "targets.kit:write_kit", "kit", "what a program of others needs around a model: configuration, source, README",
+    _option("name", metavar="NAME", help="triton"), MODEL, _new("DIR"), FORCE,
+)
+
+
+_calls(
     "targets.doctor:doctor", "doctor",
     "what this machine can do, and how to install what is missing; what a tool did to FILE",
     _option("file", nargs="?", metavar="FILE.onnx", help="of a bundle or engine: names what another tool did to it"),
