@@ -344,6 +344,19 @@ def _train(args: Args) -> None:
             print(inert(f"nformer-edge train: warning: {note}"), file=sys.stderr)
 
 
+_calls(
+    "compress.compress:compress", "compress",
+    "checkpoint -> smaller or faster checkpoint, by the steps of a recipe, each judged on held-out training people",
+    _option("model", metavar="CHECKPOINT", help="the teacher, and the start where the recipe names no other student"),
+    DATA, LAYOUT, _new("FILE.safetensors"), FORCE,
+    _option("--recipe", required=True, metavar="FILE.toml", help="steps: distil ... (docs/compress.md)"),
+    _option("--teacher", metavar="STORE.npz",
+            help="the model's features of the training images (`embed --splits train --views 4`; default: computed)"),
+    _option("--device", help="cpu (default), or a CUDA device such as cuda:0"),
+    _flag("--resume", "continue an interrupted run of this recipe"),
+)
+
+
 @_command(
     "import", "published weights -> checkpoint; prints what matched",
     _option("path", metavar="FILE", help=".pth or .safetensors of torchreid, torchvision, reid-strong-baseline, "

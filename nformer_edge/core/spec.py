@@ -40,6 +40,8 @@ TRUNKS = {
     "osnet_ain_x0_75": "osnet:osnet_ain_x0_75",
     "osnet_ain_x0_5": "osnet:osnet_ain_x0_5",
     "osnet_ain_x0_25": "osnet:osnet_ain_x0_25",
+    "plain_s": "plain:plain_s",
+    "plain_m": "plain:plain_m",
 }
 
 
@@ -155,7 +157,7 @@ class BackboneSpec:
 
     Args:
         arch: the trunk: ResNet (He et al. 2016), with IBN-a (Pan et al. 2018), OSNet (Zhou et al. 2019), OSNet-IBN or
-            OSNet-AIN (Zhou et al. 2021).
+            OSNet-AIN (Zhou et al. 2021), or plain 3x3 convolutions for INT8 (`model.plain`).
         features: how many numbers a feature has.
         neck: ``bnneck`` (projection to `features`, then batch norm), ``bn`` (batch norm alone, on as many features as
             the trunk has channels: Luo et al. 2019), ``fc`` (linear, batch norm, ReLU, as torchreid trains it) or

@@ -91,6 +91,26 @@ def _erased(height: int, width: int, recipe: AugmentSpec, rng: np.random.Generat
     return 0, 0, 0, 0
 
 
+def draw_view(
+    pixels: np.ndarray, hashes: Sequence[str], view: int, spec: PreprocessSpec, recipe: AugmentSpec, seed: int
+) -> np.ndarray:
+    """A view of each image that can be drawn again: it follows from the image file's contents, `view` and `seed`.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], RGB, of the spec's size.
+        hashes: sha256 of each image file.
+        view: 0 is the plain image.
+
+    Returns:
+        float32 [B, 3, H, W].
+    """
+    if view == 0:
+        return normalize(pixels, spec)
+    rngs = (np.random.default_rng([seed, view, int(digest[:16], 16)]) for digest in hashes)
+    images = [augment(image[None], spec, recipe, rng) for image, rng in zip(pixels, rngs, strict=True)]
+    return np.concatenate(images)
+
+
 class TrainImages:
     """Training images with labels 0..C-1, kept decoded in memory when they fit.
 

@@ -29,6 +29,7 @@ from nformer_edge.core.preprocess import scale_and_shift
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.model.backbone import Backbone, BNNeck, FCNeck
 from nformer_edge.model.gated import Head
+from nformer_edge.model.plain import fold_identities
 from nformer_edge.ops import reference
 from nformer_edge.ops.bodies import IR_VERSION, check_opset, functions
 from nformer_edge.ops.contract import (
@@ -169,6 +170,7 @@ def bring_to_unit_length(model: ModelProto) -> None:
 def folded_neck(backbone: Backbone) -> Backbone:
     """A copy for inference. The exporter folds batch norm into convolutions by itself, but not into linear layers."""
     folded = copy.deepcopy(backbone).eval()
+    fold_identities(folded)
     if isinstance(folded.neck, BNNeck):
         folded.neck.projection = fuse_linear_bn_eval(folded.neck.projection, folded.neck.bn)
         folded.neck.bn = nn.Identity()  # type: ignore[assignment]

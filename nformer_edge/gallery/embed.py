@@ -151,13 +151,7 @@ def _views(spec: PreprocessSpec, views: int, augment: Mapping[str, float] | None
     recipe = from_dict(loaders.AugmentSpec, dict(augment or {}), "augment")
 
     def draw(pixels: np.ndarray, hashes: Sequence[str], view: int) -> np.ndarray:
-        if view == 0:
-            return normalize(pixels, spec)
-        images = [
-            loaders.augment(image[None], spec, recipe, np.random.default_rng([seed, view, int(digest[:16], 16)]))
-            for image, digest in zip(pixels, hashes, strict=True)
-        ]
-        return np.concatenate(images)
+        return loaders.draw_view(pixels, hashes, view, spec, recipe, seed)
 
     return draw, json.dumps({"seed": seed, **to_dict(recipe)}, sort_keys=True)
 

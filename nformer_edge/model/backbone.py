@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import TRUNKS, BackboneSpec
+from nformer_edge.model.plain import fold_identities
 
 
 def _trunk(spec: BackboneSpec) -> nn.Module:
@@ -137,6 +138,7 @@ def for_inference(backbone: Backbone) -> Backbone:
     one core batch norm takes a quarter, and its many thin convolutions run faster in that order.
     """
     folded = copy.deepcopy(backbone).eval()
+    fold_identities(folded)
     for module in folded.modules():
         for (name, conv), (after, norm) in pairwise(list(module.named_children())):  # stand in the order of their calls
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

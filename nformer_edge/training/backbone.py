@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from nformer_edge.core.features import Features
@@ -27,6 +28,16 @@ from nformer_edge.training.state import TrainingState
 Watch = Callable[[Backbone], float]
 
 
+class Loader(Protocol):
+    """Yields batches: images float32 [B, 3, H, W], then what the criterion is told of each."""
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
+
+
 def train_backbone(
     images: TrainImages,
     backbone: Backbone,
@@ -36,6 +47,9 @@ def train_backbone(
     device: str = "cpu",
     watch: Watch | None = None,
     compute: Compute | None = None,
+    loader: Loader | None = None,
+    criterion: Criterion | None = None,
+    after_step: Callable[[], None] | None = None,
     **kept: Any,
 ) -> list[Epoch]:
     """Trains `backbone` in place and leaves it in evaluation mode.
@@ -44,6 +58,9 @@ def train_backbone(
         images: what to learn from.
         watch: called after each epoch with the backbone in evaluation mode; returns the held-out mAP.
         compute: who computes; one process in float32 on `device` if None.
+        loader: what to learn from in place of augmented images and their labels.
+        criterion: the loss in place of the labels' own; it is given what `loader` yields after the images.
+        after_step: called after each batch, such as to set pruned weights back to zero.
         kept: ``state``, ``on_row`` and ``on_best`` of `TrainingState`: to go on after an interruption, and to look on.
 
     Returns:
@@ -54,11 +71,13 @@ def train_backbone(
         UsageError: if a batch cannot be shared out among the ranks.
     """
     compute = compute or Compute(device)
-    sampler = PKSampler(images.pids, config.p, config.k, seed)
-    loader = TrainLoader(images, sampler, config.augment, seed, compute.rank, compute.world)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        criterion = Criterion(config.loss, images.num_classes, backbone.spec.features)
+    if loader is None:
+        sampler = PKSampler(images.pids, config.p, config.k, seed)
+        loader = TrainLoader(images, sampler, config.augment, seed, compute.rank, compute.world)
+    if criterion is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            criterion = Criterion(config.loss, images.num_classes, backbone.spec.features)
     criterion.to(compute.device, compute.dtype)
     backbone.to(compute.device, compute.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = share_batch_norm(backbone, compute.device) if compute.world > 1 else backbone
@@ -66,7 +85,7 @@ def train_backbone(
     state.restore()
     with state.bar("backbone", config.epochs) as bar:
         while state.epoch < config.epochs:
-            _epoch(state, loader)
+            _epoch(state, loader, after_step)
             row = state.close_epoch()
             bar.set_postfix(loss=f"{row.loss:.3f}", accuracy=f"{row.accuracy:.3f}")
             bar.update()
@@ -77,20 +96,24 @@ def train_backbone(
     return state.rows
 
 
-def _epoch(state: TrainingState, loader: TrainLoader) -> None:
+def _epoch(state: TrainingState, loader: Loader, after_step: Callable[[], None] | None) -> None:
     """What is left of the epoch."""
     compute, optimizer = state.compute, state.optimizer
     state.model.train()
     loader.set_epoch(state.epoch, state.step)
     total = len(loader)
-    for images, labels in loader:
+    for images, *targets in loader:
         part = optimizer.part(state.step, total)
         optimizer.schedule(state.epoch + (state.step - part[0]) / total)
         batch = images.to(compute.device, compute.dtype, memory_format=torch.channels_last)
         before, after = compute.forward(partial(Backbone.both, images=batch), sync=part[0] == part[1] - 1)
         before, after = compute.gather(before.to(compute.dtype)), compute.gather(after.to(compute.dtype))
-        loss, accuracy = state.criterion(before, after, compute.gather(labels.to(compute.device)))
-        state.took(optimizer.step(loss, part), float(accuracy), part)
+        told = [compute.gather(target.to(compute.device)) for target in targets]
+        loss, accuracy = state.criterion(before, after, *told)
+        value = optimizer.step(loss, part)
+        if after_step is not None:
+            after_step()
+        state.took(value, float(accuracy), part)
 
 
 @torch.inference_mode()

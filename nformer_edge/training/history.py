@@ -88,8 +88,15 @@ def config_identity(config: TrainConfig, other: str | None = None) -> Table:
     return kept
 
 
+class Trained(Result):
+    """What stands beside a checkpoint: which file, and what decided its numbers."""
+
+    sha256: str
+    identity: Identity
+
+
 @dataclass(frozen=True)
-class History(Result):
+class History(Trained):
     """A training that came to its end.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class Optimizer:
 
     Args:
         model: its parameters with a gradient are trained.
-        criterion: its classifier is trained like the model, its centers with their own rate.
+        criterion: its centers are trained with their own rate, all else in it like the model.
         config: of the stage.
         compute: who computes; this process alone if None.
     """
@@ -58,10 +57,10 @@ class Optimizer:
         compute: Compute | None = None,
     ) -> None:
         self.config = config
-        trained: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-        trained = [*trained, *criterion.classifier.parameters()]
-        self.adam = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
         self.centers = criterion.center.centers
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained += [p for p in criterion.parameters() if p is not self.centers]
+        self.adam = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
         self.lr = config.lr
         self.compute = compute or Compute()
         self.compute.adopt(model, criterion, self.adam)

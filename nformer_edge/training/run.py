@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,13 +19,13 @@ from nformer_edge.core.artifact import atomic_write, put_together, read_json, re
 from nformer_edge.core.errors import ArtifactError, BackendError
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.training.compute import Compute
-from nformer_edge.training.history import Epoch, History, Identity
+from nformer_edge.training.history import Epoch, Identity, Trained
 from nformer_edge.training.state import StateFile
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-HISTORY = "training.json"
+R = TypeVar("R", bound=Trained)
 
 COLUMNS = ("stage", *(field.name for field in fields(Epoch)))
 
@@ -127,17 +127,17 @@ class Run:
         path = self.kept(f"{stage}.safetensors")
         return StateFile(path, identity, self.minutes, self.resume, writes=self.compute.leads)
 
-    def finished(self) -> History | None:
-        """The history of this training if it came to its end and `resume` asks for no more than that."""
-        path = self.out.with_name(self.beside(HISTORY).name)
+    def finished(self, kind: type[R]) -> R | None:
+        """The record of this training if it came to its end and `resume` asks for no more than that."""
+        path = self.out.with_name(self.beside(f"{kind.kind}.json").name)
         if not (self.resume and path.is_file() and self.out.is_file()):
             return None
         try:
-            history = History.from_json(read_json(path, "a history", "Train again."))
+            record = kind.from_json(read_json(path, "a history", "Train again."))
         except ArtifactError:
             return None
-        same = history.identity == self.identity and history.sha256 == sha256_file(self.out)
-        return history if same else None
+        same = record.identity == self.identity and record.sha256 == sha256_file(self.out)
+        return record if same else None
 
     def begin(self, force: bool) -> None:
         """Raises ArtifactError where an earlier checkpoint would be replaced; else the folder is ready.
@@ -154,11 +154,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.beside(name).write_bytes(b"")
 
-    def finish(self, history: History) -> None:
-        """All files take their names."""
+    def finish(self, record: Trained) -> None:
+        """All files take their names; the record stands beside the checkpoint, as ``<stem>.<kind>.json``."""
         self.compute.wait()  # until every rank has read what it needs
         if self.compute.leads:
-            history.save(self.beside(HISTORY))
+            record.save(self.beside(f"{record.kind}.json"))
             put_together(self.folder, self.out)
         self.compute.wait()
         self.logs.close()

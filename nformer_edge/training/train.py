@@ -100,7 +100,7 @@ def train(
     config = source.config
     compute = open_compute(device, config.precision)
     run = Run(out, source.identity, compute, config.save_minutes, resume=resume, tensorboard=tensorboard)
-    done = run.finished()
+    done = run.finished(History)
     if done is not None:
         return done
     run.begin(force)

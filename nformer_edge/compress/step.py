@@ -1,0 +1,72 @@
+"""What a step of a recipe is, and what it works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nformer_edge.core.features import Features
+from nformer_edge.core.spec import ModelSpec
+from nformer_edge.data.loaders import TrainImages
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.training.backbone import train_backbone
+from nformer_edge.training.compute import Compute
+from nformer_edge.training.config import BackboneConfig
+from nformer_edge.training.history import Epoch
+from nformer_edge.training.state import StateFile
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Images to learn from, and what the teacher says of them.
+
+    Args:
+        images: training images without the held-out people.
+        teacher: its features of the same images in the same order; view 0 is the plain one, the others can be drawn
+            again (`data.loaders.draw_view`).
+    """
+
+    images: TrainImages
+    teacher: Features
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step works with.
+
+    Args:
+        spec: of the model that comes in; it says how images are preprocessed.
+        judge: mAP of the held-out people, 0..1; None where nobody is held out.
+        state: where the step keeps what it needs to go on after an interruption.
+        seed: everything random follows from it.
+        beside: where a further file ``<stem>.<name>`` of the result is written.
+        note: called with all rows after each epoch.
+    """
+
+    spec: ModelSpec
+    lessons: Lessons
+    judge: Callable[[Backbone], float] | None
+    state: StateFile
+    compute: Compute
+    seed: int
+    beside: Callable[[str], Path]
+    note: Callable[[list[Epoch]], None]
+
+    def train(self, backbone: Backbone, config: BackboneConfig, **lesson: Any) -> list[Epoch]:
+        """`training.backbone.train_backbone` in place, which watches held-out people and can be resumed."""
+        settings = {"seed": self.seed, "watch": self.judge, "compute": self.compute, "state": self.state}
+        return train_backbone(self.lessons.images, backbone, config, on_row=self.note, **settings, **lesson)
+
+
+class Step(Protocol):
+    """One step: a frozen dataclass whose fields are the keys of its table in a recipe.
+
+    It must give the same bits whenever it gets the same backbone and seed, whether interrupted on the way or not:
+    what takes longer than a minute goes through `Work.train` or keeps its own progress in `Work.state`.
+    """
+
+    def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
+        """The backbone after this step, on the CPU in evaluation mode with its own spec, and a row for each epoch."""
+        ...

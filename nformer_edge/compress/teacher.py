@@ -1,0 +1,73 @@
+"""The teacher, run once over views of the training images that can be drawn again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nformer_edge.compress.recipe import Recipe
+from nformer_edge.core.artifact import sha256_file
+from nformer_edge.core.errors import ArtifactError
+from nformer_edge.core.features import Features, load_features
+from nformer_edge.core.spec import to_dict
+from nformer_edge.core.terminal import PROGRESS
+from nformer_edge.data.loaders import TrainImages, draw_view
+from nformer_edge.data.records import ImageRecord
+from nformer_edge.model.backbone import Backbone, for_inference
+
+SPLIT = "train"
+
+
+def stored_teacher(path: str | os.PathLike[str], records: Sequence[ImageRecord], checkpoint: str) -> Features:
+    """The features of `records` in a store that `nformer-edge embed` wrote.
+
+    Args:
+        checkpoint: sha256 of the teacher's checkpoint.
+
+    Raises:
+        ArtifactError: if the store has no training images, or not all of these, or another model made it.
+    """
+    sets = load_features(path)
+    if SPLIT not in sets or not sets[SPLIT].hashes:
+        got = f"splits {', '.join(sets)}" if SPLIT not in sets else "no hashes of the images"
+        raise ArtifactError(str(path), got, f"a split {SPLIT!r}", "Embed training images, with `--splits train`.")
+    features = sets[SPLIT]
+    if not features.shares_model(checkpoint, precision="fp32"):
+        got = f"features of {features.model[:12]}... in {features.precision or 'unknown precision'}"
+        raise ArtifactError(str(path), got, f"those of {checkpoint[:12]}... in fp32", "Embed with that model.")
+    place = {digest: row for row, digest in enumerate(features.hashes)}
+    rows = [place.get(sha256_file(record.path)) for record in records]
+    missing = [record.path for record, row in zip(records, rows, strict=True) if row is None]
+    if missing:
+        got, hint = f"no features of {len(missing)} images, such as {missing[0]}", "Embed this dataset."
+        raise ArtifactError(str(path), got, "those of every training image", hint)
+    return features.take(np.array(rows))
+
+
+@torch.inference_mode()
+def extract_teacher(
+    backbone: Backbone, images: TrainImages, recipe: Recipe, device: str, made_by: str, batch: int = 64
+) -> Features:
+    """The teacher's features of ``recipe.views`` views of each image, as `nformer-edge embed` stores them."""
+    model = for_inference(backbone).to(device)
+    hashes = tuple(sha256_file(record.path) for record in images.records)
+    features = np.empty((recipe.views, len(images), backbone.spec.features), np.float32)
+    bar = tqdm(total=len(images) * recipe.views, desc="teacher", unit="img", **PROGRESS)
+    with bar:
+        for start in range(0, len(images), batch):
+            rows = np.arange(start, min(start + batch, len(images)))
+            pixels, names = images.pixels(rows), [hashes[row] for row in rows]
+            for view in range(recipe.views):
+                drawn = draw_view(pixels, names, view, images.spec, recipe.augment, recipe.seed)
+                features[view, rows] = model(torch.from_numpy(drawn).to(device)).cpu().numpy()
+                bar.update(len(rows))
+    paths = tuple(record.path for record in images.records)
+    how = json.dumps({"seed": recipe.seed, **to_dict(recipe.augment)}, sort_keys=True) if recipe.views > 1 else ""
+    plain = Features(features[0], images.pids, images.camids, paths, made_by, hashes)
+    return replace(plain, augmented=features[1:] if recipe.views > 1 else None, augmentation=how)
