@@ -83,14 +83,13 @@ class Compression(Trained):
     seconds: float
 
     def __str__(self) -> str:
-        rows = [("teacher", self.teacher_map, self.teacher, None)]
-        rows += [(done.step, done.held_out_map, done.cost, done.seconds) for done in self.steps]
         lines = [f"{self.dataset}: {self.images:,} images of {self.identities:,} identities"]
         lines.append(f"{'':<12}{'held-out mAP':>13}{'parameters':>13}{'GMACs':>8}{'seconds':>9}")
-        for name, reached, cost, seconds in rows:
-            shown = "-" if reached is None else f"{100 * reached:.1f}"
-            took = "" if seconds is None else f"{seconds:.0f}"
-            lines.append(f"{name:<12}{shown:>13}{cost.parameters:>13,}{cost.gmacs:>8.3f}{took:>9}")
+        teacher = Done("teacher", self.teacher_map, self.teacher, (), 0.0)
+        for done in (teacher, *self.steps):
+            reached = "-" if done.held_out_map is None else f"{100 * done.held_out_map:.1f}"
+            cost = f"{done.cost.parameters:>13,}{done.cost.gmacs:>8.3f}"
+            lines.append(f"{done.step:<12}{reached:>13}{cost}{done.seconds:>9.0f}")
         return "\n".join([*lines, f"wrote {self.checkpoint}"])
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.loaders import TrainImages
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.training.backbone import train_backbone
+from nformer_edge.training.backbone import Loader, train_backbone
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import BackboneConfig
 from nformer_edge.training.history import Epoch
+from nformer_edge.training.losses import Criterion
 from nformer_edge.training.state import StateFile
 
 
@@ -54,10 +55,28 @@ class Work:
     beside: Callable[[str], Path]
     note: Callable[[list[Epoch]], None]
 
-    def train(self, backbone: Backbone, config: BackboneConfig, **lesson: Any) -> list[Epoch]:
+    def train(
+        self,
+        backbone: Backbone,
+        config: BackboneConfig,
+        loader: Loader | None = None,
+        criterion: Criterion | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> list[Epoch]:
         """`training.backbone.train_backbone` in place, which watches held-out people and can be resumed."""
-        settings = {"seed": self.seed, "watch": self.judge, "compute": self.compute, "state": self.state}
-        return train_backbone(self.lessons.images, backbone, config, on_row=self.note, **settings, **lesson)
+        return train_backbone(
+            self.lessons.images,
+            backbone,
+            config,
+            seed=self.seed,
+            watch=self.judge,
+            compute=self.compute,
+            loader=loader,
+            criterion=criterion,
+            after_step=after_step,
+            state=self.state,
+            on_row=self.note,
+        )
 
 
 class Step(Protocol):

@@ -16,7 +16,7 @@ TINY = ModelSpec(
 )
 
 #: Rooms whose tests run PyTorch on tiny tensors.
-TORCH_ROOMS = ("backends", "exporting", "model", "quantize", "report", "training")
+TORCH_ROOMS = ("backends", "compress", "exporting", "model", "quantize", "report", "training")
 
 
 @pytest.fixture(autouse=True, scope="module")
