@@ -34,7 +34,7 @@ class DiracConv(nn.Conv2d):
         """The same function as a convolution that every tool knows."""
         conv = nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride[0], 1, bias=False)
         conv.weight = nn.Parameter((self.weight + self.get_buffer("identity")).detach())
-        return conv
+        return conv.train(self.training)
 
 
 class Plain(nn.Module):
