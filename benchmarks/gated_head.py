@@ -19,9 +19,9 @@ import torch
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
-from nformer_edge.core.spec import HeadSpec
+from nformer_edge.core.spec import GATED_UNTOLD, HeadSpec
 from nformer_edge.core.values import JSON, to_json
-from nformer_edge.metrics.composition import SIZES, thin
+from nformer_edge.metrics.composition import SIZES, thin, typical_images
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.rerank import k_reciprocal_distances
 from nformer_edge.model.gated import GatedHead
@@ -32,6 +32,9 @@ from nformer_edge.training.head import train_head
 from nformer_edge.training.relate import per_query, relate
 
 Pair = tuple[Features, Features]
+
+#: Images a person that the head is also told whatever the gallery holds.
+WRONG = (1, 4, 8)
 
 
 def scored(pair: Pair, distances: np.ndarray | None = None) -> list[float]:
@@ -54,14 +57,20 @@ def rows_of(head: GatedHead, query: Features, gallery: Features, seeds: int, alo
     found = {"cosine": scored((query, gallery)), "cosine, mapped": scored(pair)}
     distances = k_reciprocal_distances(pair[0].features, pair[1].features)
     found["k-reciprocal, mapped"] = scored(pair, distances)
-    joint = np.array([scored(relate(head, query, gallery, seed)) for seed in range(seeds)])
-    found["head, joint"] = joint.mean(axis=0).tolist()
-    found["its range over landmark seeds"] = np.ptp(joint, axis=0).tolist()
-    nearby = per_query(head, query, gallery, 0, follow=False)
-    found["head, per query, nearby"] = scored((nearby.query, nearby.gallery), nearby.distances)
-    if alone:
-        exact = per_query(head, query, gallery, 0)
-        found["head, per query, exact"] = scored((exact.query, exact.gallery), exact.distances)
+    there = np.isin(gallery.pids, query.pids)
+    typical = typical_images(np.unique(gallery.pids[there], return_counts=True)[1])
+    for told, images in (("", GATED_UNTOLD), (", told", typical), *((f", told {n}", n) for n in WRONG)):
+        head.tell(images)
+        joint = np.array(
+            [scored(relate(head, query, gallery, seed)) for seed in range(1 if images in WRONG else seeds)]
+        )
+        found[f"head, joint{told}"] = joint.mean(axis=0).tolist()
+        found[f"its range over landmark seeds{told}"] = np.ptp(joint, axis=0).tolist()
+        nearby = per_query(head, query, gallery, 0, follow=False)
+        found[f"head, per query, nearby{told}"] = scored((nearby.query, nearby.gallery), nearby.distances)
+        if alone and images not in WRONG:
+            exact = per_query(head, query, gallery, 0)
+            found[f"head, per query, exact{told}"] = scored((exact.query, exact.gallery), exact.distances)
     return found
 
 

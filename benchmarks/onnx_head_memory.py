@@ -1,6 +1,7 @@
 """Time and peak memory of nformer.onnx in stock onnxruntime, and whether it equals PyTorch. Prints JSON.
 
     python benchmarks/onnx_head_memory.py --images 20000
+    python benchmarks/onnx_head_memory.py --features 512
     python benchmarks/onnx_head_memory.py --rule affinity --threads 2
 
 PyTorch computes with the plain operators of `nformer_edge.ops.reference`. Where two images are, to a row, equally near
@@ -27,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nformer_edge.core.spec import HeadSpec
+
 SHOTS = 25  # images a person
 
 
@@ -40,11 +43,14 @@ def make_input(images: int, features: int, seed: int) -> np.ndarray:  # [N, D]
     return rows.astype(np.float32)
 
 
+def make_spec(args: argparse.Namespace) -> HeadSpec:
+    return HeadSpec.gated(args.features) if args.rule == "gated" else HeadSpec(args.features, rule=args.rule)
+
+
 def run_reference(folder: Path, args: argparse.Namespace) -> None:
     """Writes nformer.onnx and PyTorch's output."""
     import torch
 
-    from nformer_edge.core.spec import HeadSpec
     from nformer_edge.exporting.trace import trace_head
     from nformer_edge.model.gated import GatedHead, make_head, start_as_gates
     from nformer_edge.ops import reference as ops
@@ -53,7 +59,7 @@ def run_reference(folder: Path, args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    spec = HeadSpec.gated() if args.rule == "gated" else HeadSpec(rule=args.rule)
+    spec = make_spec(args)
     head = make_head(spec).eval()
     if isinstance(head, GatedHead):
         start_as_gates(head, torch.zeros(1, spec.features), None)
@@ -110,9 +116,11 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     cosine = cosines(output, reference)
     rows = make_input(args.images, reference.shape[1], args.seed)
     ties = border_ties(rows) if args.rule == "features" else None  # the other rule ranks anew in each layer
+    spec = make_spec(args)
     return {
         "kind": "benchmark", "name": "onnx_head_memory", "rule": args.rule, "images": args.images,
-        "features": reference.shape[1], "layers": 4, "heads": 2, "k": K, "landmarks": 5, "opset": args.opset,
+        "features": spec.features, "layers": spec.layers, "heads": spec.heads, "k": spec.k,
+        "landmarks": spec.landmarks, "opset": args.opset,
         "threads": args.threads, "onnxruntime_s": round(seconds, 3), "pytorch_s": round(reference_seconds, 3),
         "peak_rss_mib": round(peak, 1), "rss_before_run_mib": round(before, 1),
         "worst_row_error": float(per_row.max()), "rows_outside_rounding": outside,
@@ -133,6 +141,7 @@ def _cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20000, help="N (default 20000)")
+    parser.add_argument("--features", type=int, default=256, help="D (default 256)")
     parser.add_argument("--rule", choices=("gated", "features", "affinity"), default="gated")
     parser.add_argument("--seed", type=int, default=0, help="of the input (default 0)")
     parser.add_argument("--opset", type=int, default=18)

@@ -392,6 +392,8 @@ _calls(
     _option("checkpoint", help="what `train` or `import` wrote"), _new("DIR"), SIGN, FORCE,
     _option("--seed", dest="landmark_seed", type=int, help="landmark seed for the manifest (default 0)"),
     _option("--opset", type=int, help="ONNX opset, 18 to 20 (default 18)"),
+    _option("--images-per-person", type=float, metavar="N",
+            help="of the galleries in use: sets a gated head's gates (default: gates for any gallery)"),
     _flag("--portable", "also write nformer.portable.onnx: the head of standard operators alone, for other runtimes"),
     _option("--input", choices=("float32", "uint8"),
             help="what backbone.onnx takes: normalized numbers (default), or pixels, which it normalizes itself"),
@@ -522,7 +524,8 @@ _calls(
         required=False,
     ),
     _option("--images-per-person", type=int, metavar="N",
-            help="images of one person in the gallery, for --head auto (default: by the gallery's labels, or else 1)"),
+            help="images of one person in the gallery: sets a gated head's gates, and for --head auto (default: gates "
+            "as exported; by the gallery's labels, or else 1)"),
     _flag("--together", "all queries in one pass of the head; they then affect each other"),
 )
 
@@ -641,7 +644,8 @@ COMMANDS["gallery remove"] = Command(
     _option("--head", type=_head_use, metavar="USE",
             help="yes | no | auto: where the model's table by images a person shows no harm (default auto)"),
     _option("--images-per-person", type=int, metavar="N",
-            help="images of one person in the gallery, for --head auto (default: by the ids)"),
+            help="images of one person in the gallery: sets a gated head's gates, and for --head auto (default: by the "
+            "ids)"),
     _option("--note", help="for the log, such as a case number; no name"), BATCH, THREADS, OUT_JSON,
 )
 def _gallery_search(args: Args) -> None:

@@ -29,6 +29,7 @@ class Runner(Protocol):
         has_head: whether `relate` is there.
         native: whether the two operators run in our CPU kernels, which choose neighbors by exact scores.
         accuracy: of the checkpoint, by images a person; None where nobody measured it.
+        images_per_person: of the galleries that its head's gates are for; None: of any.
         calibrated_on: beginnings of the sha256 of the images that its INT8 ranges come from; empty for none.
     """
 
@@ -42,6 +43,7 @@ class Runner(Protocol):
     has_head: bool
     native: bool
     accuracy: Composition | None
+    images_per_person: float | None
     calibrated_on: tuple[str, ...]
 
     def __enter__(self) -> Runner: ...

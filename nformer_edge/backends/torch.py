@@ -20,7 +20,7 @@ from nformer_edge.core.spec import ModelSpec, check_size
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
-from nformer_edge.model.gated import Head, head_numbers
+from nformer_edge.model.gated import GatedHead, Head, head_numbers
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.operators import FastestOperators, Operators, using
 
@@ -65,6 +65,7 @@ class TorchRunner:
         self.precision: Mapping[str, str] = {"backbone": "fp32"} | ({"head": "fp32"} if self.has_head else {})
         self.landmark_seed = 0
         self.accuracy = Composition.of(checkpoint.extra)
+        self.images_per_person: float | None = None
         self.calibrated_on: tuple[str, ...] = ()
         self._threads = intra_op_threads
         self.native = native
@@ -92,6 +93,12 @@ class TorchRunner:
         """See `Runner.head_numbers`."""
         head = self._loaded().head
         return {} if head is None else head_numbers(head)
+
+    def tell(self, images: float) -> None:
+        """Sets the gates of a gated head as an export for so many images a person does."""
+        head, self.images_per_person = self._loaded().head, images
+        if isinstance(head, GatedHead):
+            head.tell(images)
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See `Runner.embed`."""

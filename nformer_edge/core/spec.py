@@ -70,6 +70,12 @@ GATED_LIST = GATED_RANKS[-1] + 1
 #: What a profile falls by for each of its places that a small set does not have: thresholds rise, and gates close.
 GATED_MISSING = 0.05
 
+#: Images a person that the gated head has gates for; between them it interpolates.
+GATED_IMAGES = (1, 4, 16)
+
+#: Images a person that it assumes where nobody says: its gates do no harm with one image, and help with many.
+GATED_UNTOLD = 2
+
 #: Largest values of a spec and of arguments: far above any use, and too small for a forged file to hang or to fill the
 #: memory.
 LIMITS = {

@@ -52,6 +52,7 @@ class ModelManifest:
         checkpoint_sha256: of the checkpoint it was exported from.
         precision: by part; ``fp32`` where a part is not named.
         accuracy: of the checkpoint, in FP32, by the number of gallery images a person; null where nobody measured it.
+        images_per_person: of the galleries that the gated head's graph is for; null: of any.
     """
 
     model: ModelSpec
@@ -63,6 +64,7 @@ class ModelManifest:
     checkpoint_sha256: str
     precision: Mapping[str, Precision] = field(default_factory=dict)
     accuracy: Composition | None = None
+    images_per_person: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from nformer_edge.metrics.agreement import OWN_ERRORS, ROUNDING, row_errors, ten
 from nformer_edge.metrics.composition import Composition
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint
-from nformer_edge.model.gated import head_numbers
+from nformer_edge.model.gated import GatedHead, head_numbers
 from nformer_edge.ops.bodies import DEFAULT_OPSET, IR_VERSION, check_opset
 from nformer_edge.ops.contract import LANDMARK_RULE, draw_landmarks
 
@@ -56,6 +56,7 @@ def export_bundle(
     input_channels: Literal["RGB", "BGR"] | None = None,
     unit_features: bool = False,
     accuracy: Composition | None = None,
+    images_per_person: float | None = None,
     portable: bool = False,
     sign: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -74,13 +75,15 @@ def export_bundle(
         unit_features: `backbone.onnx` brings features to length 1.
         accuracy: what an evaluation of the checkpoint gave by images a person, such as ``evaluate(...).composition``;
             if None what its training measured on held-out people, where it did. `search` decides by it.
+        images_per_person: gates of a gated head are set for galleries with so many; for any if None.
         portable: also write `nformer.portable.onnx`, the head of standard operators alone (`exporting.trace`).
         sign: PEM file of an Ed25519 private key: the bundle carries its signature (`core.signature`).
         force: replace an earlier bundle.
 
     Raises:
-        UsageError: for an opset without bodies, a negative seed, `portable` without a head, a layout or an order of
-            colors without ``uint8``, or features of length 1 for a head that takes them as they are.
+        UsageError: for an opset without bodies, a negative seed, `portable` without a head, `images_per_person` without
+            a gated one or below 1, a layout or an order of colors without ``uint8``, or features of length 1 for a head
+            that takes them as they are.
         ArtifactError: if there is something at `out`, the checkpoint cannot be read, or onnxruntime computes something
             else than PyTorch.
         BackendError: if onnxruntime, which the check needs, is not installed.
@@ -97,6 +100,11 @@ def export_bundle(
     if portable and loaded.head is None:
         hint = "Leave --portable out: backbone.onnx has standard operators alone."
         raise UsageError("portable", "a checkpoint without a head", "a head to write", hint)
+    if images_per_person is not None:
+        if not isinstance(loaded.head, GatedHead):
+            got, hint = f"{images_per_person:g} without a gated head", "Leave --images-per-person out."
+            raise UsageError("images_per_person", got, "a gated head", hint)
+        loaded.head.tell(images_per_person)
     backbone = loaded.backbone
     loaded = replace(loaded, spec=_exported(loaded.spec, input, input_layout, input_channels, unit_features))
     golden = _golden(loaded, landmark_seed)
@@ -118,7 +126,8 @@ def export_bundle(
         with atomic_write(folder / GOLDEN) as file:
             np.savez(file, **golden)  # type: ignore[arg-type]
         worst = check_against(folder, golden, _exact(loaded, golden))
-        write_manifest(folder, KIND, to_table(_manifest(loaded, opset, landmark_seed, worst, accuracy)))
+        manifest = _manifest(loaded, opset, landmark_seed, worst, accuracy, images_per_person)
+        write_manifest(folder, KIND, to_table(manifest))
         sign_folder(folder, KIND, sign)
     return Path(out)
 
@@ -244,7 +253,12 @@ def check_against(folder: Path, golden: dict[str, np.ndarray], exact: dict[str, 
 
 
 def _manifest(
-    loaded: Checkpoint, opset: int, seed: int, worst: dict[str, float], accuracy: Composition | None
+    loaded: Checkpoint,
+    opset: int,
+    seed: int,
+    worst: dict[str, float],
+    accuracy: Composition | None,
+    images_per_person: float | None,
 ) -> BundleManifest:
     head = loaded.spec.head
     where = "inside nformer.onnx: features go in as the backbone gave them"
@@ -262,4 +276,5 @@ def _manifest(
         checkpoint_sha256=loaded.sha256,
         self_check={"worst_error_in_fp32_tolerances": worst},
         accuracy=accuracy or Composition.of(loaded.extra),
+        images_per_person=images_per_person,
     )

@@ -286,7 +286,8 @@ class Gallery:
             boxes: of people in `images`, one frame.
             head: let the NFormer head see each query with the gallery first. ``auto``: where the model's own
                 measurement says that it does no harm (`search.head_decision`).
-            images_per_person: that the gallery has, where the caller knows; for ``auto``.
+            images_per_person: that the gallery has, where the caller knows; by the ids if None. The head's gates and
+                ``auto`` go by it; another number than in the last search computes the head's layers anew.
             exact: the head lets the query change the gallery, as a whole pass over both would; False is quicker
                 (`live.LiveHead.ask`).
             shortlist: the head relates the query with so many images alone, the nearest ones.
@@ -315,7 +316,7 @@ class Gallery:
         if live is not None:
             protocol = PER_QUERY if exact and shortlist is None else QUICK
             nearest = None if shortlist is None else top_matches(query, held, shortlist, allowed)[0]
-            scores = self._live_scores(live, held, query, exact, nearest)
+            scores = self._live_scores(live, held, query, exact, nearest, images_per_person)
             found = best_scored(scores, top if shortlist is None else min(top, shortlist), allowed, held["ids"])
         elif use:
             protocol = JOINT if together else PER_QUERY
@@ -521,7 +522,7 @@ class Gallery:
             return self._live
 
     def _live_scores(
-        self, live: LiveHead, held: Held, query: Features, exact: bool, nearest: np.ndarray | None
+        self, live: LiveHead, held: Held, query: Features, exact: bool, nearest: np.ndarray | None, images: int | None
     ) -> np.ndarray:
         """float32 [Q, N], after the live head has followed the gallery to what it is now."""
         with self._live_lock:
@@ -530,6 +531,7 @@ class Gallery:
                 self._live_held = _empty(Code(), self._features)  # if it fails half way: it is built anew
                 _follow(live, before, held)
                 self._live_held = held
+            live.tell(held.told_images if images is None else images)
             if nearest is None:
                 return live.ask(query.features, exact)
             rows = zip(query.features[:, None], nearest, strict=True)

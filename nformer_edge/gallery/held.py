@@ -10,6 +10,7 @@ import numpy as np
 
 from nformer_edge.core.features import Features
 from nformer_edge.gallery.codes import Code
+from nformer_edge.metrics.composition import typical_images
 from nformer_edge.metrics.distance import unit_rows
 from nformer_edge.metrics.ranking import DISTRACTOR
 
@@ -103,6 +104,13 @@ class Held:
     def images_a_person(self) -> tuple[np.ndarray, str]:
         """`images_a_person` of the images."""
         return images_a_person(self["pids"], self["ids"].tolist(), named=True)
+
+    @cached_property
+    def told_images(self) -> float | None:
+        """Images a person that the ids tell a head of, in steps of half a doubling, so that one image more or less
+        rarely changes it. None where no id has two images: then it may be that nobody named them."""
+        counts, _ = self.images_a_person
+        return None if counts.max() == 1 else float(2 ** (round(2 * np.log2(typical_images(counts))) / 2))
 
     @property
     def bytes_per_image(self) -> int:

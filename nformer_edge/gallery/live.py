@@ -25,7 +25,7 @@ from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.spec import HeadSpec, ModelSpec
 from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
-from nformer_edge.ops.contract import NO_NEIGHBOR, draw_landmarks
+from nformer_edge.ops.contract import NO_NEIGHBOR, draw_landmarks, gates_for
 
 #: Names that a list has beyond those the head reads, so that few removals make it search anew.
 RESERVE = 31
@@ -60,7 +60,7 @@ class LiveHead:
 
     def __init__(self, spec: ModelSpec, numbers: Mapping[str, np.ndarray], seed: int) -> None:
         self.model, self.spec, self.seed = spec, require_head(spec), seed
-        self.numbers = {name: np.asarray(x, np.float32) for name, x in numbers.items()}
+        self.numbers = self._made = {name: np.array(x, np.float32) for name, x in numbers.items()}
         self._rows: dict[str, np.ndarray] = {}  # of each N + 1 rows: the last is a query's, while it is asked exactly
         self._landmarks: dict[str, np.ndarray] = {}
         self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
@@ -110,6 +110,20 @@ class LiveHead:
     def rebuild(self) -> None:
         """Draws landmarks anew for the rows that are there."""
         self._start(self._held(), None)
+
+    def tell(self, images: float | None) -> None:
+        """Says how many images a person the gallery has; None: as the model was made. Nothing for a published head.
+
+        Where that changes the head's numbers, the layers of all rows are computed anew at the next `ask`; lists stay.
+
+        Raises:
+            UsageError: for less than one image.
+        """
+        numbers = self._made if images is None else {**self._made, **gates_for(self._made, images)}
+        if any(not np.array_equal(numbers[name], x) for name, x in self.numbers.items()):
+            with self._lock:
+                self.numbers = numbers
+                self._moved[:] = True
 
     @property
     def landmarks(self) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from nformer_edge.core.errors import BackendError, DataError
 from nformer_edge.core.features import Features
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.gallery.live import LiveHead
-from nformer_edge.ops.contract import draw_landmarks, relate_jointly
+from nformer_edge.ops.contract import draw_landmarks, gates_for, relate_jointly
 
 if TYPE_CHECKING:
     from nformer_edge.gallery.live_gated import GatedLive
@@ -118,11 +118,17 @@ def can_ask(runner: Runner) -> bool:
     return runner.has_head and bool(runner.head_numbers())
 
 
-def ask_each(runner: Runner, query: Features, gallery: Features, seed: int | None = None) -> np.ndarray:
+def ask_each(
+    runner: Runner, query: Features, gallery: Features, seed: int | None = None, images: float | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Each query alone with the gallery, as a search asks (`LiveHead.ask`): quick, not exact.
 
+    Args:
+        images: a person, for the second answer.
+
     Returns:
-        Cosine distances, float32 [Q, G].
+        Cosine distances, float32 [Q, G], of the head as it was made; and those of the head that is told `images`, None
+        where it cannot be.
 
     Raises:
         UsageError: if the model has no head, or one without a live form.
@@ -131,4 +137,7 @@ def ask_each(runner: Runner, query: Features, gallery: Features, seed: int | Non
     live = LiveHead.open(runner, seed)
     live.build(gallery.features)
     found: np.ndarray = 1 - live.ask(query.features)
-    return found
+    if images is None or not gates_for(live.numbers, images):
+        return found, None
+    live.tell(images)
+    return found, 1 - live.ask(query.features)

@@ -19,11 +19,12 @@ from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import dataset_of
-from nformer_edge.gallery.codes import nearest_rows
+from nformer_edge.gallery.codes import best_scored, nearest_rows
 from nformer_edge.gallery.embed import embed_images, embed_records
 from nformer_edge.gallery.held import Held, images_a_person
 from nformer_edge.gallery.images import Images
-from nformer_edge.gallery.protocols import JOINT, PER_QUERY, relate_each, relate_sets
+from nformer_edge.gallery.live import LiveHead
+from nformer_edge.gallery.protocols import JOINT, PER_QUERY, can_ask, relate_each, relate_sets
 
 #: Whether the head is used; ``auto``: where it is known to do no harm.
 HeadUse: TypeAlias = "bool | Literal['auto']"
@@ -298,7 +299,8 @@ def search(
         boxes: of people in `queries`, one frame.
         head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
             ``auto``: where the model's own measurement by images a person says that it does no harm (`head_decision`).
-        images_per_person: that the gallery has, where the caller knows; for ``auto``.
+        images_per_person: that the gallery has, where the caller knows: the head's gates and ``auto`` go by it, where
+            each query is asked alone. If None the gates are as exported, and ``auto`` goes by the gallery's labels.
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
         batch: images decoded and run at once.
         decoders: threads that decode files; one a core if None.
@@ -322,7 +324,7 @@ def search(
     held = Held.of_features(gallery)
     if not use:
         return rank(runner, query, held, top_matches(query, held, top), len(held), threshold, None, decision)
-    found = search_related(runner, query, gallery, top, together)
+    found = search_related(runner, query, gallery, top, together, images=images_per_person)
     return rank(runner, query, held, found, len(held), threshold, JOINT if together else PER_QUERY, decision)
 
 
@@ -340,8 +342,18 @@ def search_related(
     top: int,
     together: bool = False,
     allowed: np.ndarray | None = None,
+    images: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`top_matches` after the head, by whole passes: one a query, or one of all queries."""
+    """`top_matches` after the head: by a whole pass a query, or one of all queries.
+
+    Where the head is told `images` a person, its live form answers each query.
+    """
+    if images is not None and not together and can_ask(runner):
+        live = LiveHead.open(runner)
+        live.build(gallery.features)
+        live.tell(images)
+        names = Held.of_features(gallery)["ids"]
+        return best_scored(live.ask(query.features, exact=True), top, allowed, names)
     sets: Iterable[tuple[Features, Features]] = ()
     if together and len(query):
         sets = [relate_sets(runner, query, gallery)]
@@ -383,7 +395,8 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
         counts, known = images_a_person(gallery.pids, gallery.names, bool(gallery.ids))
     if images_per_person is not None:
         counts, known = np.array([images_per_person]), f"n = {images_per_person} images a person (given)"
-    gain = runner.accuracy.expected_gain(counts)
+    told = images_per_person is not None or (isinstance(gallery, Held) and gallery.told_images is not None)
+    gain = runner.accuracy.expected_gain(counts, told)
     if gain is None:
         return False, f"head not used: the model's measurement has none; {_OVERRIDE}"
     use = all(found >= -allowed for found, allowed in zip(gain, ALLOWED_LOSS, strict=True))

@@ -32,8 +32,9 @@ SIZES: tuple[int | None, ...] = (1, 2, 4, 8, None)
 #: Query and gallery through a head together, with a landmark seed (`gallery.protocols.relate_sets`).
 Relate = Callable[[Features, Features, int], Pair]
 
-#: Cosine distances [Q, G] of each query alone with the gallery, with a landmark seed (`gallery.protocols.ask_each`).
-Ask = Callable[[Features, Features, int], np.ndarray]
+#: Cosine distances [Q, G] of each query alone with the gallery, with a landmark seed: of the head as it is, and of the
+#: head that is told how many images a person has, None where it cannot be (`gallery.protocols.ask_each`).
+Ask = Callable[[Features, Features, int, float], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class CompositionRow:
         gain: head less backbone, person by person; null likewise.
         alone: scores after the head, each query alone with the gallery, as in a search; null where not measured.
         alone_gain: the same less backbone; null likewise.
+        told: as `alone`, of a head that is told how many images a person has (`typical_images`); null where it cannot
+            be.
+        told_gain: the same less backbone; null likewise.
     """
 
     images: int | None
@@ -72,6 +76,8 @@ class CompositionRow:
     gain: Scores | None
     alone: Scores | None
     alone_gain: Scores | None
+    told: Scores | None = None
+    told_gain: Scores | None = None
 
     @property
     def title(self) -> str:
@@ -103,13 +109,16 @@ class Composition:
         said = extra.get("accuracy")
         return None if said is None else from_json(cls, said, "accuracy", error=ArtifactError)
 
-    def expected_gain(self, counts: Sequence[int] | np.ndarray) -> tuple[float, float] | None:
+    def expected_gain(self, counts: Sequence[int] | np.ndarray, told: bool = False) -> tuple[float, float] | None:
         """What the head gains in mAP and Rank-1, on average over people of whom a gallery has `counts` images.
 
         With each query alone, as in a search, where that was measured; else with all in one set. A person counts by
         the row of as many images or, where there is none, of the next fewer. None without a head.
+
+        Args:
+            told: the head is told how many images a person has, where it can be.
         """
-        gains = [(r.images, r.alone_gain or r.gain) for r in self.rows]
+        gains = [(r.images, (told and r.told_gain) or r.alone_gain or r.gain) for r in self.rows]
         rows = [(images, gain.mAP.value, gain.rank1.value) for images, gain in gains if images and gain]
         if not rows or not len(counts):
             return None
@@ -122,6 +131,11 @@ class Composition:
     def searched(self) -> bool:
         """Whether `expected_gain` is from queries that were each alone with the gallery."""
         return all(r.alone_gain for r in self.rows)
+
+
+def typical_images(counts: np.ndarray) -> float:
+    """Of `counts` images of each person the geometric mean, so that a few people with very many do not decide."""
+    return float(np.exp2(np.log2(counts).mean()))
 
 
 def thin(query: Features, gallery: Features, images: int | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +202,8 @@ def composition(
         query: features as the backbone gave them.
         gallery: likewise.
         relate: the head, all in one set; None for the backbone alone. It sees the thinned sets alone.
-        ask: the head, each query alone with the thinned gallery; None if that is not measured.
+        ask: the head, each query alone with the thinned gallery, and told what that has of each person who asks; None
+            if that is not measured.
         landmark_seeds: of the head; a person's scores are means over them.
         draws: of queries and gallery images.
         measured_on: whose images these are, in words.
@@ -199,16 +214,21 @@ def composition(
     check_at_least("draws", draws, 1)
     rows = []
     for images in SIZES:
-        plain, related, asked, kept = [], [], [], []
+        plain, related, kept = [], [], []
+        asked, told = list[np.ndarray](), list[np.ndarray]()
         for draw in range(draws):
             asks, stays = thin(query, gallery, images, draw)
             pair = query.take(asks), gallery.take(stays)
             kept.append(len(stays))
             plain.append(_scored(pair))
             related += [_scored(relate(*pair, seed)) for seed in landmark_seeds] if relate else []
-            asked += [_scored(pair, ask(*pair, seed)) for seed in landmark_seeds] if ask else []
+            there = np.isin(pair[1].pids, pair[0].pids)
+            typical = typical_images(np.unique(pair[1].pids[there], return_counts=True)[1])
+            for answers in (ask(*pair, seed, typical) for seed in landmark_seeds if ask):
+                for way, distances in zip((asked, told), answers, strict=True):
+                    way += [] if distances is None else [_scored(pair, distances)]
         backbone = np.mean(plain, axis=0)
-        of_parts = [scores for way in (related, asked) for scores in _against(backbone, way)]
+        of_parts = [scores for way in (related, asked, told) for scores in _against(backbone, way)]
         rows.append(CompositionRow(images, backbone.shape[1], kept[0], _scores(mean_interval, backbone), *of_parts))
     return Composition(measured_on, draws, tuple(rows))
 

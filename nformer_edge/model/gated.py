@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import GATED_LIST, GATED_MISSING, GATED_RANKS, HeadSpec
+from nformer_edge.core.spec import GATED_IMAGES, GATED_LIST, GATED_MISSING, GATED_RANKS, GATED_UNTOLD, HeadSpec
 from nformer_edge.model.nformer import NFormer, Projection, check_inputs, is_captured, scaled, unit
 from nformer_edge.model.start import discriminant
+from nformer_edge.ops.contract import gates_for
 from nformer_edge.ops.operators import operators
 from nformer_edge.ops.reference import check_finite
 
@@ -59,13 +60,13 @@ class Map(nn.Module):
 class Gate(nn.Module):
     """One layer: ``unit(x_i + strength * sum_j w_ij x_j)``."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, *stack: int) -> None:
         super().__init__()
         self.k = k
-        self.profile = nn.Parameter(torch.zeros(len(RANKS)))
-        self.offset = nn.Parameter(torch.zeros(()))
-        self.log_slope = nn.Parameter(torch.tensor(math.log(20.0)))
-        self.log_strength = nn.Parameter(torch.zeros(()))
+        self.profile = nn.Parameter(torch.zeros(*stack, len(RANKS)))
+        self.offset = nn.Parameter(torch.zeros(stack))
+        self.log_slope = nn.Parameter(torch.full(stack, math.log(20.0)))
+        self.log_strength = nn.Parameter(torch.zeros(stack))
 
     def forward(
         self,
@@ -113,10 +114,21 @@ def profile(
     return operators().pair_scores(x, table, torch.stack(names, dim=1)) - torch.stack(drops, dim=1)
 
 
+class Told(nn.Module):
+    """The numbers of gates for each of `core.spec.GATED_IMAGES` images a person; see `GatedHead.tell`."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(Gate(spec.k, len(GATED_IMAGES)) for _ in range(spec.layers))
+        self.own = nn.Parameter(torch.zeros(len(GATED_IMAGES)))
+        self.requires_grad_(False)
+
+
 class GatedHead(nn.Module):
     """Features of N images in, features that know their neighbors out, whatever the set is composed of.
 
     The lists are chosen once, by the cosine of the mapped features less their center, and every layer weighs anew.
+    `h` and `own` are what it computes with, and `told` what `tell` sets them from.
     """
 
     def __init__(self, spec: HeadSpec) -> None:
@@ -125,6 +137,13 @@ class GatedHead(nn.Module):
         self.map = Map(spec.features)
         self.h: Sequence[Gate] = nn.ModuleList(Gate(spec.k) for _ in range(spec.layers))  # type: ignore[assignment]
         self.own = nn.Parameter(torch.zeros(()))
+        self.told = Told(spec)
+
+    @torch.no_grad()
+    def tell(self, images: float) -> None:
+        """Sets the gates for a gallery with so many images a person (`ops.contract.gates_for`)."""
+        for name, value in gates_for(head_numbers(self), images).items():
+            self.get_parameter(name).copy_(torch.from_numpy(value))
 
     def forward(
         self,
@@ -214,6 +233,7 @@ def start_as_gates(
     if head.spec.layers > len(learnt["layers"]):
         hint = "Lower layers, or start at random."
         raise UsageError("layers", head.spec.layers, f"at most {len(learnt['layers'])} under the gated rule", hint)
-    for part, numbers in zip(head.h, learnt["layers"], strict=False):
+    for part, numbers in zip(head.told.h, learnt["layers"], strict=False):
         part.load_state_dict({name: torch.tensor(value) for name, value in numbers.items()})
-    head.own.copy_(torch.tensor(learnt["own"]))
+    head.told.own.copy_(torch.tensor(learnt["own"]))
+    head.tell(GATED_UNTOLD)

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.spec import HeadSpec
+from nformer_edge.core.spec import GATED_IMAGES, HeadSpec, check_at_least
 
 DOMAIN = "nformer"
 OPSET_VERSION = 1
@@ -100,6 +100,35 @@ def relate_jointly(
         return query, gallery
     related = relate(rows, draw_landmarks(len(rows), head.layers, head.landmarks, seed))
     return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
+
+
+def gate_shares(images: float) -> np.ndarray:
+    """What gates for so many images a person take of those for each of `core.spec.GATED_IMAGES`: linear in log n; what
+    is below or above takes the first or the last.
+
+    Raises:
+        UsageError: for less than one image.
+    """
+    check_at_least("images_per_person", images, 1)
+    stops = np.log2(GATED_IMAGES)
+    return np.array([np.interp(np.log2(images), stops, one) for one in np.eye(len(stops))])
+
+
+def gates_for(numbers: Mapping[str, np.ndarray], images: float) -> dict[str, np.ndarray]:
+    """The gates of a head for a gallery with so many images a person.
+
+    Args:
+        numbers: the head's weights, by their names in the checkpoint; those under ``told`` are read.
+
+    Returns:
+        The numbers to compute with, by name; none for a head of another rule.
+
+    Raises:
+        UsageError: for less than one image.
+    """
+    shares = gate_shares(images)
+    stacks = {name.removeprefix("told."): stack for name, stack in numbers.items() if name.startswith("told.")}
+    return {name: np.tensordot(shares, stack, 1).astype(np.float32) for name, stack in stacks.items()}
 
 
 class Array(Protocol):

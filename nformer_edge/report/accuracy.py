@@ -45,6 +45,9 @@ from nformer_edge.report.models import (
 from nformer_edge.report.table import format_table, number, percent
 
 BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
+
+#: The same, of a head that knows how many images a person has.
+NFORMER_TOLD = "+NFormer per-query, told"
 MAPPED = ", mapped"
 
 
@@ -193,6 +196,7 @@ def composition_cells(found: Composition) -> list[list[str]]:
             (BACKBONE, row.backbone, None),
             (NFORMER, row.head, row.gain),
             (NFORMER_PER_QUERY, row.alone, row.alone_gain),
+            (NFORMER_TOLD, row.told, row.told_gain),
         ):
             if scores is not None:
                 bounded = [_bounded(i.value, (i.lower, i.upper)) for i in (scores.mAP, scores.rank1)]

@@ -178,6 +178,13 @@ class _HasFloat64(Protocol):
     def float64(self) -> _Float64: ...
 
 
+@runtime_checkable
+class _Tells(Protocol):
+    """A reference whose gates can be set as the engine's were: a checkpoint in PyTorch."""
+
+    def tell(self, images: float) -> None: ...
+
+
 class _Float64(Runner, Protocol):
     """Neighbors of `relate` are those that float32 chooses on `like`."""
 
@@ -245,6 +252,8 @@ def parity(
         theirs = embed(built, finite=False)  # the gates judge a NaN
         with open_model(reference, intra_op_threads, reference=True, native=built.native) as original:
             _check_heads(built, original)
+            if built.images_per_person is not None and isinstance(original, _Tells):
+                original.tell(built.images_per_person)
             seeds = _landmark_seeds(built, landmark_seeds)
             shorten = built.spec.unit_features and not original.spec.unit_features
 

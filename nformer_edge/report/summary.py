@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nformer_edge.core.values import Result
-from nformer_edge.report.accuracy import BACKBONE, NFORMER, NFORMER_PER_QUERY, Evaluation, Ranking
+from nformer_edge.report.accuracy import BACKBONE, NFORMER, NFORMER_PER_QUERY, NFORMER_TOLD, Evaluation, Ranking
 from nformer_edge.report.benchmark import Benchmark, Run
 from nformer_edge.report.models import MeasuredModel
 from nformer_edge.report.table import format_table, number, percent
@@ -84,7 +84,8 @@ def format_ends(results: Iterable[Result]) -> str:
     for result in results:
         if isinstance(result, Evaluation) and result.composition is not None:
             for row in result.composition.rows:
-                for part, scores in ((BACKBONE, row.backbone), (NFORMER, row.head), (NFORMER_PER_QUERY, row.alone)):
+                parts = (BACKBONE, row.backbone), (NFORMER, row.head), (NFORMER_PER_QUERY, row.alone)
+                for part, scores in (*parts, (NFORMER_TOLD, row.told)):
                     if row.images in (1, None) and row.head is not None and scores is not None:
                         figures = [percent(scores.mAP.value), percent(scores.rank1.value)]
                         body.append([result.label, row.title, part, *figures])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from nformer_edge.metrics.composition import Composition, composition
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from nformer_edge.model.gated import Head, make_head
+from nformer_edge.model.gated import GatedHead, Head, make_head
 from nformer_edge.training.backbone import extract, extract_view, train_backbone
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.head import train_head
@@ -157,8 +158,15 @@ def _accuracy(head: Head, query: Features, gallery: Features, seed: int) -> Comp
     """Backbone and head by images a person, on the held-out identities."""
     people = f"{len(np.unique(query.pids))} people held out of this training"
 
-    def alone(asks: Features, stays: Features, landmark_seed: int) -> np.ndarray:
-        return per_query(head, asks, stays, landmark_seed, follow=False).distances
+    def alone(
+        asks: Features, stays: Features, landmark_seed: int, images: float
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        found = per_query(head, asks, stays, landmark_seed, follow=False).distances
+        if not isinstance(head, GatedHead):
+            return found, None
+        told = copy.deepcopy(head)
+        told.tell(images)
+        return found, per_query(told, asks, stays, landmark_seed, follow=False).distances
 
     return composition(query, gallery, partial(relate, head), alone, landmark_seeds=(seed,), measured_on=people)
 

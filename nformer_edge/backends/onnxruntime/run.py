@@ -56,7 +56,7 @@ class OnnxRuntimeRunner:
         self.checkpoint = model.manifest.checkpoint_sha256
         self.precision: Mapping[str, str] = model.precision
         self.landmark_seed, self.accuracy = model.manifest.landmark_seed, model.manifest.accuracy
-        self.calibrated_on = model.calibrated_on
+        self.images_per_person, self.calibrated_on = model.manifest.images_per_person, model.calibrated_on
         self.native = native and onnx_ops.available()
         self._threads, self._max_batch = intra_op_threads, max_batch
         self._sessions: dict[str, Any] = {}

@@ -83,7 +83,7 @@ class TensorRTRunner:
         self.sha256, self.checkpoint = opened.sha256, self._manifest.checkpoint_sha256
         self.precision: Mapping[str, str] = self._manifest.precision
         self.landmark_seed, self.accuracy = self._manifest.landmark_seed, self._manifest.accuracy
-        self.calibrated_on = opened.calibrated_on
+        self.images_per_person, self.calibrated_on = self._manifest.images_per_person, opened.calibrated_on
         self._device: Device | None = None
         self._runtime: Any = None
         self._plans: dict[str, Plan] = {}

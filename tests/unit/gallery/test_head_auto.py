@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
+from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.model import open as open_model
 from nformer_edge.gallery.search import ALLOWED_LOSS, head_decision
 from nformer_edge.metrics.bootstrap import Interval
@@ -17,14 +19,14 @@ from nformer_edge.metrics.composition import SIZES, Composition, CompositionRow,
 CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
 
 
+def scores_of(mAP: float, rank1: float) -> Scores:
+    return Scores(*(Interval(x, x, x) for x in (mAP, rank1)))
+
+
 def table(gains: dict[int | None, tuple[float, float]]) -> Composition:
     """With these gains of mAP and Rank-1 for n images a person."""
-
-    def scores(mAP: float, rank1: float) -> Scores:
-        return Scores(*(Interval(x, x, x) for x in (mAP, rank1)))
-
     rows = (
-        CompositionRow(n, 9, 9, scores(0.5, 0.5), scores(0.5, 0.5), scores(*gain), None, None)
+        CompositionRow(n, 9, 9, scores_of(0.5, 0.5), scores_of(0.5, 0.5), scores_of(*gain), None, None)
         for n, gain in gains.items()
     )
     return Composition("9 people held out of training", 1, tuple(rows))
@@ -61,6 +63,25 @@ def test_without_labels_the_worst_case_counts_unless_the_caller_knows_better():
     assert "n = 10 images a person (given)" in why
     with pytest.raises(UsageError, match="images_per_person"):
         head_decision(model(PAPER), unknown, images_per_person=0)
+
+
+def test_a_gallery_s_ids_tell_the_head_once_an_id_has_two_images():
+    def told(*counts: int) -> float | None:
+        return Held.of_features(gallery(*counts)).told_images
+
+    assert told(1, 1, 1) is None
+    assert told(2, 2, 2) == 2
+    assert told(8, 8, 9, 8) == 8
+    assert told(1, 1, 1, 16) == 2
+    assert told(4, 4, 400) == 16
+
+
+def test_a_head_that_is_told_is_judged_by_what_it_gains_then():
+    rows = tuple(replace(row, told=row.head, told_gain=row.gain and scores_of(0.1, 0.1)) for row in PAPER.rows)
+    told = model(replace(PAPER, rows=rows))
+    assert not head_decision(told, gallery(1, 1, 1))[0]
+    assert head_decision(told, gallery(1, 1, 1), images_per_person=1)[0]
+    assert head_decision(told, Held.of_features(gallery(2, 2)))[0]
 
 
 def test_people_count_one_by_one_and_a_few_rich_ones_do_not_decide():

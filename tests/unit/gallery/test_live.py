@@ -127,6 +127,29 @@ def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew(rule, 
         near(live.ask(queries, exact=exact), anew.ask(queries, exact=exact))
 
 
+@torch.no_grad()
+def test_a_gallery_that_is_told_how_many_images_a_person_has_answers_as_the_told_head():
+    head, live = opened("gated", 40)
+    gallery, queries = people(60, 1), people(5, 2)
+    live.build(gallery)
+    before = live.ask(queries)
+    live.tell(12)
+    head.tell(12)
+    assert np.abs(live.ask(queries) - before).max() > 1e-3
+    for exact in (False, True):
+        near(live.ask(queries, exact=exact), whole(head, gallery, queries, exact))
+    live.tell(None)
+    near(live.ask(queries), before)
+
+
+def test_a_published_head_cannot_be_told():
+    _, live = opened("features", 5)
+    live.build(people(60, 1))
+    before = live.ask(people(5, 2))
+    live.tell(12)
+    assert np.array_equal(live.ask(people(5, 2)), before)
+
+
 def test_a_shortlist_is_a_pass_over_it_with_the_gallery_s_landmarks():
     _, live = opened()
     live.build(people(300, 1))

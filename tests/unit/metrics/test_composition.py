@@ -126,13 +126,20 @@ def test_without_a_head_there_is_no_gain(pair):
 
 
 def test_a_search_is_judged_by_queries_that_were_alone(pair):
-    def ask(query, gallery, seed):
-        return np.zeros((len(query), len(gallery)), np.float32)
+    told = []
+
+    def ask(query, gallery, seed, images):
+        told.append(images)
+        bad = np.zeros((len(query), len(gallery)), np.float32)
+        return bad, 1 - query.features @ gallery.features.T
 
     found = composition(*pair, lambda query, gallery, seed: (query, gallery), ask)
     assert found.searched
     assert all(row.gain.mAP.value == 0 > row.alone_gain.mAP.value for row in found.rows)
     assert found.expected_gain([1])[0] == found.rows[0].alone_gain.mAP.value
+    assert told[:3] == pytest.approx([1, 2, 4])
+    assert found.expected_gain([1], told=True)[0] == found.rows[0].told_gain.mAP.value
+    assert all(row.told_gain.mAP.value > row.alone_gain.mAP.value for row in found.rows)
     joint = composition(*pair, lambda query, gallery, seed: (query, gallery))
     assert not joint.searched
     assert joint.expected_gain([1])[0] == 0

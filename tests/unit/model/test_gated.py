@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.spec import HeadSpec
+from nformer_edge.core.spec import GATED_UNTOLD, HeadSpec
 from nformer_edge.model.gated import LISTED, MISSING, RANKS, GatedHead, make_head, profile, start_as_gates
 from nformer_edge.model.nformer import NFormer, unit
 from nformer_edge.ops import reference
@@ -50,10 +50,12 @@ def test_a_rule_makes_its_head() -> None:
 @torch.no_grad()
 def test_people_with_many_images_come_closer_and_people_with_one_stay_apart() -> None:
     head = _started()
+    head.tell(12)
     many, labels = _people(30, 12)
     related, before = unit(head(many, _landmarks(len(many)))), unit(many - many.mean(dim=0))
     same = (labels[:, None] == labels[None]) & ~torch.eye(len(labels), dtype=torch.bool)
     assert 1 - (related @ related.T)[same].mean() < (1 - (before @ before.T)[same].mean()) / 2
+    head.tell(1)
     strangers, _ = _people(300, 1)
     before = head.mapped(strangers, _landmarks(len(strangers)))
     moved = (unit(head(strangers, _landmarks(len(strangers)))) * before).sum(dim=1)
@@ -109,9 +111,26 @@ def test_gradients_reach_every_gate_and_leave_the_map() -> None:
     y = head(x, _landmarks(len(x)))
     (unit(y) * y.detach().roll(1, 0)).sum().backward()
     for name, parameter in head.named_parameters():
-        assert (parameter.grad is None) == name.startswith("map."), name
+        assert (parameter.grad is None) == name.startswith(("map.", "told.")), name
         if parameter.grad is not None:
             assert parameter.grad.abs().max() > 0, name
+
+
+def test_gates_for_a_number_of_images_lie_between_those_learned_for_fewer_and_for_more() -> None:
+    head = _started()
+    names = [name for name in head.state_dict() if name.startswith("told.")]
+    few, middle, many = (np.array([1, 4, 16]) == n for n in (1, 4, 16))
+    for images, shares in ((1, few), (2, (few + middle) / 2.0), (4, middle), (8, (middle + many) / 2.0), (99, many)):
+        head.tell(images)
+        state = head.state_dict()
+        for name in names:
+            expected = np.tensordot(shares.astype(float), state[name].double().numpy(), 1)
+            assert np.abs(state[name.removeprefix("told.")].numpy() - expected).max() <= 1e-6, (images, name)
+    untold = _started().state_dict()
+    head.tell(GATED_UNTOLD)
+    assert all(torch.equal(value, untold[name]) for name, value in head.state_dict().items())
+    with pytest.raises(UsageError, match="images_per_person"):
+        head.tell(0.5)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class GridRunner:
     landmark_seed = 0
     sha256 = checkpoint = ""
     calibrated_on = ()
+    images_per_person = None
 
     def __init__(self, name="grid", precision=None, head=True, distort=None, distort_head=None):
         self.name = name
