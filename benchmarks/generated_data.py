@@ -25,7 +25,7 @@ from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
-from nformer_edge.report.accuracy import evaluate
+from nformer_edge.report.accuracy import BACKBONE, NFORMER, NFORMER_PER_QUERY, NFORMER_TOLD, evaluate
 from nformer_edge.report.table import format_table
 from nformer_edge.training.config import TrainConfig
 from nformer_edge.training.train import train
@@ -80,14 +80,20 @@ def one_seed(seed: int, folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def by_images(seed: int, folder: Path, counts: list[int]) -> dict[str, tuple[float, float]]:
-    """mAP and Rank-1, in percent, of backbone and gated head by the number of gallery images a person."""
+    """mAP and Rank-1, in percent, of backbone and gated head by the number of gallery images a person: one query a
+    person, all in one set, each alone, and alone with a head that knows the number."""
     model, rows = folder / "gated.safetensors", {}
     for n in counts:  # one seed draws the same people whatever their number of images
         dataset = generate_dataset(folder / f"data{n}", GenerateSpec(seed, **SMALL, gallery_images=(n,)))
         if n == counts[0]:
             train(dataset, model, recipe(seed, "gated"))
-        found = evaluate(model, dataset, rank_lists=0, per_query=False, draws=0).rankings
-        rows |= {f"{r.name}, {n} a person": (100 * r.mAP, 100 * r.cmc[0]) for r in found}
+        found = evaluate(model, dataset, rank_lists=0, per_query=False).composition
+        assert found is not None
+        whole = found.rows[-1]
+        ways = {BACKBONE: whole.backbone, NFORMER: whole.head, NFORMER_PER_QUERY: whole.alone, NFORMER_TOLD: whole.told}
+        for name, scores in ways.items():
+            assert scores is not None
+            rows[f"{name}, {n} a person"] = 100 * scores.mAP.value, 100 * scores.rank1.value
     return rows
 
 
