@@ -134,8 +134,8 @@ class Composition:
 
 
 def typical_images(counts: np.ndarray) -> float:
-    """Of `counts` images of each person the geometric mean, so that a few people with very many do not decide."""
-    return float(np.exp2(np.log2(counts).mean()))
+    """Of `counts` images of each person the harmonic mean: those with few decide, whom a head harms most."""
+    return float(1 / (1 / np.asarray(counts)).mean())
 
 
 def thin(query: Features, gallery: Features, images: int | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
