@@ -7,6 +7,7 @@ async function main() {
   for (const [kind, width, height] of [["desktop", 1200, 860], ["phone", 390, 844]]) {
     for (const colorScheme of ["light", "dark"]) {
       const page = await browser.newPage({ viewport: { width, height }, colorScheme });
+      page.setDefaultTimeout(120_000);
       await page.goto(address);
       await page.setInputFiles("#file", picture);
       await page.click("#search");
@@ -18,7 +19,7 @@ async function main() {
         scrollTo(0, 0);
       });
       await page.waitForLoadState("networkidle");
-      await page.screenshot({ path: `${out}/page-${kind}-${colorScheme}.png`, fullPage: kind === "phone" });
+      await page.screenshot({ path: `${out}/page-${kind}-${colorScheme}.png`, fullPage: false });
       await page.close();
     }
   }

@@ -24,6 +24,9 @@ _LOG = logging.getLogger("nformer_edge.service")
 #: Connections at once, whatever they do.
 _CONNECTIONS = 512
 
+#: Bytes of answers that a caller has not read yet, at which the service stops writing.
+_UNREAD = 128 * 1024
+
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -94,6 +97,7 @@ def listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)  # of each connection; else megabytes
     try:
         listening.bind((settings.host, settings.port))
         listening.listen()

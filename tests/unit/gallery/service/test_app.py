@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from nformer_edge.core.errors import BackendError, DataError
 from tests.helpers.served import jpeg
 
+ROOT = Path(__file__).parents[4]
 RED, GREEN, BLUE = (220, 20, 20), (20, 220, 20), (20, 20, 220)
 
 
@@ -125,7 +127,9 @@ def test_roles_by_endpoints(served, tmp_path):
         known = {(method.upper(), path) for path, ways in service.app.openapi()["paths"].items() for method in ways}
         shape = {(method, path.partition("?")[0].replace("/0", "/{key}")) for _, method, path in ENDPOINTS}
         assert known <= shape
+        table = []
         for needed, method, path in ENDPOINTS:
+            told = {}
             for holder, token in ({"nobody": ""} | tokens).items():
                 headers = {"Content-Type": "image/jpeg"} | ({"Authorization": f"Bearer {token}"} if token else {})
                 body = jpeg() if method == "POST" else None
@@ -136,6 +140,11 @@ def test_roles_by_endpoints(served, tmp_path):
                     assert status == 403, (path, holder, status)
                 else:
                     assert status in (200, 201, 404, 409), (path, holder, status)
+                told[holder] = str(status) if status in (401, 403) else "yes"
+            assert told.pop("stranger") == told["nobody"]
+            shown = path.partition("?")[0].replace("/0", "/KEY")
+            table.append(f"| `{method} {shown}` | " + " | ".join(told.values()) + " |\n")
+        assert "".join(table) in (ROOT / "docs" / "serve.md").read_text()
         again = {"Authorization": f"Bearer {tokens['read']}"}
         file.write_text("admin " + "n" * 40)
         service.state.reload()
