@@ -583,10 +583,9 @@ def _gallery(args: Args) -> Iterator[Any]:
         with _find("gallery.gallery:Gallery")(None, args.path) as gallery:
             yield gallery
         return
-    if args.command != "gallery add":  # nothing else makes one
-        _find("gallery.store:Store")(args.path).close()
-    with _call(args, "gallery.model:open", path=args.model) as model, _call(args, model.gallery) as gallery:
-        yield gallery
+    create = args.command == "gallery add"  # nothing else makes one
+    with _call(args, "gallery.model:open", path=args.model) as model, _call(args, model.gallery, create=create) as made:
+        yield made
 
 
 def _on_gallery(method: str) -> Callable[[Args], None]:
@@ -616,7 +615,7 @@ def _on_gallery(method: str) -> Callable[[Args], None]:
 )
 def _gallery_add(args: Args) -> None:
     with _gallery(args) as gallery:
-        _show(args, _call(args, "gallery.gallery:add_data", gallery=gallery))
+        _show(args, _call(args, "gallery.enroll:add_data", gallery=gallery))
 
 
 COMMANDS["gallery remove"] = Command(
@@ -675,6 +674,9 @@ COMMANDS["gallery merge"] = Command(
     "add all images of another gallery of the same model",
     (FOLDER, _option("other", metavar="OTHER", help="the other gallery's folder")),
     _on_gallery("merge"),
+)
+_calls(
+    "gallery.upkeep:upgrade", "gallery upgrade", "bring a gallery of an older version's format to this version", FOLDER,
 )
 
 

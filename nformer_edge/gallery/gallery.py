@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
 from nformer_edge.backends.runner import Runner
-from nformer_edge.core.errors import ArtifactError, DataError, UsageError
-from nformer_edge.core.features import UNKNOWN, Features, check_features, check_range, labels_of
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.core.features import Features, check_features, check_range, labels_of
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.core.spec import GalleryCode, check_at_least, check_choice, to_dict
+from nformer_edge.core.spec import GalleryCode, check_at_least
 from nformer_edge.core.values import JSON, Table, to_json
-from nformer_edge.data.readers import read_dataset
-from nformer_edge.data.records import Dataset, ImageRecord
-from nformer_edge.gallery.codes import CODES, Code, CodeScore, best_scored, measure_codes
+from nformer_edge.gallery import upkeep
+from nformer_edge.gallery.codes import best_scored
 from nformer_edge.gallery.embed import embed_images, made_by
-from nformer_edge.gallery.held import Held, label_columns
+from nformer_edge.gallery.following import Following
+from nformer_edge.gallery.held import label_columns
 from nformer_edge.gallery.images import Images, Source, image_sources
-from nformer_edge.gallery.live import LiveHead
+from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, QUICK
 from nformer_edge.gallery.results import Audit, Changed, Compacted, GalleryStats
 from nformer_edge.gallery.search import (
@@ -49,14 +43,11 @@ from nformer_edge.gallery.search import (
     seconds_of,
     top_matches,
 )
-from nformer_edge.gallery.store import Entry, Store
+from nformer_edge.gallery.store import KEYS
 from nformer_edge.metrics.distance import unit_rows
 
 #: The longer side of a thumbnail, in pixels.
 THUMBNAIL = 256
-
-#: Images that are queries once, to measure codes with.
-QUERIES = 1000
 
 _DAY = 24 * 3600.0
 
@@ -74,9 +65,10 @@ class Gallery:
         thumbnails: of a new gallery: keep each image, at most `THUMBNAIL` pixels high, so that `migrate` can embed it
             with another model.
         audit: of a new gallery: log each search.
+        create: make a gallery where the folder has none; without a `runner` none is made.
 
     Raises:
-        ArtifactError: for a file that is damaged or of another version; where there is none and no `runner`.
+        ArtifactError: for a file that is damaged or of another version; where there is none and none is made.
         DataError: for a gallery of another model or preprocessing.
     """
 
@@ -88,51 +80,10 @@ class Gallery:
         code: GalleryCode = "fp32",
         thumbnails: bool = False,
         audit: bool = False,
+        create: bool = True,
     ) -> None:
-        if code not in CODES[:3]:
-            check_choice("code", code, CODES)
-            raise UsageError("code", code, " | ".join(CODES[:3]), "Add images first; `compact` then learns this code.")
-        self._runner, self._lock, self._log = runner, threading.RLock(), list[Entry]()
-        about = None if runner is None else {**_about(runner), "thumbnails": thumbnails, "audit": audit}
-        self._store = None if path is None else Store(path, about, code)
-        if self._store is None and about is None:
-            raise UsageError("gallery", "neither a model nor a path", "one of them", "Pass the gallery's folder.")
-        self._about = about or {}
-        if self._store:
-            self._read_about(self._store)
-        self._live: LiveHead | None = None
-        self._whole_passes = False
-        self._live_held, self._live_lock = _empty(Code(code), self._features), threading.Lock()
-        self._next = self._changes = 0
-        if self._store:
-            self._load()
-            held_code = self._store.code(self._features).name
-            asked = {"thumbnails": thumbnails, "audit": audit, "code": code not in ("fp32", held_code)}
-            for setting in [name for name, wanted in asked.items() if wanted and not self._about.get(name)]:
-                hint = "Leave it out, or make a new gallery and merge this one into it."
-                raise UsageError(setting, "a gallery that was made without it", "a new gallery", hint)
-        else:
-            self._held = _empty(Code(code), self._features)
-
-    @property
-    def _features(self) -> int:
-        """D."""
-        size = self._about["features"]
-        if not isinstance(size, int):
-            raise ArtifactError("gallery", f"features {size!r}", "a whole number", "Restore it from a backup.")
-        return size
-
-    def _read_about(self, store: Store) -> None:
-        """What the gallery says of itself, which must be of this model."""
-        self._about = {key: store.get(key) for key in (*_IDENTITY, "thumbnails", "audit")}
-        if (runner := self._runner) is None:
-            return
-        made = {key: str(self._about[key]) for key in ("model", "checkpoint", "precision")}
-        none = Features(np.empty((0, self._features), np.float32), **made)  # type: ignore[arg-type]
-        hint = "Open the model that it was made with, or embed its images again: nformer-edge gallery migrate"
-        check_model(runner, none, "gallery", hint)
-        if self._about["preprocess"] != _about(runner)["preprocess"]:
-            raise DataError("gallery", "images brought to the model in another way", "this model's preprocessing", hint)
+        self._kept = Kept(runner, path, code, thumbnails=thumbnails, audit=audit, create=create)
+        self._head = Following(self._kept)
 
     def __enter__(self) -> Gallery:
         return self
@@ -141,12 +92,13 @@ class Gallery:
         self.close()
 
     def close(self) -> None:
-        """Gives the file back; a gallery in memory is not changed."""
-        if self._store:
-            self._store.close()
+        """Gives the file back, after the head's state was kept (`following`); one in memory is not changed."""
+        self._head.close()
+        if self._kept.store:
+            self._kept.store.close()
 
     def __len__(self) -> int:
-        return len(self._current())
+        return len(self._kept.held())
 
     def __str__(self) -> str:
         return str(self.stats())
@@ -158,8 +110,8 @@ class Gallery:
     @property
     def features(self) -> Features:
         """Everything in the gallery: features, ids, cameras and paths."""
-        held = self._current().features
-        return made_by(self._runner, held) if self._runner else held
+        held = self._kept.held().features
+        return made_by(self._kept.runner, held) if self._kept.runner else held
 
     def add(
         self,
@@ -191,12 +143,12 @@ class Gallery:
             Error: as `Model.embed`; for labels that are not one an image; for rows that are not finite, all zeros, of
                 another size or of another model.
         """
-        runner = self._require_model("add")
+        kept, runner = self._kept, self._kept.require_model("add")
         shown = pictures if isinstance(images, Features) else images
         sources = None if shown is None else image_sources(shown, boxes)
         new = images if isinstance(images, Features) else embed_images(runner, sources or [], batch=batch)
         check_model(runner, new, "images")
-        check_features(new.features, "images", self._features)
+        check_features(new.features, "images", kept.features)
         check_range(new.features, "images")
         count = len(new)
         camids = new.camids if cameras is None else labels_of("cameras", _each("cameras", cameras, count))
@@ -205,18 +157,15 @@ class Gallery:
         )
         metas = [to_json(value) for value in _each("meta", meta, count)]
         names = None if ids is None else [_id(name) for name in _each("ids", ids, count)]
-        with self._changing("add") as done:
-            numbers = range(self._next, self._next + count)
+        with kept.changing("add") as done:
+            numbers = range(kept.next, kept.next + count)
             given = names or [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
             labeled = replace(new, camids=camids, ids=tuple(given))
-            held = self._encoded(new.features, label_columns(labeled, seen, metas, self._next))
-            self._next += count
-            if self._store:
-                held = self._store.append(held)
-                self._store.put(next=self._next)
-                if self._about["thumbnails"] and sources is not None:
-                    self._store.put_thumbnails(dict(zip(held["key"].tolist(), map(_thumbnail, sources), strict=True)))
-            return done(self._held.extended(held), count, len(set(given)))
+            keys = np.random.default_rng().integers(*KEYS, count)
+            held = kept.appended(kept.encoded(new.features, label_columns(labeled, seen, metas, keys)))
+            if kept.store and kept.about["thumbnails"] and sources is not None:
+                kept.store.put_thumbnails(dict(zip(keys.tolist(), map(_thumbnail, sources), strict=True)))
+            return done(held, count, len(set(given)))
 
     def remove(self, ids: str | int | Sequence[str | int] = (), *, keep_days: float | None = None) -> Changed:
         """Removes all images of these ids, or all that are older; `compact` then takes them out of the files.
@@ -233,8 +182,8 @@ class Gallery:
             raise UsageError("remove", "no id and no age", "ids, or keep_days", "Name what to remove.")
         if keep_days is not None and not keep_days >= 0:
             raise UsageError("keep_days", keep_days, "0 or more", "Name the days that images are kept.")
-        with self._changing("remove") as done:
-            held = self._held
+        with self._kept.changing("remove") as done:
+            held, store = self._kept.here, self._kept.store
             names = held["ids"].tolist()
             for name in sorted(wanted - set(names)):
                 near = get_close_matches(name, set(names), n=1)
@@ -244,12 +193,11 @@ class Gallery:
             if keep_days is not None:
                 gone |= held["times"] < time.time() - keep_days * _DAY
             kept = held.take(~gone)
-            if self._store:
+            if store and gone.any():
                 for number in np.unique(held["batch"][gone]).tolist():
-                    self._store.rewrite(number, kept.take(kept["batch"] == number))
-                self._store.drop_thumbnails(held["key"][gone].tolist())
-                self._changes += 1
-                self._store.put(changes=self._changes)
+                    store.rewrite(number, kept.take(kept["batch"] == number))
+                store.drop_thumbnails(held["key"][gone].tolist())
+                self._kept.no_longer(store)
             return done(kept, int(gone.sum()), len({name for name, out in zip(names, gone, strict=True) if out}))
 
     def search(
@@ -298,10 +246,10 @@ class Gallery:
         Raises:
             Error: as `Model.embed`; for an empty gallery, features of another model or a filter that cannot be read.
         """
-        runner = self._require_model("search")
+        runner = self._kept.require_model("search")
         check_threshold(threshold)
         check_at_least("top", top, 1)
-        held = self._current()
+        held = self._kept.held()
         if not len(held):
             raise DataError("gallery", "zero images", "at least one", "Add images first.")
         query = images if isinstance(images, Features) else embed_images(runner, images, boxes, batch=batch)
@@ -312,20 +260,19 @@ class Gallery:
         allowed = allowed_images(held, cameras, since, until, exclude_camera)
         use, decision = head_use(runner, head, held, images_per_person)
         protocol: Protocol | None = None
-        live = self._live_head(runner) if use and not together else None
-        if live is not None:
+        if use and not together and self._head.available:
             protocol = PER_QUERY if exact and shortlist is None else QUICK
             nearest = None if shortlist is None else top_matches(query, held, shortlist, allowed)[0]
-            scores = self._live_scores(live, held, query, exact, nearest, images_per_person)
+            scores = self._head.scores(held, query, exact, nearest, images_per_person)
             found = best_scored(scores, top if shortlist is None else min(top, shortlist), allowed, held["ids"])
         elif use:
             protocol = JOINT if together else PER_QUERY
             found = search_related(runner, query, held.features, top, together, allowed)
         else:
             found = top_matches(query, held, top, allowed)
-        if self._about["audit"]:
-            with self._changing("search", note) as done:
-                done(self._held, len(query), 0)
+        if self._kept.about["audit"]:
+            with self._kept.changing("search", note) as done:
+                done(self._kept.here, len(query), 0)
         searched = len(held) if allowed is None else int(allowed.sum())
         return rank(runner, query, held, found, searched, threshold, protocol, decision)
 
@@ -349,81 +296,41 @@ class Gallery:
             DataError: if no two images have the same id, or features are of another model.
             BackendError: if another process reads or writes just then; run it again.
         """
-        if code is not None and max_map_drop is not None:
-            raise UsageError("code", "a code and a budget", "one of them", "Leave one out.")
-        before, scores = self._store.bytes if self._store else 0, tuple[CodeScore, ...]()
-        with self._changing("compact") as done:
-            held = self._held
-            if max_map_drop is not None:
-                check_at_least("max_map_drop", max_map_drop, 0)
-                scores = measure_codes(*self._measured_with(held_out))
-                allowed = scores[0].mAP - max_map_drop / 100
-                code = min((s for s in scores if s.mAP >= allowed), key=lambda s: s.bytes_per_image).code
-            if code is not None and code != held.code.name:
-                features = held.features.features
-                fitted = Code.fit(code, features)
-                held = Held.of(fitted, held.labels | fitted.encode(features))
-            if self._store:
-                held = self._rewritten(self._store, held)
-            done(held, len(held), len(set(held["ids"].tolist())))
-        if self._store:
-            with self._lock:
-                self._store.shrink()
-        after = self._store.bytes if self._store else 0
-        return Compacted(len(held), held.code.name, held.bytes_per_image, before, after, scores)
-
-    def _measured_with(self, held_out: str | os.PathLike[str] | None) -> tuple[Features, Features]:
-        """Query and gallery to measure codes with, people numbered."""
-        if held_out is not None:
-            pair = Features.load(held_out, "query"), Features.load(held_out, "gallery")
-            for features in pair:
-                made = {key: str(self._about[key]) for key in ("model", "checkpoint", "precision")}
-                if features.model and not features.shares_model(*made.values()):
-                    raise DataError(
-                        str(held_out), "features of another model", "this gallery's", "Embed the images again."
-                    )
-            return pair
-        held = self._held
-        numbers = np.unique(held["ids"].astype(str), return_inverse=True)[1] + 1
-        alone = np.arange(len(held), dtype=np.int64)  # each image its own camera: all but itself can be its match
-        gallery = replace(held.features, pids=numbers, camids=alone)
-        chosen = np.sort(np.random.default_rng(0).permutation(len(held))[:QUERIES])
-        return gallery.take(chosen), gallery
+        return upkeep.compact(self._kept, code, max_map_drop, held_out)
 
     def stats(self) -> GalleryStats:
         """What the gallery holds, in numbers."""
-        held = self._current()
+        kept, held = self._kept, self._kept.held()
         cameras, times = np.unique(held["cameras"][held["cameras"] >= 0]), held["times"][~np.isnan(held["times"])]
         return GalleryStats(
             len(held),
             len(set(held["ids"].tolist())),
             len(cameras),
-            self._features,
+            kept.features,
             held.code.name,
             held.bytes_per_image,
             held.bytes_per_image * len(held) / 2**20,
-            self._store.bytes / 2**20 if self._store else None,
+            kept.store.bytes / 2**20 if kept.store else None,
             float(times.min()) if len(times) else None,
             float(times.max()) if len(times) else None,
-            bool(self._about["thumbnails"]),
-            bool(self._about["audit"]),
-            str(self._about["name"]),
-            str(self._store.path.parent) if self._store else "",
+            bool(kept.about["thumbnails"]),
+            bool(kept.about["audit"]),
+            str(kept.about["name"]),
+            kept.path,
         )
 
     def people(self) -> dict[str, int]:
         """Of each id how many images, in the order of their names."""
-        return dict(sorted(Counter(self._current()["ids"].tolist()).items()))
+        return dict(sorted(Counter(self._kept.held()["ids"].tolist()).items()))
 
     def thumbnail(self, key: int) -> bytes | None:
         """The picture, a JPEG, of the image that `Match.key` names; None where none was kept."""
-        with self._lock:
-            return self._store.thumbnail(key) if self._store else None
+        with self._kept.lock:
+            return self._kept.store.thumbnail(key) if self._kept.store else None
 
     def audit(self) -> Audit:
         """The log: what was added and removed and, if so chosen when it was made, each search."""
-        with self._lock:
-            return Audit(self._store.entries() if self._store else tuple(self._log))
+        return Audit(self._kept.log)
 
     def backup(self, to: str | os.PathLike[str]) -> Changed:
         """Writes the gallery as it is now to another folder, whole or not at all, while others read and write.
@@ -433,41 +340,23 @@ class Gallery:
         Raises:
             ArtifactError: if there is one already, or the disk is full.
         """
-        held = self._current()
-        store = self._require_store("backup")
-        with self._lock:
+        held, store = self._kept.held(), self._kept.require_store("backup")
+        with self._kept.lock:
             folder = store.copy_to(to)
         return Changed("backup", len(held), len(set(held["ids"].tolist())), len(held), str(folder))
 
     def merge(self, other: Gallery | str | os.PathLike[str]) -> Changed:
-        """Adds all images of another gallery of the same model, with their labels and pictures.
+        """Adds the images of another gallery of the same model, with their labels and pictures.
+
+        Images that are there already, such as those of a backup of this gallery, are not added again.
 
         Raises:
             DataError: if it is of another model or preprocessing.
         """
-        theirs = other if isinstance(other, Gallery) else Gallery(None, other)
-        same = self._store and theirs._store and os.path.samefile(self._store.path, theirs._store.path)
-        if theirs is self or same:
-            raise UsageError("merge", "the gallery itself", "another gallery", "Name another folder.")
-        for key in _IDENTITY:
-            if key != "name" and theirs._about[key] != self._about[key]:
-                hint = "Embed its images again with this gallery's model: nformer-edge gallery migrate"
-                raise DataError("gallery", f"another {key}", f"{str(self._about[key])[:12]}, as here", hint)
-        new = theirs._current()
-        with self._changing("merge") as done:
-            keys = new["key"].tolist()
-            labels = new.labels | {"key": np.arange(self._next, self._next + len(new))}
-            held = self._encoded(new.features.features, labels)
-            self._next += len(new)
-            if self._store:
-                held = self._store.append(held)
-                self._store.put(next=self._next)
-                if theirs._store and self._about["thumbnails"]:
-                    pictures = {
-                        mine: theirs._store.thumbnail(key) for mine, key in zip(held["key"].tolist(), keys, strict=True)
-                    }
-                    self._store.put_thumbnails({key: picture for key, picture in pictures.items() if picture})
-            return done(self._held.extended(held), len(held), len(set(new["ids"].tolist())))
+        if isinstance(other, Gallery):
+            return upkeep.merge(self._kept, other._kept)
+        with Gallery(None, other) as theirs:
+            return upkeep.merge(self._kept, theirs._kept)
 
     def migrate(self, runner: Runner, *, batch: int = 32) -> Changed:
         """Embeds the kept thumbnails with another model, which the gallery is then for.
@@ -481,152 +370,9 @@ class Gallery:
         Raises:
             DataError: if an image has no thumbnail; the gallery is then as it was.
         """
-        store = self._require_store("migrate")
-        with self._changing("migrate") as done:
-            held, pictures = self._held, list[Image.Image]()
-            for key, name in zip(held["key"].tolist(), held["ids"].tolist(), strict=True):
-                picture = store.thumbnail(key)
-                if picture is None:
-                    hint = "Remove it, or add all images to a new gallery."
-                    raise DataError(f"image of {name!r}", "no thumbnail", "one of each image", hint)
-                pictures.append(Image.open(io.BytesIO(picture), formats=["JPEG"]))
-            about = _about(runner)
-            code = held.code if held.code.directions is None else Code()
-            held = _empty(code, runner.spec.backbone.features) if not pictures else held
-            if pictures:
-                features = embed_images(runner, pictures, batch=batch).features
-                held = Held.of(code, held.labels | code.encode(features))
-            store.put(**about)
-            changed = done(self._rewritten(store, held), len(held), len(set(held["ids"].tolist())))
-        self._about, self._runner, self._live = {**self._about, **about}, runner, None
+        changed = upkeep.migrate(self._kept, runner, batch)
+        self._head.forget()
         return changed
-
-    # How values change.
-
-    def _rewritten(self, store: Store, held: Held) -> Held:
-        """The file's batches and code, written anew."""
-        store.put_code(held.code)
-        store.clear()
-        self._changes += 1
-        store.put(changes=self._changes)
-        return store.append(held)
-
-    def _live_head(self, runner: Runner) -> LiveHead | None:
-        """The head's live form; None where the model has none, and whole passes answer."""
-        with self._live_lock:
-            if self._live is None and not self._whole_passes:
-                try:
-                    self._live = LiveHead.open(runner)
-                except ArtifactError:
-                    self._whole_passes = True
-            return self._live
-
-    def _live_scores(
-        self, live: LiveHead, held: Held, query: Features, exact: bool, nearest: np.ndarray | None, images: int | None
-    ) -> np.ndarray:
-        """float32 [Q, N], after the live head has followed the gallery to what it is now."""
-        with self._live_lock:
-            before = self._live_held
-            if before is not held:
-                self._live_held = _empty(Code(), self._features)  # if it fails half way: it is built anew
-                _follow(live, before, held)
-                self._live_held = held
-            live.tell(held.told_images if images is None else images)
-            if nearest is None:
-                return live.ask(query.features, exact)
-            rows = zip(query.features[:, None], nearest, strict=True)
-            return np.concatenate([live.ask(row, among=among) for row, among in rows])
-
-    def _require_model(self, what: str) -> Runner:
-        if self._runner is None:
-            hint = "Open it by the model: ne.open(model).gallery(path)."
-            raise UsageError("gallery", f"no model to {what} with", "an open one", hint)
-        return self._runner
-
-    def _require_store(self, what: str) -> Store:
-        if self._store is None:
-            raise UsageError("gallery", f"a gallery in memory to {what}", "one in a folder", "Give it a path.")
-        return self._store
-
-    def _encoded(self, features: np.ndarray, labels: dict[str, np.ndarray]) -> Held:
-        code = self._held.code
-        return Held.of(code, {**code.encode(features), **labels})
-
-    def _current(self) -> Held:
-        """What the gallery holds, with what other processes wrote. Who writes just then is not waited for."""
-        if self._store and self._lock.acquire(blocking=False):
-            try:
-                if self._store.changed():
-                    self._load()
-            finally:
-                self._lock.release()
-        return self._held
-
-    def _load(self) -> None:
-        """Reads what is new; all of it, where images were removed."""
-        store = self._require_store("read")
-        with store.reading():
-            changes, self._next = store.number("changes"), store.number("next")
-            fresh = not hasattr(self, "_held") or changes != self._changes
-            if fresh:
-                self._read_about(store)
-            held = _empty(store.code(self._features), self._features) if fresh else self._held
-            last = int(held["batch"][-1]) if len(held) else 0
-            for more in store.read(held.code, self._features, last):
-                held = held.extended(more)
-        self._held, self._changes = held, changes
-
-    @contextmanager
-    def _changing(self, action: str, note: str = "") -> Iterator[_Done]:
-        """One change: on the disk, in the log and seen by searches when the block ends; or, if it fails, not at all."""
-        with self._lock:
-            before = self._next, self._changes
-            done = _Done(action, str(self._store.path.parent) if self._store else "")
-            try:
-                if self._store is None:
-                    yield done
-                    self._log.append(Entry(time.time(), action, done.ids, done.images, note))
-                else:
-                    with self._store.writing():
-                        if self._store.changed():
-                            self._load()
-                        before = self._next, self._changes
-                        yield done
-                        self._store.log(action, done.ids, done.images, note)
-            except BaseException:
-                self._next, self._changes = before
-                raise
-            if done.held is not None:
-                self._held = done.held
-
-
-class _Done:
-    """What a change came to."""
-
-    def __init__(self, action: str, path: str) -> None:
-        self.action, self.path = action, path
-        self.held: Held | None = None
-        self.images = self.ids = 0
-
-    def __call__(self, held: Held, images: int, ids: int) -> Changed:
-        self.held, self.images, self.ids = held, images, ids
-        return Changed(self.action, images, ids, len(held), self.path)
-
-
-#: What must be the same for features to be compared, and the model's name.
-_IDENTITY = ("model", "checkpoint", "precision", "preprocess", "features", "name")
-
-
-def _about(runner: Runner) -> dict[str, object]:
-    """What a gallery of this model says of itself."""
-    preprocess = json.dumps(to_dict(runner.spec.preprocess), sort_keys=True).encode()
-    made = runner.sha256, runner.checkpoint, runner.precision["backbone"], hashlib.sha256(preprocess).hexdigest()
-    return dict(zip(_IDENTITY, (*made, runner.spec.backbone.features, runner.name), strict=True))
-
-
-def _empty(code: Code, features: int) -> Held:
-    none = Features(np.empty((0, features), np.float32))
-    return Held.of(code, {**code.encode(none.features), **label_columns(none)})
 
 
 def _id(name: object) -> str:
@@ -653,77 +399,6 @@ def _each(name: str, values: object, count: int) -> list[object]:
         hint = f"Pass one of the {name} for each image, or one for all."
         raise DataError(name, f"{len(values)} for {count} images", f"{count}", hint)
     return [*values]
-
-
-def _follow(live: LiveHead, before: Held, held: Held) -> None:
-    """Brings a live head from what the gallery was to what it is. Images keep their keys and their order."""
-    gone = np.flatnonzero(~np.isin(before["key"], held["key"]))
-    fresh = held.take(np.flatnonzero(~np.isin(held["key"], before["key"])))
-    if before.code is not held.code or len(gone) + len(fresh) > len(held) // 2:
-        live.build(held.features.features)
-        return
-    if len(gone):
-        live.remove(gone)
-    if len(fresh):
-        live.add(fresh.features.features)
-    if live.grown:
-        live.rebuild()
-
-
-def add_data(
-    gallery: Gallery,
-    data: Dataset | str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    ids_from: Literal["labels", "folder", "file"] = "labels",
-    camera: int | None = None,
-    time: Time | None = None,
-    batch: int = 32,
-) -> Changed:
-    """Adds a folder of images, a dataset (its gallery, or else all of it) or a feature store to a gallery.
-
-    Args:
-        name: the id of all of them.
-        ids_from: where else ids come from: ``labels``, the dataset's (the folder's name where a folder is a person), or
-            else the paths; ``folder``, the names of the folders that images lie in; ``file``, their names without the
-            ending.
-        camera: of all of them; the dataset's if None.
-        time: when they were seen; now if None.
-
-    Raises:
-        Error: as `Gallery.add`.
-    """
-    images: Images | Features
-    if not isinstance(data, Dataset) and os.fspath(data).endswith(".npz"):
-        images = features = Features.load(data)
-        paths, cameras, labels = features.paths, features.camids.tolist(), features.names
-    else:
-        dataset = data if isinstance(data, Dataset) else read_dataset(data, whole=True)
-        records = dataset.gallery or dataset.train
-        paths, cameras = tuple(r.path for r in records), [r.camid for r in records]
-        labels = tuple(str(r.pid) if r.pid != UNKNOWN else r.path for r in records)
-        images = [*paths]
-        if folders := _people_folders(dataset, records):
-            labels = tuple(folders.get(r.pid, label) for r, label in zip(records, labels, strict=True))
-    ids: Sequence[str] = labels
-    if ids_from != "labels":
-        if name is not None:
-            raise UsageError("ids_from", f"{ids_from}, and the id {name!r}", "one of them", "Leave out the other.")
-        check_choice("ids_from", ids_from, ("labels", "folder", "file"))
-        ids = [Path(path).parent.name if ids_from == "folder" else Path(path).stem for path in paths]
-    return gallery.add(images, ids if name is None else name, cameras if camera is None else camera, time, batch=batch)
-
-
-def _people_folders(dataset: Dataset, records: Sequence[ImageRecord]) -> dict[int, str]:
-    """Each person's folder where a folder is a person: its name is who it is, and the number is the reader's own."""
-    names: dict[int, set[str]] = {}
-    for record in records:
-        if record.pid != UNKNOWN:
-            folder = Path(record.path).parent
-            names.setdefault(record.pid, set()).add("" if folder == Path(dataset.root) else folder.name)
-    found = {pid: next(iter(held)) for pid, held in names.items() if len(held) == 1}
-    apart = len(found) == len(names) == len(set(found.values())) and "" not in found.values()
-    return found if apart else {}
 
 
 def _thumbnail(source: Source) -> bytes:

@@ -90,6 +90,10 @@ class Held:
         buffers = {name: column[rows] for name, column in self.columns.items()}
         return Held(self.code, buffers, len(buffers["codes"]))
 
+    def first(self, count: int) -> Held:
+        """The first `count` images."""
+        return self if count >= len(self) else replace(self, count=count)
+
     def with_labels(self, **columns: np.ndarray) -> Held:
         """The same images under other labels."""
         return replace(self, buffers={**self.columns, **columns})
@@ -120,11 +124,15 @@ class Held:
 
 
 def label_columns(
-    features: Features, times: np.ndarray | None = None, meta: Sequence[object] | None = None, key: int = 0
+    features: Features,
+    times: np.ndarray | None = None,
+    meta: Sequence[object] | None = None,
+    keys: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The label columns of new images, named as `features` names them; times in seconds since 1970, or NaN."""
     count = len(features)
-    found = {"pids": features.pids, "cameras": features.camids, "key": np.arange(key, key + count)}
+    keys = np.arange(count) if keys is None else keys
+    found: dict[str, np.ndarray] = {"pids": features.pids, "cameras": features.camids, "key": keys}
     found["batch"] = np.full(count, -1)
     found["times"] = np.full(count, np.nan) if times is None else times
     given = {"ids": features.names, "paths": features.paths, "meta": [None] * count if meta is None else meta}

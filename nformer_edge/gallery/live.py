@@ -55,16 +55,18 @@ class LiveHead:
         seed: of the landmarks.
     """
 
-    #: Per-row arrays that `state` has; the others follow from them.
-    KEPT: ClassVar[tuple[str, ...]] = ("unit", "length", "names", "scores")
+    #: Per-row arrays that `state` has; the others follow from them and the features.
+    KEPT: ClassVar[tuple[str, ...]] = ("gave", "names", "scores")
 
     def __init__(self, spec: ModelSpec, numbers: Mapping[str, np.ndarray], seed: int) -> None:
         self.model, self.spec, self.seed = spec, require_head(spec), seed
         self.numbers = self._made = {name: np.array(x, np.float32) for name, x in numbers.items()}
         self._rows: dict[str, np.ndarray] = {}  # of each N + 1 rows: the last is a query's, while it is asked exactly
+        self._room: dict[str, np.ndarray] = {}  # what they are the first rows of, so that few additions copy nothing
         self._landmarks: dict[str, np.ndarray] = {}
         self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
         self._drawn = 0  # N when landmarks were drawn
+        self._lost = False  # whether a row that landmarks were drawn from is gone
         self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None
         self._lock = threading.RLock()
         self._allocate(0)
@@ -91,9 +93,14 @@ class LiveHead:
         return len(self._moved)
 
     @property
-    def grown(self) -> bool:
-        """Whether the gallery has doubled or halved since its landmarks were drawn."""
-        return len(self) >= 2 * max(self._drawn, 1) or 2 * len(self) <= self._drawn
+    def outdated(self) -> bool:
+        """Whether landmarks should be drawn anew: the gallery has doubled or halved since, or `lost`."""
+        return self.lost or len(self) >= 2 * max(self._drawn, 1) or 2 * len(self) <= self._drawn
+
+    @property
+    def lost(self) -> bool:
+        """Whether an image was removed that gave something to the landmarks: its share is still in what they gave."""
+        return self._lost
 
     def build(self, features: np.ndarray, landmarks: Mapping[str, np.ndarray] | None = None) -> None:
         """Starts anew from rows [N, D], as the backbone gave them.
@@ -127,8 +134,7 @@ class LiveHead:
 
     @property
     def landmarks(self) -> dict[str, np.ndarray]:
-        """What the landmarks gave, and of how many rows they were drawn. `remove` takes nothing back of what a removed
-        image gave here; `rebuild` does."""
+        """What the landmarks gave, and of how many rows they were drawn."""
         return {**self._landmarks, "drawn": np.array(self._drawn)}
 
     def add(self, features: np.ndarray) -> None:
@@ -153,8 +159,9 @@ class LiveHead:
         kept[self._positions(positions)] = False
         if not kept[:-1].any():
             return self._start(np.zeros((0, self.spec.features), np.float32), None)
+        self._lost |= bool((self._rows["gave"] & ~kept).any())
         place = np.where(kept, np.cumsum(kept) - 1, NO_NEIGHBOR).astype(np.int32)
-        self._rows = {name: x[kept] for name, x in self._rows.items()}
+        self._rows, self._room = {name: x[kept] for name, x in self._rows.items()}, {}
         self._moved = self._moved[kept[:-1]]
         self._unlist(place)
 
@@ -202,29 +209,29 @@ class LiveHead:
                 self._moved[:] = False
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` takes: arrays of N rows, and what the landmarks gave."""
-        rows = {name: self._rows[name][:-1] for name in self.KEPT if name in self._rows}
-        return {**rows, **self.landmarks}
+        """What `restore` takes with the same features: lists of N rows, and what the landmarks gave."""
+        return {**{name: self._rows[name][:-1] for name in self.KEPT if name in self._rows}, **self.landmarks}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes up a `state` of the same model; the layers are computed at the next `ask`.
+    def restore(self, features: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
+        """Starts from rows [N, D] and a `state` of the same model and rows; the layers are computed at the next `ask`.
 
         Raises:
-            DataError: if arrays are missing or do not fit each other.
+            DataError: if arrays are missing or do not fit; for features as `build`.
         """
-        names = {*(name for name in self.KEPT if name in self._rows), "drawn"}
-        shapes = {len(state[name]) for name in names & set(state) - {"drawn"}}
-        listed = state.get("names", np.zeros((0, 1)))
-        if not names <= set(state) or len(shapes) != 1 or not ((listed >= -1) & (listed < max(*shapes, 1))).all():
-            got = f"arrays {', '.join(sorted(state)) or 'none'}"
-            expected = f"{', '.join(sorted(names))} of the same rows"
+        entered, names = self._entered(self._checked(features)), {*self.KEPT} & {*self._rows}
+        size, listed = len(entered), state.get("names", np.zeros((1, 1), np.int32))
+        fit = names | {"drawn", *self._given} == {*state} and all(
+            state[name].shape == (size, *self._rows[name].shape[1:]) for name in names
+        )
+        if not fit or not ((listed >= NO_NEIGHBOR) & (listed < size)).all():
+            got = f"arrays {', '.join(f'{name} {x.shape}' for name, x in sorted(state.items())) or 'none'}"
+            expected = f"{', '.join(sorted(names))} of {size} rows, {', '.join(sorted(self._given))}"
             raise DataError("state", got, expected, "Build the gallery anew.")
-        self._drawn, self._moved = int(state["drawn"]), np.zeros(0, bool)
-        self._landmarks = {name: np.asarray(x) for name, x in state.items() if name not in names}
-        self._allocate(shapes.pop())
-        self._moved[:] = True
-        for name in names - {"drawn"}:
+        landmarks = {name: np.asarray(x) for name, x in state.items() if name not in names}
+        self._begin(entered, landmarks)
+        for name in names:
             self._rows[name][:-1] = state[name]
+        self._moved[:] = True
 
     # What a head's rule adds.
 
@@ -232,7 +239,13 @@ class LiveHead:
         """Of every per-row array, its shape after N and its type."""
         row, lists = (self.spec.features,), (self._width,)
         floats = {"unit": row, "scores": lists, "out": row}
-        return {**{name: (shape, np.float32) for name, shape in floats.items()}, "names": (lists, np.int32)}
+        found: dict[str, tuple[tuple[int, ...], type]] = {name: (shape, np.float32) for name, shape in floats.items()}
+        return {**found, "names": (lists, np.int32), "gave": ((), np.bool_)}
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        """Names of what the landmarks give."""
+        raise NotImplementedError
 
     def _entered(self, features: np.ndarray) -> np.ndarray:  # [B, D] -> [B, D]
         """Features as far as they go without landmarks."""
@@ -249,6 +262,10 @@ class LiveHead:
     def _draw(self, entered: np.ndarray, drawn: np.ndarray) -> None:  # [N, D], int32 [layers, l]
         """Takes from the landmarks what `_prepared` needs."""
 
+    def _gave(self, drawn: np.ndarray) -> np.ndarray | slice:  # int32 [layers, l]
+        """Rows that have a share in what the landmarks give."""
+        return slice(0, -1)
+
     def _draw_lists(self, drawn: np.ndarray) -> None:
         """Takes from the landmarks what needs lists or layers."""
 
@@ -263,20 +280,31 @@ class LiveHead:
 
     def _start(self, entered: np.ndarray, landmarks: Mapping[str, np.ndarray] | None) -> None:
         size = len(entered)
-        self._rows, self._moved, self._landmarks = {}, np.zeros(0, bool), dict(landmarks or {})
-        self._drawn = int(self._landmarks.pop("drawn", size))
-        self._allocate(size)
-        if not size:
+        drawn = draw_landmarks(size, self.spec.layers, self.spec.landmarks, self.seed) if size else None
+        self._begin(entered, landmarks, drawn)
+        if drawn is None:
             return
-        drawn = draw_landmarks(size, self.spec.layers, self.spec.landmarks, self.seed)
-        if landmarks is None:
-            self._draw(entered, drawn)
-        for name, x in self._prepared(entered).items():
-            self._rows[name][:-1] = x
         self._search(np.arange(size), size)
         self._moved[:] = True
         if landmarks is None:
             self._draw_lists(drawn)
+
+    def _begin(
+        self, entered: np.ndarray, landmarks: Mapping[str, np.ndarray] | None, drawn: np.ndarray | None = None
+    ) -> None:
+        """Rows without lists, and the landmarks: given, or those `drawn`."""
+        size = len(entered)
+        self._rows, self._room, self._moved, self._lost = {}, {}, np.zeros(0, bool), False
+        self._landmarks = dict(landmarks or {})
+        self._drawn = int(self._landmarks.pop("drawn", size))
+        self._allocate(size)
+        if not size:
+            return
+        if landmarks is None and drawn is not None:
+            self._draw(entered, drawn)
+            self._rows["gave"][self._gave(drawn)] = True
+        for name, x in self._prepared(entered).items():
+            self._rows[name][:-1] = x
 
     def _checked(self, features: np.ndarray) -> np.ndarray:
         landmarks = np.zeros((self.spec.layers, 1), np.int32)
@@ -293,12 +321,14 @@ class LiveHead:
         """Room for `size` rows and a query; rows that are there stay."""
         held = len(self)
         for name, (shape, kind) in self._shapes().items():
-            new: np.ndarray = np.zeros((size + 1, *shape), kind)
-            if kind is np.int32:
-                new[held:] = NO_NEIGHBOR
-            if held:
-                new[:held] = self._rows[name][:held]
-            self._rows[name] = new
+            room = self._room.get(name)
+            if room is None or len(room) <= size:
+                room = np.empty((size + 1 + (size // 4 if held else 0), *shape), kind)
+                if held:
+                    room[:held] = self._rows[name][:held]
+                self._room[name] = room
+            self._rows[name] = room[: size + 1]
+            self._rows[name][held:] = NO_NEIGHBOR if kind is np.int32 else 0
         self._moved = np.concatenate([self._moved[:held], np.zeros(size - held, bool)])
 
     def _put(self, name: str, rows: np.ndarray, values: np.ndarray, size: int, still: float = 0.0) -> np.ndarray:
@@ -452,7 +482,7 @@ class LiveHead:
         else:
             at = np.unique(self._positions(among))
         few = copy.copy(self)
-        few._rows, few._moved, size = {}, np.zeros(0, bool), len(at) + 1
+        few._rows, few._room, few._moved, size = {}, {}, np.zeros(0, bool), len(at) + 1
         few._allocate(size)
         for name, x in asked.items():
             few._rows[name][:size] = np.concatenate([self._rows[name][at], x])

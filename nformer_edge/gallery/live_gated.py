@@ -54,6 +54,13 @@ class GatedLive(LiveHead):
     def _draw(self, entered: np.ndarray, drawn: np.ndarray) -> None:
         self._landmarks["center"] = entered[drawn[0]].mean(axis=0)
 
+    def _gave(self, drawn: np.ndarray) -> np.ndarray | slice:
+        return drawn[0]
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        return ("center",)
+
     def _spread(self, size: int, moved: np.ndarray) -> None:
         names = self._rows["names"][:size]
         near, places = np.ascontiguousarray(names[:, : self.spec.k + 1]), names[:, _PLACES]

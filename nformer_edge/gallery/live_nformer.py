@@ -35,7 +35,7 @@ class NFormerLive(LiveHead):
                     shapes |= {f"names{layer}.{h}": ((spec.k,), np.int32), f"last{layer}.{h}": ((), np.float32)}
         common = super()._shapes()
         if self._anew:
-            return {**{name: common[name] for name in ("unit", "out")}, **shapes}
+            return {**{name: common[name] for name in ("unit", "out", "gave")}, **shapes}
         return {**common, **shapes, "mutual": ((spec.k,), np.int32)}
 
     @property
@@ -51,6 +51,11 @@ class NFormerLive(LiveHead):
 
     def _prepared(self, entered: np.ndarray) -> dict[str, np.ndarray]:
         return {"unit": unit(entered), "length": np.linalg.norm(entered, axis=1)}
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        both = ("k",) if self.spec.landmarks > self.spec.features // self.spec.heads else ("k", "q")
+        return tuple(f"{name}{layer}" for name in both for layer in range(self.spec.layers))
 
     def _draw_lists(self, drawn: np.ndarray) -> None:
         self._landmarks["drawn_rows"] = drawn  # each layer's agents are of rows as it sees them

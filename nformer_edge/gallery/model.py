@@ -68,6 +68,7 @@ class Model:
         code: GalleryCode = "fp32",
         thumbnails: bool = False,
         audit: bool = False,
+        create: bool = True,
     ) -> Gallery:
         """A gallery of this model: an empty one in memory, or the one in a folder, which is made where there is none.
 
@@ -76,12 +77,13 @@ class Model:
             code: of a new gallery: how features are kept, ``fp32``, ``fp16`` or ``int8``; `Gallery.compact` knows more.
             thumbnails: of a new gallery: keep a small picture of each image, for `Gallery.migrate`.
             audit: of a new gallery: log each search.
+            create: make a gallery where the folder has none.
 
         Raises:
-            ArtifactError: for a file that is damaged, of another version or something else.
+            ArtifactError: for a file that is damaged, of another version or something else, or that is not there.
             DataError: for a gallery of another model or preprocessing.
         """
-        return Gallery(self.runner, path, code=code, thumbnails=thumbnails, audit=audit)
+        return Gallery(self.runner, path, code=code, thumbnails=thumbnails, audit=audit, create=create)
 
 
 def open(

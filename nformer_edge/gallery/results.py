@@ -67,23 +67,27 @@ class Changed(Result):
     """What was done to a gallery.
 
     Args:
-        action: ``add``, ``remove``, ``merge``, ``migrate`` or ``backup``.
-        images: how many were added, removed, taken over, embedded again or copied.
+        action: ``add``, ``remove``, ``merge``, ``migrate``, ``backup`` or ``upgrade``.
+        images: how many were added, removed, taken over, embedded again, copied or brought to this version.
         ids: how many ids these have.
         total: images in the gallery now.
         path: the gallery's folder, of a backup the new one; "" for a gallery in memory.
+        already: images of another gallery that were there before it was merged.
     """
 
     kind: ClassVar[str] = "gallery-changed"
+    version: ClassVar[int] = 2
 
     action: str
     images: int
     ids: int
     total: int
     path: str
+    already: int = 0
 
     def __str__(self) -> str:
         said = f"{self.action}: {self.images:,} images of {self.ids:,} ids, {self.total:,} images in the gallery now"
+        said += f"; {self.already:,} were there before" if self.already else ""
         forgotten = "\n`gallery compact` takes what was removed out of the gallery's files"
         return said + (forgotten if self.action == "remove" and self.path else "")
 

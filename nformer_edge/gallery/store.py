@@ -3,12 +3,15 @@
 A row of ``batches`` holds up to `BATCH` images: their codes, their labels as JSON, and the sha256 of both, which is
 compared whenever they are read. A commit is on the disk when it returns (WAL, ``synchronous=FULL``). Deleted bytes are
 overwritten (``secure_delete``), and `Store.shrink` leaves no page that was in use before.
+
+``state`` keeps what a gallery computed of its images and can compute again (`gallery.following`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import time
@@ -27,7 +30,7 @@ from nformer_edge.gallery.codes import Code
 from nformer_edge.gallery.held import LABELS, Held
 
 FILE = "gallery.sqlite"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Images in one row of the file. An image that is removed rewrites its row.
 BATCH = 256
@@ -35,11 +38,21 @@ BATCH = 256
 #: Seconds that a writer waits for another process's.
 WAIT = 5.0
 
+#: Images' own numbers, drawn at random so that those of two galleries differ; whole in JSON's and JavaScript's numbers.
+KEYS = 2**52, 2**53
+
+#: Bytes of one row of ``state``.
+_PART = 1 << 26
+
+#: Types of the arrays in ``state``.
+_KINDS = ("<i4", "<i8", "<f4", "|b1")
+
 _TABLES = (
     "CREATE TABLE about (key TEXT PRIMARY KEY, value)",
     "CREATE TABLE batches (batch INTEGER PRIMARY KEY, vectors BLOB, labels TEXT, sha256 TEXT)",
     "CREATE TABLE thumbnails (key INTEGER PRIMARY KEY, image BLOB)",
     "CREATE TABLE log (entry INTEGER PRIMARY KEY, time REAL, action TEXT, ids INTEGER, images INTEGER, note TEXT)",
+    "CREATE TABLE state (name TEXT, part INTEGER, data BLOB, PRIMARY KEY (name, part))",
 )
 
 
@@ -69,13 +82,18 @@ class Store:
         folder: where `FILE` is.
         create: what a new gallery says of itself; None: there must be one.
         code: of a new gallery.
+        version: that it must have.
 
     Raises:
         ArtifactError: if there is none, or it is damaged, of another version or something else.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], create: Mapping[str, object] | None = None, code: GalleryCode = "fp32"
+        self,
+        folder: str | os.PathLike[str],
+        create: Mapping[str, object] | None = None,
+        code: GalleryCode = "fp32",
+        version: int = FORMAT_VERSION,
     ) -> None:
         self.path = Path(folder) / FILE
         if create is None and not self.path.is_file():
@@ -92,7 +110,7 @@ class Store:
                 self._sql.execute(f"PRAGMA {pragma}").fetchall()
             if create is not None:
                 self._create(create, code)
-            self._check()
+            self._check(version)
             self._seen = self._version()
 
     def _create(self, about: Mapping[str, object], code: GalleryCode) -> None:
@@ -105,15 +123,16 @@ class Store:
             self.put(**{**first, **about})
             self.put_code(Code(code))
 
-    def _check(self) -> None:
+    def _check(self, expected: int) -> None:
         """Another schema may hold triggers and views, which would run."""
         found = [sql for (sql,) in self._sql.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL ORDER BY rowid")]
         version = self.get("format_version") if _TABLES[0] in found else None
-        if isinstance(version, int) and self.get("kind") == "gallery" and version != FORMAT_VERSION:
-            older = f"nformer-edge upgrade {self.path.parent}"
-            hint = older if version < FORMAT_VERSION else "Update nformer-edge."
-            raise ArtifactError(str(self.path), f"format version {version}", FORMAT_VERSION, hint)
-        if found != [*_TABLES]:
+        if isinstance(version, int) and self.get("kind") == "gallery" and version != expected:
+            hint = f"nformer-edge gallery upgrade {self.path.parent}"
+            hint = hint if version < FORMAT_VERSION else "Update nformer-edge."
+            hint = hint if expected == FORMAT_VERSION else "It needs none."
+            raise ArtifactError(str(self.path), f"format version {version}", expected, hint)
+        if found != [*_TABLES[: 4 if expected == 1 else 5]]:
             hint = "Check the path; restore it from a backup if it was one."
             raise ArtifactError(str(self.path), "other tables", "a gallery's", hint)
 
@@ -247,9 +266,12 @@ class Store:
             if len(vectors) != size + 4 * rows:
                 raise ValueError("vectors of another size")
         except (ValueError, TypeError, KeyError, RecursionError) as e:
-            got, hint = f"batch {batch}: {e}", "The file was changed or is damaged: restore it from a backup."
-            raise ArtifactError(str(self.path), got, "the bytes that were written", hint) from e
+            raise self._damaged(f"batch {batch}: {e}") from e
         return Held.of(code, columns)
+
+    def _damaged(self, got: str) -> ArtifactError:
+        hint = "The file was changed or is damaged: restore it from a backup."
+        return ArtifactError(str(self.path), got, "the bytes that were written", hint)
 
     def append(self, held: Held) -> Held:
         """Writes images in new batches; gives them with their batches' numbers."""
@@ -286,6 +308,76 @@ class Store:
     def drop_thumbnails(self, keys: list[int]) -> None:
         """Deletes images' pictures."""
         self._sql.executemany("DELETE FROM thumbnails WHERE key = ?", ((key,) for key in keys))
+
+    def put_state(self, state: Mapping[str, np.ndarray] | None, fits: str = "") -> None:
+        """Keeps arrays of the gallery's images in the transaction at hand; None: keeps none.
+
+        Args:
+            fits: what `state` must be asked with, such as a digest of what they were computed from.
+        """
+        self._sql.execute("PRAGMA secure_delete=OFF").fetchall()  # no feature is among them: `shrink` is soon enough
+        self._sql.execute("DELETE FROM state")
+        self._sql.execute("PRAGMA secure_delete=ON").fetchall()
+        if state is None:
+            return
+        arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
+        about = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+        told = {"fits": fits, "arrays": about, "sha256": _digest(*(array.tobytes() for array in arrays.values()))}
+        insert = "INSERT INTO state VALUES (?, ?, ?)"
+        self._sql.execute(insert, ("", 0, json.dumps(told).encode()))
+        for name, array in arrays.items():
+            data = array.tobytes()
+            parts = range(0, len(data), _PART)
+            self._sql.executemany(insert, ((name, i, data[at : at + _PART]) for i, at in enumerate(parts)))
+
+    def state(self, fits: str) -> dict[str, np.ndarray] | None:
+        """What `put_state` kept with the same words; None where there is nothing, or not what was written."""
+        with self.reading():
+            rows = self._sql.execute("SELECT name, data FROM state ORDER BY name, part").fetchall()
+        parts: dict[str, bytearray] = {}
+        try:
+            for name, part in rows:
+                parts.setdefault(name, bytearray()).extend(part)
+            told = json.loads(parts.pop("", b"null"))
+            if not told or told["fits"] != fits:
+                return None
+            data = {name: bytes(parts.pop(name, b"")) for name in told["arrays"]}
+            sizes = {name: math.prod(shape) for name, (_, shape) in told["arrays"].items()}
+            if _digest(*data.values()) != told["sha256"] or parts:
+                return None
+            kinds = {name: np.dtype(_KINDS[_KINDS.index(kind)]) for name, (kind, _) in told["arrays"].items()}
+            arrays = {name: np.frombuffer(data[name], kinds[name], sizes[name]) for name in data}
+            return {name: array.reshape(told["arrays"][name][1]) for name, array in arrays.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+    def upgrade(self) -> None:
+        """Brings the file of format version 1, as which it was opened, to this version: images get `KEYS`.
+
+        A gallery and its backup get the same ones.
+        """
+        with self.writing():
+            self._sql.execute(_TABLES[4])
+            for batch, vectors, labels, sha256 in self._sql.execute("SELECT * FROM batches").fetchall():
+                if _digest(vectors, labels.encode()) != sha256:
+                    raise self._damaged(f"batch {batch}: other bytes than were written")
+                told = json.loads(labels)
+                old, count = told["key"], len(told["key"])
+                size, scales = len(vectors) // count - 4, len(vectors) - 4 * count
+                told["key"] = [
+                    _stable(
+                        vectors[i * size : (i + 1) * size],
+                        vectors[scales + 4 * i : scales + 4 * i + 4],
+                        json.dumps([told[name][i] for name in ("ids", "paths", "cameras", "times", "key")]).encode(),
+                    )
+                    for i in range(count)
+                ]
+                renamed = zip(told["key"], old, strict=True)
+                self._sql.executemany("UPDATE thumbnails SET key = ? WHERE key = ?", renamed)
+                text = json.dumps(told, separators=(",", ":"))
+                values = (text, _digest(vectors, text.encode()), batch)
+                self._sql.execute("UPDATE batches SET labels = ?, sha256 = ? WHERE batch = ?", values)
+            self.put(format_version=FORMAT_VERSION, changes=self.number("changes") + 1)
 
     def log(self, action: str, ids: int, images: int, note: str = "") -> None:
         """Adds to the log, in the transaction at hand."""
@@ -337,3 +429,8 @@ class Store:
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _stable(*parts: bytes) -> int:
+    """One of `KEYS`, the same for the same bytes."""
+    return KEYS[0] + int(_digest(*parts)[:13], 16)

@@ -24,7 +24,7 @@ CALLED = {
     "build-engine": ("targets.build:build_for_target", *ENGINE),
     "prepare": ("targets.trtexec:prepare_for_target", *ENGINE),
     "embed": ("gallery.embed:embed_files",),
-    "gallery add": ("gallery.model:open", "gallery.model:Model.gallery", "gallery.gallery:add_data"),
+    "gallery add": ("gallery.model:open", "gallery.model:Model.gallery", "gallery.enroll:add_data"),
     "gallery search": ("gallery.model:open", "gallery.model:Model.gallery", "gallery.gallery:Gallery.search"),
     "gallery migrate": ("gallery.model:open", "gallery.gallery:Gallery.migrate"),
     **{f"gallery {verb}": (f"gallery.gallery:Gallery.{verb}",) for verb in

@@ -76,12 +76,12 @@ def test_the_head_sees_each_query_alone(gallery):
 
 def test_the_live_head_follows_a_gallery_that_changes(model, gallery):
     first = gallery.search(CROPS[3:], head=True)
-    live = gallery._live
+    live = gallery._head._live
     assert len(live) == 3
     gallery.add(CROPS[3:], ids=["eve", "joe"])
     found = gallery.search(CROPS[3:], head=True, top=5)
     assert [row[0] for row in found.ids] == ["eve", "joe"]
-    assert found.searched == len(gallery._live) == 5
+    assert found.searched == len(gallery._head._live) == 5
     for way in ({"exact": False}, {"shortlist": 3}):
         quick = gallery.search(CROPS[3:], head=True, top=5, **way)
         assert quick.protocol == "quick"
@@ -92,7 +92,7 @@ def test_the_live_head_follows_a_gallery_that_changes(model, gallery):
     gallery.remove(["eve", "joe"])
     again = gallery.search(CROPS[3:], head=True)
     assert again.ids == first.ids
-    assert gallery._live is live
+    assert gallery._head._live is live
     np.testing.assert_allclose(again.scores, first.scores, atol=1e-5)
 
 

@@ -184,9 +184,9 @@ def test_a_state_is_taken_up_where_it_was_left(rule):
     live.build(people(150, 1))
     live.add(people(20, 4))
     _, other = opened(rule)
-    other.restore(live.state())
+    other.restore(np.concatenate([people(150, 1), people(20, 4)]), live.state())
     assert len(other) == 170
-    assert other.grown == live.grown
+    assert other.outdated == live.outdated
     near(other.ask(people(3, 2)), live.ask(people(3, 2)))
 
 
@@ -194,22 +194,58 @@ def test_a_state_that_does_not_fit_is_refused():
     _, live = opened()
     live.build(people(50, 1))
     state = live.state()
-    for wrong in ({**state, "unit": state["unit"][:-1]}, {k: v for k, v in state.items() if k != "names"}):
+    far = np.where(state["names"] == 1, 50, state["names"])
+    wrong = (
+        {"names": state["names"][:-1]},
+        {"scores": state["scores"][:, :-1]},
+        {"names": far},
+        {"other": state["gave"]},
+    )
+    for given in (*({**state, **one} for one in wrong), {k: v for k, v in state.items() if k != "center"}):
         with pytest.raises(DataError, match="state"):
-            opened()[1].restore(wrong)
+            opened()[1].restore(people(50, 1), given)
 
 
-def test_a_gallery_that_doubled_or_halved_has_grown():
+def test_landmarks_are_outdated_where_the_gallery_doubled_or_halved():
     _, live = opened()
     live.build(people(40, 1))
-    assert not live.grown
+    assert not live.outdated
     live.add(people(40, 2))
-    assert live.grown
+    assert live.outdated
     live.rebuild()
-    assert not live.grown
+    assert not live.outdated
     live.remove(np.arange(40))
-    assert live.grown
+    assert live.outdated
     assert len(live) == 40
+
+
+@pytest.mark.parametrize(("rule", "gave"), [("gated", 10), ("features", 100), ("affinity", 100)])
+def test_landmarks_are_outdated_where_one_of_their_images_is_gone(rule, gave):
+    _, live = opened(rule, landmarks=10)
+    live.build(people(100, 1))
+    at = np.flatnonzero(live._rows["gave"])
+    assert len(at) == gave
+    if rule == "gated":
+        live.remove(np.setdiff1d(np.arange(20), at))
+        assert not live.lost
+        at = np.flatnonzero(live._rows["gave"])
+    live.remove(at[:1])
+    assert live.lost
+    live.rebuild()
+    assert not live.outdated
+
+
+def test_images_added_one_by_one_do_not_copy_the_gallery():
+    _, live = opened()
+    live.build(people(400, 1))
+    bases = set()
+    for row in people(300, 2):
+        live.add(row[None])
+        bases.add(id(live._rows["unit"].base))
+    assert len(bases) <= 4
+    _, anew = opened()
+    anew.build(np.concatenate([people(400, 1), people(300, 2)]), live.landmarks)
+    near(live.ask(people(3, 5)), anew.ask(people(3, 5)))
 
 
 def test_rebuilt_landmarks_are_those_of_a_new_gallery():
