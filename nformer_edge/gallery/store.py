@@ -103,7 +103,7 @@ class Store:
             raise ArtifactError(str(self.path), "a link", "a plain file", "Pass the gallery's own folder.")
         with self._errors():
             if create is not None and not self.path.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder(self.path.parent)
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner's eyes alone
             self._sql = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False)
             for pragma in ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
@@ -112,6 +112,14 @@ class Store:
                 self._create(create, code)
             self._check(version)
             self._seen = self._version()
+
+    @staticmethod
+    def _make_folder(folder: Path) -> None:
+        """On the disk with its name: SQLite syncs the folder's content alone."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            fsync(path.parent)
 
     def _create(self, about: Mapping[str, object], code: GalleryCode) -> None:
         with self.writing():
@@ -128,9 +136,9 @@ class Store:
         found = [sql for (sql,) in self._sql.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL ORDER BY rowid")]
         version = self.get("format_version") if _TABLES[0] in found else None
         if isinstance(version, int) and self.get("kind") == "gallery" and version != expected:
-            hint = f"nformer-edge gallery upgrade {self.path.parent}"
-            hint = hint if version < FORMAT_VERSION else "Update nformer-edge."
-            hint = hint if expected == FORMAT_VERSION else "It needs none."
+            older = f"nformer-edge gallery upgrade {self.path.parent}"
+            hint = older if expected == FORMAT_VERSION else "It needs no upgrade."
+            hint = hint if version <= FORMAT_VERSION else "Update nformer-edge."
             raise ArtifactError(str(self.path), f"format version {version}", expected, hint)
         if found != [*_TABLES[: 4 if expected == 1 else 5]]:
             hint = "Check the path; restore it from a backup if it was one."
@@ -411,7 +419,7 @@ class Store:
         if out.exists():
             raise ArtifactError(str(folder), "a gallery there", "a new folder", "Choose another one.")
         with self._errors():
-            out.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(out.parent)
             part = out.with_suffix(".part")
             part.unlink(missing_ok=True)
             self._sql.execute("VACUUM INTO ?", (str(part),))

@@ -13,7 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from torture import corruption, hostile, interruption, signed
+from torture import corruption, gallery, hostile, interruption, signed
 from torture.artifacts import Kind, Workshop
 from torture.cases import DONE, Outcome, Row, attempt, run_row
 
@@ -63,6 +63,7 @@ def run(
         **signed.rows(workshop, kinds, 15 * each),
         **hostile.rows(workshop, kinds, sound),
         **interruption.rows(workshop, root),
+        **gallery.rows(root),
     }
     gc.collect()
     gc.freeze()

@@ -394,7 +394,7 @@ def test_a_gallery_of_the_first_format_is_upgraded_and_its_backup_still_fits(fol
         done = gallery.merge(tmp_path / "backup")
         assert (done.images, done.already, done.total) == (1, 299, 300)
         assert gallery.thumbnail(int(gallery._kept.here["key"][-1])) == b"7"
-    with pytest.raises(ArtifactError, match=r"version 2, expected 1. It needs none"):
+    with pytest.raises(ArtifactError, match=r"version 2, expected 1. It needs no upgrade"):
         upgrade(folder)
 
 
