@@ -1,17 +1,20 @@
-"""A gallery that changes (`nformer_edge.gallery.live`): what queries, additions and removals cost, and what is found.
+"""A gallery that changes (`nformer_edge.gallery`): what queries, additions and removals cost, and what is found.
 
 Times are of one run, all ways in turn, against float32 unit rows that are kept: `G @ q` and `argpartition`. The head
 starts from the split ``train`` of the store by the recipe of `market_head.py`, or as the gated default. Galleries of
 `--sizes` are made of random rows and lists: only their times mean anything.
 
-    python benchmarks/gallery.py market1501.npz --weights market1501 --model model.bundle -o gallery.json
-    python benchmarks/gallery.py msmt17.npz --weights msmt17 --rule affinity --sizes -o gallery_affinity.json
+    python benchmarks/gallery.py speed market1501.npz --weights market1501 --model model.bundle -o speed.json
+    python benchmarks/gallery.py accuracy msmt17.npz --weights msmt17 --rule affinity --sample 200 --exact 40 -o a.json
+    python benchmarks/gallery.py codes market1501.npz -o codes.json
+    python benchmarks/gallery.py kept market1501.npz --weights market1501 -o kept.json
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,6 +29,8 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
 from nformer_edge.core.values import JSON, to_json
+from nformer_edge.gallery.codes import CODES, Code, measure_codes, nearest_rows
+from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.metrics.distance import unit_rows
 from nformer_edge.metrics.ranking import evaluate
@@ -65,7 +70,7 @@ def in_turn(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[str, 
     return {name: [float(np.median(t[1:])), min(t[1:])] for name, t in times.items()}
 
 
-def asking(live: LiveHead, unit: np.ndarray, queries: np.ndarray, shortlists: tuple[int, ...]) -> dict:
+def asking_plainly(unit: np.ndarray, queries: np.ndarray) -> Callable[[int], object]:
     wanted = unit_rows(queries)
 
     def nearest(i: int) -> np.ndarray:
@@ -73,7 +78,11 @@ def asking(live: LiveHead, unit: np.ndarray, queries: np.ndarray, shortlists: tu
         best = np.argpartition(-scores, 10)[:10]
         return best[np.argsort(-scores[best])]
 
-    ways: dict[str, Callable[[int], object]] = {"G @ q, argpartition": nearest}
+    return nearest
+
+
+def asking(live: LiveHead, unit: np.ndarray, queries: np.ndarray, shortlists: tuple[int, ...]) -> dict:
+    ways: dict[str, Callable[[int], object]] = {"G @ q, argpartition": asking_plainly(unit, queries)}
     ways["quick"] = lambda i: live.ask(queries[i : i + 1])
     for count in shortlists:
         ways[f"shortlist {count}"] = lambda i, count=count: live.ask(queries[i : i + 1], among=count)
@@ -128,14 +137,23 @@ def against_pytorch(head: Head, live: LiveHead, gallery: np.ndarray, queries: np
     }
 
 
-def ranked(
-    query: Features, unit: np.ndarray, gallery: Features, ask: Callable[[np.ndarray], np.ndarray]
-) -> list[float]:
-    """mAP and Rank-1; who is not on the shortlist follows it by cosine."""
-    cosine = unit_rows(query.features) @ unit.T
-    scores = np.concatenate([ask(row[None]) for row in query.features])
+def ranked(query: Features, gallery: Features, scores: np.ndarray, cosine: np.ndarray) -> list[float]:
+    """mAP and Rank-1; who is not on a shortlist follows it by cosine."""
     found = evaluate(query, gallery, distances=np.where(np.isneginf(scores), 3 - cosine, 1 - scores))
     return [100 * found.mAP, 100 * float(found.cmc[0])]
+
+
+def compared(quick: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """How far the quick answer is from the exact one: what nothing bounds beforehand."""
+    off, best = np.abs(quick - exact), [np.argsort(-x, axis=1, kind="stable")[:, :10] for x in (quick, exact)]
+    same = [len(np.intersect1d(*pair)) / 10 for pair in zip(*best, strict=True)]
+    return {
+        "largest difference of a score": float(off.max()),
+        "mean difference": float(off.mean()),
+        "99.9 % of differences are below": float(np.quantile(off, 0.999)),
+        "overlap@10": float(np.mean(same)),
+        "same first match": float((best[0][:, 0] == best[1][:, 0]).mean()),
+    }
 
 
 def made(live: LiveHead, size: int) -> np.ndarray:
@@ -147,7 +165,7 @@ def made(live: LiveHead, size: int) -> np.ndarray:
     names = rng.integers(0, size, (size, state["names"].shape[1]), np.int32)
     names[:, 0] = np.arange(size)
     scores = np.broadcast_to(np.linspace(1, 0.2, names.shape[1], dtype=np.float32), names.shape)
-    live.restore({**state, "unit": rows, "length": np.ones(size, np.float32), "names": names, "scores": scores})
+    live.restore(rows, {**state, "gave": np.zeros(size, bool), "names": names, "scores": scores})
     for layer in range(1, live.spec.layers):
         live._rows[f"x{layer}"] = live._rows["unit"]
     live._rows["out"] = live._rows["unit"]
@@ -164,33 +182,28 @@ def table(title: str, times: dict[str, list[float]]) -> None:
     print(format_table([f"{title}: one query", "median ms", "least ms", "x the first", "x, least"], rows), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("--weights", choices=tuple(GATED), required=True)
-    parser.add_argument("--rule", choices=("gated", "features", "affinity"), default="gated")
-    parser.add_argument("--model", help="checkpoint, bundle or engine whose embedding is timed")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000], help="of made galleries")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sample", type=int, default=0, help="queries, evenly spaced, that are ranked all ways")
-    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time")
-    parser.add_argument("-o", "--output", required=True)
-    args = parser.parse_args()
-    sets = load_features(args.store)
-    query, gallery = sets["query"], sets["gallery"]
-    spec, config = HeadSpec.gated(gallery.features.shape[1]), GATED[args.weights]
+def headed(args: argparse.Namespace, sets: dict[str, Features]) -> tuple[Head, LiveHead]:
+    size = sets["gallery"].features.shape[1]
+    spec, config = HeadSpec.gated(size), GATED[args.weights]
     if args.rule != "gated":
         spec, config = RECIPES[args.weights][args.rule]
     head, _ = train_head([sets["train"]], spec, config)
-    live, queries = live_of(head), query.take(np.linspace(0, len(query) - 1, args.rounds).astype(int)).features
-    since = CLOCK()
+    return head, live_of(head)
+
+
+def evenly(query: Features, count: int) -> Features:
+    return query.take(np.linspace(0, len(query) - 1, count).astype(int))
+
+
+def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
+    query, gallery = sets["query"], sets["gallery"]
+    head, live = headed(args, sets)
+    queries, since = evenly(query, args.rounds).features, CLOCK()
     live.build(gallery.features)
     live.settle()
-    result: dict[str, JSON] = {"store": args.store, "weights": args.weights, "rule": args.rule}
-    result["clock"] = "cpu" if args.cpu_time else "wall"
-    result["build_seconds"] = CLOCK() - since
+    result: dict[str, JSON] = {"build_seconds": CLOCK() - since}
     rows_memory = sum(x.nbytes for x in live._rows.values()) / len(live)
-    result["bytes_a_row"] = {"features": 4 * spec.features, "state": rows_memory}
+    result["bytes_a_row"] = {"features": 4 * live.spec.features, "state": rows_memory}
     print(f"built {len(live):,} rows in {result['build_seconds']:.1f} s; {rows_memory:,.0f} bytes a row", flush=True)
     result["against_pytorch"] = to_json(
         against_pytorch(head, live, gallery.features, queries[:: max(args.rounds // 5, 1)])
@@ -203,28 +216,124 @@ def main() -> None:
     table(f"{len(live):,} rows", times[str(len(live))])
     result["upkeep_ms_an_image"] = to_json(upkeep(live, query.features, args.model))
     print(result["upkeep_ms_an_image"], flush=True)
-    if args.sample:
-        some = query.take(np.linspace(0, len(query) - 1, args.sample).astype(int))
-        accuracy = {"cosine": ranked(some, unit, gallery, lambda row: unit_rows(row) @ unit.T)}
-        accuracy["quick"] = ranked(some, unit, gallery, live.ask)
-        accuracy["exact"] = ranked(some, unit, gallery, lambda row: live.ask(row, exact=True))
-        for count in SHORTLISTS:
-            accuracy[f"shortlist {count}"] = ranked(
-                some, unit, gallery, lambda row, count=count: live.ask(row, among=count)
-            )
-        result["accuracy"], result["sample"] = to_json(accuracy), args.sample
-        print(
-            format_table(
-                [f"{args.sample} queries", "mAP", "Rank-1"],
-                [[n, *map("{:.1f}".format, a)] for n, a in accuracy.items()],
-            )
-        )
     for size in args.sizes if args.rule == "gated" else ():
         unit = made(live, size)
         times[str(size)] = in_turn(asking(live, unit, queries, SHORTLISTS[:2]), args.rounds)
         table(f"{size:,} rows", times[str(size)])
-    result |= {"one_query_ms": to_json(times), "machine": to_json(machine())}
-    atomic_write_json(args.output, result)
+    return result | {"one_query_ms": to_json(times)}
+
+
+def accuracy(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
+    gallery, _, live = sets["gallery"], *headed(args, sets)
+    live.build(gallery.features)
+    unit = unit_rows(gallery.features)
+    many, few = evenly(sets["query"], args.sample), evenly(sets["query"], args.exact or args.sample)
+    cosine = {id(some): unit_rows(some.features) @ unit.T for some in (many, few)}
+    ways: dict[str, tuple[Features, Callable[[np.ndarray], np.ndarray]]] = {
+        "quick": (many, live.ask),
+        "exact": (few, lambda row: live.ask(row, exact=True)),
+    }
+    if few is not many and len(few) < len(many):
+        ways["quick, the queries of exact"] = few, live.ask
+    for count in SHORTLISTS:
+        ways[f"shortlist {count}"] = many, lambda row, count=count: live.ask(row, among=count)
+    found = {"cosine": [len(many), *ranked(many, gallery, cosine[id(many)], cosine[id(many)])]}
+    scores = {}
+    for name, (some, ask) in ways.items():
+        since = time.process_time()
+        scores[name] = np.concatenate([ask(row[None]) for row in some.features])
+        found[name] = [len(some), *ranked(some, gallery, scores[name], cosine[id(some)])]
+        print(f"{name}: {found[name]}, {time.process_time() - since:.0f} s of CPU", flush=True)
+    rows = [[n, str(a[0]), f"{a[1]:.1f}", f"{a[2]:.1f}"] for n, a in found.items()]
+    print(format_table([f"{args.weights}, {args.rule}", "queries", "mAP", "Rank-1"], rows))
+    differs = compared(scores.get("quick, the queries of exact", scores["quick"]), scores["exact"])
+    print(differs)
+    return {"accuracy": to_json(found), "quick_against_exact": to_json(differs)}
+
+
+def codes(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
+    query, gallery = sets["query"], sets["gallery"]
+    unit, queries = unit_rows(gallery.features), evenly(query, args.rounds).features
+    ways = {"G @ q, argpartition": asking_plainly(unit, queries)}
+    for name in CODES:
+        code = Code.fit(name, gallery.features)
+        columns = code.encode(gallery.features)
+        columns |= code.complete(columns)
+        ways[name] = lambda i, c=code, held=columns: nearest_rows(c, held, queries[i : i + 1], 10)
+    times = in_turn(ways, args.rounds)
+    table(f"{len(gallery):,} images", times)
+    scores = measure_codes(query, gallery)
+    rows = [[s.code, f"{s.bytes_per_image:,}", f"{100 * s.mAP:.2f}", f"{100 * s.rank1:.2f}"] for s in scores]
+    print(format_table(["code", "bytes an image", "mAP", "Rank-1"], rows))
+    return {"one_query_ms": to_json(times), "codes": to_json(scores)}
+
+
+def kept(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
+    """A `Gallery` in memory and in a folder: searched without the head, changed, opened with and without a state."""
+    gallery, queries = sets["gallery"], evenly(sets["query"], args.rounds).features
+    head, live = headed(args, sets)
+    numbers, about = head_numbers(head), {"precision": {"backbone": "fp32"}, "checkpoint": "", "accuracy": None}
+    runner = SimpleNamespace(
+        **about, name="", backend="", spec=live.model, sha256="0" * 64, landmark_seed=0, has_head=True,
+        head_numbers=lambda: numbers,
+    )  # fmt: skip
+    bare = Features(gallery.features, gallery.pids, gallery.camids)
+    result: dict[str, JSON] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        memory, disk = Gallery(runner), Gallery(runner, folder)
+        ways = {"G @ q, argpartition": asking_plainly(unit_rows(gallery.features), queries)}
+        for name, place in (("in memory", memory), ("in a folder", disk)):
+            place.add(bare)
+            ways[name] = lambda i, place=place: place.search(Features(queries[i : i + 1]), head=False)
+        times = in_turn(ways, args.rounds)
+        table(f"{len(gallery):,} images, no head", times)
+        result["one_query_ms"] = to_json(times)
+        for name, place in (("in memory", memory), ("in a folder", disk)):
+            new = [Features(queries[:32], ids=tuple(f"new {i}" for _ in queries[:32])) for i in range(args.rounds)]
+            added = in_turn({"add": lambda i, place=place, new=new: place.add(new[i])}, args.rounds)["add"]
+            gone = in_turn({"remove": lambda i, place=place: _forget(place, i)}, args.rounds)["remove"]
+            result[f"32 images {name}, ms"] = {"add": added, "remove": gone}
+        query = Features(queries[:1])
+        for name in ("open and search, all related", "open and search, state on the disk"):
+            disk.close()
+            since = CLOCK()
+            disk = Gallery(runner, folder)
+            disk.search(query, head=True, exact=False)
+            result[f"{name}, s"] = CLOCK() - since
+        result["file_mib"] = disk.stats().disk_mib
+        disk.close()
+    print({name: value for name, value in result.items() if name != "one_query_ms"})
+    return result
+
+
+def _forget(place: Gallery, i: int) -> None:
+    if f"new {i}" in place.people():
+        place.remove(f"new {i}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for run in (speed, accuracy, codes, kept):
+        command = commands.add_parser(run.__name__)
+        command.set_defaults(run=run)
+        command.add_argument("store")
+        command.add_argument("--rounds", type=int, default=20)
+        command.add_argument("--cpu-time", action="store_true", help="measure CPU time")
+        command.add_argument("-o", "--output", required=True)
+        if run is not codes:
+            command.add_argument("--weights", choices=tuple(GATED), required=True)
+            command.add_argument("--rule", choices=("gated", "features", "affinity"), default="gated")
+    of = commands.choices
+    of["speed"].add_argument("--model", help="checkpoint, bundle or engine whose embedding is timed")
+    of["speed"].add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000], help="of made galleries")
+    of["accuracy"].add_argument("--sample", type=int, default=600, help="queries, evenly spaced")
+    of["accuracy"].add_argument("--exact", type=int, help="queries that are also asked exactly (default: all of them)")
+    args = parser.parse_args()
+    asked = {name: value for name, value in vars(args).items() if name not in ("run", "output", "cpu_time")}
+    result = args.run(args, load_features(args.store))
+    clock = "cpu" if args.cpu_time else "wall"
+    atomic_write_json(args.output, to_json({**asked, "clock": clock, **result, "machine": machine()}))
 
 
 if __name__ == "__main__":

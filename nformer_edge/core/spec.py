@@ -16,6 +16,9 @@ Neck = Literal["bnneck", "bn", "fc", "none"]
 Pooling = Literal["avg", "gem"]
 LastStride = Literal[1, 2]
 Stem = Literal["standard", "no_relu", "ceil_pool"]
+#: How a gallery keeps what the head computed of its rows in memory (`gallery.live`).
+HeadState = Literal["fp32", "fp16", "int8"]
+
 NeighborRule = Literal["features", "affinity", "gated"]
 InputScale = Literal["unit", "sqrt_dim", "none"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError
 from nformer_edge.core.features import Features
+from nformer_edge.core.spec import HeadState
 from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.live import LiveHead
@@ -26,10 +27,11 @@ class Following:
 
     Args:
         kept: the gallery's images.
+        head_state: see `LiveHead`.
     """
 
-    def __init__(self, kept: Kept) -> None:
-        self._kept, self._lock = kept, threading.Lock()
+    def __init__(self, kept: Kept, head_state: HeadState = "fp32") -> None:
+        self._kept, self._head_state, self._lock = kept, head_state, threading.Lock()
         self._live: LiveHead | None = None
         self._seen: Held | None = None  # what `_live` knows; None: nothing, or it failed half way
         self._saved: Held | None = None
@@ -78,7 +80,7 @@ class Following:
             self._save()
 
     def _open(self) -> LiveHead:
-        return LiveHead.open(self._kept.require_model("search"))
+        return LiveHead.open(self._kept.require_model("search"), kept=self._head_state)
 
     def _followed(self, held: Held) -> LiveHead:
         live, before = self._live or self._open(), self._seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+import typing
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, check_features, check_range, labels_of
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.core.spec import GalleryCode, check_at_least
+from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice
 from nformer_edge.core.values import JSON, Table, to_json
 from nformer_edge.gallery import upkeep
 from nformer_edge.gallery.codes import best_scored
@@ -66,6 +67,8 @@ class Gallery:
             with another model.
         audit: of a new gallery: log each search.
         create: make a gallery where the folder has none; without a `runner` none is made.
+        head_state: how the head's rows are kept in memory, ``fp32``, ``fp16`` or ``int8``: smaller ones take longer to
+            search (docs/gallery.md).
 
     Raises:
         ArtifactError: for a file that is damaged or of another version; where there is none and none is made.
@@ -81,9 +84,11 @@ class Gallery:
         thumbnails: bool = False,
         audit: bool = False,
         create: bool = True,
+        head_state: HeadState = "fp32",
     ) -> None:
+        check_choice("head_state", head_state, typing.get_args(HeadState))
         self._kept = Kept(runner, path, code, thumbnails=thumbnails, audit=audit, create=create)
-        self._head = Following(self._kept)
+        self._head = Following(self._kept, head_state)
 
     def __enter__(self) -> Gallery:
         return self

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from nformer_edge.backends.runner import Runner, check_head_input, require_head
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
-from nformer_edge.core.spec import HeadSpec, ModelSpec
+from nformer_edge.core.spec import HeadSpec, HeadState, ModelSpec, check_choice
 from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
 from nformer_edge.ops.contract import NO_NEIGHBOR, draw_landmarks, gates_for
@@ -53,13 +54,16 @@ class LiveHead:
         spec: of the model.
         numbers: the head's weights, by their names in the checkpoint.
         seed: of the landmarks.
+        kept: what layers computed of each row is kept in four, two or one byte a number (INT8: with a scale a row).
+            Lists, and what they are chosen by, are FP32.
     """
 
     #: Per-row arrays that `state` has; the others follow from them and the features.
     KEPT: ClassVar[tuple[str, ...]] = ("gave", "names", "scores")
 
-    def __init__(self, spec: ModelSpec, numbers: Mapping[str, np.ndarray], seed: int) -> None:
-        self.model, self.spec, self.seed = spec, require_head(spec), seed
+    def __init__(self, spec: ModelSpec, numbers: Mapping[str, np.ndarray], seed: int, kept: HeadState = "fp32") -> None:
+        check_choice("head_state", kept, typing.get_args(HeadState))
+        self.model, self.spec, self.seed, self.kept = spec, require_head(spec), seed, kept
         self.numbers = self._made = {name: np.array(x, np.float32) for name, x in numbers.items()}
         self._rows: dict[str, np.ndarray] = {}  # of each N + 1 rows: the last is a query's, while it is asked exactly
         self._room: dict[str, np.ndarray] = {}  # what they are the first rows of, so that few additions copy nothing
@@ -72,7 +76,7 @@ class LiveHead:
         self._allocate(0)
 
     @classmethod
-    def open(cls, model: Runner, seed: int | None = None) -> LiveHead:
+    def open(cls, model: Runner, seed: int | None = None, kept: HeadState = "fp32") -> LiveHead:
         """The live form of an open model's head, without rows; `seed` of the landmarks, the model's own if None.
 
         Raises:
@@ -87,7 +91,7 @@ class LiveHead:
             hint = "Export it again: nformer-edge export CHECKPOINT -o BUNDLE; an engine is then built from that."
             raise ArtifactError(model.name, "no live form of its head", "one, to keep a gallery", hint)
         live = GatedLive if head.rule == "gated" else NFormerLive
-        return live(model.spec, numbers, model.landmark_seed if seed is None else seed)
+        return live(model.spec, numbers, model.landmark_seed if seed is None else seed, kept)
 
     def __len__(self) -> int:
         return len(self._moved)
@@ -243,6 +247,11 @@ class LiveHead:
         return {**found, "names": (lists, np.int32), "gave": ((), np.bool_)}
 
     @property
+    def _computed(self) -> tuple[str, ...]:
+        """Names of the per-row arrays that layers computed and no list is chosen by, of numbers of like size a row."""
+        return ("out", *(f"x{layer}" for layer in range(1, self.spec.layers)))
+
+    @property
     def _given(self) -> tuple[str, ...]:
         """Names of what the landmarks give."""
         raise NotImplementedError
@@ -320,7 +329,12 @@ class LiveHead:
     def _allocate(self, size: int) -> None:
         """Room for `size` rows and a query; rows that are there stay."""
         held = len(self)
-        for name, (shape, kind) in self._shapes().items():
+        shapes = self._shapes()
+        if self.kept != "fp32":
+            small: type = np.float16 if self.kept == "fp16" else np.int8
+            shapes |= {name: (shapes[name][0], small) for name in self._computed}
+            shapes |= {f"{name}.scale": ((), np.float32) for name in self._computed if small is np.int8}
+        for name, (shape, kind) in shapes.items():
             room = self._room.get(name)
             if room is None or len(room) <= size:
                 room = np.empty((size + 1 + (size // 4 if held else 0), *shape), kind)
@@ -334,7 +348,11 @@ class LiveHead:
     def _put(self, name: str, rows: np.ndarray, values: np.ndarray, size: int, still: float = 0.0) -> np.ndarray:
         """Sets rows [P] of an array, those that moved more than `still`. Returns which did, bool [size]."""
         array = self._rows[name]
-        before = array[rows]
+        if array.dtype == np.int8 and values.dtype != np.int8:
+            scale = np.maximum(np.abs(values).max(axis=1) / 127, np.finfo(np.float32).tiny)
+            moved = self._put(f"{name}.scale", rows, scale, size, still / 127)
+            return moved | self._put(name, rows, np.rint(values / scale[:, None]).astype(np.int8), size)
+        before, values = array[rows], values.astype(array.dtype, copy=False)
         differs = ~(np.abs(before - values) <= still) if still else before != values
         moved = differs.any(axis=tuple(range(1, differs.ndim)))
         changed = rows[moved]
@@ -344,6 +362,19 @@ class LiveHead:
         mask = np.zeros(size, bool)
         mask[changed] = True
         return mask
+
+    def _read(self, name: str, at: slice | np.ndarray) -> np.ndarray:
+        """Rows of an array, float32."""
+        rows = self._rows[name][at]
+        if rows.dtype == np.int8:
+            return rows * self._rows[f"{name}.scale"][at][..., None]
+        return rows.astype(np.float32, copy=False)
+
+    def _scored(self, x: np.ndarray, size: int) -> np.ndarray:  # [B, D] -> [B, size]
+        """Products of queries, as the layers leave them, with the first rows."""
+        if self.kept == "fp32":
+            return x @ self._rows["out"][:size].T
+        return np.hstack([x @ self._read("out", part).T for part in row_blocks(size, BLOCK)])
 
     # Lists.
 
@@ -467,7 +498,7 @@ class LiveHead:
             moved = np.zeros(size + 1, bool)
             moved[rows] = moved[size] = True
             self._spread(size + 1, moved)
-            return self._rows["out"][:size] @ self._rows["out"][size]
+            return self._scored(self._read("out", row), size)
         finally:
             for name, changed, before in reversed(self._undo):
                 self._rows[name][changed] = before
@@ -482,6 +513,7 @@ class LiveHead:
         else:
             at = np.unique(self._positions(among))
         few = copy.copy(self)
+        few.kept = "fp32"
         few._rows, few._room, few._moved, size = {}, {}, np.zeros(0, bool), len(at) + 1
         few._allocate(size)
         for name, x in asked.items():

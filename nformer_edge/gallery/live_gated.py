@@ -70,7 +70,7 @@ class GatedLive(LiveHead):
         x, differs, profiles = self._rows["unit"][:size], np.zeros(size, bool), moved
         for layer in range(self.spec.layers):
             if layer:
-                x, profiles = self._rows[f"x{layer}"][:size], moved | differs | differs[places].any(axis=1)
+                x, profiles = self._read(f"x{layer}", slice(size)), moved | differs | differs[places].any(axis=1)
                 rows = np.flatnonzero(profiles)
                 scores = native.pair_scores(x[rows][None], x[None], np.ascontiguousarray(places[rows])[None])[0]
                 self._put(f"profile{layer}", rows, _profile(scores.astype(np.float32)), size)
@@ -121,20 +121,20 @@ class GatedLive(LiveHead):
         image = near[query, place]  # gallery rows that hold the query for a neighbor, as it holds them
         rows = self._rows["unit"][near]  # [B, k, D], as each query changes them
         for layer in range(self.spec.layers):
-            before = self._rows[f"x{layer}" if layer else "unit"][:size]
             if layer:
-                profile = _profile(native.pair_scores(x[None], before[None], places[None], threads=1)[0])
+                theirs = np.einsum("bd,bpd->bp", x, self._read(f"x{layer}", places))
+                profile = _profile(np.where(places >= 0, theirs, -np.float32(np.inf)))
             t = self._thresholds(layer, profile)
             weights = self._weights(layer, x, rows, t, near, counts)
             y = np.einsum("bk,bkd->bd", weights, rows)
-            pulled = self._sums(layer, image, before) + weights[query, place, None] * x[query]
+            pulled = self._sums(layer, image) + weights[query, place, None] * x[query]
             joined = self._joined(layer, rows[query, place], pulled)
             if layer + 1 < self.spec.layers:
-                rows = self._rows[f"x{layer + 1}"][near]
+                rows = self._read(f"x{layer + 1}", near)
                 rows[query, place] = joined
             x = self._joined(layer, x, y)
         x = self._output(x, asked["unit"])
-        found = x @ self._rows["out"][:size].T
+        found = self._scored(x, size)
         moved = self._output(joined, self._rows["unit"][image])
         found[query, image] = np.einsum("pd,pd->p", moved, x[query])
         return found
@@ -145,11 +145,12 @@ class GatedLive(LiveHead):
         over = np.einsum("pd,pkd->pk", x, rows) - (t[:, None] + self._rows[f"t{layer}"][near]) / 2
         return (_sigmoid(self._slope(layer) * over) * counts).astype(np.float32)
 
-    def _sums(self, layer: int, rows: np.ndarray, x: np.ndarray) -> np.ndarray:  # [P], [N, D] -> [P, D]
+    def _sums(self, layer: int, rows: np.ndarray) -> np.ndarray:  # [P] -> [P, D]
         """What the neighbors of few rows give them."""
+        x = f"x{layer}" if layer else "unit"
         near = self._rows["names"][rows, : self.spec.k + 1]
-        theirs, counts = x[near], (near >= 0) & (near != rows[:, None])
-        weights = self._weights(layer, x[rows], theirs, self._rows[f"t{layer}"][rows], near, counts)
+        theirs, counts = self._read(x, near), (near >= 0) & (near != rows[:, None])
+        weights = self._weights(layer, self._read(x, rows), theirs, self._rows[f"t{layer}"][rows], near, counts)
         return np.einsum("pk,pkd->pd", weights, theirs)
 
     # The head's numbers.

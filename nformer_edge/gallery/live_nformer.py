@@ -53,6 +53,13 @@ class NFormerLive(LiveHead):
         return {"unit": unit(entered), "length": np.linalg.norm(entered, axis=1)}
 
     @property
+    def _computed(self) -> tuple[str, ...]:
+        heads = [f"{layer}.{h}" for layer in range(self.spec.layers) for h in range(self.spec.heads)]
+        if self._anew:  # lists follow from all else
+            return ("out", *(f"v{head}" for head in heads))
+        return (*super()._computed, *(f"{name}{head}" for name in "abv" for head in heads))
+
+    @property
     def _given(self) -> tuple[str, ...]:
         both = ("k",) if self.spec.landmarks > self.spec.features // self.spec.heads else ("k", "q")
         return tuple(f"{name}{layer}" for name in both for layer in range(self.spec.layers))
@@ -110,7 +117,7 @@ class NFormerLive(LiveHead):
                 rows = np.flatnonzero(met | differs | (differs[mutual] & (mutual >= 0)).any(axis=1))
             y = []
             for h in range(spec.heads):
-                a, b, v = (self._rows[f"{name}{layer}.{h}"][None, :size] for name in "abv")
+                a, b, v = (self._read(f"{name}{layer}.{h}", slice(size))[None] for name in "abv")
                 if self._anew:
                     near = self._choose(layer, h, a, b)
                 y.append(native.reciprocal_neighbor_attention(a, b, v, near[None], rows=rows)[0])
@@ -152,11 +159,11 @@ class NFormerLive(LiveHead):
                     near, mutual = self._met(
                         a[h], b[h], self._rows[f"b{layer}.{h}"][:size], theirs, f"last{layer}.{h}", spec.k
                     )
-                keys = np.concatenate([self._rows[f"b{layer}.{h}"][near], b[h][:, None]], axis=1)
-                values = np.concatenate([self._rows[f"v{layer}.{h}"][near], v[h][:, None]], axis=1)
+                keys = np.concatenate([self._read(f"b{layer}.{h}", near), b[h][:, None]], axis=1)
+                values = np.concatenate([self._read(f"v{layer}.{h}", near), v[h][:, None]], axis=1)
                 y.append(_attended(a[h], keys, values, mutual))
             x = self._after(layer, x, np.hstack(y))
-        return self._neck(x) @ self._rows["out"][:size].T
+        return self._scored(self._neck(x), size)
 
     def _met(
         self, a: np.ndarray, b: np.ndarray, columns: np.ndarray, rows: np.ndarray, last: str, k: int
@@ -194,7 +201,7 @@ class NFormerLive(LiveHead):
     def _x(self, layer: int, rows: np.ndarray) -> np.ndarray:  # [P] -> [P, D]
         """What a layer sees."""
         if layer:
-            return self._rows[f"x{layer}"][rows]
+            return self._read(f"x{layer}", rows)
         return self._scaled(self._rows["unit"][rows], self._rows["length"][rows])
 
     def _projected(self, name: str, x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.features import Features
 from nformer_edge.core.signature import required
-from nformer_edge.core.spec import GalleryCode
+from nformer_edge.core.spec import GalleryCode, HeadState
 from nformer_edge.gallery.embed import embed_images
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.images import Images
@@ -69,6 +69,7 @@ class Model:
         thumbnails: bool = False,
         audit: bool = False,
         create: bool = True,
+        head_state: HeadState = "fp32",
     ) -> Gallery:
         """A gallery of this model: an empty one in memory, or the one in a folder, which is made where there is none.
 
@@ -78,12 +79,15 @@ class Model:
             thumbnails: of a new gallery: keep a small picture of each image, for `Gallery.migrate`.
             audit: of a new gallery: log each search.
             create: make a gallery where the folder has none.
+            head_state: how the head's rows are kept in memory, ``fp32``, ``fp16`` or ``int8``.
 
         Raises:
             ArtifactError: for a file that is damaged, of another version or something else, or that is not there.
             DataError: for a gallery of another model or preprocessing.
         """
-        return Gallery(self.runner, path, code=code, thumbnails=thumbnails, audit=audit, create=create)
+        return Gallery(
+            self.runner, path, code=code, thumbnails=thumbnails, audit=audit, create=create, head_state=head_state
+        )
 
 
 def open(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def folder(road: Path, tmp_path_factory: pytest.TempPathFactory, request) -> Pat
     for name in ("Market-1501-v15.09.15", "market1501", "DIR"):
         (here / name).symlink_to(road / "data")
     shutil.copytree(road / "data" / "bounding_box_test", here / "crops")
+    for i, image in enumerate(sorted((road / "data" / "bounding_box_test").glob("*.jpg"))[:8]):
+        (here / "by-person" / f"person {7 + i // 4}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, here / "by-person" / f"person {7 + i // 4}")
     shutil.copy(next(iter(sorted((road / "data" / "query").iterdir()))), here / "person.jpg")
     shutil.copy(road / "model.safetensors", here / "model.safetensors")
     for name, made in (("bundle", "bundle"), ("engine", "int8")):
@@ -44,14 +48,14 @@ def folder(road: Path, tmp_path_factory: pytest.TempPathFactory, request) -> Pat
 def toy(words: list[str]) -> list[str]:
     """A command of the docs at toy size; flags that come twice count last."""
     replaced, added = TOY.get(words[1], ((), ""))
-    line = " ".join(words[1:])
+    line = shlex.join(words[1:])
     for pattern, new in replaced:
         line = re.sub(pattern, new, line)
     if "--features" in line:  # the model is what the store says
         added = "--preset demo --head-epochs 1"
     if words[1] in ("train", "import", "export", "build-engine", "prepare"):  # blocks share one folder
         added += " --force"
-    return [*line.split(), *added.split()]
+    return [*shlex.split(line), *added.split()]
 
 
 @pytest.mark.parametrize("block", ALL, ids=str)

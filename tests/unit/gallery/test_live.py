@@ -29,7 +29,9 @@ def people(count: int, seed: int, shots: int = 6) -> np.ndarray:
     return (centers + 0.6 * rng.standard_normal((count, FEATURES))).astype(np.float32)
 
 
-def opened(rule: str = "gated", landmarks: int = 40, seed: int = 0, **spec: object) -> tuple[torch.nn.Module, LiveHead]:
+def opened(
+    rule: str = "gated", landmarks: int = 40, seed: int = 0, kept: str = "fp32", **spec: object
+) -> tuple[torch.nn.Module, LiveHead]:
     """A head with weights of some size, and its live form."""
     torch.manual_seed(seed)
     layers, heads = (2, 1) if rule == "gated" else (3, 2)
@@ -47,7 +49,7 @@ def opened(rule: str = "gated", landmarks: int = 40, seed: int = 0, **spec: obje
             x.data += 0.1 * torch.randn_like(x) * (1 if x.ndim > 1 else 0.3)
     model = ModelSpec(BackboneSpec("osnet_x0_25", features=FEATURES), size)
     runner = SimpleNamespace(name="m", spec=model, landmark_seed=3, head_numbers=lambda: head_numbers(head))
-    return head, LiveHead.open(runner)
+    return head, LiveHead.open(runner, kept=kept)
 
 
 @torch.inference_mode()
@@ -312,3 +314,38 @@ def test_a_bundle_has_its_checkpoint_s_live_head(tiny_bundle, tiny_checkpoint):
         live.build(rows[:, : live.spec.features])
         found.append(live.ask(rows[:2, : live.spec.features]))
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(("kept", "tolerance"), [("fp16", 2e-3), ("int8", 3e-2)])
+@pytest.mark.parametrize("rule", ["gated", "features", "affinity"])
+def test_a_smaller_state_answers_nearly_the_same_through_changes(rule, kept, tolerance):
+    (_, whole), (_, small) = opened(rule), opened(rule, kept=kept)
+    found, sizes = {}, {}
+    for name, live in (("whole", whole), ("small", small)):
+        live.build(people(150, 1))
+        live.ask(people(2, 2), exact=True)
+        live.add(people(30, 3))
+        live.remove(np.arange(0, 60, 3))
+        found[name] = [live.ask(people(4, 5), exact=exact) for exact in (False, True)]
+        found[name].append(live.ask(people(2, 5), among=30))
+        sizes[name] = sum(x.nbytes for x in live._rows.values())
+    for one, other in zip(found["whole"], found["small"], strict=True):
+        both = np.isfinite(one)
+        assert (both == np.isfinite(other)).all()
+        near(one[both], other[both], tolerance)
+    assert np.abs(found["whole"][0] - found["small"][0]).max() > 1e-6
+    assert sizes["small"] < sizes["whole"]
+
+
+def test_an_exact_query_leaves_a_smaller_state_as_it_was():
+    _, live = opened(kept="int8")
+    live.build(people(120, 1))
+    live.settle()
+    before = {name: x.copy() for name, x in live._rows.items()}
+    live.ask(people(3, 2), exact=True)
+    assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
+
+
+def test_a_state_of_another_kind_is_refused():
+    with pytest.raises(UsageError, match="head_state"):
+        opened(kept="bf16")
