@@ -27,7 +27,7 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.core.artifact import atomic_write_json
 from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
-from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, HeadState, ModelSpec
 from nformer_edge.core.values import JSON, to_json
 from nformer_edge.gallery.codes import CODES, Code, measure_codes, nearest_rows
 from nformer_edge.gallery.gallery import Gallery
@@ -53,10 +53,10 @@ GATED = {
 }
 
 
-def live_of(head: Head) -> LiveHead:
+def live_of(head: Head, kept: HeadState = "fp32") -> LiveHead:
     model = ModelSpec(BackboneSpec(features=head.spec.features), head.spec)
     numbers = head_numbers(head)
-    return LiveHead.open(SimpleNamespace(name="", spec=model, landmark_seed=0, head_numbers=lambda: numbers))
+    return LiveHead.open(SimpleNamespace(name="", spec=model, landmark_seed=0, head_numbers=lambda: numbers), kept=kept)
 
 
 def in_turn(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
@@ -191,6 +191,19 @@ def headed(args: argparse.Namespace, sets: dict[str, Features]) -> tuple[Head, L
     return head, live_of(head)
 
 
+def smaller_states(head: Head, live: LiveHead, gallery: np.ndarray) -> dict[str, LiveHead]:
+    """The same gallery with the head's rows in fewer bytes."""
+    found = {kept: live_of(head, kept) for kept in ("fp16", "int8")}
+    for one in found.values():
+        one.restore(gallery, live.state())
+        one.settle()
+    return found
+
+
+def bytes_a_row(live: LiveHead) -> int:
+    return sum(x[0].nbytes for x in live._rows.values())
+
+
 def evenly(query: Features, count: int) -> Features:
     return query.take(np.linspace(0, len(query) - 1, count).astype(int))
 
@@ -202,9 +215,10 @@ def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON
     live.build(gallery.features)
     live.settle()
     result: dict[str, JSON] = {"build_seconds": CLOCK() - since}
-    rows_memory = sum(x.nbytes for x in live._rows.values()) / len(live)
-    result["bytes_a_row"] = {"features": 4 * live.spec.features, "state": rows_memory}
-    print(f"built {len(live):,} rows in {result['build_seconds']:.1f} s; {rows_memory:,.0f} bytes a row", flush=True)
+    smaller = smaller_states(head, live, gallery.features)
+    sizes = {name: bytes_a_row(one) for name, one in {"fp32": live, **smaller}.items()}
+    result["bytes_a_row"] = {"features": 4 * live.spec.features, "state": to_json(sizes)}
+    print(f"built {len(live):,} rows in {result['build_seconds']:.1f} s; bytes a row: {sizes}", flush=True)
     result["against_pytorch"] = to_json(
         against_pytorch(head, live, gallery.features, queries[:: max(args.rounds // 5, 1)])
     )
@@ -212,6 +226,8 @@ def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON
     unit = unit_rows(gallery.features)
     ways = asking(live, unit, queries, SHORTLISTS)
     ways["exact"] = lambda i: live.ask(queries[i : i + 1], exact=True)
+    for name, one in smaller.items():
+        ways[f"quick, {name} state"] = lambda i, one=one: one.ask(queries[i : i + 1])
     times = {str(len(live)): in_turn(ways, args.rounds)}
     table(f"{len(live):,} rows", times[str(len(live))])
     result["upkeep_ms_an_image"] = to_json(upkeep(live, query.features, args.model))
@@ -224,7 +240,7 @@ def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON
 
 
 def accuracy(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
-    gallery, _, live = sets["gallery"], *headed(args, sets)
+    gallery, head, live = sets["gallery"], *headed(args, sets)
     live.build(gallery.features)
     unit = unit_rows(gallery.features)
     many, few = evenly(sets["query"], args.sample), evenly(sets["query"], args.exact or args.sample)
@@ -235,6 +251,9 @@ def accuracy(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, J
     }
     if few is not many and len(few) < len(many):
         ways["quick, the queries of exact"] = few, live.ask
+    smaller = smaller_states(head, live, gallery.features)
+    for name, one in smaller.items():
+        ways[f"quick, {name} state"] = many, one.ask
     for count in SHORTLISTS:
         ways[f"shortlist {count}"] = many, lambda row, count=count: live.ask(row, among=count)
     found = {"cosine": [len(many), *ranked(many, gallery, cosine[id(many)], cosine[id(many)])]}
@@ -248,7 +267,9 @@ def accuracy(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, J
     print(format_table([f"{args.weights}, {args.rule}", "queries", "mAP", "Rank-1"], rows))
     differs = compared(scores.get("quick, the queries of exact", scores["quick"]), scores["exact"])
     print(differs)
-    return {"accuracy": to_json(found), "quick_against_exact": to_json(differs)}
+    sizes = {name: bytes_a_row(one) for name, one in {"fp32": live, **smaller}.items()}
+    print("bytes a row", sizes)
+    return {"accuracy": to_json(found), "quick_against_exact": to_json(differs), "bytes_a_row": to_json(sizes)}
 
 
 def codes(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON]:
