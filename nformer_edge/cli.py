@@ -748,7 +748,7 @@ def _report(args: Args) -> None:
 
 _calls(
     "targets.kit:write_kit", "kit", "what a program of others needs around a model: configuration, source, README",
-    _option("name", metavar="NAME", help="triton"), MODEL, _new("DIR"), FORCE,
+    _option("name", metavar="NAME", help="triton | cpp | web | deepstream | docker"), MODEL, _new("DIR"), FORCE,
 )
 
 

@@ -23,7 +23,7 @@ static uint64_t nformer_multiply_high(uint64_t a, uint32_t b) {
 
 /* out [layers][count]: indices below num_images (at least 1, below 2^31), for the seed in the manifest (`landmark_seed`).
    touched: room for 2 * count places. */
-static void nformer_landmarks(uint32_t num_images, int layers, int count, uint64_t seed, int32_t *out, int32_t *touched) {
+static inline void nformer_landmarks(uint32_t num_images, int layers, int count, uint64_t seed, int32_t *out, int32_t *touched) {
   for (int layer = 0; layer < layers; ++layer, out += count) {
     uint64_t state = seed + ((uint64_t)layer << 32) + num_images;
     int used = 0;
@@ -94,7 +94,7 @@ static void nformer_pass(const uint8_t *from, uint8_t *to, int lines, size_t fro
 
 /* pixels [height][width][3] to out [out_height][out_width][3], to the bit as Pillow 13's BILINEAR: down before across
    where the height shrinks by more than the width. Returns 0, or -1 where memory ran out. */
-static int nformer_resize(const uint8_t *pixels, int width, int height, uint8_t *out, int out_width, int out_height) {
+static inline int nformer_resize(const uint8_t *pixels, int width, int height, uint8_t *out, int out_width, int out_height) {
   const int down_first = height > out_height && (int64_t)height * out_width > (int64_t)width * out_height;
   const size_t in_line = 3 * (size_t)width, out_line = 3 * (size_t)out_width;
   nformer_window *across = (nformer_window *)calloc((size_t)out_width, sizeof *across);
@@ -117,7 +117,7 @@ static int nformer_resize(const uint8_t *pixels, int width, int height, uint8_t 
 
 /* pixels [height][width][3], RGB, to the backbone's input [3][height][width]; mean and std as in the manifest, whose
    order of channels they have (bgr: 1 where it says BGR). */
-static void nformer_normalize(const uint8_t *pixels, int width, int height, const float mean[3], const float std[3], int bgr,
+static inline void nformer_normalize(const uint8_t *pixels, int width, int height, const float mean[3], const float std[3], int bgr,
                               float *out) {
   const size_t plane = (size_t)width * height;
   for (int c = 0; c < 3; ++c) {
