@@ -164,8 +164,8 @@ def _deepstream(model: ModelFiles) -> Filling:
 
 _PLAN = "The plan is built for one GPU and one TensorRT version; DeepStream must have the same (9.2: 10.16)."
 _NO_PLAN = (
-    "At the first start TensorRT builds a plan in FP16 beside the ONNX file, which takes minutes. Nothing checks it: compare "
-    "features of some crops with those of `nformer-edge embed`."
+    "At the first start TensorRT builds a plan in FP16 beside the ONNX file, which takes minutes. Nothing checks it: "
+    "compare features of some crops with those of `nformer-edge embed`."
 )
 
 
@@ -175,8 +175,8 @@ def _loss(preprocess: PreprocessSpec) -> str:
     if len(set(preprocess.std)) == 1:
         return "Here the three channels have one deviation: nothing is lost."
     return (
-        "It has one scale for three channels: their mean stands here, for a cosine of 0.995 (mean) and 0.977 (min) to the "
-        "exact features (OSNet x0.25, Market-1501). A bundle of `export --input uint8` loses nothing."
+        "It has one scale for three channels, here of their mean deviation: a cosine of 0.995 (mean) and 0.977 (min) to "
+        "the exact features (OSNet x0.25, Market-1501). A bundle of `export --input uint8` loses nothing."
     )
 
 

@@ -5,12 +5,13 @@ const [executablePath, address, screenshot, ...pictures] = process.argv.slice(2)
 async function main() {
   const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu"] });
   const page = await browser.newPage({ viewport: { width: 900, height: 700 } });
+  page.setDefaultTimeout(240000);
   const wrong = [], elsewhere = [];
   page.on("pageerror", error => wrong.push(error.message));
   page.on("console", message => message.type() === "error" && wrong.push(message.text()));
   page.on("request", request => /^(blob|data):/.test(request.url()) || request.url().startsWith(address) || elsewhere.push(request.url()));
   await page.goto(address);
-  await page.waitForFunction(() => /in the gallery|Error/.test(document.getElementById("said").textContent), null, { timeout: 120000 });
+  await page.waitForFunction(() => /in the gallery|Error/.test(document.getElementById("said").textContent));
   const said = [await page.textContent("#said")], matches = [], features = [];
   if (!said[0].startsWith("Error"))
     for (const picture of pictures) {

@@ -64,7 +64,7 @@ def seen(kit, folder, *pictures):
     script = Path(__file__).with_name("kit_page.cjs")
     with served(kit) as address:
         command = ["node", script, shutil.which("chromium"), address, folder / "page.png", *pictures]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
