@@ -138,9 +138,9 @@ def _deepstream(model: ModelFiles) -> Filling:
         got = f"an engine for {model.manifest.backend}" if not plan else "a plan that takes uint8"
         hint = "Pass the bundle: DeepStream builds its own plan."
         raise UsageError("model", got, "a bundle, or a TensorRT engine that takes float32", hint)
-    scale, offsets = 1.0, (0.0, 0.0, 0.0)
+    scale, offsets = 1.0, [0.0, 0.0, 0.0]
     if pixels is None:
-        scale, offsets = 1 / (255 * sum(preprocess.std) / 3), tuple(255 * mean for mean in preprocess.mean)
+        scale, offsets = 1 / (255 * sum(preprocess.std) / 3), [255 * mean for mean in preprocess.mean]
     numbers = [f"{x:.6g}" for x in offsets]
     words = {
         "LOSS": _loss(preprocess),
@@ -175,8 +175,8 @@ def _loss(preprocess: PreprocessSpec) -> str:
     if len(set(preprocess.std)) == 1:
         return "Here the three channels have one deviation: nothing is lost."
     return (
-        "It has one scale for three channels, here of their mean deviation: a cosine of 0.995 (mean) and 0.977 (min) to "
-        "the exact features (OSNet x0.25, Market-1501). A bundle of `export --input uint8` loses nothing."
+        "It has one scale for three channels, here of their mean deviation: cosine 0.995 (mean) and 0.968 (min) to "
+        "the exact features (OSNet x0.25, 225 queries of Market-1501). A bundle of `export --input uint8` loses none."
     )
 
 

@@ -101,7 +101,7 @@ def test_deepstreams_one_scale_loses_what_three_deviations_had_and_the_kit_says_
     cosines = np.sum(found * expected, 1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     assert (cosines > 0.97).all()
     assert row_errors(found, expected).max() > 100 * ROUNDING
-    assert "loses nothing" in (kit / "README.md").read_text()
+    assert "loses none" in (kit / "README.md").read_text()
 
 
 def test_deepstream_gets_no_graph_that_it_cannot_run(tiny_bundle, tmp_path):
