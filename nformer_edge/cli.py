@@ -34,7 +34,7 @@ Option = Callable[[argparse._ActionsContainer], object]
 #: Which extra brings a package that a command needs.
 _EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train"}
 _EXTRAS |= {"fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve", "h11": "serve"}
-_EXTRAS |= {"prometheus_client": "serve"}
+_EXTRAS |= {"prometheus_client": "serve", "mlperf_loadgen": "loadgen"}
 
 
 #: How torch, onnxruntime and the system say that there is no memory for a tensor, a kernel or a thread.
@@ -730,10 +730,19 @@ _calls(
     _option("--multi-stream", type=int, metavar="N", help="queries of eight images; valid from 662 on (default 0)"),
     _option("--offline", type=int, metavar="N", help="images of one large query (default 0)"),
     _option("--gallery", type=int, help="gallery images searched (default 500)"),
+    _option("--deadline-ms", type=float, metavar="MS",
+            help="is p90 of one image (p99 of eight) below it? passed, failed or undecided; exit code 1 if failed"),
+    _flag("--loadgen", "MLPerf's LoadGen issues the queries, and its verdict stands beside ours"),
 )
 def _benchmark(args: Args) -> None:
     if len(args.models) == 1:
-        return _show(args, _call(args, "report.benchmark:benchmark", model=args.models[0]))
+        result = _call(args, "report.benchmark:benchmark", model=args.models[0])
+        _show(args, result)
+        return result.require_deadline()
+    for name in ("deadline_ms", "loadgen"):
+        if hasattr(args, name):
+            given = f"--{name.replace('_', '-')}"
+            raise UsageError(given, f"{len(args.models)} models", "one model", "Time each of them alone.")
     rounds = {"rounds": args.single_stream} if hasattr(args, "single_stream") else {}
     return _show(args, _call(args, "report.benchmark:compare", **rounds))
 

@@ -24,6 +24,15 @@ KNOWN = (*_X86.split(), *_ARM.split())
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
+#: A Jetson's GPU among the devices with a clock: 17000000.gpu, 17000000.ga10b, gpu-gpc-0.
+_GPUS = re.compile(r"gpu|g[vpamb]\d+b")
+
+#: Intel's, of a core and of a package, and the over-current events of a Jetson.
+_THROTTLE_COUNTS = (
+    "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count",
+    "sys/class/hwmon/hwmon*/oc*_event_cnt",
+)
+
 #: Compute capability of a Jetson's chip, by its name in the device tree: not every JetPack has nvidia-smi.
 _CHIPS = {"tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}
 
@@ -75,6 +84,9 @@ class Conditions:
         power_mode: of a Jetson, such as ``MAXN``.
         temperature_c: of the hottest sensor.
         load_average: over the last minute.
+        gpu_mhz: clock of the GPU.
+        throttled: times that heat or current slowed the machine since it was started.
+        slowed_by: what slows it now: cooling devices of the kernel, fans excepted.
     """
 
     cpu_mhz: float | None = None
@@ -82,6 +94,25 @@ class Conditions:
     power_mode: str = ""
     temperature_c: float | None = None
     load_average: float | None = None
+    gpu_mhz: float | None = None
+    throttled: int | None = None
+    slowed_by: tuple[str, ...] = ()
+
+    def drift(self, after: Conditions) -> tuple[str, ...]:
+        """What changed until `after` so far that figures taken in between may not be repeated, each in words."""
+        found = []
+        for name, old, new in (("CPU", self.cpu_mhz, after.cpu_mhz), ("GPU", self.gpu_mhz, after.gpu_mhz)):
+            if old and new and not abs(new / old - 1) <= 0.05:
+                found.append(f"the {name}'s clock moved from {old:.0f} to {new:.0f} MHz")
+        if after.power_mode != self.power_mode:
+            found.append(f"the power mode changed from {self.power_mode or 'none'} to {after.power_mode or 'none'}")
+        if self.temperature_c and after.temperature_c and after.temperature_c - self.temperature_c > 5:
+            found.append(f"it warmed from {self.temperature_c:.0f} to {after.temperature_c:.0f} °C")
+        if (after.throttled or 0) > (self.throttled or 0):
+            found.append(f"it was throttled {(after.throttled or 0) - (self.throttled or 0)} times")
+        if after.slowed_by:
+            found.append(f"it is slowed by {', '.join(after.slowed_by)}")
+        return tuple(found)
 
 
 @functools.cache
@@ -118,6 +149,10 @@ def conditions(root: Path = Path("/")) -> Conditions:
     """As they are now."""
     clock = root / "sys/devices/system/cpu/cpu0/cpufreq"
     mhz = _read(clock / "scaling_cur_freq")
+    gpu = [_whole(path) for path in (root / "sys/class/devfreq").glob("*/cur_freq") if _GPUS.search(path.parent.name)]
+    counts = [path for pattern in _THROTTLE_COUNTS for path in root.glob(pattern)]
+    cooling = sorted((root / "sys/class/thermal").glob("cooling_device*"))
+    slowing = {_read(device / "type") for device in cooling if (_whole(device / "cur_state") or 0) > 0}
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
     degrees = [int(text) / 1000 for text in map(_read, zones) if text.lstrip("-").isdigit()]
     return Conditions(
@@ -126,7 +161,19 @@ def conditions(root: Path = Path("/")) -> Conditions:
         power_mode=_power_mode(root),
         temperature_c=max(degrees, default=None),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        gpu_mhz=max((hz / 1e6 for hz in gpu if hz), default=None) if root != Path("/") or gpu else _gpu_mhz(),
+        throttled=sum(_whole(path) or 0 for path in counts) if counts else None,
+        slowed_by=tuple(sorted(name for name in slowing if name and "fan" not in name.lower())),
     )
+
+
+def stable_clocks(now: Conditions, here: MachineFacts) -> str:
+    """The command that fixes the clocks of this machine; "" where they are fixed, or it is not known."""
+    if here.l4t:
+        return "" if now.governor == "performance" else "sudo jetson_clocks"
+    hints = [] if now.governor in ("", "performance") else ["sudo cpupower frequency-set -g performance"]
+    hints += ["sudo nvidia-smi --lock-gpu-clocks=MHZ,MHZ"] if here.gpu else []
+    return "; ".join(hints)
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -234,6 +281,12 @@ def _read(path: Path) -> str:
         return ""
 
 
+def _whole(path: Path) -> int | None:
+    """The whole number in a file, if there is one."""
+    text = _read(path)
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
 def _cpuinfo() -> dict[str, str]:
     """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
     lines = (line.partition(":") for line in _read(Path("/proc/cpuinfo")).split("\n\n")[0].splitlines())
@@ -263,13 +316,27 @@ def _power_mode(root: Path) -> str:
 
 def _first_gpu() -> tuple[str, str, int | None]:
     """Name, compute capability and MiB, by nvidia-smi."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "", "", None
-    command = [tool, "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        name, capability, memory = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+        name, capability, memory = _nvidia_smi("name", "compute_cap", "memory.total")
         return name, capability, int(memory)
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+    except ValueError:
         return "", "", None
+
+
+def _gpu_mhz() -> float | None:
+    try:
+        (mhz,) = _nvidia_smi("clocks.sm")
+        return float(mhz)
+    except ValueError:
+        return None
+
+
+def _nvidia_smi(*asked: str) -> list[str]:
+    """What nvidia-smi says of the first GPU; empty where it says nothing."""
+    tool = shutil.which("nvidia-smi")
+    command = [tool or "", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False) if tool else None
+        return [part.strip() for part in done.stdout.splitlines()[0].split(",")] if done else []
+    except (OSError, subprocess.TimeoutExpired, IndexError):
+        return []

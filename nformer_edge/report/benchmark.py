@@ -21,12 +21,14 @@ from typing import ClassVar, Literal
 import numpy as np
 from tqdm import tqdm
 
-from nformer_edge.core.errors import UsageError
-from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine
+from nformer_edge.core.errors import GateError, UsageError
+from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine, stable_clocks
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
 from nformer_edge.gallery.embed import embed_records
+from nformer_edge.report.energy import Energy, Meter, find_sensors
+from nformer_edge.report.loadgen import LoadGen, run_loadgen
 from nformer_edge.report.models import Data, MeasuredData, MeasuredModel, Source, open_dataset, open_model
 from nformer_edge.report.pipeline import STEPS, Pipeline, Reply
 from nformer_edge.report.table import format_table, number
@@ -120,6 +122,34 @@ def summarize(latency_ms: Sequence[float] | np.ndarray) -> Latency:
 
 
 @dataclass(frozen=True)
+class Deadline:
+    """Whether a percentile is below a deadline, with 99 % confidence either way.
+
+    Args:
+        deadline_ms: what was asked for.
+        status: passed where the early-stopping estimate is not above the deadline; failed where so many late queries
+            have a chance below 1 % if the percentile were below it; else undecided.
+        late: queries that took longer.
+    """
+
+    deadline_ms: float
+    status: Literal["passed", "failed", "undecided"]
+    late: int
+
+    def __str__(self) -> str:
+        return f"{self.status}, {self.late:,} above {self.deadline_ms:g} ms"
+
+
+def judge_deadline(latency_ms: Sequence[float], deadline_ms: float, percentile: float) -> Deadline:
+    """By the binomial distribution of early stopping; a run without a late query may still be too short to pass."""
+    late, estimate = sum(ms > deadline_ms for ms in latency_ms), early_stopping_estimate(latency_ms, percentile)
+    if estimate is not None and estimate <= deadline_ms:
+        return Deadline(deadline_ms, "passed", late)
+    by_chance = 1 - overlatency_odds(late - 1, len(latency_ms), percentile)
+    return Deadline(deadline_ms, "failed" if by_chance < 1 - CONFIDENCE else "undecided", late)
+
+
+@dataclass(frozen=True)
 class Run:
     """One scenario of a benchmark.
 
@@ -136,6 +166,9 @@ class Run:
         images_per_second: throughput.
         percentile: which one `early_stopping_ms` estimates, such as p90; null for Offline.
         early_stopping_ms: value that the percentile does not exceed, with 99 % confidence; null if the run is short.
+        energy: joules while the queries were timed.
+        deadline: the verdict on `percentile`, where a deadline was given.
+        loadgen: what MLPerf's LoadGen says of the same queries, where it issued them.
     """
 
     scenario: Scenario
@@ -150,6 +183,9 @@ class Run:
     images_per_second: float
     percentile: str | None = None
     early_stopping_ms: float | None = None
+    energy: Energy | None = None
+    deadline: Deadline | None = None
+    loadgen: LoadGen | None = None
 
     @property
     def percentiles(self) -> dict[str, float | None]:
@@ -169,10 +205,11 @@ class Benchmark(Result):
         intra_op_threads: of the backend; null for its own choice.
         peak_memory_mib: of this process since it began; null where the system does not report it.
         runs: one for each scenario and pipeline.
+        notes: what changed on the machine in between, and how its clocks are fixed.
     """
 
     kind: ClassVar[str] = "benchmark"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     machine: MachineFacts
     conditions: tuple[Conditions, Conditions]
@@ -181,6 +218,19 @@ class Benchmark(Result):
     intra_op_threads: int | None
     peak_memory_mib: float | None
     runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+
+    def require_deadline(self) -> None:
+        """Nothing where no run failed its deadline (undecided is not failed).
+
+        Raises:
+            GateError: naming each that did.
+        """
+        failed = [run for run in self.runs if run.deadline is not None and run.deadline.status == "failed"]
+        if failed:
+            got = ", ".join(f"{run.pipeline} {run.name}: {run.percentile} {run.deadline}" for run in failed)
+            hint = "Build a faster engine (`build-engine --precision auto`), or allow more time."
+            raise GateError("deadline", got, "the percentile below it", hint)
 
     def __str__(self) -> str:
         body, steps = [], []
@@ -189,10 +239,16 @@ class Benchmark(Result):
             shown = [number(v) or "-" for v in figures]
             body.append([run.pipeline, run.name, *shown, number(run.images_per_second)])
             means = ", ".join(f"{name} {number(s.mean_ms, 2)}" for name, s in run.steps.items())
-            steps.append(f"{run.pipeline}, {run.scenario}, mean ms a query: {means}")
+            named = f"{run.pipeline}, {run.scenario}"
+            steps.append(f"{named}, mean ms a query: {means}")
+            steps += [] if run.energy is None else [f"{named}: {run.energy}"]
+            steps += [] if run.deadline is None else [f"{named}, {run.percentile}: {run.deadline}"]
+            if run.loadgen is not None:
+                said, valid = number(run.loadgen.early_stopping_ms) or "-", "valid" if run.loadgen.valid else "invalid"
+                steps.append(f"{named}, LoadGen {run.loadgen.version}: {valid}, early stop {said} ms by its clock")
         headers = ["pipeline", "run", "early stop", *PERCENTILES, "images/s"]
         about = f"{self.model.label}, {self.data.gallery:,} in the gallery; ms from issue to reply"
-        return "\n".join([about, format_table(headers, body, left=2), *steps])
+        return "\n".join([about, format_table(headers, body, left=2), *steps, *(f"note: {n}" for n in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -267,6 +323,8 @@ def benchmark(
     intra_op_threads: int | None = None,
     label: str | None = None,
     layout: str = "auto",
+    deadline_ms: float | None = None,
+    loadgen: bool = False,
 ) -> Benchmark:
     """Times a model from image files to a ranked gallery, with and without its head.
 
@@ -283,9 +341,16 @@ def benchmark(
         intra_op_threads: of the backend; its own choice if None.
         label: what the report calls the model.
         layout: of the dataset's folder.
+        deadline_ms: of SingleStream's p90 and MultiStream's p99: each run says passed, failed or undecided.
+        loadgen: MLPerf's LoadGen issues the queries of both, in its own order; `max_seconds` does not end it.
+
+    Raises:
+        UsageError: for a batch or a gallery below 1, or a deadline that is not above 0.
     """
     dataset = open_dataset(data, layout, labels=False).asking()
     requests = [r.path for r in dataset.query]
+    if deadline_ms is not None and not deadline_ms > 0:
+        raise UsageError("deadline_ms", deadline_ms, "a time above 0", "Give milliseconds.")
     for name, value in (("batch", batch), ("gallery", gallery)):
         check_at_least(name, value, 1)
     before = conditions()
@@ -296,14 +361,28 @@ def benchmark(
             for scenario, count in zip(SCENARIOS, (single_stream, multi_stream), strict=True):
                 if count:
                     pipeline = Pipeline(runner, searched, with_head=with_head, batch=SCENARIOS[scenario][1])
-                    runs.append(_stream(pipeline, requests, scenario, count, warmup, max_seconds))
+                    run = _stream(pipeline, requests, scenario, count, warmup, max_seconds, loadgen)
+                    runs.append(_judged(*run, deadline_ms))
             if offline:
                 pipeline = Pipeline(runner, searched, with_head=with_head, batch=batch)
                 runs.append(_offline(pipeline, requests, offline, min(warmup, offline)))
         measured = MeasuredModel.of(model, runner, label)
     measured_on = MeasuredData(dataset.name, len(requests), len(searched))
     around = before, conditions()
-    return Benchmark(machine(), around, measured, measured_on, intra_op_threads, _peak_memory_mib(), tuple(runs))
+    told = intra_op_threads, _peak_memory_mib(), tuple(runs), _notes(*around)
+    return Benchmark(machine(), around, measured, measured_on, *told)
+
+
+def _judged(run: Run, latency_ms: list[float], deadline_ms: float | None) -> Run:
+    if deadline_ms is None or run.percentile is None:
+        return run
+    return replace(run, deadline=judge_deadline(latency_ms, deadline_ms, PERCENTILES[run.percentile]))
+
+
+def _notes(before: Conditions, after: Conditions) -> tuple[str, ...]:
+    found, command = before.drift(after), stable_clocks(after, machine())
+    hint = (f"clocks are not fixed: {command}",) if command else ()
+    return (*(f"while it was timed, {what}" for what in found), *hint)
 
 
 def _peak_memory_mib() -> float | None:
@@ -324,30 +403,49 @@ def run_name(scenario: str, count: int, required: int) -> str:
 
 
 def _stream(
-    pipeline: Pipeline, requests: list[str], scenario: Scenario, count: int, warmup: int, max_seconds: float | None
-) -> Run:
-    """Queries one after the other; the next is issued when the last is answered."""
+    pipeline: Pipeline,
+    requests: list[str],
+    scenario: Scenario,
+    count: int,
+    warmup: int,
+    max_seconds: float | None,
+    loadgen: bool,
+) -> tuple[Run, list[float]]:
+    """Queries one after the other; the next is issued when the last is answered. Returns their milliseconds, too."""
     percentile, images = SCENARIOS[scenario]
     for i in range(warmup):
         pipeline(_take(requests, i * images, images))
     replies: list[Reply] = []
-    start = time.perf_counter()
-    for i in tqdm(range(count), desc=scenario, unit="query", **PROGRESS):
-        replies.append(pipeline(_take(requests, (warmup + i) * images, images)))
-        if max_seconds is not None and time.perf_counter() - start > max_seconds:
-            break
+    said = None
+    with Meter(find_sensors()) as meter:
+        if loadgen:
+
+            def answer(rows: Sequence[int]) -> None:
+                replies.append(pipeline([requests[i] for i in rows]))
+
+            said = run_loadgen(answer, scenario, count, images, len(requests))
+        else:
+            start = time.perf_counter()
+            for i in tqdm(range(count), desc=scenario, unit="query", **PROGRESS):
+                replies.append(pipeline(_take(requests, (warmup + i) * images, images)))
+                if max_seconds is not None and time.perf_counter() - start > max_seconds:
+                    break
     required = min_samples(PERCENTILES[percentile])
     run = _run(pipeline, scenario, replies, len(replies), required, warmup, images)
-    bound = early_stopping_estimate([r.total_ms for r in replies], PERCENTILES[percentile])
-    return replace(run, percentile=percentile, early_stopping_ms=bound)
+    latency_ms = [r.total_ms for r in replies]
+    bound = early_stopping_estimate(latency_ms, PERCENTILES[percentile])
+    used = meter.energy(len(replies))
+    return replace(run, percentile=percentile, early_stopping_ms=bound, energy=used, loadgen=said), latency_ms
 
 
 def _offline(pipeline: Pipeline, requests: list[str], images: int, warmup: int) -> Run:
     """One query of many images: throughput, no percentiles."""
     if warmup:
         pipeline(_take(requests, 0, warmup))
-    reply = pipeline(_take(requests, 0, images))
-    return _run(pipeline, "Offline", [reply], images, OFFLINE_SAMPLES, warmup, images)
+    with Meter(find_sensors()) as meter:
+        reply = pipeline(_take(requests, 0, images))
+    run = _run(pipeline, "Offline", [reply], images, OFFLINE_SAMPLES, warmup, images)
+    return replace(run, energy=meter.energy(images))
 
 
 def _run(

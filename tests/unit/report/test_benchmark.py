@@ -6,12 +6,22 @@ import time
 import numpy as np
 import pytest
 
-from nformer_edge.core.errors import UsageError
+from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.core.machine import conditions, machine
 from nformer_edge.core.values import dumps, to_json
 from nformer_edge.gallery import search
 from nformer_edge.gallery.embed import embed_records
-from nformer_edge.report.benchmark import Benchmark, Comparison, benchmark, compare
+from nformer_edge.report.benchmark import (
+    PERCENTILES,
+    SCENARIOS,
+    Benchmark,
+    Comparison,
+    benchmark,
+    compare,
+    early_stopping_estimate,
+    judge_deadline,
+)
+from nformer_edge.report.loadgen import run_loadgen
 from nformer_edge.report.pipeline import Pipeline
 
 
@@ -121,3 +131,65 @@ def test_the_machine_is_described_in_plain_json():
     described = json.loads(dumps(to_json({"machine": machine(), "conditions": conditions()})))
     assert described["machine"]["cores"] >= 1
     assert described["machine"]["versions"]["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(
+    ("late", "count", "status"),
+    [(0, 64, "passed"), (0, 63, "undecided"), (1, 64, "undecided"), (12, 64, "undecided"), (13, 64, "failed")],
+)
+def test_a_deadline_is_passed_failed_or_undecided_by_early_stopping(late, count, status):
+    latency = [30.0] * late + [10.0] * (count - late)
+    verdict = judge_deadline(latency, 20.0, 0.9)
+    assert (verdict.status, verdict.late) == (status, late)
+
+
+def test_a_deadline_that_equals_the_estimate_is_passed():
+    latency = list(range(1, 1025))
+    estimate = early_stopping_estimate(latency, 0.9)
+    assert judge_deadline(latency, estimate, 0.9).status == "passed"
+    assert judge_deadline(latency, estimate - 0.5, 0.9).status == "undecided"
+
+
+def test_a_run_carries_its_deadline_and_its_energy(dataset, grid_runner):
+    failed = benchmark(grid_runner(head=False), dataset, single_stream=64, warmup=0, deadline_ms=1e-6)
+    assert Benchmark.from_json(json.loads(dumps(failed.to_json()))) == failed
+    (run,) = failed.runs
+    assert (run.deadline.status, run.deadline.late) == ("failed", 64)
+    assert run.energy.joules is None or run.energy.joules > 0
+    assert "failed, 64 above 1e-06 ms" in str(failed)
+    with pytest.raises(GateError, match="p90 failed, 64 above"):
+        failed.require_deadline()
+    benchmark(grid_runner(head=False), dataset, single_stream=5, warmup=0, deadline_ms=1e6).require_deadline()
+
+
+def test_a_deadline_is_a_time_above_zero(dataset, grid_runner):
+    with pytest.raises(UsageError, match="above 0"):
+        benchmark(grid_runner(), dataset, deadline_ms=0)
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize(("scenario", "count"), [("SingleStream", 63), ("SingleStream", 1024), ("MultiStream", 700)])
+def test_early_stopping_is_that_of_loadgen_on_its_own_times(scenario, count):
+    pytest.importorskip("mlperf_loadgen", reason="LoadGen is missing: pip install 'nformer-edge[loadgen]'")
+    percentile, images = SCENARIOS[scenario]
+    said = run_loadgen(lambda rows: None, scenario, count, images, 40)
+    assert said.count == len(said.latency_ms) == count
+    ours = early_stopping_estimate(said.latency_ms, PERCENTILES[percentile])
+    assert said.early_stopping_ms == ours
+    assert said.valid == (ours is not None)
+
+
+@pytest.mark.optional
+def test_loadgen_issues_the_queries_and_passes_errors_on(dataset, grid_runner):
+    pytest.importorskip("mlperf_loadgen", reason="LoadGen is missing: pip install 'nformer-edge[loadgen]'")
+    result = benchmark(grid_runner(head=False), dataset, single_stream=64, warmup=1, loadgen=True)
+    assert Benchmark.from_json(json.loads(dumps(result.to_json()))) == result
+    (run,) = result.runs
+    assert (run.count, run.loadgen.count, run.loadgen.valid) == (64, 64, True)
+    assert run.latency.max_ms <= run.loadgen.early_stopping_ms  # its clock has ours inside
+
+    def broken(rows):
+        raise UsageError("query", rows)
+
+    with pytest.raises(UsageError, match="query"):
+        run_loadgen(broken, "SingleStream", 3, 1, 40)
