@@ -384,6 +384,8 @@ _calls(
     _flag("--rerank", "add k-reciprocal re-ranking (20/6/0.3) and other baselines, also after a gated head's map"),
     _option("--draws", type=int, metavar="N",
             help="draws of the table by images a person, averaged (default 1; 0 leaves the table out)"),
+    _option("--scoring", metavar="NAME",
+            help="average precision and CMC as another project computes them: open-reid | person-reid-baseline"),
 )
 
 

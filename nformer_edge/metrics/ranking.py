@@ -2,21 +2,31 @@
 
 For each query the gallery's images of the same identity from the same camera are left out, and so is junk (pid -1).
 Distances are cosine: on unit features the published code's squared Euclidean distance orders the same.
+
+Two other projects score the same ranking by other conventions (`Scoring`): figures of theirs compare with these alone.
+
+- ``open-reid`` (its ``cmc`` without arguments, and scikit-learn's average precision, commit 3293ca7): each of a query's
+  n matches counts 1/n at its place less the matches before it; images at one distance are one step of the precision.
+- ``person-reid-baseline`` (Person_reID_baseline_pytorch, commit 82ff40f): the mean of the precisions before and after
+  each match; of equal distances the last image comes first; a query without a match counts as 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
+from nformer_edge.core.spec import check_choice
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.metrics.distance import ROW_BLOCK, check_same_size, cosine_distances, row_blocks, smallest, unit_rows
+
+Scoring = Literal["market1501", "open-reid", "person-reid-baseline"]
 
 #: Query and gallery.
 Pair: TypeAlias = tuple[Features, Features]
@@ -36,7 +46,8 @@ class RankingResult:
         cmc: float64 [max_rank], share of valid queries with a match at this rank or better; flat past the gallery.
         ap: float64 [Q], NaN for a query that was left out.
         first_hit: int64 [Q], rank of the first match counted from 1, -1 for a query that was left out.
-        valid: bool [Q], which queries have a match in the gallery.
+        valid: bool [Q], which queries are in the figures: those with a match in the gallery.
+        curve: float64 [Q, max_rank], each query's share of the CMC: 0 or 1, or parts of 1 by open-reid's convention.
     """
 
     mAP: float
@@ -45,6 +56,7 @@ class RankingResult:
     ap: np.ndarray
     first_hit: np.ndarray
     valid: np.ndarray
+    curve: np.ndarray
 
     @property
     def left_out(self) -> int:
@@ -57,7 +69,8 @@ class RankingResult:
 
     def hits(self, r: int) -> np.ndarray:
         """float64 [Q]: 1 for a query with a match at rank r or better, else 0, also where it was left out."""
-        return ((self.first_hit > 0) & (self.first_hit <= r)).astype(np.float64)
+        found: np.ndarray = self.curve[:, r - 1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,43 @@ def _match_ranks(distances: np.ndarray, ranked: np.ndarray, match: np.ndarray) -
     return np.sort(ranks)
 
 
+def _by_open_reid(distances: np.ndarray, ranked: np.ndarray, match: np.ndarray, curve: np.ndarray) -> float:
+    """Average precision; adds to the CMC `curve`, at the place of each match less the matches before it."""
+    ranks = _match_ranks(distances, ranked, match)
+    places = ranks - np.arange(1, len(ranks) + 1)
+    np.add.at(curve, places[places < len(curve)], 1 / len(ranks))
+    at = distances[match]
+    return float(np.mean(_count(distances[match], at) / _count(distances[ranked], at)))
+
+
+def _count(values: np.ndarray, up_to: np.ndarray) -> np.ndarray:
+    """How many values are at most each of `up_to`."""
+    return np.searchsorted(np.sort(values), up_to, side="right")
+
+
+def _by_person_reid_baseline(distances: np.ndarray, ranked: np.ndarray, match: np.ndarray, curve: np.ndarray) -> float:
+    """Average precision by trapezoids; adds to the CMC `curve`."""
+    ranks = _match_ranks(distances[::-1], ranked[::-1], match[::-1])  # of equal distances the last comes first
+    curve[ranks[0] - 1 : ranks[0]] = 1
+    i = np.arange(len(ranks))
+    before = np.where(ranks > 1, i / np.maximum(ranks - 1, 1), 1.0)
+    return float(np.mean((before + (i + 1) / ranks) / 2))
+
+
+def _by_market1501(distances: np.ndarray, ranked: np.ndarray, match: np.ndarray, curve: np.ndarray) -> float:
+    """Average precision; adds to the CMC `curve`."""
+    ranks = _match_ranks(distances, ranked, match)
+    curve[ranks[0] - 1 : ranks[0]] = 1
+    return float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+
+
+_CONVENTIONS = {
+    "market1501": _by_market1501,
+    "open-reid": _by_open_reid,
+    "person-reid-baseline": _by_person_reid_baseline,
+}
+
+
 def evaluate(
     query: Features,
     gallery: Features,
@@ -147,6 +197,7 @@ def evaluate(
     distances: np.ndarray | None = None,
     max_rank: int = 50,
     block: int = ROW_BLOCK,
+    scoring: Scoring = "market1501",
 ) -> RankingResult:
     """CMC, mAP and mINP by Market's protocol. Memory is O(block * G) besides the features.
 
@@ -154,6 +205,7 @@ def evaluate(
         distances: [Q, G] to rank by, such as re-ranked ones; cosine distances of the features if None.
         max_rank: length of the CMC curve.
         block: queries whose distances are held at once.
+        scoring: another project's convention of average precision and CMC.
 
     Raises:
         DataError: if no query has a match in the gallery, or features or distances cannot be used.
@@ -161,13 +213,15 @@ def evaluate(
     ap = np.full(len(query), np.nan)
     inp = np.full(len(query), np.nan)
     first_hit = np.full(len(query), -1, dtype=np.int64)
+    curve = np.zeros((len(query), max_rank))
+    score = _CONVENTIONS[check_choice("scoring", scoring, tuple(_CONVENTIONS))]
     for rows, found in _distance_blocks(query, gallery, distances, block):
         ranked = valid(query, gallery, rows)
         match = ranked & (query.pids[rows, None] == gallery.pids[None]) & (query.pids[rows, None] != JUNK)
         for offset in np.flatnonzero(match.any(axis=1)):
             ranks = _match_ranks(found[offset], ranked[offset], match[offset])
             i = rows.start + offset
-            ap[i] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+            ap[i] = score(found[offset], ranked[offset], match[offset], curve[i])
             inp[i] = len(ranks) / ranks[-1]
             first_hit[i] = ranks[0]
     scored = first_hit > 0
@@ -175,5 +229,9 @@ def evaluate(
         got = f"{len(query)} queries, none with a match in the gallery from another camera"
         hint = "Count matches of the same camera: --same-camera (of `embed`, for a feature store), or check the labels."
         raise DataError("query", got, "at least one", hint)
-    cmc = (first_hit[scored, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
-    return RankingResult(float(ap[scored].mean()), float(inp[scored].mean()), cmc, ap, first_hit, scored)
+    curve = curve.cumsum(axis=1)
+    counted = scored
+    if scoring == "person-reid-baseline":
+        counted, ap, inp = np.ones_like(scored), np.where(scored, ap, 0.0), np.where(scored, inp, 0.0)
+    figures = float(ap[counted].mean()), float(inp[counted].mean()), curve[counted].mean(axis=0)
+    return RankingResult(*figures, ap, first_hit, counted, curve)

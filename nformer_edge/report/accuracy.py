@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from nformer_edge.metrics import ranking
 from nformer_edge.metrics.bootstrap import mean_interval
 from nformer_edge.metrics.composition import Composition, Scores, composition
 from nformer_edge.metrics.distance import alike
-from nformer_edge.metrics.ranking import Pair, RankingResult
+from nformer_edge.metrics.ranking import Pair, RankingResult, Scoring
 from nformer_edge.metrics.rerank import (
     average_query_expansion,
     graph_propagation,
@@ -43,6 +43,9 @@ from nformer_edge.report.models import (
     open_store,
 )
 from nformer_edge.report.table import format_table, number, percent
+
+#: `metrics.ranking.evaluate` by one convention.
+Score: TypeAlias = Callable[..., RankingResult]
 
 BACKBONE, NFORMER, NFORMER_PER_QUERY = "backbone", "+NFormer", "+NFormer per-query"
 
@@ -142,10 +145,11 @@ class Evaluation(Result):
         rankings: one for each way to rank, of all queries and the whole gallery.
         composition: the same by the number of gallery images a person, one query a person; null if not asked for.
         rank_lists: some queries with their matches.
+        scoring: the project by whose convention `rankings` are scored.
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     machine: MachineFacts
     model: MeasuredModel | None
@@ -156,6 +160,7 @@ class Evaluation(Result):
     rankings: tuple[Ranking, ...]
     composition: Composition | None
     rank_lists: tuple[RankList, ...]
+    scoring: Scoring = "market1501"
 
     @property
     def label(self) -> str:
@@ -176,7 +181,8 @@ class Evaluation(Result):
         related = any(r.protocol for r in self.rankings)
         note = f"\nno per-query protocol: {self.no_per_query}" if self.no_per_query and related else ""
         table = [] if self.composition is None else ["", *composition_lines(self.composition), ""]
-        last = f"{model} on {self.data.name}: {ranked}{note}"
+        scored = "" if self.scoring == "market1501" else f", scored as {self.scoring} does"
+        last = f"{model} on {self.data.name}: {ranked}{scored}{note}"
         return "\n".join([format_table(headers, body), *table, last, *self.notes])
 
 
@@ -231,6 +237,7 @@ def evaluate(
     layout: str = "auto",
     per_query: bool = True,
     draws: int = 1,
+    scoring: Scoring = "market1501",
 ) -> Evaluation:
     """Ranks a dataset's queries against its gallery and scores the ranking.
 
@@ -248,6 +255,7 @@ def evaluate(
         layout: of the dataset's folder.
         per_query: also rank each query alone with the gallery (`gallery.protocols`), where PyTorch runs the head.
         draws: of the queries and gallery images of the table by images a person (`metrics.composition`); no table if 0.
+        scoring: of the rankings, as another project does it (`metrics.ranking`); the table is only in our own.
 
     Raises:
         UsageError: if there is no model for a dataset of images.
@@ -265,27 +273,32 @@ def evaluate(
             judge_labels(data).require_matches()
             query, gallery = embed_dataset(runner, data, ("query", "gallery"), batch).values()
             seconds = time.perf_counter() - start
-        backbone, found = _ranked(BACKBONE, lambda _: ranking.evaluate(query, gallery))
-        matched = np.flatnonzero(backbone.valid)
+        score = partial(ranking.evaluate, scoring=scoring)
+        backbone, found = _ranked(BACKBONE, lambda _: score(query, gallery))
+        matched = np.flatnonzero(backbone.first_hit > 0)
         shown = matched[evenly(rank_lists, len(matched))]
         rankings, lists = [found], _rank_lists(BACKBONE, query, gallery, shown, top)
         why = _no_per_query(runner, per_query)
         if runner is not None and runner.has_head:
             chosen = tuple(seeds or (runner.landmark_seed,))
-            first, found = _joint(runner, query, gallery, chosen)
+            first, found = _joint(score, runner, query, gallery, chosen)
             rankings.append(found)
             lists += _rank_lists(NFORMER, *first, shown, top)
             if why is None:
-                rankings.append(_per_query(runner, query, gallery, chosen))
+                rankings.append(_per_query(score, runner, query, gallery, chosen))
         if rerank:
-            rankings += _baselines(query, gallery)
-            rankings += [] if runner is None else _mapped_baselines(runner, query, gallery)
+            rankings += _baselines(score, query, gallery)
+            rankings += [] if runner is None else _mapped_baselines(score, runner, query, gallery)
         measured = None if runner is None or model is None else MeasuredModel.of(model, runner, label)
         notes = alike(query.features, "query") + alike(gallery.features, "gallery")
         notes += () if runner is None else calibration_note(runner, query, gallery)
         about = MeasuredData.of(data, query, gallery)
-        table = _composition(runner, query, gallery, seeds, draws, about.name) if draws else None
-        told = seconds, why, notes, tuple(rankings), table, tuple(lists)
+        table = (
+            _composition(runner, query, gallery, seeds, draws, about.name)
+            if draws and scoring == "market1501"
+            else None
+        )
+        told = seconds, why, notes, tuple(rankings), table, tuple(lists), scoring
         return Evaluation(machine(), measured, about, *told)
 
 
@@ -334,41 +347,43 @@ def _no_per_query(runner: Runner | None, wanted: bool) -> str | None:
     return None if wanted else "not asked for"
 
 
-def _joint(runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> tuple[Pair, Ranking]:
+def _joint(
+    score: Score, runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]
+) -> tuple[Pair, Ranking]:
     """What the head makes of both with the first seed, and the ranking."""
     related: list[Pair] = []
 
     def together(seed: int) -> RankingResult:
         found = relate_sets(runner, query, gallery, seed=seed)
         related[:] = related or [found]
-        return ranking.evaluate(*found)
+        return score(*found)
 
     _, scored = _ranked(NFORMER, together, seeds)
     return related[0], replace(scored, protocol=JOINT)
 
 
-def _per_query(runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> Ranking:
+def _per_query(score: Score, runner: Runner, query: Features, gallery: Features, seeds: tuple[int, ...]) -> Ranking:
     exact, changed = True, 0.0
 
     def alone(seed: int) -> RankingResult:
         nonlocal exact, changed
         found = relate_per_query(runner, query, gallery, seed)
         exact, changed = found.exact, changed + found.changed / len(seeds)
-        return ranking.evaluate(found.query, found.gallery, distances=found.distances)
+        return score(found.query, found.gallery, distances=found.distances)
 
     _, scored = _ranked(NFORMER_PER_QUERY, alone, seeds)
     return replace(scored, protocol=PER_QUERY, exact=exact, changed_rows=changed)
 
 
-def _baselines(query: Features, gallery: Features, after: str = "") -> list[Ranking]:
+def _baselines(score: Score, query: Features, gallery: Features, after: str = "") -> list[Ranking]:
     """Each way of `metrics.rerank`, its name followed by `after`."""
     q, g = query.features, gallery.features
 
     def changed(queries: np.ndarray, images: np.ndarray) -> RankingResult:
-        return ranking.evaluate(query.with_features(queries), gallery.with_features(images))
+        return score(query.with_features(queries), gallery.with_features(images))
 
     ways: dict[str, Callable[[int], RankingResult]] = {
-        "k-reciprocal": lambda _: ranking.evaluate(query, gallery, distances=k_reciprocal_distances(q, g)),
+        "k-reciprocal": lambda _: score(query, gallery, distances=k_reciprocal_distances(q, g)),
         "reciprocal mean": lambda _: changed(*reciprocal_mean(q, g)),
         "query expansion": lambda _: changed(average_query_expansion(q, g), g),
         "graph propagation": lambda _: changed(*graph_propagation(q, g)),
@@ -377,12 +392,12 @@ def _baselines(query: Features, gallery: Features, after: str = "") -> list[Rank
     return [_ranked(name + after, way)[1] for name, way in ways.items()]
 
 
-def _mapped_baselines(runner: Runner, query: Features, gallery: Features) -> list[Ranking]:
+def _mapped_baselines(score: Score, runner: Runner, query: Features, gallery: Features) -> list[Ranking]:
     """Cosine and the same ways, on the features as the gated head compares them; nothing under another rule."""
     mapped = map_sets(runner, query, gallery)
     if mapped is None:
         return []
-    return [_ranked("cosine" + MAPPED, lambda _: ranking.evaluate(*mapped))[1], *_baselines(*mapped, MAPPED)]
+    return [_ranked("cosine" + MAPPED, lambda _: score(*mapped))[1], *_baselines(score, *mapped, MAPPED)]
 
 
 def _rank_lists(name: str, query: Features, gallery: Features, rows: np.ndarray, top: int) -> list[RankList]:

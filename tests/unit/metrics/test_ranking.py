@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nformer_edge.core.errors import DataError
+from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.metrics.ranking import evaluate, rank
+from nformer_edge.metrics.distance import cosine_distances, unit_rows
+from nformer_edge.metrics.ranking import evaluate, rank, valid
 
 
 def feature_set(features, pids, camids) -> Features:
@@ -167,3 +168,51 @@ def test_features_of_two_sizes_are_refused(golden_sets):
     query, gallery = golden_sets
     with pytest.raises(DataError, match="same model"):
         evaluate(query.with_features(query.features[:, :31]), gallery)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "ap"), [("market1501", 1.0), ("open-reid", 1 / 40), ("person-reid-baseline", 1 / 80)]
+)
+def test_forty_images_at_one_distance_score_as_each_project_scores_them(scoring, ap):
+    query, gallery = on_circle([0], [1], [1]), on_circle([30] * 40, [1] + [2] * 39, [2] * 40)
+    assert evaluate(query, gallery, scoring=scoring).mAP == pytest.approx(ap)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "ap", "cmc"),
+    [
+        ("market1501", (1 / 2 + 2 / 4 + 3 / 5) / 3, [0, 1, 1, 1]),
+        ("open-reid", (1 / 2 + 2 / 4 + 3 / 5) / 3, [0, 1 / 3, 1, 1]),
+        ("person-reid-baseline", (0 + 1 / 2 + 1 / 3 + 2 / 4 + 2 / 4 + 3 / 5) / 6, [0, 1, 1, 1]),
+    ],
+)
+def test_matches_at_ranks_two_four_and_five_score_as_each_project_scores_them(scoring, ap, cmc):
+    query, gallery = on_circle([0], [1], [1]), on_circle([10, 20, 30, 40, 50], [2, 1, 2, 1, 1], [2] * 5)
+    found = evaluate(query, gallery, scoring=scoring, max_rank=4)
+    assert found.mAP == pytest.approx(ap)
+    assert found.cmc == pytest.approx(cmc)
+    assert found.hits(2) == pytest.approx([cmc[1]])
+
+
+def test_a_query_without_a_match_is_left_out_or_counts_as_zero():
+    query, gallery = on_circle([0, 0], [1, 3], [1, 1]), on_circle([10, 20], [1, 2], [2, 2])
+    for scoring, mAP in (("market1501", 1.0), ("open-reid", 1.0), ("person-reid-baseline", 0.5)):
+        found = evaluate(query, gallery, scoring=scoring)
+        assert (found.mAP, found.rank(1)) == (pytest.approx(mAP), pytest.approx(mAP))
+
+
+def test_an_unknown_scoring_is_refused_by_name():
+    with pytest.raises(UsageError, match="open-reid"):
+        evaluate(on_circle([0], [1], [1]), on_circle([9], [1], [2]), scoring="openreid")
+
+
+@pytest.mark.optional
+def test_open_reids_precision_is_scikit_learns(golden_sets):
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is missing")
+    query, gallery = golden_sets
+    coarse = np.round(cosine_distances(unit_rows(query.features, "q"), unit_rows(gallery.features, "g")), 1)  # ties
+    found = evaluate(query, gallery, distances=coarse, scoring="open-reid")
+    for i in np.flatnonzero(found.valid):
+        ranked = valid(query, gallery, slice(i, i + 1))[0]
+        match = gallery.pids[ranked] == query.pids[i]
+        assert found.ap[i] == pytest.approx(metrics.average_precision_score(match, -coarse[i][ranked]))
