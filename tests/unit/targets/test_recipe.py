@@ -40,14 +40,42 @@ def what(target_name, machine, now=MAXN, **settings):
 
 def test_every_target_of_the_house_has_a_recipe_that_reads():
     expected = {"jetson-orin-jp62", "jetson-orin-jp72", "jetson-thor-jp72", "jetson-xavier-jp51", "desktop-ampere",
-                "desktop-ada", "desktop-blackwell", "rtx", "cpu"}  # fmt: skip
+                "desktop-ada", "desktop-blackwell", "rtx", "cpu", "jetson-agx-orin-jp722", "jetson-thor-jp722",
+                "jetson-orin-jp62-cpu", "rk3588", "intel-n"}  # fmt: skip
     assert set(target_names()) == expected
     for name in target_names():
         recipe = read_target(name)
         assert recipe.name == name
         assert recipe.summary
-        if recipe.engine.backend != "onnxruntime":
+        if "tensorrt" in recipe.engine.backend:
             assert len(recipe.engine.gallery_size) == 3
+
+
+#: What each board and PC has, as its vendor lists it: the recipe's own preflight finds nothing to say.
+_JP722 = {"l4t": "39.2.2", "versions": {"tensorrt": "11.4.1.3"}, "cuda": "13.2.1"}
+BOARDS = {
+    "jetson-orin-jp62": ORIN,
+    "jetson-orin-jp62-cpu": dataclasses.replace(ORIN, versions={"onnxruntime": "1.23.2"}),
+    "jetson-agx-orin-jp722": dataclasses.replace(ORIN, **_JP722),
+    "jetson-thor-jp722": dataclasses.replace(ORIN, **_JP722, compute_capability="11.0", memory_mib=120 << 10),
+    "rk3588": MachineFacts(architecture="aarch64", versions={"onnxruntime": "1.32.0"}, memory_mib=8 << 10),
+    "intel-n": MachineFacts(architecture="x86_64", versions={"openvino": "2026.4.1"}, memory_mib=8 << 10),
+    "desktop-ada": MachineFacts(
+        architecture="x86_64", versions={"tensorrt": "11.5.0.9"}, cuda="13.0", driver="580", compute_capability="8.9"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_with_what_its_vendor_lists_passes_the_preflight_of_its_recipe(name):
+    assert what(name, BOARDS[name], with_head=False) == {}
+
+
+@pytest.mark.parametrize("name", ["jetson-agx-orin-jp722", "jetson-thor-jp722"])
+def test_a_board_of_the_jetpack_before_is_told_to_be_flashed(name):
+    before = dataclasses.replace(BOARDS[name], l4t="39.2.1", versions={"tensorrt": "10.16.1"})
+    assert set(what(name, before, with_head=False)) == {"l4t", "tensorrt"}
+    assert "l4t" in what(name.replace("-agx", "").replace("jp722", "jp72"), BOARDS[name], with_head=False)
 
 
 def test_a_recipe_names_only_gpus_that_the_kernels_are_compiled_for():
