@@ -214,14 +214,14 @@ def evaluate(
     inp = np.full(len(query), np.nan)
     first_hit = np.full(len(query), -1, dtype=np.int64)
     curve = np.zeros((len(query), max_rank))
-    score = _CONVENTIONS[check_choice("scoring", scoring, tuple(_CONVENTIONS))]
+    check_choice("scoring", scoring, tuple(_CONVENTIONS))
     for rows, found in _distance_blocks(query, gallery, distances, block):
         ranked = valid(query, gallery, rows)
         match = ranked & (query.pids[rows, None] == gallery.pids[None]) & (query.pids[rows, None] != JUNK)
         for offset in np.flatnonzero(match.any(axis=1)):
             ranks = _match_ranks(found[offset], ranked[offset], match[offset])
             i = rows.start + offset
-            ap[i] = score(found[offset], ranked[offset], match[offset], curve[i])
+            ap[i] = _CONVENTIONS[scoring](found[offset], ranked[offset], match[offset], curve[i])
             inp[i] = len(ranks) / ranks[-1]
             first_hit[i] = ranks[0]
     scored = first_hit > 0
