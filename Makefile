@@ -4,6 +4,7 @@
 # make torture   broken, cut, hostile and interrupted: every row of docs/reliability.md
 # make serve-demo   generated people in a gallery, and the page that searches it
 # make docs   the generated reference: docs/api.md and docs/schemas
+# make wheels   wheels for x86_64 and aarch64 and the source distribution, into dist/
 # make gpu-check   on a machine with a GPU, nvcc and torch: the CUDA kernels, checked and timed
 # Each makes .venv on first use and installs what it needs there; nothing outside this folder is touched.
 
@@ -12,10 +13,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard nformer_edge/ops/src/*)
 
-.PHONY: help install demo serve-demo docs torture test test-optional gpu-check lint format clean
+.PHONY: help install demo serve-demo docs torture test test-optional wheels gpu-check lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 install: $(VENV)/.installed
 
@@ -45,6 +46,9 @@ docs: install
 test-optional: install
 	$(BIN)/python -m pytest -m optional
 
+wheels:
+	export/wheels.sh dist
+
 gpu-check:
 	$(PYTHON) plugins/gpu_check.py
 
@@ -55,4 +59,4 @@ format: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

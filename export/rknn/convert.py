@@ -5,7 +5,7 @@ In an environment of its own, which rknn-toolkit2 needs on a PC (`pip install nf
     python convert.py BUNDLE --calib-data DIR -o backbone.rknn [--fp16] [--compare 32]
 
 `--compare N` runs the first N query images through RKNN's simulator and through the bundle's own file in onnxruntime.
-The .rknn file takes pixels, uint8 [1, height, width, 3] in RGB, resized as the manifest says; it normalizes them itself.
+The .rknn file takes pixels, uint8 [1, height, width, 3] in RGB, resized as the manifest says; it normalizes itself.
 The head stays on the CPU: `nformer.onnx` in onnxruntime. RKNN's INT8 is made from the float file, not from our Q/DQ.
 """
 

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import math
 import os
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from nformer_edge.core.errors import BackendError, DataError, UsageError
 from nformer_edge.core.spec import check_at_least, check_choice
 from nformer_edge.ops.contract import NO_NEIGHBOR, check_factors, check_gate, check_neighbors, check_values
+from nformer_edge.ops.library import Attention, Library
 
-_native: ModuleType | None
-try:
-    _native = import_module("nformer_edge.ops._native")
-except ImportError:  # a tree that was copied, not installed: plain torch still works there
-    _native = None
+_found = find_spec(
+    "nformer_edge.ops._kernels"
+)  # a plain library, which is not imported; None in a tree that was copied
+_native = Library(Path(_found.origin)) if _found is not None and _found.origin else None
 
 #: Names the instruction set for every call that does not, here and in onnxruntime: one of `instruction_sets`.
 ISA_VARIABLE = "NFORMER_EDGE_ISA"
@@ -40,8 +39,7 @@ def available() -> bool:
 
 def folder() -> Path | None:
     """Where the compiled kernels lie, which is not beside this file in an editable install."""
-    file = _native.__file__ if _native is not None else None
-    return Path(file).parent if file else None
+    return _native.path.parent if _native is not None else None
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -221,10 +219,9 @@ def k_reciprocal(
         if not 1 <= places <= lists.shape[1]:
             raise UsageError(name, places, f"1 to {lists.shape[1]}, places of a list", "Pass longer lists.")
     distances = np.empty((queries, images - queries), dtype=np.float32)
-    ready = (
-        np.ascontiguousarray(x, t) for x, t in zip((lists, same, farthest), (np.int32, np.int32, float), strict=True)
-    )
-    library.k_reciprocal(_wide(unit), *ready, half, expand, share, distances, count, _isa(isa))
+    lists, same = np.ascontiguousarray(lists, np.int32), np.ascontiguousarray(same, np.int32)
+    farthest = np.ascontiguousarray(farthest, np.float64)
+    library.k_reciprocal(_wide(unit), lists, same, farthest, half, expand, share, distances, count, _isa(isa))
     return distances
 
 
@@ -291,8 +288,10 @@ def reciprocal_neighbor_attention(
             raise UsageError("rows", f"shape {rows.shape}", f"[P] of 0..{a.shape[1] - 1}", "Name rows that are there.")
     y = np.zeros((v.shape[0], v.shape[1] if rows is None else len(rows), v.shape[2]), dtype=np.float32)
     if y.size and neighbors.shape[2]:
-        inputs = (_wide(a), _wide(b), _wide(v), np.ascontiguousarray(neighbors), scale, *_gate(t, cameras))
-        library.attend(*inputs, camera_factor, rows, y, count, _isa(isa))
+        x = Attention(
+            _wide(a), _wide(b), _wide(v), _rows(neighbors), scale, _rows(t), _rows(cameras), camera_factor, rows
+        )
+        library.attend(x, y, count, _isa(isa))
     return y.astype(v.dtype, copy=False)
 
 
@@ -322,15 +321,15 @@ def reciprocal_neighbor_attention_backward(
     by = (a, b, v) if t is None else (a, b, v, t)
     out = [np.zeros(x.shape, dtype=np.float32) for x in by]
     if v.size and a.size and neighbors.shape[2]:
-        inputs = (*map(_wide, (gradient, a, b, v)), np.ascontiguousarray(neighbors), scale, *_gate(t, cameras))
-        library.attend_backward(*inputs, camera_factor, *out, *[None] * (4 - len(out)), count, _isa(isa))
+        x = Attention(_wide(a), _wide(b), _wide(v), _rows(neighbors), scale, _rows(t), _rows(cameras), camera_factor)
+        library.attend_backward(x, _wide(gradient), out, count, _isa(isa))
     return tuple(g.astype(x.dtype, copy=False) for g, x in zip(out, by, strict=True))
 
 
-def _library() -> ModuleType:
+def _library() -> Library:
     if _native is None:
         hint = "Run pip install ., which compiles it."
-        raise BackendError("native kernels", "no compiled module", "nformer_edge.ops._native", hint)
+        raise BackendError("native kernels", "no compiled library", "nformer_edge.ops._kernels", hint)
     return _native
 
 
@@ -353,8 +352,9 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def _gate(t: np.ndarray | None, cameras: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
-    return tuple(None if x is None else np.ascontiguousarray(x) for x in (t, cameras))
+def _rows(x: np.ndarray | None) -> np.ndarray | None:
+    """Row-major."""
+    return None if x is None else np.ascontiguousarray(x)
 
 
 def _check_finite(name: str, x: np.ndarray, threads: int) -> None:

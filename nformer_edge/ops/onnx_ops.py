@@ -55,7 +55,7 @@ def register(
     path = library_path()
     if path is None:
         hint = "Run pip install ., which compiles it."
-        raise BackendError("native kernels for onnxruntime", f"no {_NAME}", "it next to ops._native", hint)
+        raise BackendError("native kernels for onnxruntime", f"no {_NAME}", "it next to ops._kernels", hint)
     with _lock:  # the number of threads is read while the library registers itself
         ctypes.CDLL(os.fspath(path)).NFormerSetThreads(native.default_threads() if threads is None else threads)
         try:

@@ -147,7 +147,7 @@ def doctor(target: str | None = None, *, file: str | os.PathLike[str] | None = N
 
         return Doctor(here, int8_note(here), tuple(checks_of(file)))
     compared = None if target is None else preflight(read_target(target), here, conditions())
-    native = importlib.util.find_spec("nformer_edge.ops._native") is not None
+    native = importlib.util.find_spec("nformer_edge.ops._kernels") is not None
     gpu = f"{here.gpu}, {here.compute_capability}" if here.gpu else here.driver
     jetpack = f"Jetson Linux {here.l4t}" if here.l4t else ""
     found = [

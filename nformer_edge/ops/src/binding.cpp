@@ -1,143 +1,129 @@
-// The Python module `_native`: raw arrays in, filled arrays out. Checks live in native.py.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
+// The library `_kernels.so`: C functions on row-major arrays, so that one file serves every Python. `ops/library.py` calls
+// them; checks live in native.py. Each returns -2 after an exception, whose words `nformer_error` has, and -3 without
+// memory; an instruction set is "" for the fastest.
 #include <cmath>
-#include <optional>
+#include <exception>
+#include <new>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "k_reciprocal.h"
 #include "operators.h"
 #include "table.h"
 #include "threads.h"
 
-namespace nb = nanobind;
+#define NFORMER_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
 using namespace nformer;
-using Floats = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using FloatsOut = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using Thresholds = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using ThresholdsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Cameras = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = Cameras;
-using Lists = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using ListsOut = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-const Table& table_of(const std::string& isa) {
-  const Table* table = find_table(isa.c_str());
-  if (!table) throw nb::value_error("no such instruction set here");
-  return *table;
-}
+thread_local std::string error;
 
-std::vector<std::string> instruction_sets() {
-  const char* names[8];
-  const int count = list_tables(names, 8);
-  return {names, names + count};
-}
-
-int64_t bad_row(Floats x, int threads) {
-  const nb::gil_scoped_release release;
-  return first_bad_row(x.data(), x.shape(0) * x.shape(1), x.shape(2), threads);
-}
-
-int64_t bad_list(Lists x, int64_t count, int threads) {
-  const nb::gil_scoped_release release;
-  return first_bad_list(x.data(), x.shape(0) * x.shape(1), x.shape(2), count, threads);
-}
-
-int64_t top_k(Floats a, Floats b, ListsOut out, int threads, const std::string& isa, bool tree, bool symmetric) {
-  const Table& table = table_of(isa);
-  const nb::gil_scoped_release release;
-  const TopKTensors x{a.data(),   b.data(),   static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1)),
-                      static_cast<int64_t>(b.shape(1)), static_cast<int64_t>(a.shape(2)),
-                      static_cast<int>(out.shape(2)),   out.data(), symmetric};
-  return row_top_k(table, x, threads, tree);
-}
-
-// Exact scores of the pairs (i, columns[h, i, n]); -infinity where the column is -1.
-void pair_scores(Floats a, Floats b, Lists columns, nb::ndarray<double, nb::ndim<3>, nb::c_contig> out, int threads,
-                 const std::string& isa) {
-  const Table& table = table_of(isa);
-  const nb::gil_scoped_release release;
-  const int64_t n = a.shape(1), m = b.shape(1), r = a.shape(2), k = columns.shape(2);
-  parallel_ranges(threads, a.shape(0) * n, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t s = row * k; s < (row + 1) * k; ++s) {
-        const int32_t column = columns.data()[s];
-        if (column < 0)
-          out.data()[s] = -INFINITY;
-        else
-          table.score(a.data() + row * r, b.data() + row / n * m * r, r, &column, 1, out.data() + s);
-      }
-  });
-}
-
-struct Gate {
-  std::optional<Thresholds> t;
-  std::optional<Cameras> cameras;
-  double camera_factor;
-};
-
-AttentionTensors tensors_of(const Floats& a, const Floats& b, const Floats& v, const Lists& neighbors, double scale,
-                            const Gate& gate) {
-  const auto size = [](size_t n) { return static_cast<int64_t>(n); };
-  AttentionTensors x{a.data(),         b.data(),         v.data(),         neighbors.data(),         size(a.shape(0)), size(neighbors.shape(0)),
-                     size(a.shape(1)), size(a.shape(2)), size(v.shape(2)), size(neighbors.shape(2)), scale};
-  if (gate.t) x.t = gate.t->data(), x.thresholds = size(gate.t->shape(0));
-  if (gate.cameras) x.cameras = gate.cameras->data(), x.camera_factor = gate.camera_factor;
-  return x;
-}
-
-void attention(Floats a, Floats b, Floats v, Lists neighbors, double scale, std::optional<Thresholds> t,
-               std::optional<Cameras> cameras, double camera_factor, std::optional<Rows> rows, FloatsOut y, int threads,
-               const std::string& isa) {
-  const Table& table = table_of(isa);
-  AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
-  if (rows) x.rows = rows->data(), x.row_count = static_cast<int64_t>(rows->shape(0));
-  const nb::gil_scoped_release release;
-  attend(table, x, y.data(), threads);
-}
-
-void attention_backward(Floats gy, Floats a, Floats b, Floats v, Lists neighbors, double scale,
-                        std::optional<Thresholds> t, std::optional<Cameras> cameras, double camera_factor, FloatsOut ga,
-                        FloatsOut gb, FloatsOut gv, std::optional<ThresholdsOut> gt, int threads,
-                        const std::string& isa) {
-  const Table& table = table_of(isa);
-  const AttentionTensors x = tensors_of(a, b, v, neighbors, scale, {t, cameras, camera_factor});
-  const nb::gil_scoped_release release;
-  attend_backward(table, x, gy.data(), ga.data(), gb.data(), gv.data(), gt ? gt->data() : nullptr, threads);
-}
-
-void rerank(nb::ndarray<const float, nb::ndim<2>, nb::c_contig> unit,
-            nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig> lists,
-            nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig> same,
-            nb::ndarray<const double, nb::ndim<1>, nb::c_contig> farthest, int64_t half, int64_t expand, double share,
-            nb::ndarray<float, nb::ndim<2>, nb::c_contig> distances, int threads, const std::string& isa) {
-  const Table& table = table_of(isa);
-  const nb::gil_scoped_release release;
-  const auto size = [](size_t n) { return static_cast<int64_t>(n); };
-  const KReciprocal x{unit.data(),        lists.data(),       same.data(),          farthest.data(),
-                      size(unit.shape(0)), size(unit.shape(1)), size(lists.shape(1)), half,
-                      expand,             size(distances.shape(0))};
-  k_reciprocal(table, x, static_cast<float>(share), distances.data(), threads);
+// C has no exceptions: one that left here would end the process.
+template <typename Work>
+int64_t guarded(const char* isa, Work work) {
+  try {
+    const Table* table = find_table(isa);
+    if (!table) throw std::runtime_error(std::string("no instruction set here named ") + isa);
+    return work(*table);
+  } catch (const std::bad_alloc&) {
+    return -3;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return -2;
+  }
 }
 
 }  // namespace
 
-NB_MODULE(_native, m) {
-  m.def("instruction_sets", &instruction_sets);
-  m.def("first_bad_row", &bad_row);
-  m.def("first_bad_list", &bad_list);
-  m.def("row_top_k", &top_k);
-  m.def("pair_scores", &pair_scores);
-  m.def("k_reciprocal", &rerank);
-  m.def("attend", &attention);
-  m.def("attend_backward", &attention_backward);
-  m.attr("MAX_TREE_RANK") = kMaxTreeRank;
+// a, b, v, neighbors and the gate's t [thresholds, N] and cameras [N], which may be null: `AttentionTensors`.
+struct NFormerAttention {
+  const float *a, *b, *v;
+  const int32_t* neighbors;
+  int64_t heads, lists, n, r, d, k;
+  double scale;
+  const float* t;
+  int64_t thresholds;
+  const int32_t* cameras;
+  double camera_factor;
+  const int32_t* rows;
+  int64_t row_count;
+};
+
+namespace {
+
+AttentionTensors tensors_of(const NFormerAttention& x) {
+  return {x.a, x.b,     x.v, x.neighbors,  x.heads,   x.lists,         x.n,    x.r,        x.d,
+          x.k, x.scale, x.t, x.thresholds, x.cameras, x.camera_factor, x.rows, x.row_count};
+}
+
+}  // namespace
+
+NFORMER_API const char* nformer_error() { return error.c_str(); }
+
+NFORMER_API int nformer_instruction_sets(const char** names, int capacity) { return list_tables(names, capacity); }
+
+NFORMER_API int nformer_max_tree_rank() { return kMaxTreeRank; }
+
+NFORMER_API int64_t nformer_first_bad_row(const float* x, int64_t rows, int64_t length, int threads) {
+  return guarded("", [&](const Table&) { return first_bad_row(x, rows, length, threads); });
+}
+
+NFORMER_API int64_t nformer_first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t count, int threads) {
+  return guarded("", [&](const Table&) { return first_bad_list(x, rows, length, count, threads); });
+}
+
+NFORMER_API int64_t nformer_row_top_k(const float* a, const float* b, int64_t heads, int64_t n, int64_t m, int64_t r,
+                                      int k, int32_t* neighbors, int tree, int symmetric, int threads,
+                                      const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    const TopKTensors x{a, b, heads, n, m, r, k, neighbors, symmetric != 0};
+    return row_top_k(table, x, threads, tree != 0);
+  });
+}
+
+// Exact scores of the pairs (i, columns[h, i, n]); -infinity where the column is -1.
+NFORMER_API int64_t nformer_pair_scores(const float* a, const float* b, const int32_t* columns, int64_t heads,
+                                        int64_t n, int64_t m, int64_t r, int64_t k, double* scores, int threads,
+                                        const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    parallel_ranges(threads, heads * n, 512, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t s = row * k; s < (row + 1) * k; ++s) {
+          const int32_t column = columns[s];
+          if (column < 0)
+            scores[s] = -INFINITY;
+          else
+            table.score(a + row * r, b + row / n * m * r, r, &column, 1, scores + s);
+        }
+    });
+    return 0;
+  });
+}
+
+NFORMER_API int64_t nformer_k_reciprocal(const float* unit, const int32_t* lists, const int32_t* same,
+                                         const double* farthest, int64_t n, int64_t d, int64_t k, int64_t half,
+                                         int64_t expand, int64_t queries, double share, float* distances, int threads,
+                                         const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    const KReciprocal x{unit, lists, same, farthest, n, d, k, half, expand, queries};
+    k_reciprocal(table, x, static_cast<float>(share), distances, threads);
+    return 0;
+  });
+}
+
+NFORMER_API int64_t nformer_attend(const NFormerAttention* x, float* y, int threads, const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    attend(table, tensors_of(*x), y, threads);
+    return 0;
+  });
+}
+
+NFORMER_API int64_t nformer_attend_backward(const NFormerAttention* x, const float* gy, float* ga, float* gb, float* gv,
+                                            float* gt, int threads, const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    attend_backward(table, tensors_of(*x), gy, ga, gb, gv, gt, threads);
+    return 0;
+  });
 }
