@@ -293,11 +293,8 @@ def evaluate(
         notes = alike(query.features, "query") + alike(gallery.features, "gallery")
         notes += () if runner is None else calibration_note(runner, query, gallery)
         about = MeasuredData.of(data, query, gallery)
-        table = (
-            _composition(runner, query, gallery, seeds, draws, about.name)
-            if draws and scoring == "market1501"
-            else None
-        )
+        draws = draws if scoring == "market1501" else 0
+        table = _composition(runner, query, gallery, seeds, draws, about.name) if draws else None
         told = seconds, why, notes, tuple(rankings), table, tuple(lists), scoring
         return Evaluation(machine(), measured, about, *told)
 
