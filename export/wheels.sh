@@ -16,10 +16,10 @@ python -m build --sdist --no-isolation --outdir "$out" "$source"
 mkdir "$work/source" && tar -xzf "$out"/nformer_edge-*.tar.gz -C "$work/source" --strip-components=1 # wheels are made from it
 
 build() { # MACHINE COMPILER
-  CXX=$2 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$1" _PYTHON_HOST_PLATFORM="linux-$1" \
-    python -m build --wheel --no-isolation -Cbuild-dir="$work/build-$1" -Cinstall.strip=false --outdir "$work/$1" "$work/source"
+  CXX=$2 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$1 -DCMAKE_STRIP=$(command -v "${2%g++}strip")" _PYTHON_HOST_PLATFORM="linux-$1" \
+    python -m build --wheel --no-isolation -Cbuild-dir="$work/build-$1" --outdir "$work/$1" "$work/source"
   python -m wheel tags --remove --platform-tag "linux_$1" "$work/$1"/nformer_edge-*.whl
-  auditwheel repair --strip --wheel-dir "$out" "$work/$1"/nformer_edge-*.whl
+  auditwheel repair --wheel-dir "$out" "$work/$1"/nformer_edge-*.whl
 }
 
 build x86_64 "${CXX_X86_64:-x86_64-linux-gnu-g++}"
