@@ -82,7 +82,7 @@ class Callers:
         """Status, milliseconds since it was due, and whether a refusal said when to come back."""
         name, body = f"i{self.sent}", self.bodies[self.sent % len(self.bodies)]
         self.sent += 1
-        while self.idle and (self.idle[-1].transport.is_closing() or time.monotonic() - self.idle[-1].used > 3):
+        while self.idle and (self.idle[-1].transport.is_closing() or time.monotonic() - self.idle[-1].used > 1):
             self.idle.pop().transport.close()
         if self.idle:
             connection = self.idle.pop()

@@ -84,7 +84,7 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=_limited(settings.receive_s), ws="none", access_log=False, server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(settings.stop_s)), log_level="warning", lifespan="on",
-        timeout_keep_alive=5,
+        timeout_keep_alive=max(1, round(settings.receive_s)),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class Settings:
         body_mib: size of an image file.
         megapixels: size of an image.
         rate: requests a second of one token, twice as many in a burst.
-        receive_s: seconds that headers, and after them a body, may take to arrive.
+        receive_s: seconds that headers, and after them a body, may take to arrive, and a caller to ask again.
         stop_s: seconds that accepted requests have to finish after SIGTERM.
         threshold: cosine from which a match counts, where a search names none.
         head: let the NFormer head see each query with the gallery; ``auto`` as `Gallery.search`.
