@@ -16,17 +16,20 @@ import functools
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 from PIL import Image
-from rknn.api import RKNN
 
 from nformer_edge.core.preprocess import load_resized, normalize
 from nformer_edge.core.spec import PreprocessSpec
 from nformer_edge.data.calibration import calibration_images
 from nformer_edge.data.summary import dataset_of
 from nformer_edge.exporting.bundle import open_bundle
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from rknn.api import RKNN
 
 
 def check(code: int, step: str) -> None:
@@ -47,6 +50,8 @@ def cosine(rknn: RKNN, graph: bytes, spec: PreprocessSpec, path: str) -> float:
 @functools.cache
 def session_of(graph: bytes) -> onnxruntime.InferenceSession:
     """The bundle's own file."""
+    import onnxruntime
+
     return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
@@ -60,6 +65,9 @@ def main() -> None:
     parser.add_argument("--fp16", action="store_true", help="no quantization")
     parser.add_argument("--compare", type=int, default=0, metavar="N")
     args = parser.parse_args()
+
+    from rknn.api import RKNN
+
     bundle = open_bundle(args.bundle)
     spec = bundle.spec.preprocess
     if spec.pixels is not None:
