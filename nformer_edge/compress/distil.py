@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -55,12 +55,14 @@ class Distil:
         if self.train.augment != AugmentSpec():
             raise UsageError("train.augment", self.train.augment, "none", "Set the recipe's own augment.")
 
-    def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
+    def run(
+        self, backbone: Backbone, work: Work, after_step: Callable[[], None] | None = None
+    ) -> tuple[Backbone, list[Epoch]]:
         loader = ViewLoader(work, self)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(work.seed)
             criterion = DistilCriterion(self, work.lessons, backbone.spec.features)
-        rows = work.train(backbone, self.train, loader=loader, criterion=criterion)
+        rows = work.train(backbone, self.train, loader, criterion, after_step)
         return backbone, rows
 
 
@@ -75,7 +77,8 @@ class DistilCriterion(Criterion):
         unit = F.normalize(torch.from_numpy(lessons.teacher.features), dim=1)
         labels = torch.from_numpy(lessons.images.labels)
         means = torch.zeros(lessons.images.num_classes, taught).index_add_(0, labels, unit)
-        self.register_buffer("people", F.normalize(means, dim=1))  # [C, D]
+        self.people: Tensor  # [C, D]
+        self.register_buffer("people", F.normalize(means, dim=1))
 
     def forward(  # type: ignore[override]
         self,
@@ -86,7 +89,7 @@ class DistilCriterion(Criterion):
     ) -> tuple[Tensor, Tensor]:  # loss, share of images nearest to their person's mean teacher feature
         c = self.distil
         mine, theirs = F.normalize(self.projection(after), dim=1), F.normalize(taught.to(after.dtype), dim=1)
-        people = self.get_buffer("people").to(after.dtype)
+        people = self.people.to(after.dtype)
         scores = mine @ people.T
         loss = c.feature * (mine - theirs).pow(2).sum(dim=1).mean()
         if c.similarity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal, TypeVar
@@ -177,6 +178,7 @@ class BackboneSpec:
         pooling: ``avg``, or ``gem``: the mean of powers with a learned exponent, then the root (Radenovic et al. 2019).
         last_stride: of a ResNet's layer4. The feature map is a sixteenth of the image's sides with 1, else a 32nd.
         non_local: a ResNet-50 with FastReID's five non-local blocks in layer2 and layer3 (Wang et al. 2018).
+        widths: of layers that pruning made narrower, by their name in the backbone: channels in and out.
     """
 
     arch: str = "resnet50"
@@ -186,6 +188,7 @@ class BackboneSpec:
     pooling: Pooling = "avg"
     last_stride: LastStride = 1
     non_local: bool = False
+    widths: Mapping[str, tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         check_choice("arch", self.arch, tuple(TRUNKS))

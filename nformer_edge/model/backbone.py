@@ -104,6 +104,42 @@ _NECKS: dict[str, type[BNNeck] | type[BatchNormNeck] | type[FCNeck] | type[NoNec
 }
 
 
+def widths_of(backbone: nn.Module) -> dict[str, tuple[int, int]]:
+    """Channels in and out of every layer that has a width, by name."""
+    widths = {}
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            widths[name] = (layer.in_channels, layer.out_channels)
+        elif isinstance(layer, nn.Linear):
+            widths[name] = (layer.in_features, layer.out_features)
+        elif isinstance(layer, _NORMS):
+            widths[name] = (layer.num_features, layer.num_features)
+    return widths
+
+
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm1d, nn.InstanceNorm2d)
+
+
+def _narrower(backbone: nn.Module, name: str, inputs: int, outputs: int) -> nn.Module:
+    """An untrained layer like the one of that name, of another width."""
+    own = widths_of(backbone).get(name)
+    layer = backbone.get_submodule(name) if own else None
+    if own is None or not (1 <= inputs <= own[0] and 1 <= outputs <= own[1]):
+        expected = "a layer with a width" if own is None else f"at most {own}"
+        raise UsageError(f"widths.{name}", (inputs, outputs), expected, "Correct the spec.")
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(inputs, outputs, layer.bias is not None)
+    if isinstance(layer, nn.Conv2d):
+        groups = inputs if layer.groups == layer.in_channels else layer.groups
+        shape: Any = (layer.kernel_size, layer.stride, layer.padding)
+        return nn.Conv2d(inputs, outputs, *shape, groups=groups, bias=layer.bias is not None)
+    assert isinstance(layer, _NORMS)
+    narrower = type(layer)(outputs, affine=layer.affine)
+    for own_parameter, parameter in zip(layer.parameters(), narrower.parameters(), strict=True):
+        parameter.requires_grad_(own_parameter.requires_grad)
+    return narrower
+
+
 class Backbone(nn.Module):
     """Preprocessed images to features (`BackboneSpec`)."""
 
@@ -114,6 +150,8 @@ class Backbone(nn.Module):
         self.pool = GeM() if spec.pooling == "gem" else nn.AdaptiveAvgPool2d(1)
         channels: Any = self.trunk.channels
         self.neck = _NECKS[spec.neck](channels, spec.features)
+        for name, (inputs, outputs) in (spec.widths or {}).items():
+            self.set_submodule(name, _narrower(self, name, inputs, outputs))
 
     def forward(
         self,
