@@ -349,7 +349,7 @@ _calls(
     "checkpoint -> smaller or faster checkpoint, by the steps of a recipe, each judged on held-out training people",
     _option("model", metavar="CHECKPOINT", help="the teacher, and the start where the recipe names no other student"),
     DATA, LAYOUT, _new("FILE.safetensors"), FORCE,
-    _option("--recipe", required=True, metavar="FILE.toml", help="steps: distil ... (docs/compress.md)"),
+    _option("--recipe", required=True, metavar="FILE.toml", help="steps: distil, prune ... (docs/compress.md)"),
     _option("--teacher", metavar="STORE.npz",
             help="the model's features of the training images (`embed --splits train --views 4`; default: computed)"),
     _option("--device", help="cpu (default), or a CUDA device such as cuda:0"),
@@ -722,6 +722,15 @@ _calls(
     LAYOUT, BATCH, THREADS, OUT_JSON,
     _option("--false-match-rate", type=float, metavar="SHARE",
             help="share of pairs of different people that the threshold may accept (default 0.001)"),
+)
+
+
+_calls(
+    "report.frontier:frontier", "frontier",
+    "ranking against time of a teacher, its students, prunings and precisions, and which of them dominates which",
+    _option("models", nargs="+", metavar="model", help="checkpoints, bundles or engines; the first is the teacher"),
+    SIGNED, DATA, LAYOUT, BATCH, THREADS, OUT_JSON,
+    _option("--batches", type=int, nargs="+", metavar="N", help="batch sizes to time (default 1 8)"),
 )
 
 

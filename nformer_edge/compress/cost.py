@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from nformer_edge.model.backbone import Backbone
+if TYPE_CHECKING:
+    from nformer_edge.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,21 @@ class Cost:
     gmacs: float
 
 
-@torch.inference_mode()
 def cost_of(backbone: Backbone, size: tuple[int, int]) -> Cost:
     """Counted in one pass of an image of `size` (height, width)."""
+    import torch  # who reads a result needs none
+
     count = 0
 
-    def add(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def add(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal count
-        weight = layer.get_parameter("weight")
-        places = output[0].numel() // output.shape[1]
-        count += weight.numel() * places
+        count += layer.weight.numel() * (output[0].numel() // output.shape[1])
 
-    layers = [m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = [m for m in backbone.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
-        backbone.eval()(torch.zeros(1, 3, *size))
+        with torch.inference_mode():
+            backbone.eval()(torch.zeros(1, 3, *size))
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,8 +15,10 @@ from nformer_edge.quantize.values import BudgetSearch
 from nformer_edge.report.accuracy import Evaluation
 from nformer_edge.report.benchmark import Benchmark, Comparison
 from nformer_edge.report.cross_model import CrossModel
+from nformer_edge.report.frontier import Frontier
 from nformer_edge.report.html import sections
 from nformer_edge.report.html.budget import budget
+from nformer_edge.report.html.frontier import frontier
 from nformer_edge.report.html.parity import cosines, gates, layers
 from nformer_edge.report.html.sections import Results, text
 from nformer_edge.report.parity import Parity
@@ -24,7 +26,7 @@ from nformer_edge.training.history import History
 
 #: What the page draws, by kind.
 KINDS: dict[str, type[Result]] = {
-    cls.kind: cls for cls in (Evaluation, Parity, Benchmark, Comparison, CrossModel, BudgetSearch, History)
+    cls.kind: cls for cls in (Evaluation, Parity, Benchmark, Comparison, CrossModel, BudgetSearch, Frontier, History)
 }
 
 Readable: TypeAlias = "Result | str | os.PathLike[str]"
@@ -70,7 +72,7 @@ def write_report(results: Sequence[Readable], out: str | os.PathLike[str], title
 
 def render(results: Results, title: str) -> str:
     """The page as a string."""
-    judged = sections.summary, sections.composition, gates, cosines, layers, budget, sections.cross_model
+    judged = sections.summary, sections.composition, gates, cosines, layers, budget, frontier, sections.cross_model
     ranked = sections.rank_lists, sections.cmc
     timed = sections.latency, sections.comparison, sections.baselines
     parts = *judged, *ranked, *timed, sections.training, sections.machine

@@ -1,0 +1,91 @@
+"""Channels and weights that go: what is left is a plain model, and zeros stay zeros."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nformer_edge.compress.compress import compress
+from nformer_edge.compress.cost import cost_of
+from nformer_edge.compress.distil import Distil
+from nformer_edge.compress.prune import Prune
+from nformer_edge.compress.recipe import Recipe
+from nformer_edge.compress.sparsify import Sparsify, masks_of, two_of_four
+from nformer_edge.core.errors import UsageError
+from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec, from_dict, to_dict
+from nformer_edge.data.generate import GenerateSpec, generate_dataset
+from nformer_edge.exporting.trace import trace_backbone
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.training.config import BackboneConfig
+
+TRAIN = BackboneConfig(epochs=1, p=4, k=2, lr=1e-3, warmup=0)
+SPEC = ModelSpec(BackboneSpec("osnet_x0_25", 32), None, PreprocessSpec(64, 32))
+
+
+@pytest.fixture(scope="module", name="data")
+def _data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "eight"
+    generate_dataset(root, replace(GenerateSpec.tiny(), train_ids=8, seen_by=2, images=2))
+    return root
+
+
+def teacher_at(folder: Path, spec: ModelSpec = SPEC) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_checkpoint(folder / "teacher.safetensors", spec, Backbone(spec.backbone))
+    return folder / "teacher.safetensors"
+
+
+def test_a_pruned_model_loads_by_its_spec_within_the_budget_and_with_round_widths(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
+    teacher, out = teacher_at(tmp_path), tmp_path / "student.safetensors"
+    recipe = Recipe((Prune(0.7, batches=2), Distil(train=TRAIN)), views=1, holdout=0.25)
+    record = compress(teacher, data, recipe, out)
+    pruned = load_checkpoint(out)
+    assert pruned.backbone is not None
+    assert cost_of(pruned.backbone, (64, 32)).gmacs <= 0.7 * record.teacher.gmacs
+    assert from_dict(ModelSpec, to_dict(pruned.spec)) == pruned.spec
+    assert pruned.spec.backbone.widths
+    convolutions = {n: w for n, w in pruned.spec.backbone.widths.items() if n.endswith(".conv") and "stem" not in n}
+    assert all(outputs % 16 == 0 for _, outputs in convolutions.values())
+
+
+@pytest.mark.parametrize("arch", ["osnet_ibn_x1_0", "plain_s"])
+def test_a_backbone_whose_channels_do_not_stand_alone_is_refused(arch: str, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
+    teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec(arch, 32)))
+    with pytest.raises(UsageError, match="whose channels are whole"):
+        compress(teacher, data, Recipe((Prune(importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
+
+
+def test_a_spec_with_widths_that_no_layer_has_is_refused() -> None:
+    for widths in ({"trunk.nothing": (1, 1)}, {"trunk.conv5.conv": (4096, 128)}):
+        with pytest.raises(UsageError, match=r"widths\.trunk"):
+            Backbone(BackboneSpec("osnet_x0_25", 32, widths=widths))
+
+
+def test_two_of_four_keeps_the_larger_two_the_earlier_of_equals() -> None:
+    weight = torch.tensor([[3.0, -1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0]])
+    assert two_of_four(weight).tolist() == [[1, 0, 1, 0, 1, 1, 0, 0]]
+
+
+def test_sparse_weights_stay_sparse_through_training_and_in_the_exported_file(data: Path, tmp_path: Path) -> None:
+    from onnx import numpy_helper
+
+    recipe = Recipe((Sparsify(Distil(train=TRAIN)),), BackboneSpec("resnet18", 32), views=1, holdout=0)
+    compress(teacher_at(tmp_path), data, recipe, tmp_path / "s.safetensors")
+    backbone = load_checkpoint(tmp_path / "s.safetensors").backbone
+    assert backbone is not None
+    model = trace_backbone(backbone, (64, 32), 18)
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    kernels = [weights[n.input[1]] for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+    sparse = [k for k in kernels if k.ndim > 1 and k.shape[1] % 4 == 0]
+    assert len(sparse) == len(masks_of(backbone))
+    for kernel in sparse:
+        fours = np.moveaxis(kernel, 1, -1).reshape(-1, 4)
+        assert ((fours != 0).sum(axis=1) <= 2).all()
