@@ -159,7 +159,7 @@ def _taylor(backbone: Backbone, work: Work, batches: int) -> dict[str, Tensor]:
         unit = F.normalize(model(images.to(work.compute.device)), dim=1)
         labels = labels.to(work.compute.device)
         loss = F.cross_entropy(16 * unit @ people.T, labels) + batch_hard_triplet(unit, labels, 0.3)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for name, norm in norms.items():
             assert norm.weight.grad is not None
             assert norm.bias.grad is not None

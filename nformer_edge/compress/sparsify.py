@@ -39,7 +39,7 @@ class Sparsify:
         return self.distil.run(backbone, work, after_step=apply)
 
 
-def masks_of(backbone: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+def masks_of(backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Each weight that can be 2:4 sparse, and its mask, 0 and 1."""
     found = []
     for layer in backbone.modules():

@@ -131,8 +131,8 @@ def _narrower(backbone: nn.Module, name: str, inputs: int, outputs: int) -> nn.M
         return nn.Linear(inputs, outputs, layer.bias is not None)
     if isinstance(layer, nn.Conv2d):
         groups = inputs if layer.groups == layer.in_channels else layer.groups
-        shape: Any = (layer.kernel_size, layer.stride, layer.padding)
-        return nn.Conv2d(inputs, outputs, *shape, groups=groups, bias=layer.bias is not None)
+        shape: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")}
+        return nn.Conv2d(inputs, outputs, **shape, groups=groups, bias=layer.bias is not None)
     assert isinstance(layer, _NORMS)
     narrower = type(layer)(outputs, affine=layer.affine)
     for own_parameter, parameter in zip(layer.parameters(), narrower.parameters(), strict=True):

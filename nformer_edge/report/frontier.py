@@ -87,8 +87,8 @@ class Frontier(Result):
         teacher, batch = self.points[0].model.label, max(self.rounds)
         return (
             f"In brackets: how many times faster than {teacher}, in turn with it on {self.machine.cpu}. overlap@10: "
-            f"ten nearest images that are those of {teacher} too. Dominated: another model ranks no worse by mAP and takes "
-            f"no longer with batch {batch}."
+            f"ten nearest images that are those of {teacher} too. Dominated: another model ranks no worse by mAP "
+            f"and takes no longer with batch {batch}."
         )
 
     def __str__(self) -> str:
