@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
 
 from nformer_edge.core.spec import Precision, check_choice
 
@@ -71,6 +74,12 @@ class Backend(Protocol):
         Raises:
             UsageError: for a device or a number that this backend does not have.
         """
+        ...
+
+    @staticmethod
+    def node_ms(graph: bytes, precision: Precision, images: np.ndarray) -> Mapping[str, float]:
+        """What each node of a backbone takes on this CPU, in milliseconds, by its name; those that were fused into
+        another one are left out. Of `ON_CPU` backends that build INT8."""
         ...
 
 

@@ -1,7 +1,9 @@
 """The fastest engine that this machine runs: each is built, all are timed in turn, and one within the budget is taken.
 
-One search over backends and precisions, behind ``--backend auto`` and ``--precision auto`` alike. INT8 is timed against
-FP32 even where nobody asked for a choice: on some backbones it is slower.
+One search over backends and precisions, behind ``--backend auto`` and ``--precision auto`` alike, each with the graph
+as it is and with channels filled up to whole blocks (`quantize.padding`). ``--precision auto`` also tries INT8 in those
+nodes alone that are faster by it here, by each node's time in a profile. INT8 is timed against FP32 even where nobody
+asked for a choice: on some backbones it is slower.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +24,12 @@ from nformer_edge.backends.base import get, names
 from nformer_edge.backends.engine import KIND, Built, Engine, EngineManifest
 from nformer_edge.backends.spec import AUTO, BuildSpec
 from nformer_edge.core.artifact import Artifact
-from nformer_edge.core.errors import BackendError, GateError
+from nformer_edge.core.errors import ArtifactError, BackendError, GateError
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import Precision
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
-from nformer_edge.exporting.bundle import Bundle, ModelManifest
+from nformer_edge.exporting.bundle import BACKBONE, Bundle, ModelManifest
 from nformer_edge.quantize.prepare import CalibrationData, Judging, judging, prepare
 from nformer_edge.quantize.spec import BudgetSpec
 from nformer_edge.quantize.values import LowPrecision, Score
@@ -56,6 +58,7 @@ class Timed:
         speed_up: over the first that was timed, the median of each round's ratio.
         score: on held-out people, where accuracy was asked for, in the scope of the budget.
         note: why it could not be taken; "" if it could.
+        form: what is unlike the plain build: ``padded`` channels, ``mixed`` where INT8 is in the nodes that gain by it.
     """
 
     backend: str
@@ -64,11 +67,12 @@ class Timed:
     speed_up: float = math.nan
     score: Score | None = None
     note: str = ""
+    form: str = ""
 
     @property
     def name(self) -> str:
-        """Such as ``onnxruntime int8``."""
-        return f"{self.backend} {self.precision}"
+        """Such as ``onnxruntime int8 padded``."""
+        return " ".join(word for word in (self.backend, self.precision, self.form) if word)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,9 @@ class Choice(Result):
 
     def __str__(self) -> str:
         lines = [f"timed in turn, {self.rounds} rounds, batch {self.batch}, on {self.cpu}:"]
+        width = max(len(row.name) for row in self.tried)
         for i, row in enumerate(self.tried):
-            line = f"  {row.name:<20}"
+            line = f"  {row.name:<{width}}"
             if not math.isnan(row.latency_ms):
                 line += f"  {row.latency_ms:8.2f} ms  {row.speed_up:5.2f} x"
             if row.score is not None and not math.isnan(row.score.map_drop):
@@ -130,6 +135,8 @@ class Attempt:
         folder: of its files, without a manifest.
         low: what it was built by.
         built: what the backend knows of it.
+        padded: whether channels were added.
+        mixed: whether INT8 is in the nodes alone that gain by it.
     """
 
     backend: str
@@ -137,6 +144,13 @@ class Attempt:
     folder: Path
     low: LowPrecision
     built: Built
+    padded: bool = False
+    mixed: bool = False
+
+    def timed(self, latency_ms: float = math.nan, speed_up: float = math.nan) -> Timed:
+        """Its row of the table."""
+        form = [word for word, is_so in (("mixed", self.mixed), ("padded", self.padded)) if is_so]
+        return Timed(self.backend, self.spec.built_precision, latency_ms, speed_up, form=" ".join(form))
 
     def manifest(self, bundle: Bundle, why: str) -> EngineManifest:
         """What the engine's manifest says."""
@@ -149,6 +163,7 @@ class Attempt:
             bundle_sha256=bundle.sha256,
             calibration=self.low.calibration,
             float_nodes=self.low.exclude_nodes,
+            padded=self.padded,
         )
 
     def open(self, bundle: Bundle) -> Engine:
@@ -212,12 +227,20 @@ def build_fastest(
     backends, why = choose_backends(spec.backend, spec.precision)
     on_cpu = get(backends[0]).ON_CPU
     judge = judging(bundle, spec, data) if spec.precision == AUTO else None
-    wanted = [(name, p) for name in backends for p in _precisions(spec, name, beside_fp32=on_cpu)]
-    wanted.sort(key=lambda pair: pair[1] != "fp32")  # what others are compared with comes first
+    graphs = {False: bundle}
+    if on_cpu and (judge is not None or len(backends) > 1) and (padded := _with_padding(bundle)) is not None:
+        graphs[True] = padded
+    wanted = [
+        (name, precision, form)
+        for form in graphs
+        for name in backends
+        for precision in _precisions(spec, name, beside_fp32=on_cpu)
+    ]
+    wanted.sort(key=lambda one: (one[1] != "fp32", one[2]))  # what others are compared with comes first
     measured: dict[tuple[str, bool], LowPrecision] = {}
     attempts: list[Attempt] = []
     refused: list[Timed] = []
-    for i, (name, precision) in enumerate(wanted):
+    for i, (name, precision, form) in enumerate(wanted):
         backend, folder, exact = get(name), work / str(i), precision == spec.precision
         folder.mkdir()
         try:
@@ -228,19 +251,78 @@ def build_fastest(
                 others = {"int8": data, "fp16": replace(data, budget=None)}
                 given = data if exact else others.get(precision, CalibrationData())
                 measured[precision, half] = prepare(bundle, one, given, out, half=half, judge=judge)
-            low = measured[precision, half]
-            low.save(folder)
-            attempts.append(Attempt(name, one, folder, low, backend.build(bundle, folder, one, low)))
+            attempts.append(_attempt(graphs[form], name, one, folder, measured[precision, half], padded=form))
         except (BackendError, GateError) as e:
             if len(backends) == 1 and exact:
                 raise
-            refused.append(Timed(name, precision, note=f"{e.subject}: got {e.got}"))
+            form_of = "padded" if form else ""
+            refused.append(Timed(name, precision, note=f"{e.subject}: got {e.got}", form=form_of))
     if not any(spec.precision in (AUTO, attempt.spec.precision) for attempt in attempts):
         got = "; ".join(f"{row.name}: {row.note}" for row in refused)
         raise BackendError("backend", got, f"one that can build {spec.precision} here", "See `nformer-edge doctor`.")
     if len(wanted) == 1:
         return attempts[0], why, None
+    if judge is not None and on_cpu:
+        attempts += _mixed(graphs, attempts, work)
     return _choose(bundle, attempts, refused, spec, judge, why)
+
+
+def _with_padding(bundle: Bundle) -> Bundle | None:
+    """The bundle with channels added to its backbone; None where that adds none, or without the package that does."""
+    try:
+        import onnx
+
+        from nformer_edge.quantize.padding import pad_channels
+    except ImportError:
+        return None
+    padded = pad_channels(onnx.load_from_string(bundle.backbone)) if bundle.backbone_precision == "fp32" else None
+    if padded is None:
+        return None
+    return replace(
+        bundle, files=replace(bundle.files, files={**bundle.files.files, BACKBONE: padded.SerializeToString()})
+    )
+
+
+def _attempt(
+    bundle: Bundle, name: str, spec: BuildSpec, folder: Path, low: LowPrecision, *, padded: bool, mixed: bool = False
+) -> Attempt:
+    low.save(folder)
+    return Attempt(name, spec, folder, low, get(name).build(bundle, folder, spec, low), padded, mixed)
+
+
+def _mixed(graphs: Mapping[bool, Bundle], attempts: Sequence[Attempt], work: Path) -> list[Attempt]:
+    """For each INT8 engine one in which the nodes that INT8 does not make faster here are in float."""
+    import onnx
+
+    from nformer_edge.quantize.placement_cpu import slower_nodes
+
+    found: list[Attempt] = []
+    for int8 in (a for a in attempts if a.spec.precision == "int8"):
+        bundle = graphs[int8.padded]
+        images = _batch(bundle, int8.spec)
+        same = [a for a in attempts if (a.backend, a.padded) == (int8.backend, int8.padded)]
+        times = {
+            a.spec.built_precision: get(a.backend).node_ms(
+                (a.folder / BACKBONE).read_bytes(), a.spec.built_precision, images
+            )
+            for a in same
+        }
+        slow = times.pop("int8")
+        if not times:
+            continue
+        plain = min(times.values(), key=lambda found: sum(found.values()))
+        excluded = slower_nodes(onnx.load_from_string(bundle.backbone), slow, plain)
+        low = replace(int8.low, exclude_nodes=tuple(dict.fromkeys((*int8.low.exclude_nodes, *excluded))))
+        folder = work / f"{int8.folder.name}_mixed"
+        folder.mkdir()
+        with suppress(ArtifactError):  # hardly a node gains by INT8
+            found.append(_attempt(bundle, int8.backend, int8.spec, folder, low, padded=int8.padded, mixed=True))
+    return found
+
+
+def _batch(bundle: Bundle, spec: BuildSpec) -> np.ndarray:
+    """Images of the usual number, of the self-test's."""
+    return np.resize(bundle.golden["images"], (spec.batch[1], *bundle.golden["images"].shape[1:]))
 
 
 def _precisions(spec: BuildSpec, backend: str, *, beside_fp32: bool) -> tuple[Precision, ...]:
@@ -261,11 +343,11 @@ def _choose(
     rows: list[Timed] = []
     with ExitStack() as stack:
         runners = [stack.enter_context(get(a.backend).run(a.open(bundle), device=spec.device)) for a in attempts]
-        images = np.resize(bundle.golden["images"], (spec.batch[1], *bundle.golden["images"].shape[1:]))
+        images = _batch(bundle, spec)
         taken = take_turns([partial(runner.embed, images) for runner in runners], seconds_of)
         for attempt, runner, times in zip(attempts, runners, taken, strict=True):
             speed_up = statistics.median((taken[0] / times).tolist())
-            row = Timed(attempt.backend, attempt.spec.built_precision, statistics.median(times.tolist()), speed_up)
+            row = attempt.timed(statistics.median(times.tolist()), speed_up)
             rows.append(row if judge is None else _judged(row, judge, runner.embed))
     may = [i for i, a in enumerate(attempts) if spec.precision in (AUTO, a.spec.precision) and not rows[i].note]
     chosen = fastest([taken[i] for i in may])

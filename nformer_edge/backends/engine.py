@@ -154,6 +154,7 @@ class EngineManifest(Built, ModelManifest):
         bundle_sha256: of the bundle's manifest.
         calibration: for INT8, what it was calibrated with.
         float_nodes: for INT8, nodes of the backbone that were left in float on purpose.
+        padded: whether channels were added to the backbone, because it is faster so (`quantize.padding`).
     """
 
     backend: str
@@ -162,6 +163,7 @@ class EngineManifest(Built, ModelManifest):
     bundle_sha256: str
     calibration: CalibrationFacts | None = None
     float_nodes: tuple[str, ...] = ()
+    padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ ONNXRUNTIME: Final = "onnxruntime"
 
 
 def open_session(
-    graph: bytes, name: str, threads: int | None = None, native: bool = False, optimize: bool = True
+    graph: bytes, name: str, threads: int | None = None, native: bool = False, optimize: bool = True, profile: str = ""
 ) -> Any:
     """An onnxruntime CPU session for the bytes of a graph, with our kernels registered if `native`.
 
-    Without `optimize` each node is computed for itself, as it stands.
+    Without `optimize` each node is computed for itself, as it stands. `profile` is where a file of each node's times
+    will begin its name.
 
     Raises:
         BackendError: if onnxruntime is not installed, or refuses the kernels' library.
@@ -33,6 +34,8 @@ def open_session(
         options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if native:
         onnx_ops.register(options, threads)
     try:

@@ -21,7 +21,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.quantize.calibrate import CALIBRATED, with_shapes
-from nformer_edge.quantize.fp16 import MULTIPLICATIONS, multiplication_types, pixel_nodes
+from nformer_edge.quantize.fp16 import MULTIPLICATIONS, makers, multiplication_types, pixel_nodes
 from nformer_edge.quantize.placement import Placement
 from nformer_edge.quantize.values import Ranges
 
@@ -73,6 +73,28 @@ def quantized_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes that the CPU's placement quantizes."""
     floats = set(float_nodes(model))
     return [n.name for n in model.graph.node if n.op_type in CALIBRATED and n.name not in floats]
+
+
+def slower_nodes(model: onnx.ModelProto, int8: Mapping[str, float], plain: Mapping[str, float]) -> list[str]:
+    """Names of the nodes that INT8 does not make faster, by each node's time in INT8 and in float.
+
+    A node without times of its own, such as a sum that is part of a convolution, follows those whose results it reads.
+    """
+    quantized = set(quantized_nodes(model))
+    in_float = {node.name for node in model.graph.node if node.name not in quantized}
+    made_by, slower = makers(model), []
+    for node in model.graph.node:
+        if node.name not in quantized:
+            continue
+        read = {made_by[name].name for name in node.input if name in made_by}
+        if node.name in int8 and node.name in plain:
+            slow = int8[node.name] >= plain[node.name]
+        else:
+            slow = bool(read) and read <= in_float
+        if slow:
+            in_float.add(node.name)
+            slower.append(node.name)
+    return slower
 
 
 def require_quantized(types: Mapping[str, str], excluded: int = 0) -> None:

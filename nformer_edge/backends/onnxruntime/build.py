@@ -7,7 +7,10 @@ CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ no
 from __future__ import annotations
 
 import importlib.util
+import json
+import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +33,9 @@ NAME: Final = ONNXRUNTIME
 EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")  # FP16 would compute in FP32 behind casts: 0.69 x
 ON_CPU = True
+
+#: Runs of which the shortest time of each node counts.
+PROFILED = 15
 
 
 def missing() -> tuple[str, ...]:
@@ -79,6 +85,34 @@ def run(
         hint = "Set intra_op_threads: CPU threads of one forward pass."
         raise UsageError("contexts", contexts, f"nothing for {NAME}", hint)
     return OnnxRuntimeRunner(model, intra_op_threads=intra_op_threads, native=native)
+
+
+def node_ms(graph: bytes, precision: Precision, images: np.ndarray) -> Mapping[str, float]:
+    """See `Backend.node_ms`."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(graph, BACKBONE, profile=str(Path(folder) / "profile"))
+        for _ in range(PROFILED):
+            session.run(["features"], {"images": images})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kernels: dict[str, float] = {}
+    for event in events:
+        name, ms = event["name"], event["dur"] / 1000
+        if name.endswith("_kernel_time"):
+            kernels[name] = min(ms, kernels.get(name, ms))
+    return by_node(graph, kernels)
+
+
+def by_node(graph: bytes, kernels: Mapping[str, float]) -> Mapping[str, float]:
+    """Times of kernels, added up by the node of the graph whose name each kernel's name begins with, if any."""
+    import onnx
+
+    names = sorted((node.name for node in onnx.load_from_string(graph).graph.node), key=len, reverse=True)
+    found: dict[str, float] = {}
+    for kernel, ms in kernels.items():
+        node = next((name for name in names if kernel.startswith(name)), None)
+        if node is not None:
+            found[node] = found.get(node, 0.0) + ms
+    return found
 
 
 def refuse_reduced_range(spec: BuildSpec) -> None:

@@ -1,13 +1,14 @@
 """Engines for OpenVINO: the same ONNX files, compiled when they are opened, for batches of two fixed sizes.
 
-INT8 is the backbone with the Q/DQ nodes of onnxruntime's engines. What is not INT8 computes in the precision that was
-asked for: of itself OpenVINO takes BF16 where the CPU has it.
+INT8 is the backbone with the Q/DQ nodes of onnxruntime's engines; what is float beside them is BF16 where the CPU has
+it. FP32 is asked for by name: of itself OpenVINO takes BF16 there too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -99,6 +100,13 @@ def run(
         hint = "Set intra_op_threads: CPU threads of one forward pass."
         raise UsageError("contexts", contexts, f"nothing for {NAME}", hint)
     return OpenVinoRunner(model, device=device, intra_op_threads=intra_op_threads, native=native)
+
+
+def node_ms(graph: bytes, precision: Precision, images: np.ndarray) -> Mapping[str, float]:
+    """See `Backend.node_ms`."""
+    from nformer_edge.backends.openvino.run import layer_ms
+
+    return onnxruntime.by_node(graph, layer_ms(graph, precision, images, onnxruntime.PROFILED))
 
 
 def _built_for(device: str, low: LowPrecision) -> BuiltFor:
