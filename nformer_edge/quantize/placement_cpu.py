@@ -38,11 +38,14 @@ def quantize_backbone(
         exclude: names of nodes that stay in float, beside those that always do.
 
     Raises:
-        ArtifactError: if less than half of the multiplications, not counting the excluded ones, came out quantized.
+        ArtifactError: if less than half of the multiplications came out quantized; of those that are not left in float
+            on purpose, where some are excluded.
         UsageError: for a name in `exclude` that no node has.
     """
-    model = place_for_cpu(backbone, ranges, reduce_range=reduce_range).without(exclude)
-    require_quantized(multiplication_types(model), excluded_multiplications(model, exclude))
+    placement = place_for_cpu(backbone, ranges, reduce_range=reduce_range)
+    model = placement.without(exclude)
+    excluded = {*exclude, *float_nodes(placement.plain)} if exclude else ()
+    require_quantized(multiplication_types(model), excluded_multiplications(model, excluded))
     return model
 
 

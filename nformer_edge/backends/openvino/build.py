@@ -150,4 +150,6 @@ def _audit(graph: bytes, compiled: object, precision: Precision) -> PartAudit:
     if precision != "int8":
         total = sum(asked.values())
         return PartAudit({precision: Counts(total, min(built[precision], total))})
-    return PartAudit({kind: Counts(asked[kind], min(built[kind], asked[kind])) for kind in asked})
+    rest: Precision = "bf16" if built["bf16"] else "fp32"
+    kinds: dict[str, Precision] = {"int8": "int8", "fp32": rest}  # what is float beside INT8 is BF16 where it can be
+    return PartAudit({kinds[kind]: Counts(asked[kind], min(built[kinds[kind]], asked[kind])) for kind in asked})
