@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     assert made.backbone is not None, "a model with a backbone"
     assert ranges.backbone_sha256 == bundle.backbone_sha256, "ranges of this bundle"
     spec = made.spec.preprocess
-    images = TrainImages(read_dataset(args.data).train, spec)
+    images = TrainImages(read_dataset(args.data).train, spec, cache_mib=0)
     teacher = for_inference(made.backbone)
     student = QuantizedBackbone(made.backbone, (spec.height, spec.width), bundle.manifest.opset, ranges, args.where)
     student.train()

@@ -236,17 +236,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
-        level = (x / step).round_().add_(zero)
-        inside = (level >= low) & (level <= high)
-        result = level.clamp_(low, high).sub_(zero).mul_(step)
-        ctx.save_for_backward(x, step, result, inside)
+        result = torch.fake_quantize_per_tensor_affine(x, step, zero.int(), low, high)
+        ctx.save_for_backward(x, step, result)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, result, inside = ctx.saved_tensors
+        x, step, result = ctx.saved_tensors
         (grad,) = grads
-        through = grad * inside
+        through = grad * ((result - x).abs_() <= 0.5001 * step)  # not clipped
         by_step = ((result * grad).sum() - (x * through).sum()) / step
         by_zero = -step * (grad.sum() - through.sum())
         return through, by_step, by_zero, None, None
