@@ -83,17 +83,18 @@ class QuantizedBackbone(Backbone):
     @torch.no_grad()
     def learned(self) -> tuple[Backbone, Ranges]:
         """The float backbone with the weights that were learned, and the ranges: their INT8 export is this module."""
-        for name, parameter in self.trunk.named():
+        trunk: Any = self.trunk
+        for name, parameter in trunk.named():
             for convolution, norm, is_bias in self._folded.get(name, []):
                 factor = torch.ones(()) if norm is None else norm.weight / (norm.running_var + norm.eps).sqrt()
                 if not is_bias:
-                    convolution.weight.copy_(parameter / factor.reshape(-1, 1, 1, 1))
+                    convolution.weight.copy_(parameter / factor.reshape(-1, 1, 1, 1) - _identity(convolution))
                 elif norm is None:
                     convolution.bias.copy_(parameter)
                 else:
                     own = 0.0 if convolution.bias is None else convolution.bias
                     norm.bias.copy_(parameter - (own - norm.running_mean) * factor)
-        table = {**self._ranges.table, **self.trunk.table()}
+        table = {**self._ranges.table, **trunk.table()}
         return self._float[0].eval(), replace(self._ranges, table=table, backbone_sha256="", calibration=None)
 
 
@@ -144,7 +145,6 @@ class PlacedTrunk(nn.Module):
                     self.ranges[self._range_of[tensor]] = LearnedRange(*ranges.table[tensor], symmetric=symmetric)
             self._nodes.append(node)
         self._int8 = {n.name: n for n in self._nodes if n.op_type == "Conv" and n.input[1] in made_by}
-        self.channels = 0
 
     def named(self) -> list[tuple[str, Tensor]]:
         """The float weights and biases that are learned, by their names in the plain graph."""
@@ -289,6 +289,11 @@ _KNOWN: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _identity(convolution: nn.Conv2d) -> Tensor:
+    """What is added to its weight, such as a shortcut that the export folds away (`model.plain.DiracConv`)."""
+    return dict(convolution.named_buffers()).get("identity", torch.zeros(()))
+
+
 def _convolutions(
     backbone: Backbone, size: tuple[int, int], plain: onnx.ModelProto
 ) -> dict[str, list[tuple[Any, Any, bool]]]:
@@ -318,7 +323,7 @@ def _convolutions(
     found: dict[str, list[tuple[Any, Any, bool]]] = {}
     for node, (convolution, norm, _) in zip(nodes, called, strict=True):
         factor = 1.0 if norm is None else (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
-        expected = convolution.weight.detach().numpy() * np.reshape(factor, (-1, 1, 1, 1))
+        expected = (convolution.weight + _identity(convolution)).detach().numpy() * np.reshape(factor, (-1, 1, 1, 1))
         if not np.allclose(numbers[node.input[1]], expected, rtol=1e-3, atol=1e-6):
             got = "other weights than its module's"
             raise UsageError(f"qat: {node.name}", got, "a convolution and its batch norm", "Leave the step qat out.")

@@ -10,16 +10,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.compress.compress import Compression, compress
 from nformer_edge.compress.distil import Distil
+from nformer_edge.compress.qat import Qat
 from nformer_edge.compress.recipe import Recipe, read_recipe
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
+from nformer_edge.exporting.export import export_bundle
 from nformer_edge.gallery.embed import embed_files
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from nformer_edge.model.plain import DiracConv
+from nformer_edge.quantize.values import read_ranges
 from nformer_edge.training.config import BackboneConfig
 from nformer_edge.training.state import StateFile
 
@@ -134,3 +139,13 @@ def test_the_identity_in_a_kernel_is_a_shortcut_and_folds_away() -> None:
     folded = for_inference(backbone)
     assert not any(isinstance(m, DiracConv) for m in folded.modules())
     assert torch.allclose(folded(images), backbone(images), atol=1e-5)
+
+
+def test_trained_quantized_it_leaves_ranges_that_its_bundle_is_built_with(teacher: Teacher, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=(Qat(calib_num=4, distil=Distil(train=replace(TRAIN, epochs=1))),), student=None)
+    done = compress(*teacher, recipe, tmp_path / "student.safetensors")
+    assert [step.step for step in done.steps] == ["qat"]
+    bundle = export_bundle(tmp_path / "student.safetensors", tmp_path / "bundle")
+    spec = EngineSpec("onnxruntime", "int8")
+    engine = build_engine(bundle, tmp_path / "engine", spec, tmp_path / "student.calibration.json")
+    assert read_ranges(engine / "calibration.json") == read_ranges(tmp_path / "student.calibration.json")
