@@ -23,12 +23,7 @@ else:
     import tomli as tomllib
 
 #: Steps: a module of `nformer_edge.compress`, and the class in it. A new one is one file and one line here.
-STEPS = {
-    "distil": "distil:Distil",
-    "prune": "prune:Prune",
-    "sparsify": "sparsify:Sparsify",
-    "qat": "qat:Qat",
-}
+STEPS = {"distil": "distil:Distil", "prune": "prune:Prune", "sparsify": "sparsify:Sparsify", "qat": "qat:Qat"}
 
 
 @dataclass(frozen=True)
