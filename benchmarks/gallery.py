@@ -31,6 +31,7 @@ from nformer_edge.core.spec import BackboneSpec, HeadSpec, HeadState, ModelSpec
 from nformer_edge.core.values import JSON, to_json
 from nformer_edge.gallery.codes import CODES, Code, measure_codes, nearest_rows
 from nformer_edge.gallery.gallery import Gallery
+from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.metrics.distance import unit_rows
 from nformer_edge.metrics.ranking import evaluate
@@ -263,6 +264,10 @@ def accuracy(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, J
         scores[name] = np.concatenate([ask(row[None]) for row in some.features])
         found[name] = [len(some), *ranked(some, gallery, scores[name], cosine[id(some)])]
         print(f"{name}: {found[name]}, {time.process_time() - since:.0f} s of CPU", flush=True)
+    if args.rule == "gated":
+        live.tell(Held.of_features(gallery).told_images)
+        told = np.concatenate([live.ask(row[None]) for row in many.features])
+        found["quick, told by the ids"] = [len(many), *ranked(many, gallery, told, cosine[id(many)])]
     rows = [[n, str(a[0]), f"{a[1]:.1f}", f"{a[2]:.1f}"] for n, a in found.items()]
     print(format_table([f"{args.weights}, {args.rule}", "queries", "mAP", "Rank-1"], rows))
     differs = compared(scores.get("quick, the queries of exact", scores["quick"]), scores["exact"])

@@ -15,7 +15,7 @@ from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.live import LiveHead
 
-#: Images from which the head's state is kept on the disk: fewer are related again within half a second.
+#: Images from which the head's state is kept on the disk: what relating them takes grows with their square.
 KEPT_FROM = 4096
 
 
