@@ -506,6 +506,7 @@ _calls(
     _option("--views", type=int, help="views of each training image: one plain, the rest augmented (default 1)"),
     _option("--augment", nargs="+", type=_assignment, metavar="NAME=X",
             help="flip, pad, erase (default flip=0.5 pad=10 erase=0.5)"),
+    _option("--workers", type=int, metavar="N", help="processes of Ray Data, on this machine or RAY_ADDRESS's cluster"),
 )
 def _embed(args: Args) -> None:
     _show(args, _call(args, "gallery.embed:embed_files", augment=dict(getattr(args, "augment", ()))))

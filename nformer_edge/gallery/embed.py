@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import ClassVar
 
 import numpy as np
@@ -115,9 +116,16 @@ def embed_records(
                 bar.update(len(pixels))
     if finite:
         _check_finite(features, paths, runner.precision["backbone"])
+    return _labeled(runner, records, features, hashes, recipe)
+
+
+def _labeled(
+    runner: Runner, records: Sequence[ImageRecord], features: np.ndarray, hashes: Sequence[str], recipe: str
+) -> Features:
+    """Features [V, N, D] of `records`."""
     pids, camids = (np.array([getattr(r, name) for r in records], np.int64) for name in ("pid", "camid"))
-    further = features[1:] if views > 1 else None
-    labels = pids, camids, paths, "", tuple(hashes)
+    further = features[1:] if len(features) > 1 else None
+    labels = pids, camids, tuple(r.path for r in records), "", tuple(hashes)
     return made_by(runner, Features(features[0], *labels, further, recipe, _spec(runner)))
 
 
@@ -211,6 +219,7 @@ def embed_files(
     views: int = 1,
     augment: Mapping[str, float] | None = None,
     seed: int = 0,
+    workers: int | None = None,
 ) -> Embedding:
     """Embeds a dataset's images, or a folder of images, into the feature store `out`.
 
@@ -220,8 +229,11 @@ def embed_files(
     Args:
         splits: which to embed; those of SPLITS that have images if None.
         views: views of each training image (`embed_records`); every other split has the plain one alone.
+        workers: processes of Ray Data that share the work (`embed_ray`), each with `intra_op_threads` threads or one;
+            finished batches are then in ``OUTPUT.journals``. None: this process alone.
 
     Raises:
+        BackendError: for workers without Ray, or workers that keep dying.
         DataError: if a split that was asked for has no image.
         UsageError: for views without training images.
     """
@@ -230,14 +242,24 @@ def embed_files(
     if views > 1 and "train" not in records:
         raise UsageError("views", f"{views} without a split train", "1", "Only training images have several views.")
     start = time.perf_counter()
-    journal = Journal(Path(f"{os.fspath(out)}.journal"))
+    journal, folder = Journal(Path(f"{os.fspath(out)}.journal")), Path(f"{os.fspath(out)}.journals")
     with open_model(model, intra_op_threads=intra_op_threads) as runner:
         sets = {}
         for split, chosen in records.items():
             count = views if split == "train" else 1
-            sets[split] = embed_records(runner, chosen, batch, decoders, count, augment, seed, journal=journal)
+            if workers is None:
+                sets[split] = embed_records(runner, chosen, batch, decoders, count, augment, seed, journal=journal)
+                continue
+            from nformer_edge.gallery.embed_ray import embed_by_ray
+
+            recipe = _views(runner.spec.preprocess, count, augment, seed)[1]
+            options = {"batch": batch, "decoders": decoders, "views": count, "augment": augment, "seed": seed}
+            threads = intra_op_threads or 1
+            made = embed_by_ray(model, chosen, folder / split, workers, threads=threads, options=options)
+            sets[split] = _labeled(runner, chosen, *made, recipe)
         save_features(out, sets)
         journal.remove()
+        rmtree(folder, ignore_errors=True)
         seconds = time.perf_counter() - start
         counts = {split: len(s) for split, s in sets.items()}, {split: s.views for split, s in sets.items()}
         notes = tuple(note for split, s in sets.items() for note in alike(s.features, split))

@@ -191,7 +191,7 @@ class LiveHead:
         """
         if not len(self):
             raise DataError("gallery", "zero images", "at least one", "Add images first.")
-        queries = self._prepared(self._entered(self._checked(features)))
+        queries = self.prepare(features)
         count = len(next(iter(queries.values())))
         found = np.empty((count, len(self)), np.float32)
         with self._lock:
@@ -203,6 +203,33 @@ class LiveHead:
                     found[part] = self._among(asked, among)
                 else:
                     found[part] = self._exact(asked) if exact else self._quick(asked)
+        return found
+
+    def prepare(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows [B, D] as `relate` takes them: ``unit`` [B, D] as the head compares them, and ``length`` [B].
+
+        Raises:
+            UsageError: if a shape does not fit.
+            DataError: for a row that is not finite or is all zeros.
+        """
+        return self._prepared(self._entered(self._checked(features)))
+
+    def relate(self, query: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> np.ndarray:  # float32 [M]
+        """One query and M rows alone, wherever they come from, in one pass over them with this gallery's landmarks.
+
+        Args:
+            query: of `prepare`, [1, ...].
+            rows: likewise, [M, ...].
+        """
+        few, size = copy.copy(self), len(rows["unit"]) + 1
+        few.kept = "fp32"
+        few._rows, few._room, few._moved = {}, {}, np.zeros(0, bool)
+        few._allocate(size)
+        for name, x in query.items():
+            few._rows[name][:size] = np.concatenate([rows[name], x])
+        few._search_few(size)
+        few._spread(size, np.ones(size, bool))
+        found: np.ndarray = few._rows["out"][: size - 1] @ few._rows["out"][size - 1]
         return found
 
     def settle(self) -> None:
@@ -512,16 +539,8 @@ class LiveHead:
             at = np.sort(np.argpartition(-near, count - 1)[:count]) if count else np.zeros(0, np.int64)
         else:
             at = np.unique(self._positions(among))
-        few = copy.copy(self)
-        few.kept = "fp32"
-        few._rows, few._room, few._moved, size = {}, {}, np.zeros(0, bool), len(at) + 1
-        few._allocate(size)
-        for name, x in asked.items():
-            few._rows[name][:size] = np.concatenate([self._rows[name][at], x])
-        few._search_few(size)
-        few._spread(size, np.ones(size, bool))
         found = np.full(len(self), -np.inf, np.float32)
-        found[at] = few._rows["out"][: size - 1] @ few._rows["out"][size - 1]
+        found[at] = self.relate(asked, {name: self._rows[name][at] for name in asked})
         return found
 
 
