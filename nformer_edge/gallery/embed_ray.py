@@ -7,6 +7,7 @@ on there. So does a run that is started again.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,8 @@ class Worker:
         try:
             made = embed_records(self._runner, self._records[start:stop], journal=journal, **self._options)
         except Error as e:  # an image's fault: no other worker would do better
-            return {"start": start, "error": str(e), "features": np.zeros((0, 0, 0), np.float32), "hashes": []}
+            told = json.dumps([str(x) for x in (e.subject, e.got, e.expected, e.hint)])
+            return {"start": start, "error": told, "features": np.zeros((0, 0, 0), np.float32), "hashes": []}
         views = np.stack([made.view(number).features for number in range(made.views)])
         return {"start": start, "error": "", "features": views, "hashes": list(made.hashes)}
 
@@ -105,7 +107,8 @@ def embed_by_ray(
         with tqdm(total=len(records), desc="embedding", unit="img", **PROGRESS) as bar:
             for part in dataset.iter_rows():
                 if part["error"]:
-                    raise DataError(part["error"])
+                    subject, got, expected, hint = json.loads(part["error"])
+                    raise DataError(subject, got, expected, hint)
                 parts[part["start"]] = part
                 bar.update(part["features"].shape[1])
     except ray.exceptions.RayError as e:

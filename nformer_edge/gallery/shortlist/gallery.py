@@ -114,7 +114,7 @@ class ShortlistGallery:
         store: where rows are.
         landmarks: a file (.npz) that keeps what the landmarks gave, beside the store; made by the first addition.
         head: whether rows are kept as the head compares them and related by it; ``auto`` as for `Gallery.search`.
-        images_per_person: that the gallery has, where the caller knows; for ``auto``.
+        images_per_person: that the gallery has, where the caller knows; the head's gates and ``auto`` go by it.
 
     Raises:
         ArtifactError: if `landmarks` is damaged, or missing beside a store with rows; for a head without a live form.
@@ -133,6 +133,8 @@ class ShortlistGallery:
         none = np.zeros((0, runner.spec.backbone.features), np.float32)
         use, self._decision = head_use(runner, head, Features(none), images_per_person)
         self._live = LiveHead.open(runner) if use else None
+        if self._live is not None:
+            self._live.tell(images_per_person)
         self._path = None if landmarks is None else Path(landmarks)
         self._drawn = not use
         if self._live is not None and self._path and self._path.exists():
