@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nformer_edge.core.artifact import require_new_file, require_suffix
 from nformer_edge.core.errors import ArtifactError, UsageError
 from nformer_edge.core.filekind import file_kind
-from nformer_edge.core.spec import ModelSpec
+from nformer_edge.core.spec import ModelSpec, PreprocessSpec
 from nformer_edge.core.values import Result
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import Checkpoint, save_checkpoint
@@ -110,6 +110,10 @@ class Import(Result):
     def __str__(self) -> str:
         match = self.match
         lines = [f"wrote {self.checkpoint}: {self.model.backbone.arch} from {match.layout}, {match}"]
+        images, usual = self.model.preprocess, PreprocessSpec()
+        if (images.interpolation, images.mean, images.std) != (usual.interpolation, usual.mean, usual.std):
+            ways = f"{images.interpolation}, mean {images.mean}, std {images.std}"
+            lines.append(f"  images are prepared otherwise than by most ({ways}): a device must do the same")
         for what, names in (
             ("unused, not needed", match.needless),
             ("unused", match.stray),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,10 +81,11 @@ class CrossModel(Result):
         genuine_pairs: pairs of one person across cameras.
         impostor_pairs: pairs of different people across cameras.
         pairings: each query model with each gallery model.
+        notes: models whose images come otherwise than the reference's, and how.
     """
 
     kind: ClassVar[str] = "cross-model"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     machine: MachineFacts
     models: tuple[MeasuredModel, ...]
@@ -92,6 +94,7 @@ class CrossModel(Result):
     genuine_pairs: int
     impostor_pairs: int
     pairings: tuple[Pairing, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
@@ -106,7 +109,7 @@ class CrossModel(Result):
         )
 
     def __str__(self) -> str:
-        return f"{format_table(HEADERS, [p.cells() for p in self.pairings], left=2)}\n{self.note}"
+        return "\n".join([format_table(HEADERS, [p.cells() for p in self.pairings], left=2), self.note, *self.notes])
 
 
 def cross_model(
@@ -152,7 +155,20 @@ def cross_model(
     pairings, first = _pairings([m.label for m in described], embedded, false_match_rate, draws, seed)
     told = MeasuredData.of(described[0].path if dataset is None else dataset, *embedded[0])
     pairs = first.genuine, first.impostor
-    return CrossModel(machine(), tuple(described), told, false_match_rate, *pairs, tuple(pairings))
+    notes = other_images([m.label for m in described], [query.spec for query, _ in embedded])
+    return CrossModel(machine(), tuple(described), told, false_match_rate, *pairs, tuple(pairings), notes)
+
+
+def other_images(labels: list[str], specs: list[str]) -> tuple[str, ...]:
+    """Of each model that prepares images otherwise than the first: what differs. `specs` are JSON, "" if unknown."""
+    prepared = [json.loads(spec).get("preprocess", {}) if spec else {} for spec in specs]
+    found = []
+    for label, theirs in zip(labels[1:], prepared[1:], strict=True):
+        both = prepared[0].keys() & theirs.keys()
+        differs = [f"{k} {theirs[k]}, not {prepared[0][k]}" for k in sorted(both) if theirs[k] != prepared[0][k]]
+        if differs:
+            found.append(f"{label} prepares images otherwise than {labels[0]}: {'; '.join(differs)}")
+    return tuple(found)
 
 
 def _embedded(

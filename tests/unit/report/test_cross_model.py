@@ -12,7 +12,7 @@ from nformer_edge.core.features import Features, save_features
 from nformer_edge.core.values import dumps
 from nformer_edge.metrics.ranking import evaluate
 from nformer_edge.metrics.verification import fit_threshold
-from nformer_edge.report.cross_model import CrossModel, cross_model
+from nformer_edge.report.cross_model import CrossModel, cross_model, other_images
 from nformer_edge.report.html.page import write_report
 
 
@@ -121,7 +121,7 @@ def test_a_ratio_that_nothing_is_known_of_is_undecided(stores):
         assert dataclasses.replace(pairing, mAP_kept=ratio).cells()[4] == told
 
 
-def test_other_images_other_sizes_and_too_few_models_are_refused(stores, query, gallery, tmp_path):
+def testother_images_other_sizes_and_too_few_models_are_refused(stores, query, gallery, tmp_path):
     other = tmp_path / "other.npz"
     save_features(other, {"query": query.take(np.arange(30)), "gallery": gallery})
     with pytest.raises(DataError, match="other: query"):
@@ -145,3 +145,10 @@ def test_the_command_prints_a_table_and_the_report_has_the_section(stores, tmp_p
     page = write_report([kept], tmp_path / "r.html").read_text()
     assert "Cross-model evaluation" in page
     assert page.count("<tr>") == 5
+
+
+def test_a_model_that_prepares_images_otherwise_is_named_with_what_differs():
+    ours = json.dumps({"preprocess": {"interpolation": "bilinear", "channels": "RGB"}})
+    theirs = json.dumps({"preprocess": {"interpolation": "bicubic", "channels": "RGB"}})
+    (note,) = other_images(["a", "b", "c", "d"], [ours, theirs, ours, ""])
+    assert note == "b prepares images otherwise than a: interpolation bicubic, not bilinear"
