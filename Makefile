@@ -35,7 +35,7 @@ serve-demo: install
 	$(BIN)/python export/service/demo.py demo build/serve-demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 torture: install
 	cd tests && $(abspath $(BIN))/python -m torture -o ../docs/reliability.md
