@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from nformer_edge.compress.step import Lessons, Work
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import check_at_least, from_dict
-from nformer_edge.data.loaders import AugmentSpec, draw_view
+from nformer_edge.data.loaders import AugmentSpec, draw_view, one_ahead
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.training.config import BackboneConfig
@@ -153,14 +152,5 @@ class ViewLoader:
         return images, torch.from_numpy(self.images.labels[rows]), torch.from_numpy(self.features[views, rows])
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yields images float32 [B, 3, H, W], their labels int64 and the teacher's features float32 [B, D]."""
-        with ThreadPoolExecutor(1, thread_name_prefix="views") as pool:
-            ahead = None
-            for step, rows in enumerate(self.sampler):
-                if step < self.start:
-                    continue
-                ready, ahead = ahead, pool.submit(self._prepare, step, rows)
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
+        """Images float32 [B, 3, H, W], their labels int64 and the teacher's features float32 [B, D]."""
+        return one_ahead(self.sampler, self._prepare, self.start)

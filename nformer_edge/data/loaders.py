@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +21,8 @@ from nformer_edge.data.sampler import PKSampler
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,20 @@ class TrainImages:
         return out
 
 
+def one_ahead(sampler: PKSampler, prepare: Callable[[int, np.ndarray], T], start: int = 0) -> Iterator[T]:
+    """`prepare` of each step and its rows from step `start` on, by a thread that works one batch ahead."""
+    with ThreadPoolExecutor(1, thread_name_prefix="augment") as pool:
+        ahead = None
+        for step, rows in enumerate(sampler):
+            if step < start:
+                continue
+            ready, ahead = ahead, pool.submit(prepare, step, rows)
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
 class TrainLoader:
     """Batches of one epoch, prepared by a thread while the model works on the one before.
 
@@ -208,16 +224,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images float32 [B / ranks, 3, H, W] and their labels int64 in 0..num_classes-1."""
-        with ThreadPoolExecutor(1, thread_name_prefix="augment") as pool:
-            ahead = None
-            for step, rows in enumerate(self.sampler):
-                if step < self.start:
-                    continue
-                ready, ahead = ahead, pool.submit(self._prepare, step, rows)
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
+        return one_ahead(self.sampler, self._prepare, self.start)
 
 
 def evaluation_batches(records: Sequence[ImageRecord], spec: PreprocessSpec, batch: int = 64) -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.live import LiveHead
 from torture import shim
 from torture.cases import DONE, KILLED, Case, attempt
-from torture.interruption import Disk, Made, read_log
+from torture.interruption import Disk, Made, any_of, read_log
 
 #: Largest difference of a score from that of a gallery built anew: what is followed on moves by 1e-6 and more.
 ALLOWED = 1e-4
@@ -474,19 +474,6 @@ def _unheard() -> Any:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _any(cases: list[Case]) -> Case:
-    """One fault that shows in one of several cases."""
-
-    def run(place: Path) -> tuple[str | None, str]:
-        for case in cases:
-            found, status = case.run(place)
-            if found:
-                return found, status
-        return None, "missed"
-
-    return Case("planted", run)
-
-
 def rows(root: Path) -> dict[str, Callable[[], Made]]:
     """Makes the cases and planted faults of each row."""
     following.KEPT_FROM = 1
@@ -506,7 +493,7 @@ def rows(root: Path) -> dict[str, Callable[[], Made]]:
             for at in _spread(calls, 400):
                 cases.append(interrupted(life, known, shim.SHORT if at % 7 == 0 else shim.FAIL, at, codes[at % 3]))
         life, known, _, calls, _ = next(lives())
-        return cases, [_any([interrupted(life, known, shim.FAIL, at, errno.EIO, _deaf) for at in range(20, 60)])]
+        return cases, [any_of([interrupted(life, known, shim.FAIL, at, errno.EIO, _deaf) for at in range(20, 60)])]
 
     def kills() -> Made:
         cases = []
@@ -514,7 +501,7 @@ def rows(root: Path) -> dict[str, Callable[[], Made]]:
             cases += [interrupted(life, known, shim.KILL_BEFORE, at) for at in _spread(calls, 400)]
         life, known, _, calls, _ = next(lives())
         places = _spread(calls, 40)
-        return cases, [_any([interrupted(life, known, shim.KILL_BEFORE, at, fault=_piecemeal) for at in places])]
+        return cases, [any_of([interrupted(life, known, shim.KILL_BEFORE, at, fault=_piecemeal) for at in places])]
 
     def power() -> Made:
         cases = []
@@ -526,11 +513,13 @@ def rows(root: Path) -> dict[str, Callable[[], Made]]:
 
     def erasures() -> Made:
         planted = [(_not_overwritten, "fp32"), (_pictures_stay, "fp32"), (_head_stays, "with its head")]
-        faults = [_any([c for c in (erased(i, fault) for i in range(40)) if kind in c.kind]) for fault, kind in planted]
+        faults = [
+            any_of([c for c in (erased(i, fault) for i in range(40)) if kind in c.kind]) for fault, kind in planted
+        ]
         return [erased(i) for i in range(500)], faults
 
     def orders() -> Made:
-        planted = [_any([interleaved(i, fault) for i in range(12)]) for fault in (_unmoved, _unheard)]
+        planted = [any_of([interleaved(i, fault) for i in range(12)]) for fault in (_unmoved, _unheard)]
         return [interleaved(i) for i in range(500)], planted
 
     return {

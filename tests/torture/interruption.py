@@ -567,7 +567,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
         page, build = by_name("report"), by_name("build FP32")
         last = count(build, root / "count" / "planted" / "out", True)[0]
         middle = [_case(build, shim.KILL_BEFORE, at, 0, True, fault=_in_place) for at in range(1, last + 8)]
-        return cases, [_case(page, shim.KILL_AFTER, 1, 0, True, fault=_in_place), _any(middle)]
+        return cases, [_case(page, shim.KILL_AFTER, 1, 0, True, fault=_in_place), any_of(middle)]
 
     def fulls() -> Made:
         cases = []
@@ -592,7 +592,7 @@ def rows(shop: Workshop, root: Path) -> dict[str, Callable[[], Made]]:
     return {"n-th system call fails": fails, "killed at every call": kills, "disk full": fulls, "power lost": power}
 
 
-def _any(cases: list[Case]) -> Case:
+def any_of(cases: list[Case]) -> Case:
     """One planted fault that shows in one of several places."""
 
     def run(place: Path) -> tuple[str | None, str]:
