@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nformer_edge.backends.base import PYTORCH
 from nformer_edge.backends.runner import check_head_input, check_images, model_name, require_head
@@ -179,20 +180,25 @@ class Float64Runner(TorchRunner):
         self._single, self._dtype, self._fold = single, torch.float64, False
 
     def relate(
-        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+        self,
+        features: np.ndarray,
+        landmarks: np.ndarray | None = None,
+        like: np.ndarray | None = None,
+        swap: float = 0.0,
     ) -> np.ndarray:
         """See `Runner.relate`. Neighbors are those that float32 chooses on `like` [N, D], or on `features` if None.
 
-        Float32 cannot tell neighbors apart whose scores are nearly equal, and either choice is right; whose neighbors
-        they are is no matter of rounding in what follows.
+        Float32 cannot tell neighbors apart whose scores are nearly equal, and either order is right; whose neighbors
+        they are is no matter of rounding in what follows. With `swap`, two that follow each other and whose cosines
+        differ by less change places: the other order.
         """
         noted = _Noted(self._single._operators)
         self._single._related(features if like is None else like, landmarks, noted)
-        return self._related(features, landmarks, _Given(noted.lists))
+        return self._related(features, landmarks, _Given(noted.lists, swap))
 
 
 class _Noted:
-    """Operators that note the neighbor lists they choose."""
+    """Operators that note the neighbor lists they choose, and who comes next."""
 
     def __init__(self, inner: Operators) -> None:
         self.lists: list[Tensor] = []
@@ -201,20 +207,40 @@ class _Noted:
         self.pair_scores = inner.pair_scores
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
-        self.lists.append(self._inner.row_top_k(a, b, k))
-        return self.lists[-1]
+        self.lists.append(self._inner.row_top_k(a, b, k + 1))
+        return self.lists[-1][:, :, :k]
 
 
 class _Given:
-    """Operators that give the neighbor lists they were given, call by call."""
+    """Operators that give the neighbor lists they were given, call by call; see `Float64Runner.relate`."""
 
-    def __init__(self, lists: list[Tensor]) -> None:
-        self._lists = iter(lists)
+    def __init__(self, lists: list[Tensor], swap: float) -> None:
+        self._lists, self._swap = iter(lists), swap
         self.reciprocal_neighbor_attention = ops.reciprocal_neighbor_attention
         self.pair_scores = ops.pair_scores
 
     def row_top_k(self, a: Tensor, b: Tensor, k: int) -> Tensor:
-        return next(self._lists)
+        lists = next(self._lists)
+        return (_swapped(lists, a, b, self._swap) if self._swap else lists)[:, :, :k]
+
+
+def _swapped(
+    lists: Tensor,  # int32 [H, N, K]
+    a: Tensor,  # [H, N, R]
+    b: Tensor,  # [H, M, R]
+    near: float,
+) -> Tensor:  # int32 [H, N, K]
+    """Lists in which two that follow each other change places where their cosines differ by less than `near`."""
+    swapped = lists.clone()
+    for rows, unit_a, unit_b in zip(swapped, functional.normalize(a, dim=2), functional.normalize(b, dim=2), strict=True):
+        scores = ops.pair_scores(unit_a, unit_b, rows.clamp_min(0))
+        tied = ((scores[:, :-1] - scores[:, 1:]).abs() < near) & (rows[:, 1:] >= 0)
+        for place in range(tied.shape[1]):
+            row = tied[:, place].nonzero().flatten()
+            rows[row, place], rows[row, place + 1] = rows[row, place + 1], rows[row, place]
+            if place + 1 < tied.shape[1]:
+                tied[row, place + 1] = False
+    return swapped
 
 
 def _device(name: str) -> torch.device:

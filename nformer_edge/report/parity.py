@@ -19,7 +19,7 @@ from nformer_edge.data.spread import evenly
 from nformer_edge.gallery.embed import embed_records
 from nformer_edge.gallery.protocols import relate_sets
 from nformer_edge.metrics import gates
-from nformer_edge.metrics.agreement import row_errors
+from nformer_edge.metrics.agreement import TIE, row_errors, row_tolerance
 from nformer_edge.metrics.bootstrap import DRAWS
 from nformer_edge.metrics.composition import thin
 from nformer_edge.metrics.gates import Verdict
@@ -186,10 +186,14 @@ class _Tells(Protocol):
 
 
 class _Float64(Runner, Protocol):
-    """Neighbors of `relate` are those that float32 chooses on `like`."""
+    """Neighbors of `relate` are those that float32 chooses on `like`, nearly equal ones the other way round by `swap`."""
 
     def relate(
-        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+        self,
+        features: np.ndarray,
+        landmarks: np.ndarray | None = None,
+        like: np.ndarray | None = None,
+        swap: float = 0.0,
     ) -> np.ndarray: ...
 
 
@@ -214,7 +218,8 @@ def parity(
     Errors of tensors in FP32 and FP16 are against a float64 run of the reference, where that is a checkpoint: the
     backbone on the same images, the head on the reference's features as float32 gave them, end to end on those of the
     float64 backbone. In each the head's neighbors are those that float32 chooses on the features at hand, the engine's
-    own end to end: two nearly equal neighbors may fall either way, and the gate on reciprocal neighbors judges that.
+    own end to end: two nearly equal neighbors may fall either way, and the gate on reciprocal neighbors judges that. A
+    row that is too far off is held to the other order of them, too (cosines nearer than `metrics.agreement.TIE`).
     Every gate is judged on the whole split and on one with one gallery image and one query a person
     (`metrics.composition.thin`), where the images have labels: a head related to strangers alone must rank alike, too.
     Reported errors (INT8), and those where the reference is a bundle or an engine, are against its float32 outputs.
@@ -345,17 +350,18 @@ class _Parts:
         outputs = Outputs(relate_sets(self.reference, *ours, seed=seed), self._related(ours, seed))
         if self._double is None or "head" not in self._gated:
             return outputs
-        exact = self._related_exactly(stacked(ours), ours, seed)
-        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), exact))
+        features = stacked(ours)
+        own = row_errors(stacked(outputs.reference), self._related_exactly(features, ours, seed))
+        return replace(outputs, exact=self._nearer(stacked(outputs.engine), features, ours, seed, own), own=own)
 
     def _end_to_end(self, seed: int | None, images: int | None) -> Outputs:
         ours, theirs, features = self._inputs(images)
         outputs = Outputs(relate_sets(self.reference, *ours, seed=seed), self._related(theirs, seed))
         if features is None or "end_to_end" not in self._gated:
             return outputs
-        own = self._related_exactly(features, ours, seed)
-        exact = self._related_exactly(features, theirs, seed) if usable(theirs) else own
-        return replace(outputs, exact=exact, own=row_errors(stacked(outputs.reference), own))
+        own = row_errors(stacked(outputs.reference), self._related_exactly(features, ours, seed))
+        like = theirs if usable(theirs) else ours
+        return replace(outputs, exact=self._nearer(stacked(outputs.engine), features, like, seed, own), own=own)
 
     def _related(self, inputs: Pair, seed: int | None) -> Pair:
         """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
@@ -364,13 +370,22 @@ class _Parts:
         query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
         return query, gallery
 
-    def _related_exactly(self, features: np.ndarray, like: Pair, seed: int | None) -> np.ndarray:
+    def _nearer(self, x: np.ndarray, features: np.ndarray, like: Pair, seed: int | None, own: np.ndarray) -> np.ndarray:
+        """The exact rows for the engine's `x`; where those are too far, the nearer of both orders of equal neighbors."""
+        exact = self._related_exactly(features, like, seed)
+        far = row_errors(x, exact)
+        if not (far > row_tolerance(own)).any():
+            return exact
+        other = self._related_exactly(features, like, seed, TIE)
+        return np.where((row_errors(x, other) < far)[:, None], other, exact)
+
+    def _related_exactly(self, features: np.ndarray, like: Pair, seed: int | None, swap: float = 0.0) -> np.ndarray:
         assert self._double is not None, "`use` gave one"
         head = self.reference.spec.head
         assert head is not None, "the part is there"
         chosen = self.reference.landmark_seed if seed is None else seed
         landmarks = draw_landmarks(len(features), head.layers, head.landmarks, chosen)
-        return self._double.relate(features, landmarks, stacked(like))
+        return self._double.relate(features, landmarks, stacked(like), swap)
 
 
 def _unexplained(part: PartParity, seen: InputDifference) -> bool:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from nformer_edge.backends.build import build_engine
 from nformer_edge.backends.onnxruntime import run as onnxruntime_runner
@@ -16,8 +17,11 @@ from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.backends.spec import EngineSpec
 from nformer_edge.core.artifact import write_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
 from nformer_edge.exporting.bundle import open_bundle
 from nformer_edge.metrics.agreement import ROUNDING, row_errors
+from nformer_edge.model.checkpoint import save_checkpoint
+from nformer_edge.model.gated import make_head, start_as_gates
 from nformer_edge.ops import onnx_ops
 from nformer_edge.ops.contract import draw_landmarks
 
@@ -277,3 +281,34 @@ def test_what_onnxruntime_itself_refuses_is_one_line(tiny_bundle, monkeypatch):
         monkeypatch.setattr(runner, "_session", lambda name: Session())
         with pytest.raises(BackendError, match=r"backbone.onnx: got an error of onnxruntime \(bad node\), expected a"):
             runner.embed(pictures(1))
+
+
+def test_the_float64_run_takes_equally_near_neighbors_in_the_order_that_is_asked_for(tmp_path):
+    """Two rows are as near to row 0, to a ten-millionth, at rank 32 of its list, which its gates read."""
+    spec = ModelSpec(BackboneSpec("osnet_x0_25", 32, "fc"), HeadSpec.gated(32))
+    head = make_head(spec.head)
+    rows = np.random.default_rng(0).standard_normal((100, 32))
+    rows[1:] += 0.4 * rows[0]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    tied = np.argsort(-rows @ rows[0])[32:34]
+    near = (rows[tied] @ rows[0]).mean()
+    for row in tied:
+        across = rows[row] - rows[row] @ rows[0] * rows[0]
+        rows[row] = near * rows[0] + np.sqrt(1 - near**2) * across / np.linalg.norm(across)
+    rows = np.concatenate([rows, -rows])  # their mean, which the head takes off, is zero
+    start_as_gates(head, torch.from_numpy(rows).float(), None)
+    for gate in head.h:
+        gate.log_slope.detach().zero_()  # no gate is quite open, and none quite shut
+    save_checkpoint(tmp_path / "head.safetensors", spec, head=head)
+    ways = []
+    for nearer in tied:
+        like = rows.copy()
+        like[nearer] += 1e-5 * rows[0]
+        ways.append(like.astype(np.float32))
+    with open_model(tmp_path / "head.safetensors") as single:
+        double = single.float64()
+        landmarks = np.tile(np.arange(len(rows), dtype=np.int32), (spec.head.layers, 1))
+        one, two = (double.relate(rows, landmarks, like) for like in ways)
+        swapped = double.relate(rows, landmarks, ways[0], swap=1e-6)
+    assert row_errors(one, two)[0] > 100 * ROUNDING
+    assert row_errors(swapped, two)[0] < row_errors(one, two)[0] / 10

@@ -58,7 +58,11 @@ class GridRunner:
         return self.distort((cells @ self.projection).astype(np.float32))
 
     def relate(
-        self, features: np.ndarray, landmarks: np.ndarray | None = None, like: np.ndarray | None = None
+        self,
+        features: np.ndarray,
+        landmarks: np.ndarray | None = None,
+        like: np.ndarray | None = None,
+        swap: float = 0.0,
     ) -> np.ndarray:
         unit, chosen = (
             x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, features if like is None else like)

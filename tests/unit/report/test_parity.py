@@ -268,6 +268,27 @@ def test_a_head_whose_two_nearest_choices_fall_otherwise_in_float32_is_measured_
     assert not np.allclose(double.relate(rows), double.relate(rows, like=other))
 
 
+class Tied(GridRunner):
+    """Row 3 has two neighbors that are equally near: in the other order its row is another, in float64."""
+
+    def relate(self, features, landmarks=None, like=None, swap=0.0):
+        rows = super().relate(features, landmarks, like)
+        rows[3] *= 1.001 if swap else 1
+        return rows
+
+
+@pytest.mark.parametrize(("row", "status"), [(3, "passed"), (4, "failed")])
+def test_a_row_may_have_two_equal_neighbors_in_either_order_and_no_other_row_may(dataset, grid_runner, row, status):
+    def distort(rows):
+        rows = rows.copy()
+        rows[row] *= np.float32(1.001)
+        return rows
+
+    result = parity(Tied("ref"), grid_runner("engine", distort_head=distort), dataset, draws=100)
+    found = [gate(result, part, "tensor").status for part in ("head", "end_to_end")]
+    assert found == [status, status]
+
+
 def test_against_a_bundle_rounding_passes_more_is_undecided_and_more_than_fp16_may_have_fails(dataset, grid_runner):
     for scale, status in ((1.000005, "passed"), (1.0001, "undecided"), (1.003, "failed")):
         engine = grid_runner("engine", distort=lambda x, scale=scale: x * np.float32(scale))
