@@ -232,7 +232,9 @@ def _swapped(
 ) -> Tensor:  # int32 [H, N, K]
     """Lists in which two that follow each other change places where their cosines differ by less than `near`."""
     swapped = lists.clone()
-    for rows, unit_a, unit_b in zip(swapped, functional.normalize(a, dim=2), functional.normalize(b, dim=2), strict=True):
+    for rows, unit_a, unit_b in zip(
+        swapped, functional.normalize(a, dim=2), functional.normalize(b, dim=2), strict=True
+    ):
         scores = ops.pair_scores(unit_a, unit_b, rows.clamp_min(0))
         tied = ((scores[:, :-1] - scores[:, 1:]).abs() < near) & (rows[:, 1:] >= 0)
         for place in range(tied.shape[1]):

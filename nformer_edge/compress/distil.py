@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from nformer_edge.compress.step import Lessons, Work
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import check_at_least, from_dict
+from nformer_edge.core.spec import PreprocessSpec, check_at_least, from_dict
 from nformer_edge.data.loaders import AugmentSpec, draw_view, one_ahead
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
@@ -36,6 +37,8 @@ class Distil:
         sharpness: of that softmax, in logits from cosine 0 to 1.
         identity: of the labels' own losses, as ``train.loss`` says.
         half_epochs: epochs at the start on images of half the sides, which take a quarter of the time.
+        keep_mib: views of half the sides are drawn once and kept, as float16, when all of them take at most this many
+            MiB.
         train: batches and rates. Its `augment` is not used: the recipe's is, which the teacher saw.
     """
 
@@ -46,10 +49,11 @@ class Distil:
     sharpness: float = 16.0
     identity: float = 0.0
     half_epochs: int = 0
+    keep_mib: int = 2048
     train: BackboneConfig = field(default_factory=lambda: BackboneConfig(epochs=10, schedule="cosine", warmup=1))
 
     def __post_init__(self) -> None:
-        for name in ("feature", "similarity", "relation", "logits", "sharpness", "identity", "half_epochs"):
+        for name in ("feature", "similarity", "relation", "logits", "sharpness", "identity", "half_epochs", "keep_mib"):
             check_at_least(name, getattr(self, name), 0)
         if self.train.augment != AugmentSpec():
             raise UsageError("train.augment", self.train.augment, "none", "Set the recipe's own augment.")
@@ -113,6 +117,29 @@ def _distances(unit: Tensor) -> Tensor:  # [B, D] -> [B, B], in units of the mea
     return distances / distances.detach().mean()
 
 
+class _HalfViews:
+    """Views of half the sides, drawn when they are first asked for. Kept or not, they have the same bits."""
+
+    def __init__(self, views: tuple[int, int], spec: PreprocessSpec, keep_mib: int) -> None:
+        shape = (*views, 3, spec.height // 2, spec.width // 2)
+        self._kept = np.empty(shape, np.float16) if 2 * math.prod(shape) <= keep_mib * 2**20 else None  # V, N, 3, H, W
+        self._there = np.zeros(views, bool)
+
+    def __call__(
+        self,
+        views: np.ndarray,  # int64 [B]
+        rows: np.ndarray,  # int64 [B]
+        draw: Callable[[np.ndarray, np.ndarray], Tensor],
+    ) -> Tensor:  # float32 [B, 3, H / 2, W / 2]
+        if self._kept is None:
+            return F.avg_pool2d(draw(views, rows), 2).half().float()
+        new = ~self._there[views, rows]
+        if new.any():
+            self._kept[views[new], rows[new]] = F.avg_pool2d(draw(views[new], rows[new]), 2).half().numpy()
+            self._there[views[new], rows[new]] = True
+        return torch.from_numpy(self._kept[views, rows].astype(np.float32))
+
+
 class ViewLoader:
     """Batches of P x K views that the teacher saw, prepared by a thread while the model works on the one before."""
 
@@ -125,6 +152,7 @@ class ViewLoader:
         self.sampler = PKSampler(images.pids, config.train.p, config.train.k, work.seed)
         self.features = np.stack([teacher.view(v).features for v in range(teacher.views)])  # [V, N, D]
         self.epoch = self.start = 0
+        self._half = _HalfViews(self.features.shape[:2], images.spec, config.keep_mib) if config.half_epochs else None
         self.first, self.count = work.compute.rank, work.compute.share_of(self.sampler.p, "p") * config.train.k
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -140,16 +168,20 @@ class ViewLoader:
         views = np.random.default_rng([self.seed, self.epoch, step]).integers(len(self.features), size=len(rows))
         mine = slice(self.first * self.count, (self.first + 1) * self.count)
         rows, views = rows[mine], views[mine]
+        if self._half is not None and self.epoch < self.half_epochs:
+            images = self._half(views, rows, self._drawn)
+        else:
+            images = self._drawn(views, rows)
+        return images, torch.from_numpy(self.images.labels[rows]), torch.from_numpy(self.features[views, rows])
+
+    def _drawn(self, views: np.ndarray, rows: np.ndarray) -> Tensor:  # int64 [B], int64 [B] -> [B, 3, H, W]
         pixels, spec = self.images.pixels(rows), self.images.spec
         drawn = np.empty((len(rows), 3, spec.height, spec.width), np.float32)
         for view in np.unique(views):
             chosen = np.flatnonzero(views == view)
             hashes = [self.teacher.hashes[row] for row in rows[chosen]]
             drawn[chosen] = draw_view(pixels[chosen], hashes, int(view), spec, self.recipe, self.view_seed)
-        images = torch.from_numpy(drawn)
-        if self.epoch < self.half_epochs:
-            images = F.avg_pool2d(images, 2)
-        return images, torch.from_numpy(self.images.labels[rows]), torch.from_numpy(self.features[views, rows])
+        return torch.from_numpy(drawn)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Images float32 [B, 3, H, W], their labels int64 and the teacher's features float32 [B, D]."""

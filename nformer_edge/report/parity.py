@@ -186,7 +186,7 @@ class _Tells(Protocol):
 
 
 class _Float64(Runner, Protocol):
-    """Neighbors of `relate` are those that float32 chooses on `like`, nearly equal ones the other way round by `swap`."""
+    """Neighbors of `relate` are those that float32 chooses on `like`; see `backends.torch.Float64Runner`."""
 
     def relate(
         self,
@@ -371,7 +371,7 @@ class _Parts:
         return query, gallery
 
     def _nearer(self, x: np.ndarray, features: np.ndarray, like: Pair, seed: int | None, own: np.ndarray) -> np.ndarray:
-        """The exact rows for the engine's `x`; where those are too far, the nearer of both orders of equal neighbors."""
+        """The exact rows for the engine's `x`: of both orders of equal neighbors the nearer, where one is too far."""
         exact = self._related_exactly(features, like, seed)
         far = row_errors(x, exact)
         if not (far > row_tolerance(own)).any():

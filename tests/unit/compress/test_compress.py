@@ -95,6 +95,13 @@ def test_killed_and_resumed_it_comes_to_the_same_bits(
     assert compress(*teacher, RECIPE, out, resume=True).sha256 == whole.sha256
 
 
+def test_views_that_are_kept_and_views_that_are_drawn_anew_teach_the_same(
+    teacher: Teacher, whole: Compression, tmp_path: Path
+) -> None:
+    anew = replace(RECIPE, steps=(replace(RECIPE.steps[0], keep_mib=0), RECIPE.steps[1]))
+    assert compress(*teacher, anew, tmp_path / "student.safetensors").sha256 == whole.sha256
+
+
 def test_a_store_of_the_teacher_teaches_what_the_teacher_teaches(
     teacher: Teacher, whole: Compression, tmp_path: Path
 ) -> None:
