@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 #: Width and convolutions at each scale; the first stands on a 4 x 4 stem with stride 4, each other halves the sides.
-_SCALES = {"plain_s": ((32, 1), (64, 2), (128, 2), (256, 2)), "plain_m": ((32, 2), (64, 4), (128, 6), (256, 4))}
+_SCALES = {"plain_s": ((32, 1), (64, 2), (128, 2), (256, 2)), "plain_m": ((32, 1), (64, 2), (128, 5), (256, 3))}
 
 
 class DiracConv(nn.Conv2d):
