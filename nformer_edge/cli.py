@@ -240,6 +240,10 @@ PRECISION = (
     _option("--int8", action="store_const", const="int8", dest="precision", help="short for --precision int8"),
     _option("--bf16", action="store_const", const="bf16", dest="precision", help="short for --precision bf16"),
 )
+HEAD_PRECISION = _option(
+    "--head-precision", choices=("fp32", "int8"),
+    help="int8: the linear layers of the paper's head, in onnxruntime (default fp32)",
+)
 CALIBRATION = (
     LAYOUT,
     _option("--calib-data", metavar="DIR", help="dataset with training images for calibration, or calibration.json"),
@@ -450,7 +454,7 @@ def _engine_inputs(args: Args) -> dict[str, Any]:
     _option("--target", metavar="NAME", help="build by a recipe, such as jetson-orin-jp62; flags override it"),
     _option("--backend", metavar="NAME",
             help="onnxruntime | openvino | tensorrt | tensorrt-rtx | auto: a GPU's, or the CPU's fastest (default)"),
-    _one_of(*PRECISION, required=False), *CALIBRATION, *BUDGET, SEED,
+    _one_of(*PRECISION, required=False), HEAD_PRECISION, *CALIBRATION, *BUDGET, SEED,
     _option("--batch", type=_sizes, metavar="MIN:OPT:MAX",
             help="batch of the backbone; engines are timed with OPT (default 1:8:32)"),
     _option("--gallery-size", type=_sizes, metavar="MIN:OPT:MAX",

@@ -36,7 +36,8 @@ class Backend(Protocol):
     """What a backend's module `build` has: two words, build and run, and what this machine is missing for them.
 
     `NAME` is also the package that it needs, `EXTRA` the extra of ours that installs it, `USE` what it is for. `ON_CPU`
-    backends build in seconds and run here: `backends.choice` times them against each other.
+    backends build in seconds and run here: `backends.choice` times them against each other. `INT8_HEAD` backends take
+    `BuildSpec.head_precision` ``int8``.
     """
 
     NAME: str
@@ -44,6 +45,7 @@ class Backend(Protocol):
     USE: str
     PRECISIONS: tuple[Precision, ...]
     ON_CPU: bool
+    INT8_HEAD: bool
 
     @staticmethod
     def missing() -> tuple[str, ...]:

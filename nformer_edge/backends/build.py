@@ -61,7 +61,7 @@ def build_engine(
     check_private_key(sign)
     chosen, opened = resolve(spec, recipe), open_bundle(bundle)
     data = calib_data if isinstance(calib_data, CalibrationData) else CalibrationData(calib_data)
-    names, _ = choose_backends(chosen.backend, chosen.precision)
+    names, _ = choose_backends(chosen.backend, chosen.precision, int8_head=chosen.head_precision == "int8")
     name = names[0] if len(names) == 1 else AUTO
     path = Path(out) if out is not None else opened.folder.parent / default_name(opened, name, chosen.precision)
     require_new(path, KIND, force)

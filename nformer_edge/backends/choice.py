@@ -172,7 +172,9 @@ class Attempt:
         return Engine(Artifact(self.folder, KIND, {}, files, ""), self.manifest(bundle, ""))
 
 
-def choose_backends(backend: str = AUTO, precision: str = "fp32") -> tuple[tuple[str, ...], str]:
+def choose_backends(
+    backend: str = AUTO, precision: str = "fp32", *, int8_head: bool = False
+) -> tuple[tuple[str, ...], str]:
     """The backends to build for, and why them: one, or those of the CPU, among which the clock decides.
 
     Raises:
@@ -186,6 +188,9 @@ def choose_backends(backend: str = AUTO, precision: str = "fp32") -> tuple[tuple
         if precision not in (AUTO, *get(backend).PRECISIONS):
             expected = " | ".join(get(backend).PRECISIONS)
             raise BackendError("precision", f"{precision} for {backend}", expected, "Choose another backend for it.")
+        if int8_head and not get(backend).INT8_HEAD:
+            able = " | ".join(name for name in names() if get(name).INT8_HEAD)
+            raise BackendError("head_precision", f"int8 for {backend}", f"{able}, or fp32", "Leave it out.")
         return (backend,), "as asked"
     excluded: list[str] = []
     found: list[str] = []
@@ -194,6 +199,8 @@ def choose_backends(backend: str = AUTO, precision: str = "fp32") -> tuple[tuple
         missing = tuple(dict.fromkeys((*one.missing(), *one.missing_to_run())))
         if missing or (precision != AUTO and precision not in one.PRECISIONS):
             excluded.append(f"{name}: {', '.join(missing) or f'no {precision} on this backend'}")
+        elif int8_head and not one.INT8_HEAD:
+            excluded.append(f"{name}: no int8 head on this backend")
         elif not found or one.ON_CPU:
             found.append(name)
         if found and not get(found[0]).ON_CPU:
@@ -224,7 +231,7 @@ def build_fastest(
         BackendError: if nothing can be built.
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
-    backends, why = choose_backends(spec.backend, spec.precision)
+    backends, why = choose_backends(spec.backend, spec.precision, int8_head=spec.head_precision == "int8")
     on_cpu = get(backends[0]).ON_CPU
     judge = judging(bundle, spec, data) if spec.precision == AUTO else None
     graphs = {False: bundle}

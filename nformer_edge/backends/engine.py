@@ -195,7 +195,7 @@ def open_engine(path: str | os.PathLike[str] | Engine) -> Engine:
 
 #: What a rebuild must repeat of `BuildSpec` besides backend and precision, where it is not the default.
 _REPEATED = (
-    *("batch", "gallery_size", "device", "workspace", "calib_num", "calib_method"),
+    *("head_precision", "batch", "gallery_size", "device", "workspace", "calib_num", "calib_method"),
     *("hardware_compat", "version_compat", "dla", "capabilities", "reduce_range"),
 )
 

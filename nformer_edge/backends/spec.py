@@ -15,6 +15,7 @@ from nformer_edge.quantize.spec import QuantizeSpec
 AUTO = "auto"
 
 HardwareCompat = Literal["none", "same_compute_capability", "ampere_plus"]
+HeadPrecision = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class EngineSpec:
         backend: who runs the engine; ``auto``, the default, takes the best that this machine has: a GPU's, or the
             fastest of the CPU's by the clock (`backends.choice`).
         precision: of the backbone; FP32 by default. ``auto`` builds all, and takes the fastest within the accuracy
-            budget. The head stays FP32 on a CPU.
+            budget.
+        head_precision: ``int8`` for the linear layers of the paper's head in onnxruntime: no calibration. FP32 by
+            default, and always for the gated head, whose time is in its lists. On a GPU the backbone's decides.
         calib_method: for INT8, how ranges follow from activations; ``auto`` takes the method that ranks held-out
             training people best. ``percentile`` by default.
         calib_num: for INT8, calibration images at most; 256 by default.
@@ -49,6 +52,7 @@ class EngineSpec:
 
     backend: str | None = None
     precision: PrecisionChoice | None = None
+    head_precision: HeadPrecision | None = None
     calib_method: CalibrationChoice | None = None
     calib_num: int | None = None
     batch: tuple[int, ...] | None = None
@@ -69,7 +73,8 @@ class EngineSpec:
     def __post_init__(self) -> None:
         if self.backend is not None:
             check_choice("backend", self.backend, (AUTO, *names()))
-        choices = {"precision": PrecisionChoice, "calib_method": CalibrationChoice, "hardware_compat": HardwareCompat}
+        choices = {"precision": PrecisionChoice, "head_precision": HeadPrecision, "calib_method": CalibrationChoice}
+        choices["hardware_compat"] = HardwareCompat
         for name, literal in choices.items():
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), typing.get_args(literal))
@@ -86,6 +91,7 @@ class BuildSpec(QuantizeSpec):
     """What is built: the fields of `EngineSpec`, each with its value. Here and in `QuantizeSpec` stand the defaults."""
 
     backend: str = AUTO
+    head_precision: HeadPrecision = "fp32"
     batch: tuple[int, ...] = (1, 8, 32)
     gallery_size: tuple[int, ...] = (20, 2000, 50000)
     workspace: float | None = None

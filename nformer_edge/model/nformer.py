@@ -135,6 +135,13 @@ class Attention(nn.Module):
         return y.transpose(0, 1).flatten(1)
 
 
+def _gelu(x: Tensor) -> Tensor:
+    """In its tanh form. In a graph it is written with a power, which onnxruntime and TensorRT know for one operator."""
+    if not is_captured():
+        return nn.functional.gelu(x, approximate="tanh")
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
+
+
 class Perceptron(nn.Module):
     """Two projections with GELU in its tanh form, as published."""
 
@@ -144,7 +151,7 @@ class Perceptron(nn.Module):
         self.c_proj = Projection(4 * features, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(nn.functional.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(_gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):

@@ -1,7 +1,8 @@
 """Engines for onnxruntime on the CPU: plain ONNX files, so that any onnxruntime opens them, here or elsewhere.
 
 FP32 is the bundle's graphs as they are: what onnxruntime's optimizer makes of them when it loads them depends on the
-CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ nodes beside the FP32 head.
+CPU, and saving that would tie the file to it. INT8 is the backbone with Q/DQ nodes, beside the head in FP32 or with
+its linear layers in dynamic INT8.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +35,7 @@ NAME: Final = ONNXRUNTIME
 EXTRA, USE = "cpu", "to run bundles and engines on a CPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")  # FP16 would compute in FP32 behind casts: 0.69 x
 ON_CPU = True
+INT8_HEAD = True
 
 #: Runs of which the shortest time of each node counts.
 PROFILED = 15
@@ -59,13 +62,19 @@ def build(bundle: Bundle, folder: Path, spec: BuildSpec, low: LowPrecision) -> B
     refuse_reduced_range(spec)
     for name in (BACKBONE, GOLDEN, *([HEAD] if bundle.has_head else [])):
         bundle.files.copy(name, folder)
-    used = versions(NAME, "onnx", "numpy")
-    if low.ranges is None:
-        return Built(versions=used, precision=bundle.precision)
-    audit = _quantize(bundle, folder, low)
-    made_on = BuiltFor(instruction_sets=instruction_sets(), reduce_range=low.reduce_range)
-    precision: dict[str, Precision] = {**bundle.precision, "backbone": "int8"}
-    return Built(versions=used, precision=precision, audit={"backbone": audit}, built_for=made_on)
+    made = Built(versions=versions(NAME, "onnx", "numpy"), precision=bundle.precision)
+    reduce_range = saturates_int8() if spec.reduce_range is None else spec.reduce_range
+    audit: dict[str, PartAudit] = {}
+    if low.ranges is not None:
+        reduce_range = low.reduce_range
+        audit["backbone"] = _quantize(bundle, folder, low)
+    if spec.head_precision == "int8":
+        audit["head"] = _quantize_head(bundle, folder, reduce_range=reduce_range)
+    if not audit:
+        return made
+    int8: dict[str, Precision] = dict.fromkeys(audit, "int8")
+    made_on = BuiltFor(instruction_sets=instruction_sets(), reduce_range=reduce_range)
+    return replace(made, precision={**made.precision, **int8}, audit=audit, built_for=made_on)
 
 
 def run(
@@ -117,7 +126,7 @@ def by_node(graph: bytes, kernels: Mapping[str, float]) -> Mapping[str, float]:
 
 def refuse_reduced_range(spec: BuildSpec) -> None:
     """Raises BackendError for 8-bit weights on a CPU whose sums of them saturate."""
-    if spec.reduce_range is False and spec.precision == "int8" and saturates_int8():
+    if spec.reduce_range is False and "int8" in (spec.precision, spec.head_precision) and saturates_int8():
         hint = "Leave reduce_range out: 7 bits are chosen here."
         raise BackendError("reduce_range", False, f"a CPU with one of {', '.join(VNNI)}", hint)
 
@@ -141,6 +150,38 @@ def _quantize(bundle: Bundle, folder: Path, low: LowPrecision) -> PartAudit:
     model = write_quantized(bundle, folder, low)
     session = open_session((folder / BACKBONE).read_bytes(), BACKBONE)
     (features,) = session.run(["features"], {"images": bundle.golden["images"]})
-    np.savez(folder / GOLDEN, **{**bundle.golden, "features": features})  # type: ignore[arg-type]
+    _replace_golden(folder, features=features)
     counts = Counter(multiplication_types(model).values())
     return PartAudit({kind: Counts(counts[kind], counts[kind]) for kind in ("int8", "fp32") if counts[kind]})
+
+
+def _quantize_head(bundle: Bundle, folder: Path, *, reduce_range: bool) -> PartAudit:
+    """The same for the head's linear layers.
+
+    Raises:
+        UsageError: for a bundle without a head, or with one that has little of them.
+    """
+    import onnx
+
+    from nformer_edge.quantize.dynamic import quantize_linear_layers
+
+    if bundle.spec.head is None or bundle.spec.head.rule == "gated":
+        got = "int8 for a gated head" if bundle.has_head else "int8 and no head"
+        hint = "Leave --head-precision out: the gated head's time is in its lists, which are integers as it is."
+        raise UsageError("head_precision", got, "the paper's head", hint if bundle.has_head else "Leave it out.")
+    model = quantize_linear_layers(onnx.load_from_string(bundle.head), reduce_range=reduce_range)
+    onnx.save(model, folder / HEAD)
+    golden = bundle.golden
+    feed = {"features": golden["head_input"], "landmarks": golden["landmarks"]}
+    (embeddings,) = open_session((folder / HEAD).read_bytes(), HEAD).run(["embeddings"], feed)
+    _replace_golden(folder, embeddings=embeddings)
+    counts = Counter(node.op_type for node in model.graph.node)
+    found = {"int8": counts["MatMulInteger"], "fp32": counts["MatMul"] + counts["Gemm"]}
+    return PartAudit({kind: Counts(count, count) for kind, count in found.items() if count})
+
+
+def _replace_golden(folder: Path, **arrays: np.ndarray) -> None:
+    """The self-test is against what the engine gives: INT8 is not compared with FP32."""
+    with np.load(folder / GOLDEN) as found:
+        golden = dict(found)
+    np.savez(folder / GOLDEN, **{**golden, **arrays})  # type: ignore[arg-type]

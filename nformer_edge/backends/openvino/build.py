@@ -30,6 +30,7 @@ NAME: Final = "openvino"
 EXTRA, USE = NAME, "for Intel CPUs, GPUs and NPUs, and often the fastest on any x86 CPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 ON_CPU = True
+INT8_HEAD = False
 
 #: What runs the head: onnxruntime with the native kernels, up to 4 times as fast on 20 images; or OpenVINO, by the
 #: bodies of the file, with the two operators inlined.

@@ -20,12 +20,13 @@ from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import Bundle
 from nformer_edge.quantize.values import LowPrecision
 
-__all__ = ["EXTRA", "NAME", "PRECISIONS", "build", "installed_version", "missing", "missing_to_run", "run"]
+__all__ = ["EXTRA", "INT8_HEAD", "NAME", "PRECISIONS", "build", "installed_version", "missing", "missing_to_run", "run"]
 
 NAME = "tensorrt"
 EXTRA, USE = NAME, "for a Jetson or a server GPU"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 ON_CPU = False
+INT8_HEAD = False
 
 #: Versions without DLA, from this one on and below that one: NVIDIA's notes on 10.8 to 11.4.0.
 _NO_DLA = ((10, 8), (11, 4, 1))

@@ -21,12 +21,13 @@ from nformer_edge.core.spec import Precision
 from nformer_edge.exporting.bundle import Bundle
 from nformer_edge.quantize.values import LowPrecision
 
-__all__ = ["EXTRA", "NAME", "ON_CPU", "PRECISIONS", "build", "missing", "missing_to_run", "run"]
+__all__ = ["EXTRA", "INT8_HEAD", "NAME", "ON_CPU", "PRECISIONS", "build", "missing", "missing_to_run", "run"]
 
 NAME = "tensorrt-rtx"
 EXTRA, USE = NAME, "for a GeForce RTX"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 ON_CPU = False
+INT8_HEAD = False
 
 #: What `ComputeCapability` of 1.7 names, without the alias for the GPU that is there.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")

@@ -6,10 +6,11 @@ from nformer_edge.backends.engine import Built
 from nformer_edge.backends.onnxruntime.build import run
 from nformer_edge.exporting.bundle import BACKBONE, GOLDEN, HEAD
 
-__all__ = ["EXTRA", "NAME", "ON_CPU", "PRECISIONS", "USE", "build", "missing", "missing_to_run", "run"]
+__all__ = ["EXTRA", "INT8_HEAD", "NAME", "ON_CPU", "PRECISIONS", "USE", "build", "missing", "missing_to_run", "run"]
 
 NAME, EXTRA, USE = "toy-backend", "cpu", "to show how a backend is added"
 ON_CPU = True
+INT8_HEAD = False
 PRECISIONS = ("fp32",)
 
 

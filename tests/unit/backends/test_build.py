@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from nformer_edge.backends.build import EngineSummary, build_engine, describe_engine
 from nformer_edge.backends.choice import choose_backends
-from nformer_edge.backends.engine import Counts, open_engine
+from nformer_edge.backends.engine import Counts, how_to_rebuild, open_engine
 from nformer_edge.backends.onnxruntime import build as onnxruntime
 from nformer_edge.backends.open import open_model, self_test
 from nformer_edge.backends.spec import EngineSpec, parse_sizes
@@ -20,8 +20,13 @@ from nformer_edge.backends.tensorrt import build as tensorrt
 from nformer_edge.core import machine as cpu
 from nformer_edge.core.artifact import read_manifest
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.core.values import digest_of
+from nformer_edge.exporting.export import export_bundle
 from nformer_edge.metrics.agreement import cosines
+from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.checkpoint import save_checkpoint
+from nformer_edge.model.gated import make_head
 from nformer_edge.quantize.fp16 import multiplication_types
 from nformer_edge.quantize.placement_cpu import channel_gates
 
@@ -44,6 +49,42 @@ def test_an_fp32_engine_is_the_bundle_in_plain_files(tiny_bundle, tmp_path):
     assert (manifest["backend"], manifest["landmark_seed"]) == ("onnxruntime", 7)
     with open_model(engine) as runner:
         assert set(self_test(runner)) == {"backbone", "head"}
+
+
+def test_the_paper_s_head_in_int8_needs_no_calibration_and_says_what_it_is(tiny_bundle, tmp_path):
+    engine = build_engine(tiny_bundle, tmp_path / "e", EngineSpec(precision="fp32", head_precision="int8"))
+    manifest = open_engine(engine).manifest
+    assert (manifest.backend, manifest.precision) == ("onnxruntime", {"backbone": "fp32", "head": "int8"})
+    assert manifest.audit["head"].multiplications["int8"].built > 4
+    assert "--head-precision int8" in how_to_rebuild("e", manifest)
+    rows = np.random.default_rng(0).standard_normal((40, 32)).astype(np.float32)
+    with open_model(engine) as int8, open_model(tiny_bundle) as reference:
+        self_test(int8)
+        found = cosines(int8.relate(rows), reference.relate(rows))
+    assert found.min() > 0.97
+    assert found.max() < 1
+
+
+def test_seven_bits_make_a_coarser_head(tiny_bundle, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((40, 32)).astype(np.float32)
+    asked = EngineSpec(precision="fp32", head_precision="int8", reduce_range=True)
+    with open_model(build_engine(tiny_bundle, tmp_path / "e", asked)) as int8, open_model(tiny_bundle) as reference:
+        assert cosines(int8.relate(rows), reference.relate(rows)).min() > 0.95
+    weights = onnx.load(tmp_path / "e" / "nformer.onnx").graph.initializer
+    kept = [numpy_helper.to_array(w) for w in weights if w.data_type == onnx.TensorProto.INT8 and len(w.dims) == 2]
+    assert kept
+    assert max(np.abs(w).max() for w in kept) == 63
+
+
+def test_another_backend_or_another_head_is_not_built_in_int8(tiny_bundle, tmp_path):
+    pytest.importorskip("openvino")
+    with pytest.raises(BackendError, match="head_precision: got int8 for openvino, expected onnxruntime, or fp32"):
+        build_engine(tiny_bundle, tmp_path / "e", EngineSpec(backend="openvino", head_precision="int8"))
+    gated = ModelSpec(BackboneSpec("osnet_x0_25", 32, "fc"), HeadSpec.gated(32), PreprocessSpec(64, 32))
+    save_checkpoint(tmp_path / "m.safetensors", gated, Backbone(gated.backbone), make_head(gated.head))
+    bundle = export_bundle(tmp_path / "m.safetensors", tmp_path / "b")
+    with pytest.raises(UsageError, match="got int8 for a gated head, expected the paper's head"):
+        build_engine(bundle, tmp_path / "e", EngineSpec(precision="fp32", head_precision="int8"))
 
 
 def test_an_int8_engine_is_audited_and_agrees_with_fp32(int8_engine, tiny_bundle):
