@@ -272,7 +272,8 @@ class Gallery:
             found = best_scored(scores, top if shortlist is None else min(top, shortlist), allowed, held["ids"])
         elif use:
             protocol = JOINT if together else PER_QUERY
-            found = search_related(runner, query, held.features, top, together, allowed)
+            told = held.told_images if images_per_person is None else images_per_person
+            found = search_related(runner, query, held.features, top, together, allowed, told)
         else:
             found = top_matches(query, held, top, allowed)
         if self._kept.about["audit"]:

@@ -239,6 +239,12 @@ class LiveHead:
                 self._spread(len(self), self._moved)
                 self._moved[:] = False
 
+    def related(self) -> np.ndarray:  # float32 [N, D]
+        """The rows as the head relates them with each other: what a whole pass over them gives."""
+        with self._lock:
+            self.settle()
+            return self._read("out", slice(len(self))).copy()
+
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` takes with the same features: lists of N rows, and what the landmarks gave."""
         return {**{name: self._rows[name][:-1] for name in self.KEPT if name in self._rows}, **self.landmarks}

@@ -299,8 +299,8 @@ def search(
         boxes: of people in `queries`, one frame.
         head: let the NFormer head, where there is one, see each query with the gallery first: a pass a query.
             ``auto``: where the model's own measurement by images a person says that it does no harm (`head_decision`).
-        images_per_person: that the gallery has, where the caller knows: the head's gates and ``auto`` go by it, where
-            each query is asked alone. If None the gates are as exported, and ``auto`` goes by the gallery's labels.
+        images_per_person: that the gallery has, where the caller knows: the head's gates and ``auto`` go by it. If None
+            the gates are as exported, and ``auto`` goes by the gallery's labels.
         together: all queries and the gallery in one pass. Quicker, and a query's matches depend on the other queries.
         batch: images decoded and run at once.
         decoders: threads that decode files; one a core if None.
@@ -342,20 +342,25 @@ def search_related(
     top: int,
     together: bool = False,
     allowed: np.ndarray | None = None,
-    images: int | None = None,
+    images: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`top_matches` after the head: by a whole pass a query, or one of all queries.
 
-    Where the head is told `images` a person, its live form answers each query.
+    Where the head is told `images` a person, its live form answers.
     """
-    if images is not None and not together and can_ask(runner):
-        live = LiveHead.open(runner)
+    live = LiveHead.open(runner) if images is not None and can_ask(runner) else None
+    if live is not None and not together:
         live.build(gallery.features)
         live.tell(images)
         names = Held.of_features(gallery)["ids"]
         return best_scored(live.ask(query.features, exact=True), top, allowed, names)
     sets: Iterable[tuple[Features, Features]] = ()
-    if together and len(query):
+    if live is not None and len(query):
+        live.build(np.concatenate([query.features, gallery.features]))
+        live.tell(images)
+        asked, seen = np.split(live.related(), [len(query)])
+        sets = [(query.with_features(asked), gallery.with_features(seen))]
+    elif together and len(query):
         sets = [relate_sets(runner, query, gallery)]
     elif len(query):
         sets = relate_each(runner, query, gallery)

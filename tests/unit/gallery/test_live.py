@@ -10,8 +10,10 @@ import torch
 
 from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
 from nformer_edge.gallery.live import LiveHead
+from nformer_edge.gallery.search import search_related
 from nformer_edge.model.gated import head_numbers, make_head, start_as_gates
 from nformer_edge.model.nformer import unit as unit_rows
 from nformer_edge.model.per_query import gallery_pass
@@ -47,9 +49,13 @@ def opened(
     else:
         for x in head.parameters():
             x.data += 0.1 * torch.randn_like(x) * (1 if x.ndim > 1 else 0.3)
-    model = ModelSpec(BackboneSpec("osnet_x0_25", features=FEATURES), size)
-    runner = SimpleNamespace(name="m", spec=model, landmark_seed=3, head_numbers=lambda: head_numbers(head))
-    return head, LiveHead.open(runner, kept=kept)
+    return head, LiveHead.open(runner_of(head), kept=kept)
+
+
+def runner_of(head: torch.nn.Module) -> SimpleNamespace:
+    model = ModelSpec(BackboneSpec("osnet_x0_25", features=FEATURES), head.spec)
+    numbers = head_numbers(head)
+    return SimpleNamespace(name="m", spec=model, landmark_seed=3, has_head=True, head_numbers=lambda: numbers)
 
 
 @torch.inference_mode()
@@ -142,6 +148,18 @@ def test_a_gallery_that_is_told_how_many_images_a_person_has_answers_as_the_told
         near(live.ask(queries, exact=exact), whole(head, gallery, queries, exact))
     live.tell(None)
     near(live.ask(queries), before)
+
+
+@torch.no_grad()
+def test_a_search_of_all_queries_in_one_pass_is_told_too():
+    head, _ = opened("gated", 40)
+    runner, query, gallery = runner_of(head), Features(people(5, 2)), Features(people(60, 1))
+    names, scores = search_related(runner, query, gallery, 60, together=True, images=12)
+    head.tell(12)
+    landmarks = draw_landmarks(65, head.spec.layers, head.spec.landmarks, 3)
+    rows = torch.from_numpy(np.concatenate([query.features, gallery.features]))
+    related = unit_rows(head(rows, torch.from_numpy(landmarks))).numpy()
+    near(scores, np.take_along_axis(related[:5] @ related[5:].T, names, axis=1))
 
 
 def test_a_published_head_cannot_be_told():
