@@ -179,7 +179,7 @@ class NumpyShortlist:
     name = "numpy"
 
     def __init__(self, features: int) -> None:
-        self._parts = [Rows.none(features)]
+        self._parts, self._keys = [Rows.none(features)], set[int]()
 
     @property
     def _rows(self) -> Rows:
@@ -189,6 +189,7 @@ class NumpyShortlist:
 
     def put(self, rows: Rows) -> None:
         self._parts.append(rows)
+        self._keys.update(rows.keys.tolist())
 
     def nearest(self, unit: np.ndarray, count: int, where: Where) -> list[Rows]:
         rows, at = self._rows, np.flatnonzero(self._allowed(where))
@@ -201,10 +202,11 @@ class NumpyShortlist:
         return self._rows.take(np.flatnonzero([name in wanted for name in self._rows.ids])[:BATCH])
 
     def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.isin(keys, self._rows.keys)
+        return np.array([key in self._keys for key in keys.tolist()], bool)
 
     def drop(self, keys: np.ndarray) -> None:
         self._parts = [self._rows.take(~np.isin(self._rows.keys, keys))]
+        self._keys.difference_update(keys.tolist())
 
     def erase(self) -> None: ...
 

@@ -256,10 +256,10 @@ class ShortlistGallery:
         )
         query = images if isinstance(images, Features) else embed_images(self._runner, images, boxes, batch=batch)
         check_model(self._runner, query, "queries")
-        if not self._drawn or not len(self):
-            raise DataError("gallery", "zero images", "at least one", "Add images first.")
         with self._errors():
             searched = self._store.count(where)
+        if not self._drawn or not (searched or len(self)):
+            raise DataError("gallery", "zero images", "at least one", "Add images first.")
         asked, found = self._prepare(query.features), list[tuple[Rows, np.ndarray]]()
         count, none = min(shortlist + SPARE, searched), Rows.none(self._runner.spec.backbone.features)
         for part in row_blocks(len(query)):
