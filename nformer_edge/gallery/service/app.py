@@ -12,14 +12,15 @@ import os
 import re
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -33,7 +34,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nformer_edge import __version__
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
+from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen
+from nformer_edge.gallery.embed import made_by
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.results import Changed
@@ -46,6 +49,16 @@ _LOG = logging.getLogger("nformer_edge.service")
 
 #: Seconds between two looks at what must be removed or erased.
 _HOUSEKEEPING = 10.0
+
+
+class New(NamedTuple):
+    """An image to add: pixels, float32 [1, D], and its labels."""
+
+    picture: Image.Image
+    features: np.ndarray
+    id: str
+    camera: int | None
+    time: datetime | None
 
 
 class Service:
@@ -77,15 +90,24 @@ class Service:
             ("nformer_gallery_images", "Images in the gallery.", lambda: len(self.gallery)),
         ):
             Gauge(name, told, registry=self.registry).set_function(value)
-        self.batcher = Batcher(
-            lambda images: model.embed(images, batch=len(images), decoders=1), settings.batch, sizes.observe
-        )
+        self.embedding = Batcher(self._embedded, settings.batch, sizes.observe)
+        self.adding = Batcher(self._added, settings.batch)
         self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "work")
 
     def reload(self) -> None:
         """Reads the tokens again; a file that cannot be used leaves those of before."""
         if self.settings.tokens is not None:
             self.tokens = read_tokens(self.settings.tokens)
+
+    @property
+    def full(self) -> bool:
+        """Whether the queue takes nobody more."""
+        return self.in_flight >= self.settings.queue
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Counts an answer."""
+        self.requests.labels(route, status).inc()
+        self.seconds.labels(route).observe(seconds)
 
     async def run(self, function: Callable[..., T], *args: Any, **more: Any) -> T:
         """A call in a thread of its own; once begun it ends, also when the caller is gone."""
@@ -111,7 +133,7 @@ class Service:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Opens the queue; at the end finishes what was accepted."""
-        async with self.batcher:
+        async with self.embedding, self.adding:
             keeper = asyncio.create_task(self._keep_house())
             try:
                 yield
@@ -133,6 +155,22 @@ class Service:
             except Exception:
                 _LOG.exception("retention")
             await asyncio.sleep(_HOUSEKEEPING)
+
+    def _embedded(self, images: Sequence[Image.Image]) -> list[Features]:
+        found = self.model.embed(images, batch=len(images), decoders=1)
+        return [found.take(np.array([i])) for i in range(len(images))]
+
+    def _added(self, images: Sequence[New]) -> list[Changed]:
+        """In one change of the gallery, so that all wait for the disk once."""
+        now = time.time()
+        done = self.gallery.add(
+            made_by(self.model.runner, Features(np.concatenate([new.features for new in images]))),
+            [new.id for new in images],
+            [-1 if new.camera is None else new.camera for new in images],
+            [now if new.time is None else new.time for new in images],
+            pictures=[new.picture for new in images] if self.thumbnails else None,
+        )
+        return [done] * len(images)
 
     def remove(self, ids: str | tuple[()], keep_days: float | None = None) -> Changed:
         """Removes, and erases now or within the time that the settings give."""
@@ -187,7 +225,7 @@ def _may(role: Role) -> Callable[..., Awaitable[None]]:
 
 async def _admitted(service: At) -> AsyncIterator[None]:
     """A place in the queue."""
-    if service.in_flight >= service.settings.queue:
+    if service.full:
         raise _busy(429, "the queue is full")
     service.in_flight += 1
     try:
@@ -389,7 +427,7 @@ async def search(asked: Annotated[Search, Query()], service: At, image: Picture)
         raise HTTPException(422, "a note is required")
     if not len(service.gallery):
         raise HTTPException(409, "the gallery is empty")
-    query = await service.in_time(service.batcher.embed(image))
+    query = await service.in_time(service.embedding.one(image))
     threshold = service.settings.threshold if asked.threshold is None else asked.threshold
     found = await service.run(
         service.gallery.search, query, asked.top, cameras=asked.camera or None, since=asked.since, until=asked.until,
@@ -407,12 +445,9 @@ async def search(asked: Annotated[Search, Query()], service: At, image: Picture)
 @api.post("/images", dependencies=[Write], openapi_extra=_BODY, responses=_answers(*_IMAGE), status_code=201)
 async def enroll(asked: Annotated[Enroll, Query()], service: At, image: Picture) -> Kept:
     """Adds one image, the body. When it is answered, the image is on the disk."""
-    features = await service.in_time(service.batcher.embed(image))
-    done = await service.run(
-        service.gallery.add, features, asked.id, -1 if asked.camera is None else asked.camera, asked.time,
-        pictures=image if service.thumbnails else None,
-    )  # fmt: skip
-    return Kept(images=done.images, total=done.total)
+    found = await service.in_time(service.embedding.one(image))
+    done = await service.adding.one(New(image, found.features, asked.id, asked.camera, asked.time))
+    return Kept(images=1, total=done.total)
 
 
 @api.delete("/images", dependencies=[Write], responses=_answers(*_ROLE, 404, 503))
@@ -484,7 +519,7 @@ async def health() -> State:
 @open_to_all.get("/ready", responses={503: {"model": Problem}})
 async def ready(service: At) -> State:
     """Whether requests are taken."""
-    if service.stopping or not service.batcher.running:
+    if service.stopping or not (service.embedding.running and service.adding.running):
         raise _busy(503, "not ready")
     return State(state="ready")
 
@@ -512,12 +547,12 @@ def _policy(html: str) -> str:
 _POLICY = _policy(_PAGE)
 
 
-_HEADERS = (
+HEADERS = (
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-_FULL = JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": "1"})
+FULL = JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": "1"})
 
 
 class Measured:
@@ -535,18 +570,17 @@ class Measured:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *_HEADERS]
+                message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
         try:
-            if scope["method"] in ("POST", "DELETE") and self.service.in_flight >= self.service.settings.queue:
-                await _FULL(scope, receive, answer)
+            if scope["method"] in ("POST", "DELETE") and self.service.full:
+                await FULL(scope, receive, answer)
             else:
                 await self.app(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.service.requests.labels(route, status).inc()
-            self.service.seconds.labels(route).observe(time.perf_counter() - began)
+            self.service.answered(route, status, time.perf_counter() - began)
 
 
 async def _refused(request: Request, error: AnyHTTPException) -> JSONResponse:

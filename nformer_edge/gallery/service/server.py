@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
+import time
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -16,7 +19,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.model import open as open_model
-from nformer_edge.gallery.service.app import create_app
+from nformer_edge.gallery.service.app import FULL, HEADERS, Service, create_app
 from nformer_edge.gallery.service.settings import Settings, read_tokens
 
 _LOG = logging.getLogger("nformer_edge.service")
@@ -27,7 +30,21 @@ _CONNECTIONS = 512
 #: Bytes of answers that a caller has not read yet, at which the service stops writing.
 _UNREAD = 128 * 1024
 
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_CROWDED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+#: `app.FULL` as bytes.
+_FULL = b"".join(
+    (
+        b"HTTP/1.1 429 Too Many Requests\r\n",
+        *(name + b": " + value + b"\r\n" for name, value in (*FULL.raw_headers, *HEADERS)),
+        b"\r\n",
+        bytes(FULL.body),
+    )
+)
+
+_ASKS = re.compile(rb"(?:POST|DELETE) /v1/[!-~]* HTTP/1\.1\r\n")
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})(?=\r\n|$)")
+_SPECIAL = re.compile(rb"\r\n(?:transfer-encoding|connection: close|expect|upgrade)")
 
 
 def serve(
@@ -81,10 +98,11 @@ class _Server(uvicorn.Server):
 
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
     """uvicorn's settings. No access log: addresses of requests hold names."""
+    seconds = max(1, round(settings.receive_s))
     return uvicorn.Config(
-        app, http=_limited(settings.receive_s), ws="none", access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.stop_s)), log_level="warning", lifespan="on",
-        timeout_keep_alive=max(1, round(settings.receive_s)),
+        app, http=_limited(settings.receive_s, app.state.service), ws="none", access_log=False, server_header=False,
+        proxy_headers=False, log_level="warning", lifespan="on", timeout_keep_alive=seconds,
+        timeout_graceful_shutdown=max(1, round(settings.stop_s)),
     )  # fmt: skip
 
 
@@ -120,8 +138,22 @@ async def _serve(server: uvicorn.Server, listening: socket.socket, reload: Any) 
     await server.serve(sockets=[listening])
 
 
-def _limited(seconds: float) -> type[asyncio.Protocol]:
-    """HTTP from so many callers, whose headers come and whose answers go within this time; uvicorn waits for ever."""
+def _whole(data: bytes) -> bool:
+    """Whether these bytes are one plain request for the queue, with all of its body."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    words = head.lower()
+    lengths = _LENGTH.findall(words)
+    told = int(lengths[0]) if lengths else 0
+    plain = words.count(b"content-length") == len(lengths) <= 1 and not _SPECIAL.search(words)
+    return plain and told == len(body) and bool(_ASKS.match(data))
+
+
+def _limited(seconds: float, service: Service) -> type[asyncio.Protocol]:
+    """HTTP from so many callers, whose headers come and whose answers go within this time; uvicorn waits for ever.
+
+    Where the queue is full, a request that came in one piece is refused before it is parsed: refusing must not take the
+    time of those who were accepted.
+    """
 
     class Limited(H11Protocol):
         late: asyncio.TimerHandle | None = None
@@ -138,10 +170,19 @@ def _limited(seconds: float) -> type[asyncio.Protocol]:
             super().connection_made(transport)
             self._arm()
             if len(self.connections) > _CONNECTIONS:
-                transport.write(_FULL)
+                transport.write(_CROWDED)
                 transport.close()
 
         def data_received(self, data: bytes) -> None:
+            began = time.perf_counter()
+            between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+            if service.full and between and not self.flow.write_paused and _whole(data):
+                self._unset_keepalive_if_required()
+                self._disarm()
+                self._arm()
+                self.transport.write(_FULL)
+                service.answered("other", 429, time.perf_counter() - began)
+                return
             super().data_received(data)
             if self.cycle is None or self.cycle.response_complete:
                 self._arm()

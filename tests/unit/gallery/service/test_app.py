@@ -221,7 +221,7 @@ def test_images_of_several_callers_are_embedded_together_and_each_gets_its_own(s
         while not colors.batches:
             await asyncio.sleep(0.01)
         more = [asyncio.create_task(send(client, "/v1/images", jpeg(c), id=f"{c}")) for c in (GREEN, BLUE, RED)]
-        while service.state.batcher._waiting.qsize() < 3:
+        while service.state.embedding._waiting.qsize() < 3:
             await asyncio.sleep(0.01)
         gate.set()
         await asyncio.gather(first, *more)
