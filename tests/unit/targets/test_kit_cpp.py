@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,7 +27,7 @@ HEADERS = {"turbojpeg.h": "libturbojpeg0-dev", "nlohmann/json.hpp": "nlohmann-js
 def runtime(name):
     """CMake's flag for a runtime that is here."""
     if name == "onnxruntime":
-        found = os.environ.get("ORT_ROOT") or pytest.skip("no onnxruntime for C++: unpack a release, then set ORT_ROOT")
+        found = os.environ.get("ORT_ROOT") or pytest.skip("no onnxruntime for C++: set ORT_ROOT (the kit's README)")
         return f"-DORT_ROOT={found}"
     if name == "tensorrt":
         found = os.environ.get("TENSORRT_ROOT") or pytest.skip("no TensorRT headers: set TENSORRT_ROOT")
@@ -44,13 +45,17 @@ def build(kit, *flags):
     return kit / "build" / "reid"
 
 
+def missing():
+    """What the build needs and is not here, by the names of programs and of Debian's packages."""
+    packages = [package for header, package in HEADERS.items() if not Path("/usr/include", header).exists()]
+    return [name for name in ("cmake", "c++") if shutil.which(name) is None] + packages
+
+
 @pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
 def kit(request, tiny_bundle, tmp_path_factory):
     """A built kit, the flag that it was built with, and its program."""
-    missing = [name for name in ("cmake", "c++") if shutil.which(name) is None]
-    missing += [package for header, package in HEADERS.items() if not Path("/usr/include", header).exists()]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)}")
+    if missing():
+        pytest.skip(f"no {', '.join(missing())}")
     flag = runtime(request.param)
     folder = write_kit("cpp", tiny_bundle, tmp_path_factory.mktemp("cpp") / "kit").path
     return folder, flag, build(folder, flag)
@@ -119,6 +124,20 @@ def test_a_graph_that_takes_pixels_gets_pixels(kit, pictures, tiny_checkpoint, t
     refused(program, "backbone.onnx: sha256", *pictures)
     (bundle / "manifest.json").write_text((bundle / "manifest.json").read_text() + " ")
     refused(program, "manifest.json: sha256", *pictures)
+
+
+@pytest.mark.parametrize(
+    ("flag", "lacks"),
+    [("-DORT_ROOT={}", "onnxruntime_cxx_api.h"), ("-DTENSORRT_ROOT={}", "NvInfer.h|CUDAToolkit"), ("", "OpenVINO")],
+)
+def test_cmake_names_the_runtime_that_is_not_there(flag, lacks, tiny_bundle, tmp_path):
+    if missing():
+        pytest.skip(f"no {', '.join(missing())}")
+    folder = write_kit("cpp", tiny_bundle, tmp_path / "kit").path
+    flags = [flag.format(tmp_path)] if flag else []
+    ran = subprocess.run(["cmake", "-S", folder, "-B", tmp_path / "build", *flags], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert re.search(lacks, ran.stderr)
 
 
 def refused(program, why, *pictures):
