@@ -247,7 +247,7 @@ async def _picture(request: Request, service: At, _: Annotated[None, Depends(_ad
     """The request's body, decoded."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in _KINDS:
-        raise HTTPException(415, "the body's type is not that of an image")
+        raise HTTPException(415, f"Content-Type names no image; send one of {', '.join(_KINDS)}")
     limit = int(service.settings.body_mib * 2**20)
     told = request.headers.get("content-length", "0")
     close = {"Connection": "close"}

@@ -251,6 +251,35 @@ def test_one_callers_image_that_fails_harms_no_other(served, send, colors, monke
     served(work)
 
 
+def test_images_of_several_callers_are_added_in_one_change_and_one_that_fails_harms_no_other(served, send, monkeypatch):
+    gate, sizes = threading.Event(), []
+
+    async def work(client, service):
+        add = service.gallery.add
+
+        def waits(features, ids, *more, **named):
+            sizes.append(len(ids))
+            gate.wait()
+            if "bad" in ids:
+                raise DataError("ids", "bad", "another", "Leave it out.")
+            return add(features, ids, *more, **named)
+
+        monkeypatch.setattr(service.gallery, "add", waits)
+        first = asyncio.create_task(send(client, "/v1/images", id="first"))
+        while not sizes:
+            await asyncio.sleep(0.01)
+        more = [asyncio.create_task(send(client, "/v1/images", id=name)) for name in ("ann", "bad", "bo")]
+        while service.state.adding._waiting.qsize() < 3:
+            await asyncio.sleep(0.01)
+        gate.set()
+        answers = await asyncio.gather(first, *more)
+        assert [answer.status_code for answer in answers] == [201, 201, 422, 201]
+        assert sizes == [1, 3, 1, 1, 1]
+        assert service.gallery.people() == {"ann": 1, "bo": 1, "first": 1}
+
+    served(work)
+
+
 def test_what_is_not_done_in_time_is_refused_and_not_added(served, send, colors):
     gate = threading.Event()
     colors.before = gate.wait
