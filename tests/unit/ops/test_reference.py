@@ -11,7 +11,7 @@ from torch import Tensor
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.ops import reference as ops
 from nformer_edge.ops.operators import FastestOperators
-from nformer_edge.ops.reference import reciprocal_neighbor_attention, row_top_k
+from nformer_edge.ops.reference import check_finite, reciprocal_neighbor_attention, row_top_k
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -212,6 +212,10 @@ def test_attention_refuses_values_of_another_set() -> None:
     x = random(1, 5, 3)
     with pytest.raises(UsageError, match="v: got"):
         reciprocal_neighbor_attention(x, x, random(1, 6, 3), row_top_k(x, x, 2))
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not() -> None:
+    check_finite("x", torch.full((2, 3), 3e38))
 
 
 def test_attention_names_the_value_that_is_not_finite() -> None:
