@@ -101,7 +101,8 @@ def with_shapes(backbone: bytes, folder: Path) -> Path:
 
 
 def _plain(table: Mapping[str, Sequence[Any]]) -> dict[str, tuple[float, float]]:
-    return {name: (float(np.asarray(r[0]).item()), float(np.asarray(r[1]).item())) for name, r in table.items()}
+    """By name: onnxruntime collects tensors in a set, whose order is another in each process."""
+    return {name: (float(np.asarray(r[0]).item()), float(np.asarray(r[1]).item())) for name, r in sorted(table.items())}
 
 
 class _BatchReader(CalibrationDataReader):  # type: ignore[misc]

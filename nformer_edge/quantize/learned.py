@@ -94,7 +94,7 @@ class QuantizedBackbone(Backbone):
                 else:
                     own = 0.0 if convolution.bias is None else convolution.bias
                     norm.bias.copy_(parameter - (own - norm.running_mean) * factor)
-        table = dict(sorted({**self._ranges.table, **trunk.table()}.items()))
+        table = {**self._ranges.table, **trunk.table()}
         return self._float[0].eval(), replace(self._ranges, table=table, backbone_sha256="", calibration=None)
 
 
@@ -121,8 +121,6 @@ class PlacedTrunk(nn.Module):
         self._range_of: dict[str, str] = {}
         self._nodes: list[NodeProto] = []
         self._convolutions: dict[str, tuple[str, str | None]] = {}
-        learned: set[str] = set()
-        symmetric: dict[str, bool] = {}
         for node in placed.graph.node:
             if node.op_type == "Flatten":
                 self._result = node.input[0]
@@ -134,19 +132,18 @@ class PlacedTrunk(nn.Module):
                 raise UsageError(f"qat: {node.name}", node.op_type, f"one of {known}", "Leave the step qat out.")
             if node.op_type == "Conv":
                 weight, *bias = before[node.name].input[1:]
-                learned.update((weight, *bias))
+                for name in (weight, *bias):
+                    if name not in self._index:
+                        self._index[name] = len(self.parameters_by_index)
+                        self.parameters_by_index.append(nn.Parameter(torch.from_numpy(numbers[name].copy())))
                 self._convolutions[node.name] = weight, bias[0] if bias else None
             if node.op_type == "QuantizeLinear":
                 tensor = node.input[1].removesuffix("_scale")
-                symmetric[tensor] = self._constants[node.input[2]].dtype == np.int8
+                if tensor not in self._range_of:
+                    self._range_of[tensor] = str(len(self.ranges))
+                    symmetric = self._constants[node.input[2]].dtype == np.int8
+                    self.ranges[self._range_of[tensor]] = LearnedRange(*ranges.table[tensor], symmetric=symmetric)
             self._nodes.append(node)
-        for name in sorted(learned):  # in another process the same nodes come in another order
-            self._index[name] = len(self.parameters_by_index)
-            self.parameters_by_index.append(nn.Parameter(torch.from_numpy(numbers[name].copy())))
-        for tensor in sorted(symmetric):
-            self._range_of[tensor] = str(len(self.ranges))
-            found = LearnedRange(*ranges.table[tensor], symmetric=symmetric[tensor])
-            self.ranges[self._range_of[tensor]] = found
         self._int8 = {n.name: n for n in self._nodes if n.op_type == "Conv" and n.input[1] in made_by}
 
     def named(self) -> list[tuple[str, Tensor]]:
