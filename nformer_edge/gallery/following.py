@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -18,12 +19,16 @@ from nformer_edge.gallery.live import LiveHead
 #: Images from which the head's state is kept on the disk: what relating them takes grows with their square.
 KEPT_FROM = 4096
 
+#: Seconds from a failed renewal to the next one, at the earliest; each failure in a row doubles them.
+RETRY_SECONDS = 30.0
+
 
 class Following:
     """The live head over what a gallery holds.
 
     Where landmarks are outdated (`LiveHead.outdated`), another thread builds a second head, searches go on with the
-    first, and the next one finds the second in its place. Both stand in memory until then.
+    first, and the next one finds the second in its place. Both stand in memory until then. Where that fails, searches
+    go on with the first one, `failure` says why, and a change after `RETRY_SECONDS` and more begins it again.
 
     Args:
         kept: the gallery's images.
@@ -37,6 +42,8 @@ class Following:
         self._saved: Held | None = None
         self._whole_passes = False
         self._renewing: threading.Thread | None = None
+        self._failures, self._retry_at = 0, 0.0
+        self.failure: str | None = None  # of the last renewal
 
     @property
     def available(self) -> bool:
@@ -71,11 +78,13 @@ class Following:
         with self._lock:
             self._live = self._seen = self._saved = self._renewing = None
             self._whole_passes = False
+            self._failures, self._retry_at, self.failure = 0, 0.0, None
 
     def close(self) -> None:
         """Waits for a head that is being built, and keeps the state on the disk, unless another process writes."""
-        if self._renewing:
-            self._renewing.join()
+        renewing = self._renewing
+        if renewing:
+            renewing.join()
         with suppress(BackendError, ArtifactError), self._lock:
             self._save()
 
@@ -94,19 +103,29 @@ class Following:
         else:
             _follow(live, before, held)
         self._seen = held
-        if live.outdated and self._renewing is None:
+        if live.outdated and self._renewing is None and time.monotonic() >= self._retry_at:
             self._renewing = threading.Thread(target=self._renew, args=(held,), daemon=True)
             self._renewing.start()
         return live
 
     def _renew(self, held: Held) -> None:
-        fresh = self._open()
-        fresh.build(held.features.features)
-        fresh.tell(held.told_images)
-        fresh.settle()
+        fresh, failure = None, None
+        try:
+            fresh = self._open()
+            fresh.build(held.features.features)
+            fresh.tell(held.told_images)
+            fresh.settle()
+        except Exception as error:  # a thread's own: nobody else sees it, so `stats` shows it
+            fresh, failure = None, f"{type(error).__name__}: {error}".removesuffix(": ")
         with self._lock:
-            if self._renewing is threading.current_thread():
-                self._live, self._seen, self._renewing = fresh, held, None
+            if self._renewing is not threading.current_thread():
+                return
+            self._renewing, self.failure = None, failure
+            if fresh is None:
+                self._failures += 1
+                self._retry_at = time.monotonic() + RETRY_SECONDS * 2 ** (self._failures - 1)
+            else:
+                self._live, self._seen, self._failures = fresh, held, 0
 
     def _restored(self, live: LiveHead, held: Held) -> Held | None:
         """Takes up the state on the disk. Returns the images that it was of, the first ones of `held`."""

@@ -192,7 +192,7 @@ class Gallery:
             names = held["ids"].tolist()
             for name in sorted(wanted - set(names)):
                 near = get_close_matches(name, set(names), n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else "`gallery.features.ids` lists them."
+                hint = f"Nothing was removed. The most similar id is {near[0]!r}." if near else "Nothing was removed."
                 raise DataError("ids", repr(name), "an id of the gallery", hint)
             gone = np.array([name in wanted for name in names], bool)
             if keep_days is not None:
@@ -323,6 +323,7 @@ class Gallery:
             bool(kept.about["audit"]),
             str(kept.about["name"]),
             kept.path,
+            self._head.failure,
         )
 
     def people(self) -> dict[str, int]:

@@ -30,6 +30,8 @@ class GalleryStats(Result):
         audit: whether searches are logged.
         model: architecture and image size.
         path: the gallery's folder, or "".
+        head_failure: why the head's landmarks could not be drawn anew; null where nothing failed. Searches go on with
+            the old ones.
     """
 
     kind: ClassVar[str] = "gallery"
@@ -49,6 +51,7 @@ class GalleryStats(Result):
     audit: bool
     model: str
     path: str
+    head_failure: str | None
 
     def __str__(self) -> str:
         cameras = f", {self.cameras:,} cameras" if self.cameras else ""
@@ -56,10 +59,11 @@ class GalleryStats(Result):
             f"{self.features} numbers as {self.code}, {self.bytes_per_image} bytes an image, {self.memory_mib:.1f} MiB"
         )
         disk = "" if self.disk_mib is None else f"\n{self.path}: {self.disk_mib:.1f} MiB on disk"
+        failed = "" if self.head_failure is None else f"\nThe head's landmarks are old: {self.head_failure}"
         seen = (
             "" if self.oldest is None or self.newest is None else f", seen {_date(self.oldest)} to {_date(self.newest)}"
         )
-        return f"{self.images:,} images of {self.ids:,} ids{cameras}{seen}: {size}, model {self.model}{disk}"
+        return f"{self.images:,} images of {self.ids:,} ids{cameras}{seen}: {size}, model {self.model}{disk}{failed}"
 
 
 @dataclass(frozen=True)

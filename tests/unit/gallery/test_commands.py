@@ -68,7 +68,7 @@ def test_from_a_folder_to_an_answer_and_to_a_person_forgotten(tiny_bundle, crops
     code, out, _ = run(capsys, "gallery", "remove", people, "ben")
     assert out.splitlines()[0] == "remove: 2 images of 1 ids, 2 images in the gallery now"
     code, out, err = run(capsys, "gallery", "remove", people, "anne")
-    assert (code, "Did you mean 'ann'?" in err) == (2, True)
+    assert (code, "The most similar id is 'ann'" in err) == (2, True)
     code, out, _ = run(capsys, "gallery", "compact", people, "--code", "int8")
     assert out.startswith("2 images as int8, 40 bytes each in memory; files ")
     assert b"ben" not in b"".join(path.read_bytes() for path in people.iterdir())

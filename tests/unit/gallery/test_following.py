@@ -89,7 +89,8 @@ def test_no_share_of_a_removed_image_stays_in_the_head(built):
         at = np.flatnonzero(gallery._head._live._rows["gave"])
         gallery.remove(gallery.features.ids[at[0]])
         ask(gallery)
-        gallery._head._renewing.join(60)
+        if renewing := gallery._head._renewing:
+            renewing.join(60)
         left = np.delete(rows(0, 60).features, at[0], axis=0)
         near(ask(gallery), asked_of(left, gallery.features.ids))
     assert built[:2] == [60, 59]
@@ -170,17 +171,29 @@ def test_a_state_is_not_kept_while_another_process_writes(tmp_path, kept_always,
         assert len(ask(one)) == 3
 
 
-def test_a_head_that_fails_to_be_renewed_leaves_the_one_before(monkeypatch):
+def test_a_head_that_fails_to_be_renewed_leaves_the_one_before_and_is_tried_again(monkeypatch):
     gallery = Gallery(gated())
     gallery.add(rows(0, 30))
     ask(gallery)
     said = []
     monkeypatch.setattr(threading, "excepthook", lambda told: said.append(told.exc_type))
-    monkeypatch.setattr(GatedLive, "build", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    for seed in range(1, 4):
-        gallery.add(rows(seed, 14))
-        found = ask(gallery)
-    gallery._head.close()
-    assert said == [MemoryError]
+    tried = []
+    with monkeypatch.context() as broken:
+        broken.setattr(GatedLive, "build", lambda *_: tried.append(1) or (_ for _ in ()).throw(MemoryError()))
+        for seed in range(1, 4):
+            gallery.add(rows(seed, 14))
+            found = ask(gallery)
+            gallery._head.close()
+    assert len(tried) == 1, "a failure is not tried again at once"
+    assert said == []
+    assert gallery.stats().head_failure == "MemoryError"
+    assert "landmarks are old: MemoryError" in str(gallery)
     assert found.searched == 72
     assert ask(gallery).ids == found.ids
+    first = gallery._head._live
+    gallery._head._retry_at = 0.0
+    gallery.add(rows(5, 14))
+    ask(gallery)
+    gallery._head.close()
+    assert gallery._head._live is not first
+    assert gallery.stats().head_failure is None

@@ -110,7 +110,7 @@ def test_an_id_is_removed_with_all_its_images(gallery):
     assert gallery.remove("alice").images == 2
     assert gallery.features.ids == ("bob",)
     assert gallery.search(CROPS[0], head=False).ids == (("bob",),)
-    with pytest.raises(DataError, match=r"ids: got 'bop'.*Did you mean 'bob'"):
+    with pytest.raises(DataError, match=r"ids: got 'bop'.*Nothing was removed. The most similar id is 'bob'"):
         gallery.remove(["bob", "bop"])
     assert len(gallery) == 1
     assert gallery.remove("bob").images == 1
