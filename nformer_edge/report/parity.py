@@ -351,17 +351,21 @@ class _Parts:
         if self._double is None or "head" not in self._gated:
             return outputs
         features = stacked(ours)
-        own = row_errors(stacked(outputs.reference), self._related_exactly(features, ours, seed))
-        return replace(outputs, exact=self._nearer(stacked(outputs.engine), features, ours, seed, own), own=own)
+        exact = self._related_exactly(features, ours, seed)
+        own = row_errors(stacked(outputs.reference), exact)
+        return replace(outputs, exact=self._nearer(outputs, exact, own, features, ours, seed), own=own)
 
     def _end_to_end(self, seed: int | None, images: int | None) -> Outputs:
         ours, theirs, features = self._inputs(images)
         outputs = Outputs(relate_sets(self.reference, *ours, seed=seed), self._related(theirs, seed))
         if features is None or "end_to_end" not in self._gated:
             return outputs
-        own = row_errors(stacked(outputs.reference), self._related_exactly(features, ours, seed))
-        like = theirs if usable(theirs) else ours
-        return replace(outputs, exact=self._nearer(stacked(outputs.engine), features, like, seed, own), own=own)
+        exact = self._related_exactly(features, ours, seed)
+        own = row_errors(stacked(outputs.reference), exact)
+        if usable(theirs):
+            exact = self._related_exactly(features, theirs, seed)
+            exact = self._nearer(outputs, exact, own, features, theirs, seed)
+        return replace(outputs, exact=exact, own=own)
 
     def _related(self, inputs: Pair, seed: int | None) -> Pair:
         """The engine's head on `inputs`; features that no head can take come out as NaN, so that the gates fail."""
@@ -370,9 +374,11 @@ class _Parts:
         query, gallery = (s.with_features(np.full_like(s.features, np.nan)) for s in inputs)
         return query, gallery
 
-    def _nearer(self, x: np.ndarray, features: np.ndarray, like: Pair, seed: int | None, own: np.ndarray) -> np.ndarray:
-        """The exact rows for the engine's `x`: of both orders of equal neighbors the nearer, where one is too far."""
-        exact = self._related_exactly(features, like, seed)
+    def _nearer(
+        self, outputs: Outputs, exact: np.ndarray, own: np.ndarray, features: np.ndarray, like: Pair, seed: int | None
+    ) -> np.ndarray:
+        """`exact`, and where the engine's row is too far from it, the nearer of both orders of equal neighbors."""
+        x = stacked(outputs.engine)
         far = row_errors(x, exact)
         if not (far > row_tolerance(own)).any():
             return exact
