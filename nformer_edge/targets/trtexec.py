@@ -134,6 +134,7 @@ def prepare_for_trtexec(
         UsageError, DataError, GateError: as `quantize.prepare.prepare`.
     """
     check_choice("precision", spec.precision, PRECISIONS)
+    check_choice("head_precision", spec.head_precision, ("fp32",))  # here it follows the backbone's
     opened, path = open_bundle(bundle), Path(out)
     require_new(path, KIND, force)
     low = prepare(opened, spec, calib_data, path, half=True)

@@ -118,6 +118,12 @@ def test_the_folder_says_what_it_is_and_that_overflow_was_searched(xavier):
     assert os.access(xavier / "build.sh", os.X_OK)
 
 
+def test_a_head_in_int8_is_refused(tiny_bundle, tmp_path):
+    with pytest.raises(UsageError, match="head_precision: got 'int8', expected fp32"):
+        prepare_for_trtexec(tiny_bundle, tmp_path / "a", BuildSpec(head_precision="int8"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_int8_without_images_is_refused_and_float32_needs_no_precision_flags(tiny_bundle, tmp_path):
     with pytest.raises(UsageError, match="calib_data"):
         prepare_for_trtexec(tiny_bundle, tmp_path / "a", BuildSpec(precision="int8"))
