@@ -26,7 +26,7 @@ from nformer_edge.data.loaders import TrainImages
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import dataset_of
 from nformer_edge.metrics.ranking import evaluate
-from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nformer_edge.training.compute import open_compute
 from nformer_edge.training.history import Epoch, Identity, Trained
@@ -153,7 +153,8 @@ class _Compressing:
         self.device = str(run.compute.device)
         records, self.holdout = split_holdout(dataset.train, recipe.holdout, recipe.seed)
         images = TrainImages(records, self.spec.preprocess, recipe.cache_mib)
-        self.lessons = Lessons(images, self._teacher(images, teacher))
+        assert made.backbone is not None
+        self.lessons = Lessons(images, self._teacher(images, teacher), for_inference(made.backbone))
 
     def _teacher(self, images: TrainImages, store: StrPath | None) -> Features:
         if store is not None:
@@ -227,7 +228,7 @@ class _Compressing:
         judge = self.judge if self.holdout else None
         note = partial(run.logs.note, name)
         spec = self._spec_of(backbone)
-        work = Work(spec, self.lessons, judge, state, run.compute, self.recipe.seed, run.beside, note)
+        work = Work(spec, self.lessons, judge, state, run.compute, self.recipe.seed, run.kept, run.beside, note)
         backbone, rows = step.run(backbone, work)
         reached = judge(backbone) if judge is not None and run.compute.leads else None
         backbone = backbone.to("cpu").eval()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nformer_edge.compress.step import Lessons, Work
+from nformer_edge.compress.teacher import keep_maps
 from nformer_edge.core.errors import UsageError
-from nformer_edge.core.spec import PreprocessSpec, check_at_least, from_dict
-from nformer_edge.data.loaders import AugmentSpec, draw_view, one_ahead
+from nformer_edge.core.spec import PreprocessSpec, check_at_least
+from nformer_edge.data.loaders import AugmentSpec, one_ahead
 from nformer_edge.data.sampler import PKSampler
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.training.config import BackboneConfig
@@ -36,6 +38,10 @@ class Distil:
             features (Hinton et al., 2015).
         sharpness: of that softmax, in logits from cosine 0 to 1.
         identity: of the labels' own losses, as ``train.loss`` says.
+        maps: of the squared distance between the last feature maps of their trunks, the student's through a 1x1
+            convolution, each channel of the teacher's in units of its deviation (FitNets: Romero et al., ICLR 2015).
+            The teacher's are computed once and kept on disk while the run lasts: with 8 x 4 places of 128 channels
+            8 KiB a view.
         half_epochs: epochs at the start on images of half the sides, which take a quarter of the time.
         keep_mib: views of half the sides are drawn once and kept, as float16, when all of them take at most this many
             MiB.
@@ -48,12 +54,15 @@ class Distil:
     logits: float = 0.0
     sharpness: float = 16.0
     identity: float = 0.0
+    maps: float = 0.0
     half_epochs: int = 0
     keep_mib: int = 2048
     train: BackboneConfig = field(default_factory=lambda: BackboneConfig(epochs=10, schedule="cosine", warmup=1))
 
     def __post_init__(self) -> None:
-        for name in ("feature", "similarity", "relation", "logits", "sharpness", "identity", "half_epochs", "keep_mib"):
+        for name in ("feature", "similarity", "relation", "logits", "sharpness", "identity", "maps"):
+            check_at_least(name, getattr(self, name), 0)
+        for name in ("half_epochs", "keep_mib"):
             check_at_least(name, getattr(self, name), 0)
         if self.train.augment != AugmentSpec():
             raise UsageError("train.augment", self.train.augment, "none", "Set the recipe's own augment.")
@@ -61,12 +70,28 @@ class Distil:
     def run(
         self, backbone: Backbone, work: Work, after_step: Callable[[], None] | None = None
     ) -> tuple[Backbone, list[Epoch]]:
-        loader = ViewLoader(work, self)
+        maps = self._teachers_maps(backbone, work) if self.maps else None  # [V, N, C, h, w]
+        loader = ViewLoader(work, self, maps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(work.seed)
             criterion = DistilCriterion(self, work.lessons, backbone.spec.features)
+            if maps is not None:
+                criterion.learn_maps(backbone, maps)
         rows = work.train(backbone, self.train, loader, criterion, after_step)
         return backbone, rows
+
+    def _teachers_maps(self, backbone: Backbone, work: Work) -> np.ndarray:
+        """Of the smaller of both models' sizes."""
+        spec = work.spec.preprocess
+        with torch.inference_mode():
+            models = (copy.deepcopy(backbone).to("cpu").eval(), work.lessons.model.to("cpu"))
+            sizes = [model.trunk(torch.zeros(1, 3, spec.height, spec.width)).shape[2:] for model in models]
+        size = (min(h for h, _ in sizes), min(w for _, w in sizes))
+        path = work.kept(f"maps-{size[0]}x{size[1]}.npy")
+        if work.compute.leads:
+            keep_maps(path, work.lessons, size, work.compute.device)
+        work.compute.wait()
+        return np.load(path, mmap_mode="r")
 
 
 class DistilCriterion(Criterion):
@@ -83,18 +108,41 @@ class DistilCriterion(Criterion):
         self.people: Tensor  # [C, D]
         self.register_buffer("people", F.normalize(means, dim=1))
 
+    def learn_maps(
+        self,
+        backbone: Backbone,
+        maps: np.ndarray,  # float16 [V, N, C, h, w], the teacher's
+    ) -> None:
+        """From now on the batches bring the teacher's maps, and the loss asks for them."""
+        student: Any = backbone.trunk.channels
+        self.adapt = nn.Conv2d(student, maps.shape[2], 1)
+        plain = torch.from_numpy(maps[0].astype(np.float32))
+        self.register_buffer("mean", plain.mean((0, 2, 3)).view(-1, 1, 1))
+        self.register_buffer("deviation", plain.std((0, 2, 3)).clamp_min(1e-5).view(-1, 1, 1))
+
+    def outputs(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, ...]:
+        if not self.distil.maps:
+            return super().outputs(backbone, images)
+        maps = backbone.trunk(images)
+        return (*backbone.embedded(maps), maps)
+
     def forward(  # type: ignore[override]
         self,
         before: Tensor,  # [B, D]
         after: Tensor,  # [B, D]
-        labels: Tensor,  # int64 [B]
-        taught: Tensor,  # [B, D of the teacher]
+        *rest: Tensor,  # the student's maps if they are learned; labels, int64 [B]; the teacher's features and maps
     ) -> tuple[Tensor, Tensor]:  # loss, share of images nearest to their person's mean teacher feature
         c = self.distil
+        if c.maps:
+            maps, labels, taught, theirs = rest
+            loss = c.maps * self._maps_apart(maps, theirs.to(maps.dtype))
+        else:
+            labels, taught = rest
+            loss = before.new_zeros(())
         mine, theirs = F.normalize(self.projection(after), dim=1), F.normalize(taught.to(after.dtype), dim=1)
         people = self.people.to(after.dtype)
         scores = mine @ people.T
-        loss = c.feature * (mine - theirs).pow(2).sum(dim=1).mean()
+        loss = loss + c.feature * (mine - theirs).pow(2).sum(dim=1).mean()
         if c.similarity:
             loss = loss + c.similarity * (_cosines(mine) - _cosines(theirs)).pow(2).sum(dim=1).mean()
         if c.relation:
@@ -106,6 +154,12 @@ class DistilCriterion(Criterion):
         if c.identity:
             loss = loss + c.identity * super().forward(before, after, labels)[0]
         return loss, (scores.argmax(dim=1) == labels).float().mean()
+
+    def _maps_apart(self, mine: Tensor, theirs: Tensor) -> Tensor:  # [B, C, h, w] each, of other sizes and channels
+        size = (min(mine.shape[2], theirs.shape[2]), min(mine.shape[3], theirs.shape[3]))
+        wanted = (theirs - self.get_buffer("mean")) / self.get_buffer("deviation")
+        mine, wanted = (F.adaptive_avg_pool2d(maps, size) for maps in (mine, wanted))
+        return F.mse_loss(self.adapt(mine), wanted)
 
 
 def _cosines(unit: Tensor) -> Tensor:  # [B, D] -> [B, B], rows of length 1
@@ -143,12 +197,9 @@ class _HalfViews:
 class ViewLoader:
     """Batches of P x K views that the teacher saw, prepared by a thread while the model works on the one before."""
 
-    def __init__(self, work: Work, config: Distil) -> None:
+    def __init__(self, work: Work, config: Distil, maps: np.ndarray | None = None) -> None:
         images, teacher = work.lessons.images, work.lessons.teacher
-        self.images, self.teacher, self.half_epochs, self.seed = images, teacher, config.half_epochs, work.seed
-        how = json.loads(teacher.augmentation or "{}")
-        self.view_seed = int(how.pop("seed", 0))
-        self.recipe = from_dict(AugmentSpec, how, "the teacher's views")
+        self.lessons, self.half_epochs, self.seed, self.maps = work.lessons, config.half_epochs, work.seed, maps
         self.sampler = PKSampler(images.pids, config.train.p, config.train.k, work.seed)
         self.features = np.stack([teacher.view(v).features for v in range(teacher.views)])  # [V, N, D]
         self.epoch = self.start = 0
@@ -164,25 +215,18 @@ class ViewLoader:
         """Batches in a whole epoch."""
         return len(self.sampler)
 
-    def _prepare(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepare(self, step: int, rows: np.ndarray) -> tuple[Tensor, ...]:
         views = np.random.default_rng([self.seed, self.epoch, step]).integers(len(self.features), size=len(rows))
         mine = slice(self.first * self.count, (self.first + 1) * self.count)
         rows, views = rows[mine], views[mine]
         if self._half is not None and self.epoch < self.half_epochs:
-            images = self._half(views, rows, self._drawn)
+            images = self._half(views, rows, self.lessons.drawn)
         else:
-            images = self._drawn(views, rows)
-        return images, torch.from_numpy(self.images.labels[rows]), torch.from_numpy(self.features[views, rows])
-
-    def _drawn(self, views: np.ndarray, rows: np.ndarray) -> Tensor:  # int64 [B], int64 [B] -> [B, 3, H, W]
-        pixels, spec = self.images.pixels(rows), self.images.spec
-        drawn = np.empty((len(rows), 3, spec.height, spec.width), np.float32)
-        for view in np.unique(views):
-            chosen = np.flatnonzero(views == view)
-            hashes = [self.teacher.hashes[row] for row in rows[chosen]]
-            drawn[chosen] = draw_view(pixels[chosen], hashes, int(view), spec, self.recipe, self.view_seed)
-        return torch.from_numpy(drawn)
+            images = self.lessons.drawn(views, rows)
+        labels, features = self.lessons.images.labels[rows], self.features[views, rows]
+        maps = () if self.maps is None else (torch.from_numpy(self.maps[views, rows].astype(np.float32)),)
+        return images, torch.from_numpy(labels), torch.from_numpy(features), *maps
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Images float32 [B, 3, H, W], their labels int64 and the teacher's features float32 [B, D]."""
+        """Images float32 [B, 3, H, W], their labels int64, the teacher's features float32 [B, D], its maps if kept."""
         return one_ahead(self.sampler, self._prepare, self.start)

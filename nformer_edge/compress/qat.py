@@ -10,6 +10,7 @@ import numpy as np
 
 from nformer_edge.compress.distil import Distil
 from nformer_edge.compress.step import Work
+from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import saturates_int8
 from nformer_edge.core.spec import CalibrationMethod, ModelSpec, check_at_least
 from nformer_edge.exporting.bundle import open_bundle
@@ -51,6 +52,8 @@ class Qat:
 
     def __post_init__(self) -> None:
         check_at_least("calib_num", self.calib_num, 1)
+        if self.distil.maps:
+            raise UsageError("distil.maps", self.distil.maps, "0", "The quantized trunk pools its maps: leave it out.")
 
     def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
         """See `Step.run`."""

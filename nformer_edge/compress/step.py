@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from nformer_edge.core.features import Features
-from nformer_edge.core.spec import ModelSpec
-from nformer_edge.data.loaders import TrainImages
+from nformer_edge.core.spec import ModelSpec, from_dict
+from nformer_edge.data.loaders import AugmentSpec, TrainImages, draw_view
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.training.backbone import Loader, train_backbone
 from nformer_edge.training.compute import Compute
@@ -27,10 +32,29 @@ class Lessons:
         images: training images without the held-out people.
         teacher: its features of the same images in the same order; view 0 is the plain one, the others can be drawn
             again (`data.loaders.draw_view`).
+        model: the teacher itself, for what `teacher` does not hold.
     """
 
     images: TrainImages
     teacher: Features
+    model: Backbone
+
+    def drawn(
+        self,
+        views: np.ndarray,  # int64 [B]
+        rows: np.ndarray,  # int64 [B]
+    ) -> Tensor:  # float32 [B, 3, H, W]
+        """Those views of those images, as the teacher saw them."""
+        how = json.loads(self.teacher.augmentation or "{}")
+        seed = int(how.pop("seed", 0))
+        recipe = from_dict(AugmentSpec, how, "the teacher's views")
+        pixels, spec = self.images.pixels(rows), self.images.spec
+        drawn = np.empty((len(rows), 3, spec.height, spec.width), np.float32)
+        for view in np.unique(views):
+            chosen = np.flatnonzero(views == view)
+            hashes = [self.teacher.hashes[row] for row in rows[chosen]]
+            drawn[chosen] = draw_view(pixels[chosen], hashes, int(view), spec, recipe, seed)
+        return torch.from_numpy(drawn)
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class Work:
         judge: mAP of the held-out people, 0..1; None where nobody is held out.
         state: where the step keeps what it needs to go on after an interruption.
         seed: everything random follows from it.
+        kept: where a step keeps what must not be computed twice; it goes when the run ends.
         beside: where a further file ``<stem>.<name>`` of the result is written.
         note: called with all rows after each epoch.
     """
@@ -52,6 +77,7 @@ class Work:
     state: StateFile
     compute: Compute
     seed: int
+    kept: Callable[[str], Path]
     beside: Callable[[str], Path]
     note: Callable[[list[Epoch]], None]
 

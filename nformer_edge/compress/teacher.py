@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from nformer_edge.compress.recipe import Recipe
+from nformer_edge.compress.step import Lessons
 from nformer_edge.core.artifact import sha256_file
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.features import Features, load_features
@@ -71,3 +74,29 @@ def extract_teacher(
     how = json.dumps({"seed": recipe.seed, **to_dict(recipe.augment)}, sort_keys=True) if recipe.views > 1 else ""
     plain = Features(features[0], images.pids, images.camids, paths, made_by, hashes)
     return replace(plain, augmented=features[1:] if recipe.views > 1 else None, augmentation=how)
+
+
+@torch.inference_mode()
+def keep_maps(path: Path, lessons: Lessons, size: tuple[int, int], device: torch.device, batch: int = 64) -> None:
+    """The teacher's last feature maps of all its views go to a .npy file, float16 [V, N, C, h, w].
+
+    Args:
+        path: of the file; one that is there is taken as it is.
+        size: height and width that the maps are averaged to.
+    """
+    if not path.is_file():
+        images, trunk, whole = lessons.images, lessons.model.to(device).trunk, path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        channels: int = trunk.channels  # type: ignore[assignment]
+        shape = (lessons.teacher.views, len(images), channels, *size)
+        kept = np.lib.format.open_memmap(whole, "w+", np.float16, shape)
+        with tqdm(total=shape[0] * shape[1], desc="teacher's maps", unit="img", **PROGRESS) as bar:
+            for view in range(shape[0]):
+                for start in range(0, len(images), batch):
+                    rows = np.arange(start, min(start + batch, len(images)))
+                    drawn = lessons.drawn(np.full(len(rows), view), rows)
+                    drawn = drawn.to(device, memory_format=torch.channels_last)
+                    kept[view, rows] = F.adaptive_avg_pool2d(trunk(drawn), size).cpu().numpy()
+                    bar.update(len(rows))
+        kept.flush()
+        os.replace(whole, path)

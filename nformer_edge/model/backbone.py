@@ -165,7 +165,14 @@ class Backbone(nn.Module):
         images: Tensor,  # [B, 3, H, W]
     ) -> tuple[Tensor, Tensor]:  # [B, D], [B, D]
         """The features before and after the neck's batch norm: for metric losses and for the classifier."""
-        before, after = self.neck(self.pool(self.trunk(images)).flatten(1))
+        return self.embedded(self.trunk(images))
+
+    def embedded(
+        self,
+        maps: Tensor,  # [B, C, h, w], the trunk's
+    ) -> tuple[Tensor, Tensor]:  # [B, D], [B, D]
+        """`both`, from the trunk's feature maps on."""
+        before, after = self.neck(self.pool(maps).flatten(1))
         return before, after
 
 

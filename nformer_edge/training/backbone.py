@@ -106,10 +106,10 @@ def _epoch(state: TrainingState, loader: Loader, after_step: Callable[[], None] 
         part = optimizer.part(state.step, total)
         optimizer.schedule(state.epoch + (state.step - part[0]) / total)
         batch = images.to(compute.device, compute.dtype, memory_format=torch.channels_last)
-        before, after = compute.forward(partial(Backbone.both, images=batch), sync=part[0] == part[1] - 1)
-        before, after = compute.gather(before.to(compute.dtype)), compute.gather(after.to(compute.dtype))
+        outputs = compute.forward(partial(state.criterion.outputs, images=batch), sync=part[0] == part[1] - 1)
+        said = [compute.gather(output.to(compute.dtype)) for output in outputs]
         told = [compute.gather(target.to(compute.device)) for target in targets]
-        loss, accuracy = state.criterion(before, after, *told)
+        loss, accuracy = state.criterion(*said, *told)
         value = optimizer.step(loss, part)
         if after_step is not None:
             after_step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nformer_edge.model.backbone import Backbone
 from nformer_edge.training.config import LossConfig
 
 #: Rows of a distance matrix held at once while hard examples are looked for.
@@ -75,6 +76,10 @@ class Criterion(nn.Module):
         self.classifier = nn.Linear(features, classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
         self.center = CenterLoss(classes, features)
+
+    def outputs(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` is given of a batch: the features before and after the neck's batch norm."""
+        return backbone.both(images)
 
     def forward(
         self,

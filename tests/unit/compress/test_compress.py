@@ -31,7 +31,7 @@ from nformer_edge.training.state import StateFile
 TRAIN = BackboneConfig(epochs=2, p=4, k=2, lr=1e-3, warmup=0)
 RECIPE = Recipe(
     (
-        Distil(relation=0.1, logits=0.1, identity=0.1, half_epochs=1, train=TRAIN),
+        Distil(relation=0.1, logits=0.1, identity=0.1, maps=1.0, half_epochs=1, train=TRAIN),
         Distil(train=replace(TRAIN, epochs=1)),
     ),
     BackboneSpec("plain_s", 16, "fc"),
