@@ -28,7 +28,7 @@ def main(folder):
         found = model.embed(folder)
     gallery = {
         "manifest_sha256": hashlib.sha256((KIT / "model" / "manifest.json").read_bytes()).hexdigest(),
-        "names": [Path(path).stem for path in found.paths],
+        "names": [Path(path).relative_to(folder).with_suffix("").as_posix() for path in found.paths],
         "pictures": [picture(path) for path in found.paths],
         "features": base64.b64encode(found.features.astype("<f4").tobytes()).decode(),
     }

@@ -4,7 +4,7 @@ const [executablePath, address, screenshot, ...pictures] = process.argv.slice(2)
 
 async function main() {
   const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu"] });
-  const page = await browser.newPage({ viewport: { width: 900, height: 700 } });
+  const page = await browser.newPage({ viewport: { width: 820, height: 400 } });
   page.setDefaultTimeout(240000);
   const wrong = [], elsewhere = [];
   page.on("pageerror", error => wrong.push(error.message));
@@ -27,7 +27,7 @@ async function main() {
         return Array.from(await reid.embed(model, document.getElementById("file").files[0]));
       }));
     }
-  await page.screenshot({ path: screenshot });
+  await page.screenshot({ path: screenshot, fullPage: true });
   await browser.close();
   console.log(JSON.stringify({ said, matches, features, wrong, elsewhere }));
 }
