@@ -10,6 +10,7 @@ from nformer_edge.core.spec import GATED_MISSING, GATED_RANKS
 from nformer_edge.gallery.live import BLOCK, STILL, LiveHead, scaled, unit
 from nformer_edge.metrics.distance import row_blocks
 from nformer_edge.ops import native
+from nformer_edge.ops.contract import NO_NEIGHBOR
 
 #: Places of a list whose scores a profile takes: its head stands in where a small set has no more.
 _PLACES = np.array((0, *GATED_RANKS))
@@ -72,8 +73,7 @@ class GatedLive(LiveHead):
             if layer:
                 x, profiles = self._read(f"x{layer}", slice(size)), moved | differs | differs[places].any(axis=1)
                 rows = np.flatnonzero(profiles)
-                scores = native.pair_scores(x[rows][None], x[None], np.ascontiguousarray(places[rows])[None])[0]
-                self._put(f"profile{layer}", rows, _profile(scores.astype(np.float32)), size)
+                self._put(f"profile{layer}", rows, self._reprofiled(layer, x, rows, places, moved, differs), size)
             rows = np.flatnonzero(profiles)
             t = self._thresholds(layer, self._rows[f"profile{layer}"][rows])
             before = self._rows[f"t{layer}"][:size].copy()
@@ -84,6 +84,19 @@ class GatedLive(LiveHead):
             rows, differs = np.flatnonzero(surely), np.zeros(size, bool)
             for part in row_blocks(len(rows), BLOCK):
                 differs |= self._pass(layer, x, rows[part], near)
+
+    def _reprofiled(
+        self, layer: int, x: np.ndarray, rows: np.ndarray, places: np.ndarray, moved: np.ndarray, differs: np.ndarray
+    ) -> np.ndarray:  # [P, RANKS]
+        """Profiles of `rows` [P], whose lists `moved` or which `differ` in x [n, D], or whose neighbors do."""
+        wanted = places[rows]
+        there = wanted.min(initial=0) >= 0  # a set large enough: a score that no change touches stays as it is
+        if there:
+            wanted[~((moved | differs)[rows, None] | differs[wanted])] = NO_NEIGHBOR
+        scores = native.pair_scores(x[rows][None], x[None], wanted[None])[0].astype(np.float32)
+        if there:
+            return np.where(wanted[:, 1:] >= 0, scores[:, 1:], self._rows[f"profile{layer}"][rows])
+        return _profile(scores)
 
     def _reweighed(self, layer: int, rows: np.ndarray, near: np.ndarray, rise: np.ndarray) -> np.ndarray:
         """Which of `rows` [P], whose neighbors stay as they were, weigh them otherwise where thresholds rise by [n]."""
@@ -97,9 +110,11 @@ class GatedLive(LiveHead):
     def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
         """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
         t, one = self._rows[f"t{layer}"][None, : len(x)], x[None]
-        over = native.pair_scores(x[rows][None], one, near[None, rows])[0] - (t[0, rows, None] + t[0, near[rows]]) / 2
-        over[near[rows] == rows[:, None]] = -np.inf
-        self._put(f"exponents{layer}", rows, (self._slope(layer) * over).astype(np.float32), len(x))
+        if self._undo is None:  # a query that is taken back leaves none behind, and reads none of these
+            over = native.pair_scores(x[rows][None], one, near[None, rows])[0]
+            over -= (t[0, rows, None] + t[0, near[rows]]) / 2
+            over[near[rows] == rows[:, None]] = -np.inf
+            self._put(f"exponents{layer}", rows, (self._slope(layer) * over).astype(np.float32), len(x))
         y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
         new = self._joined(layer, x[rows], y)
         if layer + 1 < self.spec.layers:
