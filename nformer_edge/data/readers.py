@@ -73,7 +73,7 @@ def read_dataset(
     check_choice("layout", layout, LAYOUTS)
     path = Path(root)
     if not path.exists():
-        raise DataError(str(path), "no such folder", "a dataset", "Check the path.")
+        raise DataError(str(path), "no such folder", "a folder of images or a dataset", "Check the path.")
     if path.is_dir() and not any(path.iterdir()):
         raise DataError(str(path), "an empty folder", "a dataset", "Unpack the dataset into it, or check the path.")
     named = None if pattern is None else NamePattern(pattern)

@@ -156,11 +156,13 @@ class Matches(Result):
             counted = [m for m in found if self.accepted[number, m.rank - 1]]
             named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in counted]
             lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id or f'image {m.index}'}{path}" for m, path in named]
-            if found and not counted:
+            if not found:
+                lines = ["      no match: no gallery image passes the filters"]
+            elif not counted:
                 lines = [f"      no match: the best cosine is {found[0].score:.4f}, under {self.threshold:g}"]
             blocks.append("\n".join([query or f"query {number}", *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
-        summary = f"{len(self):,} queries, {self.searched:,} gallery images searched {head}, {self.backend}"
+        summary = f"{len(self):,} {'query' if len(self) == 1 else 'queries'}, {self.searched:,} gallery images searched {head}, {self.backend}"
         return "\n\n".join([*blocks, summary + (f"\n{self.decision}" if self.decision else "")])
 
 

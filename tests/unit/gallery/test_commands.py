@@ -62,7 +62,7 @@ def test_from_a_folder_to_an_answer_and_to_a_person_forgotten(tiny_bundle, crops
     code, out, _ = run(capsys, *search, "--camera", 4, "--json")
     assert json.loads(out)["searched"] == 0
     code, out, _ = run(capsys, *search, crops / "ben" / "1.png", "--one-person", "--since", "2026-11-28T00:00Z")
-    assert "1 queries, 4 gallery images searched" in out
+    assert "1 query, 4 gallery images searched" in out
     assert run(capsys, "gallery", "stats", people)[1].startswith("4 images of 2 ids, 1 cameras, seen 2026-11-28")
     assert run(capsys, "gallery", "backup", people, "-o", tmp_path / "copy")[0] == 0
     code, out, _ = run(capsys, "gallery", "remove", people, "ben")

@@ -67,6 +67,12 @@ def test_matches_under_the_threshold_do_not_count_and_are_not_printed(gallery):
         gallery.search(CROPS[3:], threshold=1.5)
 
 
+def test_filters_that_leave_nobody_are_named_as_the_reason(gallery):
+    none = gallery.search(CROPS[3], cameras=99, head=False)
+    assert (len(none[0]), none.searched) == (0, 0)
+    assert "no match: no gallery image passes the filters" in str(none)
+
+
 def test_the_head_sees_each_query_alone(gallery):
     together, among = (gallery.search(CROPS[3:], head=True, together=t) for t in (True, False))
     alone = gallery.search(CROPS[4], head=True)
