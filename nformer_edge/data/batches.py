@@ -53,6 +53,9 @@ def iter_pixels(
     workers = threads if threads is not None else min(8, os.cpu_count() or 1)
     check_size("threads", workers)
     chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
+    if len(chunks) == 1 and min(workers, len(paths)) == 1:  # nothing to do beside: a thread would only cost
+        yield np.stack([decode(path, spec) for path in paths])
+        return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         ahead: deque[list[Future[np.ndarray]]] = deque()

@@ -35,13 +35,13 @@ class Colors:
         """What happens before a batch."""
         time.sleep(self.seconds)
 
-    def embed(self, images: Sequence[Image.Image], batch: int, decoders: int) -> Features:
+    def embed(self, images: Sequence[np.ndarray], batch: int, decoders: int) -> Features:
         """The mean color of each image."""
         self.batches.append(len(images))
         self.before()
         if self.leak:
             self.leaked.append(bytes(bytearray(self.leak)))
-        return Features(np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) + 1 for image in images]))
+        return Features(np.stack([image.astype(np.float32).mean(axis=(0, 1)) + 1 for image in images]))
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import os
 import re
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
 from importlib.resources import files
@@ -35,9 +35,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nformer_edge import __version__
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen
+from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen, resize
 from nformer_edge.gallery.embed import made_by
-from nformer_edge.gallery.gallery import Gallery
+from nformer_edge.gallery.gallery import THUMBNAIL, Gallery
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.results import Changed
 from nformer_edge.gallery.service.batching import Batcher
@@ -51,10 +51,17 @@ _LOG = logging.getLogger("nformer_edge.service")
 _HOUSEKEEPING = 10.0
 
 
-class New(NamedTuple):
-    """An image to add: pixels, float32 [1, D], and its labels."""
+class Decoded(NamedTuple):
+    """An image: uint8 [height, width, 3] in the model's size; and a small picture, where the gallery keeps them."""
 
-    picture: Image.Image
+    pixels: np.ndarray
+    picture: Image.Image | None
+
+
+class New(NamedTuple):
+    """An image to add: float32 [1, D], and its labels."""
+
+    picture: Image.Image | None
     features: np.ndarray
     id: str
     camera: int | None
@@ -109,6 +116,17 @@ class Service:
         self.requests.labels(route, status).inc()
         self.seconds.labels(route).observe(seconds)
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue."""
+        if self.full:
+            raise _busy(429, "the queue is full")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
     async def run(self, function: Callable[..., T], *args: Any, **more: Any) -> T:
         """A call in a thread of its own; once begun it ends, also when the caller is gone."""
         work = asyncio.get_running_loop().run_in_executor(self.pool, partial(function, *args, **more))
@@ -156,19 +174,31 @@ class Service:
                 _LOG.exception("retention")
             await asyncio.sleep(_HOUSEKEEPING)
 
-    def _embedded(self, images: Sequence[Image.Image]) -> list[Features]:
-        found = self.model.embed(images, batch=len(images), decoders=1)
-        return [found.take(np.array([i])) for i in range(len(images))]
+    def decoded(self, body: bytes) -> Decoded:
+        """Of an image file what the queue holds: the whole image may be a hundred times as large."""
+        image = decode(body, self.settings.megapixels)
+        pixels = resize(image, self.model.runner.spec.preprocess)
+        if not self.thumbnails:
+            return Decoded(pixels, None)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return Decoded(pixels, image)
+
+    def _embedded(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return np.split(self.model.embed(images, batch=len(images), decoders=1).features, len(images))
+
+    def features(self, rows: Sequence[np.ndarray]) -> Features:
+        """What `embedding` gave for some images, each float32 [1, D]."""
+        return made_by(self.model.runner, Features(np.concatenate(rows)))
 
     def _added(self, images: Sequence[New]) -> list[Changed]:
         """In one change of the gallery, so that all wait for the disk once."""
         now = time.time()
         done = self.gallery.add(
-            made_by(self.model.runner, Features(np.concatenate([new.features for new in images]))),
+            self.features([new.features for new in images]),
             [new.id for new in images],
             [-1 if new.camera is None else new.camera for new in images],
             [now if new.time is None else new.time for new in images],
-            pictures=[new.picture for new in images] if self.thumbnails else None,
+            pictures=[new.picture for new in images if new.picture] or None,
         )
         return [done] * len(images)
 
@@ -198,6 +228,7 @@ async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
+#: For endpoints. Their dependencies ask `request.app.state`: FastAPI resolves a dependency anew wherever it stands.
 At = Annotated[Service, Depends(_service)]
 _BEARER = HTTPBearer(auto_error=False, description="A token of the service's file; not needed where it has none.")
 
@@ -205,9 +236,8 @@ _BEARER = HTTPBearer(auto_error=False, description="A token of the service's fil
 def _may(role: Role) -> Callable[..., Awaitable[None]]:
     """Lets callers of this role or a higher one through."""
 
-    async def check(
-        request: Request, service: At, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
-    ) -> None:
+    async def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
+        service: Service = request.app.state.service
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise HTTPException(403, "a page of another site asked")
         caller = b""
@@ -223,17 +253,6 @@ def _may(role: Role) -> Callable[..., Awaitable[None]]:
     return check
 
 
-async def _admitted(service: At) -> AsyncIterator[None]:
-    """A place in the queue."""
-    if service.full:
-        raise _busy(429, "the queue is full")
-    service.in_flight += 1
-    try:
-        yield
-    finally:
-        service.in_flight -= 1
-
-
 async def _body(request: Request, limit: int) -> bytes:
     taken = bytearray()
     async for part in request.stream():
@@ -243,21 +262,28 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(taken)
 
 
-async def _picture(request: Request, service: At, _: Annotated[None, Depends(_admitted)]) -> Image.Image:
-    """The request's body, decoded."""
+async def _picture(request: Request) -> AsyncIterator[Decoded]:
+    """The request's body, decoded, and a place in the queue until it is answered."""
+    service: Service = request.app.state.service
+    with service.place():
+        yield await service.run(service.decoded, await _image_file(request, service.settings))
+
+
+async def _image_file(request: Request, settings: Settings) -> bytes:
+    """The request's body."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in _KINDS:
         raise HTTPException(415, f"Content-Type names no image; send one of {', '.join(_KINDS)}")
-    limit = int(service.settings.body_mib * 2**20)
+    limit = int(settings.body_mib * 2**20)
     told = request.headers.get("content-length", "0")
     close = {"Connection": "close"}
     try:
-        body = b"" if int(told) > limit else await asyncio.wait_for(_body(request, limit), service.settings.receive_s)
+        body = b"" if int(told) > limit else await asyncio.wait_for(_body(request, limit), settings.receive_s)
     except asyncio.TimeoutError:
         raise HTTPException(408, "the body did not arrive in time", close) from None
     if int(told) > limit or len(body) > limit:
-        raise HTTPException(413, f"the body is larger than {service.settings.body_mib:g} MiB", close)
-    return await service.run(decode, body, service.settings.megapixels)
+        raise HTTPException(413, f"the body is larger than {settings.body_mib:g} MiB", close)
+    return body
 
 
 def decode(body: bytes, megapixels: float) -> Image.Image:
@@ -285,7 +311,7 @@ _BODY = {
     }
 }
 
-Picture = Annotated[Image.Image, Depends(_picture)]
+Picture = Annotated[Decoded, Depends(_picture)]
 Name = Annotated[str, Field(min_length=1, max_length=200, description="What the person is called here.")]
 Camera = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -427,7 +453,7 @@ async def search(asked: Annotated[Search, Query()], service: At, image: Picture)
         raise HTTPException(422, "a note is required")
     if not len(service.gallery):
         raise HTTPException(409, "the gallery is empty")
-    query = await service.in_time(service.embedding.one(image))
+    query = service.features([await service.in_time(service.embedding.one(image.pixels))])
     threshold = service.settings.threshold if asked.threshold is None else asked.threshold
     found = await service.run(
         service.gallery.search, query, asked.top, cameras=asked.camera or None, since=asked.since, until=asked.until,
@@ -445,16 +471,17 @@ async def search(asked: Annotated[Search, Query()], service: At, image: Picture)
 @api.post("/images", dependencies=[Write], openapi_extra=_BODY, responses=_answers(*_IMAGE), status_code=201)
 async def enroll(asked: Annotated[Enroll, Query()], service: At, image: Picture) -> Kept:
     """Adds one image, the body. When it is answered, the image is on the disk."""
-    found = await service.in_time(service.embedding.one(image))
-    done = await service.adding.one(New(image, found.features, asked.id, asked.camera, asked.time))
+    features = await service.in_time(service.embedding.one(image.pixels))
+    done = await service.adding.one(New(image.picture, features, asked.id, asked.camera, asked.time))
     return Kept(images=1, total=done.total)
 
 
 @api.delete("/images", dependencies=[Write], responses=_answers(*_ROLE, 404, 503))
-async def remove(id: Annotated[Name, Query()], service: At, _: Annotated[None, Depends(_admitted)]) -> Kept:
+async def remove(id: Annotated[Name, Query()], service: At) -> Kept:
     """Forgets all images of an id."""
     try:
-        done = await service.run(service.remove, id)
+        with service.place():
+            done = await service.run(service.remove, id)
     except DataError:
         raise HTTPException(404, "no such id") from None
     return Kept(images=done.images, total=done.total)

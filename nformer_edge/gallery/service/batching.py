@@ -45,11 +45,11 @@ class Batcher(Generic[T, R]):
         await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
 
-    async def one(self, item: T) -> R:
+    def one(self, item: T) -> asyncio.Future[R]:
         """The result of one item. A caller who stops waiting leaves the queue."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((item, future))
-        return await future
+        return future
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
