@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 from helpers.blocks import PAGES, ROOT
 
+from nformer_edge.cli import COMMANDS
+
 NAMES = [
     (page.relative_to(ROOT).as_posix(), name)
     for pattern in PAGES
@@ -83,3 +85,8 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
 def _anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_every_command_stands_in_the_readmes_table() -> None:
+    rows = re.findall(r"^\| `(\w[\w-]*)", (ROOT / "README.md").read_text(), re.M)
+    assert not {name.split()[0] for name in COMMANDS} - {*rows}
