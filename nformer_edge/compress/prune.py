@@ -7,19 +7,28 @@ Which channels belong together (shortcuts, gates, the streams of an OSNet block)
 from __future__ import annotations
 
 import copy
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nformer_edge.backends.choice import seconds_of, take_turns
+from nformer_edge.backends.open import open_model
 from nformer_edge.compress.cost import cost_of
 from nformer_edge.compress.distil import Distil, DistilCriterion, ViewLoader
 from nformer_edge.compress.step import Work
 from nformer_edge.core.errors import BackendError, UsageError
-from nformer_edge.core.spec import check_at_least, check_choice
+from nformer_edge.core.spec import ModelSpec, check_at_least, check_choice
+from nformer_edge.exporting.export import export_bundle
 from nformer_edge.model.backbone import Backbone, widths_of
+from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import batch_hard_triplet
 
@@ -35,6 +44,9 @@ class Prune:
 
     Args:
         gmacs: share of the backbone's multiplications that may remain.
+        time: share of its time that may remain, by the clock of this machine: exported, FP32, 8 images a batch, in
+            turn with the whole one. Multiplications and time go apart, because thin layers are slow for their size.
+            Killed while it prunes by the clock, a run may choose other widths when it goes on.
         importance: of a channel, from the batch norms that it passes: ``taylor`` (what the re-ID loss would change by
             without it: Molchanov et al., CVPR 2019) or ``bn_scale`` (the scale's magnitude: Liu et al., ICCV 2017).
             Both are in units of the mean of the channels that it stands with.
@@ -42,7 +54,8 @@ class Prune:
         batches: of the training images, for ``taylor``.
     """
 
-    gmacs: float = 0.7
+    gmacs: float = 1.0
+    time: float = 1.0
     importance: Importance = "taylor"
     multiple: int = 16
     batches: int = 20
@@ -51,8 +64,11 @@ class Prune:
         check_choice("importance", self.importance, get_args(Importance))
         for name in ("multiple", "batches"):
             check_at_least(name, getattr(self, name), 1)
-        if not 0 < self.gmacs <= 1:
-            raise UsageError("gmacs", self.gmacs, "0 < gmacs <= 1", "Give the share that may remain.")
+        for name, share in (("gmacs", self.gmacs), ("time", self.time)):
+            if not 0 < share <= 1:
+                raise UsageError(name, share, f"0 < {name} <= 1", "Give the share that may remain.")
+        if self.gmacs == self.time == 1:
+            raise UsageError("gmacs and time", "1 and 1", "one of them below 1", "Give the share that may remain.")
 
     def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
         size = (work.spec.preprocess.height, work.spec.preprocess.width)
@@ -70,13 +86,15 @@ class Prune:
         while low < high:  # the lowest threshold that meets the budget
             middle = (low + high) // 2
             tried = self._cut(backbone, example, groups, thresholds[middle])
-            if cost_of(tried, size).gmacs <= budget:
+            light = cost_of(tried, size).gmacs <= budget
+            if light and (self.time == 1 or _time_share(tried, backbone, work.spec) <= self.time):
                 kept, high = tried, middle
             else:
                 low = middle + 1
-        if kept is backbone and self.gmacs < 1:
-            expected = f"at most {budget:.3f} GMACs with widths that are multiples of {self.multiple}"
-            raise UsageError("gmacs", self.gmacs, expected, "Raise gmacs, or lower multiple.")
+        if kept is backbone:
+            got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
+            expected = f"what widths that are multiples of {self.multiple} can reach"
+            raise UsageError("prune", got, expected, "Raise them, or lower multiple.")
         return _with_spec(kept), []
 
     def _cut(self, backbone: Backbone, example: Tensor, groups: list[_Group], threshold: float) -> Backbone:
@@ -92,6 +110,20 @@ class Prune:
                 remove = graph.get_pruner_of_module(layer).prune_out_channels
                 graph.get_pruning_group(layer, remove, idxs=sorted(gone.tolist())).prune()
         return cut
+
+
+def _time_share(pruned: Backbone, whole: Backbone, spec: ModelSpec) -> float:
+    """The median of a round's ratio: `pruned` against `whole`, both as their bundles run."""
+    images = np.random.default_rng(0).standard_normal((8, 3, spec.preprocess.height, spec.preprocess.width), np.float32)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        runs = []
+        for name, backbone in (("whole", whole), ("pruned", _with_spec(pruned))):
+            file = Path(folder) / f"{name}.safetensors"
+            save_checkpoint(file, replace(spec, backbone=backbone.spec, head=None), backbone)
+            runner = stack.enter_context(open_model(export_bundle(file, Path(folder) / name)))
+            runs.append(partial(runner.embed, images))
+        taken = take_turns(runs, seconds_of)
+    return float(np.median(taken[1] / taken[0]))
 
 
 class _Group:

@@ -162,7 +162,8 @@ class Matches(Result):
                 lines = [f"      no match: the best cosine is {found[0].score:.4f}, under {self.threshold:g}"]
             blocks.append("\n".join([query or f"query {number}", *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
-        summary = f"{len(self):,} {'query' if len(self) == 1 else 'queries'}, {self.searched:,} gallery images searched {head}, {self.backend}"
+        asked = f"{len(self):,} {'query' if len(self) == 1 else 'queries'}"
+        summary = f"{asked}, {self.searched:,} gallery images searched {head}, {self.backend}"
         return "\n\n".join([*blocks, summary + (f"\n{self.decision}" if self.decision else "")])
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from nformer_edge.compress import prune
 from nformer_edge.compress.compress import compress
 from nformer_edge.compress.cost import cost_of
 from nformer_edge.compress.distil import Distil
@@ -55,12 +57,42 @@ def test_a_pruned_model_loads_by_its_spec_within_the_budget_and_with_round_width
     assert all(outputs % 16 == 0 for _, outputs in convolutions.values())
 
 
+def test_a_time_budget_is_asked_of_the_clock_with_the_model_as_its_bundle_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
+    shapes, narrow = [], []
+
+    def clock(runs: list[Any], _: Any) -> np.ndarray:
+        shapes.extend(run().shape for run in runs)
+        return np.array([[1.0], [0.5]])
+
+    monkeypatch.setattr(prune, "take_turns", clock)
+    teacher = teacher_at(tmp_path)
+    for time in (0.6, 0.4):
+        out = tmp_path / f"{time}.safetensors"
+        recipe = Recipe((Prune(time=time, importance="bn_scale"),), views=1, holdout=0)
+        if time < 0.5:
+            with pytest.raises(UsageError, match=r"time = 0\.4"):
+                compress(teacher, data, recipe, out)
+        else:
+            compress(teacher, data, recipe, out)
+            narrow.append(load_checkpoint(out).spec.backbone.widths)
+    assert shapes == [(8, 32)] * 4
+    assert all(narrow)
+
+
+def test_pruning_without_a_budget_is_refused() -> None:
+    with pytest.raises(UsageError, match="one of them below 1"):
+        Prune()
+
+
 @pytest.mark.parametrize("arch", ["osnet_ibn_x1_0", "plain_s"])
 def test_a_backbone_whose_channels_do_not_stand_alone_is_refused(arch: str, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
     teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec(arch, 32)))
     with pytest.raises(UsageError, match="whose channels are whole"):
-        compress(teacher, data, Recipe((Prune(importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
+        compress(teacher, data, Recipe((Prune(0.7, importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
 
 
 def test_a_spec_with_widths_that_no_layer_has_is_refused() -> None:
