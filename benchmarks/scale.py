@@ -28,7 +28,8 @@ from nformer_edge.core.features import Features, load_features
 from nformer_edge.core.machine import machine
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
 from nformer_edge.core.values import JSON, to_json
-from nformer_edge.gallery.shortlist.base import NumpyShortlist, Shortlist, Where
+from nformer_edge.gallery.held import Where
+from nformer_edge.gallery.shortlist.base import NumpyShortlist, Shortlist
 from nformer_edge.gallery.shortlist.gallery import ShortlistGallery
 from nformer_edge.gallery.shortlist.milvus import MilvusShortlist
 from nformer_edge.gallery.shortlist.qdrant import QdrantShortlist

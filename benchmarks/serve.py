@@ -6,6 +6,7 @@ Requests leave at fixed times, whether or not earlier ones are answered; a laten
 request was due. Goodput is what was accepted and answered. With ``--pin`` the callers have one core and the service
 another. Each image is enrolled under its own id, and the gallery is counted at the end: nothing lost, nothing doubled.
 Without ``--engine`` the model sleeps for `--sleep` seconds a batch: that measures the queue and not the machine.
+``--parts`` measures nothing but the CPU time of the parts of a request.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import uvloop
 
 from nformer_edge.gallery.gallery import Gallery
 from nformer_edge.gallery.images import image_files
@@ -78,6 +81,15 @@ class Callers:
     acknowledged: set[str] = field(default_factory=set)
     idle: list[Connection] = field(default_factory=list)
 
+    @staticmethod
+    def request(name: str, body: bytes) -> bytes:
+        """Enrolls an image."""
+        head = (
+            f"POST /v1/images?id={name} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
     async def one(self, due: float) -> tuple[int, float, bool]:
         """Status, milliseconds since it was due, and whether a refusal said when to come back."""
         name, body = f"i{self.sent}", self.bodies[self.sent % len(self.bodies)]
@@ -88,11 +100,7 @@ class Callers:
             connection = self.idle.pop()
         else:
             _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self.port)
-        head = (
-            f"POST /v1/images?id={name} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        status, told = await connection.ask(head.encode() + body)
+        status, told = await connection.ask(self.request(name, body))
         if status == 201:
             self.acknowledged.add(name)
         self.idle.append(connection)
@@ -194,16 +202,104 @@ async def overloaded(port: int, pid: int, bodies: list[bytes], args: argparse.Na
 
 
 def together(args: argparse.Namespace, bodies: list[bytes]) -> dict[str, float]:
-    """Images a second of one caller, of many whose images are embedded one by one, and of many together."""
+    """Images a second and CPU time an image: of one caller, of many one by one, of many together."""
     rates = {}
     for name, batch, callers in (("one_caller", 1, 1), ("one_by_one", 1, 32), ("together", args.batch, 32)):
-        with tempfile.TemporaryDirectory() as folder, service(args, folder, batch) as (port, _):
+        with tempfile.TemporaryDirectory() as folder, service(args, folder, batch) as (port, pid):
             asked = Callers(port, bodies)
             asyncio.run(asked.closed_loop(1, callers))
             asked.idle.clear()
+            done, used = len(asked.acknowledged), cpu_seconds(pid)
             rates[f"{name}_per_s"] = asyncio.run(asked.closed_loop(args.seconds, callers))
+            rates[f"{name}_cpu_ms"] = 1e3 * (cpu_seconds(pid) - used) / (len(asked.acknowledged) - done)
     rates["ratio"] = rates["together_per_s"] / rates["one_by_one_per_s"]
     return rates
+
+
+class Caller(asyncio.Transport):
+    """Takes the answers of a service in this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = bytearray()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.answers += data
+
+    def is_closing(self) -> bool:
+        return False
+
+    def resume_reading(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def parts(args: argparse.Namespace, bodies: list[bytes], batch: int) -> dict[str, float]:
+    """Milliseconds of CPU time an image of each part, `batch` images at once; of 30 repetitions the least."""
+    from uvicorn.server import ServerState
+
+    from nformer_edge.gallery.model import open as open_model
+    from nformer_edge.gallery.service import app as service_app
+    from nformer_edge.gallery.service.server import _config
+    from nformer_edge.gallery.service.settings import Settings
+
+    def least(work: Callable[[], object], images: int = batch) -> float:
+        times = []
+        for _ in range(30):
+            began = time.process_time()
+            work()
+            times.append(time.process_time() - began)
+        return 1e3 * min(times) / images
+
+    async def answered(app: Any, settings: Settings) -> float:
+        config, transport = _config(app, settings), Caller()
+        config.load()
+        protocol = config.http_protocol_class(config, ServerState(), {})
+        protocol.connection_made(transport)
+        asked = Callers(0, bodies[:batch])
+        times = []
+        for _ in range(30):
+            requests = [asked.request(f"i{i}", body) for i, body in enumerate(asked.bodies)]
+            transport.answers.clear()
+            began = time.process_time()
+            for number, request in enumerate(requests, 1):
+                protocol.data_received(request)
+                while transport.answers.count(b"201 Created") < number or not transport.answers.endswith(b"}"):
+                    await asyncio.sleep(0)
+            times.append(time.process_time() - began)
+        protocol.connection_lost(None)
+        return 1e3 * min(times) / batch
+
+    settings = Settings(batch=batch, rate=1e6)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_model(args.engine, intra_op_threads=args.threads) as model,
+        model.gallery(folder) as gallery,
+    ):
+        app = service_app.create_app(model, gallery, settings)
+        service = app.state.service
+        found = {"decode and resize": least(lambda: [service.decoded(body) for body in bodies], len(bodies))}
+        decoded = [service.decoded(body) for body in bodies[:batch]]
+        pixels, forward = [image.pixels for image in decoded], model.runner.embed
+        whole = least(lambda: service._embedded(pixels))
+        features = service._embedded(pixels)
+        rows = np.concatenate(features)
+        model.runner.embed = lambda images: rows  # type: ignore[method-assign]
+        found["forward pass"] = whole - least(lambda: service._embedded(pixels))
+        found["what is around it"] = whole - found["forward pass"]
+        model.runner.embed = forward  # type: ignore[method-assign]
+        new = [service_app.New(None, row, f"n{i}", None, None) for i, row in enumerate(features)]
+        found["addition to the gallery"] = least(lambda: service._added(new))
+
+        async def at_once(value: object) -> object:
+            return value
+
+        service.run = lambda *_: at_once(decoded[0])
+        service.embedding.one = lambda _: at_once(features[0])
+        (done,) = service._added(new[:1])
+        service.adding.one = lambda _: at_once(done)
+        found["HTTP, routing, validation"] = uvloop.run(answered(app, settings))
+    return found
 
 
 def main() -> None:
@@ -217,8 +313,12 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="of a forward pass")
     parser.add_argument("--pin", action="store_true", help="one core for the callers, another for the service")
+    parser.add_argument("--parts", action="store_true", help="CPU time of the parts of a request, with --engine")
     args = parser.parse_args()
     bodies = [Path(path).read_bytes() for path in image_files(args.images)[:64]]
+    if args.parts:
+        print(json.dumps({f"{batch} at once": parts(args, bodies, batch) for batch in (1, args.batch)}, indent=2))
+        return
     with tempfile.TemporaryDirectory() as folder:
         with service(args, folder, args.batch) as (port, pid):
             found, callers = asyncio.run(overloaded(port, pid, bodies, args))

@@ -34,7 +34,7 @@ Option = Callable[[argparse._ActionsContainer], object]
 #: Which extra brings a package that a command needs.
 _EXTRAS = {"torch": "train", "safetensors": "train", "onnx": "train", "onnxscript": "train"}
 _EXTRAS |= {"fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve", "h11": "serve"}
-_EXTRAS |= {"prometheus_client": "serve", "mlperf_loadgen": "loadgen"}
+_EXTRAS |= {"uvloop": "serve", "prometheus_client": "serve", "mlperf_loadgen": "loadgen"}
 
 
 #: How torch, onnxruntime and the system say that there is no memory for a tensor, a kernel or a thread.

@@ -13,9 +13,9 @@ from nformer_edge.core.spec import check_choice
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.data.records import Dataset, ImageRecord
 from nformer_edge.gallery.gallery import Gallery
+from nformer_edge.gallery.held import Time
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.results import Changed
-from nformer_edge.gallery.search import Time
 
 
 def add_data(

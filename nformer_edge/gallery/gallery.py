@@ -17,7 +17,7 @@ from PIL import Image
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import Features, check_features, check_range, labels_of
+from nformer_edge.core.features import Features, check_features, check_range
 from nformer_edge.core.preprocess import load_image
 from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice
 from nformer_edge.core.values import JSON, Table, to_json
@@ -25,7 +25,7 @@ from nformer_edge.gallery import upkeep
 from nformer_edge.gallery.codes import best_scored
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.following import Following
-from nformer_edge.gallery.held import label_columns
+from nformer_edge.gallery.held import Time, Where, each, label_columns, seen_by
 from nformer_edge.gallery.images import Images, Source, image_sources
 from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, QUICK
@@ -34,14 +34,12 @@ from nformer_edge.gallery.search import (
     HeadUse,
     Matches,
     Protocol,
-    Time,
-    allowed_images,
     check_model,
     check_threshold,
+    features_of,
     head_use,
     rank,
     search_related,
-    seconds_of,
     top_matches,
 )
 from nformer_edge.gallery.store import KEYS
@@ -156,12 +154,9 @@ class Gallery:
         check_features(new.features, "images", kept.features)
         check_range(new.features, "images")
         count = len(new)
-        camids = new.camids if cameras is None else labels_of("cameras", _each("cameras", cameras, count))
-        seen = np.array(
-            [seconds_of("times", t) for t in _each("times", time.time() if times is None else times, count)]
-        )
-        metas = [to_json(value) for value in _each("meta", meta, count)]
-        names = None if ids is None else [_id(name) for name in _each("ids", ids, count)]
+        camids, seen = seen_by(new, cameras, times)
+        metas = [to_json(value) for value in each("meta", meta, count)]
+        names = None if ids is None else [_id(name) for name in each("ids", ids, count)]
         with kept.changing("add") as done:
             numbers = range(kept.next, kept.next + count)
             given = names or [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
@@ -254,15 +249,16 @@ class Gallery:
         runner = self._kept.require_model("search")
         check_threshold(threshold)
         check_at_least("top", top, 1)
+        where = Where.of(cameras, exclude_camera, since, until)
         held = self._kept.held()
         if not len(held):
             raise DataError("gallery", "zero images", "at least one", "Add images first.")
-        query = images if isinstance(images, Features) else embed_images(runner, images, boxes, batch=batch)
-        check_model(runner, query, "queries")
+        query = features_of(runner, images, "queries", boxes, batch=batch)
         if one_person and len(query) > 1:
             mean = unit_rows(query.features, "queries").mean(axis=0, keepdims=True)
             query = query.take(np.array([0])).with_features(mean)
-        allowed = allowed_images(held, cameras, since, until, exclude_camera)
+        passed = where.allowed(held["cameras"], held["times"])
+        allowed = None if passed.all() else passed
         use, decision = head_use(runner, head, held, images_per_person)
         protocol: Protocol | None = None
         if use and not together and self._head.available:
@@ -279,8 +275,7 @@ class Gallery:
         if self._kept.about["audit"]:
             with self._kept.changing("search", note) as done:
                 done(self._kept.here, len(query), 0)
-        searched = len(held) if allowed is None else int(allowed.sum())
-        return rank(runner, query, held, found, searched, threshold, protocol, decision)
+        return rank(runner, query, held, found, int(passed.sum()), threshold, protocol, decision)
 
     def compact(
         self,
@@ -392,20 +387,6 @@ def _id(name: object) -> str:
         return str(name)
     got = "an empty name" if name == "" else f"{type(name).__name__} {name!r:.60}"
     raise DataError("ids", got, "text or a whole number, one an image or one for all", "Pass a list, or leave ids out.")
-
-
-def _each(name: str, values: object, count: int) -> list[object]:
-    """One value an image: those given, or the one for all.
-
-    Raises:
-        DataError: for another number of them.
-    """
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, (Sequence, np.ndarray)) or np.ndim(values) == 0:  # type: ignore[arg-type]
-        return [values] * count
-    if len(values) != count:
-        hint = f"Pass one of the {name} for each image, or one for all."
-        raise DataError(name, f"{len(values)} for {count} images", f"{count}", hint)
-    return [*values]
 
 
 def _thumbnail(source: Source) -> bytes:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
-from nformer_edge.core.features import Features
+from nformer_edge.core.errors import DataError, UsageError
+from nformer_edge.core.features import Features, labels_of
 from nformer_edge.gallery.codes import Code
 from nformer_edge.metrics.composition import typical_images
 from nformer_edge.metrics.distance import unit_rows
 from nformer_edge.metrics.ranking import DISTRACTOR
+
+#: Seconds since 1970, or a date and time.
+Time: TypeAlias = "float | str | datetime"
+
+#: A time that is not known, before all times that are, where NaN cannot stand.
+NEVER = -1e15
 
 #: Columns that label an image, and the type of each. ``batch`` is where a store keeps it; ``key`` is the image's own.
 LABELS: Mapping[str, type] = {
@@ -140,6 +150,115 @@ def label_columns(
         found[name] = np.empty(count, object)
         found[name][:] = [*values]
     return found
+
+
+def each(name: str, values: object, count: int) -> list[object]:
+    """One value an image: those given, or the one for all.
+
+    Raises:
+        DataError: for another number of them.
+    """
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, (Sequence, np.ndarray)) or np.ndim(values) == 0:  # type: ignore[arg-type]
+        return [values] * count
+    if len(values) != count:
+        hint = f"Pass one of the {name} for each image, or one for all."
+        raise DataError(name, f"{len(values)} for {count} images", f"{count}", hint)
+    return [*values]
+
+
+def seen_by(
+    features: Features, cameras: int | Sequence[int] | None, times: Time | Sequence[Time] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cameras int64 [N], those of `features` if None, and times float64 [N] in seconds since 1970, now if None.
+
+    Raises:
+        Error: for labels that are not one an image or one for all, or cannot be read.
+    """
+    count = len(features)
+    camids = features.camids if cameras is None else labels_of("cameras", each("cameras", cameras, count))
+    seen = [seconds_of("times", t) for t in each("times", time.time() if times is None else times, count)]
+    return camids, np.array(seen, np.float64)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which images a search ranks. One whose camera or time is not known passes no filter that asks for it.
+
+    Args:
+        cameras: only these; all if None.
+        exclude_camera: not this one.
+        since: seen then or later, seconds since 1970.
+        until: seen then or earlier.
+    """
+
+    cameras: tuple[int, ...] | None = None
+    exclude_camera: int | None = None
+    since: float | None = None
+    until: float | None = None
+
+    @staticmethod
+    def of(
+        cameras: int | Sequence[int] | None, exclude_camera: int | None, since: Time | None, until: Time | None
+    ) -> Where:
+        """As a caller of `search` says it.
+
+        Raises:
+            Error: for a camera or a time that cannot be read.
+        """
+        if exclude_camera is not None:
+            if not isinstance(exclude_camera, (int, np.integer)) or isinstance(exclude_camera, bool):
+                got = f"{type(exclude_camera).__name__} {exclude_camera!r:.60}"
+                raise UsageError("exclude_camera", got, "a camera's number", "Pass one whole number.")
+            exclude_camera = int(exclude_camera)
+        return Where(
+            None if cameras is None else tuple(labels_of("cameras", cameras).ravel().tolist()),
+            exclude_camera,
+            None if since is None else seconds_of("since", since),
+            None if until is None else seconds_of("until", until),
+        )
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """Both bounds; None where there is none."""
+        if self.since is None and self.until is None:
+            return None
+        return NEVER / 2 if self.since is None else self.since, -NEVER if self.until is None else self.until
+
+    def allowed(self, cameras: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """bool [N], which images these are; a time that is not known is NaN or `NEVER`."""
+        kept = np.ones(len(cameras), bool)
+        if self.cameras is not None:
+            kept &= np.isin(cameras, self.cameras)
+        if self.exclude_camera is not None:
+            kept &= cameras != self.exclude_camera
+        if self.times is not None:
+            kept &= (times >= self.times[0]) & (times <= self.times[1])
+        return kept
+
+
+#: The year 10,000 in seconds: what is beyond was counted in milliseconds.
+_LATEST = 253_402_300_800
+
+
+def seconds_of(name: str, value: object) -> float:
+    """Seconds since 1970 of a time: those seconds, a `datetime`, or ISO text. Where no zone is named it is UTC.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    try:
+        if isinstance(value, str):
+            text = value.strip().replace("Z", "+00:00")
+            seconds = len(text) > len("20261128") and text.replace(".", "", 1).isdecimal()
+            value = float(text) if seconds else datetime.fromisoformat(text)
+        if isinstance(value, datetime):
+            value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+        if abs(since := float(value)) < _LATEST:  # type: ignore[arg-type]
+            return since
+    except (ValueError, TypeError, OverflowError):
+        pass
+    hint = "Write it like 2026-11-28T12:00Z."
+    raise UsageError(name, repr(value), "seconds since 1970, a datetime or ISO 8601 text", hint) from None
 
 
 def images_a_person(pids: np.ndarray, names: Sequence[str], named: bool) -> tuple[np.ndarray, str]:

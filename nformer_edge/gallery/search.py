@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
-from nformer_edge.core.features import Features, labels_of
+from nformer_edge.core.features import Features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.records import Dataset
@@ -31,9 +30,6 @@ HeadUse: TypeAlias = "bool | Literal['auto']"
 
 #: What the head saw.
 Protocol: TypeAlias = Literal["per-query", "quick", "joint"]
-
-#: Seconds since 1970, or a date and time.
-Time: TypeAlias = "float | str | datetime"
 
 #: What ``auto`` allows the head to lose against the backbone, by the model's own table: mAP and Rank-1.
 ALLOWED_LOSS = (0.003, 0.005)
@@ -189,60 +185,6 @@ def top_matches(
     return nearest_rows(gallery.code, gallery.columns, query.features, top, allowed, gallery["ids"])
 
 
-def allowed_images(
-    gallery: Held,
-    cameras: int | Sequence[int] | None = None,
-    since: Time | None = None,
-    until: Time | None = None,
-    exclude_camera: int | None = None,
-) -> np.ndarray | None:
-    """bool [N], the images that the filters let through; None where there is no filter.
-
-    An image whose camera or time is not known passes no filter that asks for it.
-
-    Raises:
-        UsageError: for a time that cannot be read.
-    """
-    kept = np.ones(len(gallery), bool)
-    if cameras is not None:
-        kept &= np.isin(gallery["cameras"], labels_of("cameras", cameras))
-    if exclude_camera is not None:
-        if not isinstance(exclude_camera, (int, np.integer)) or isinstance(exclude_camera, bool):
-            got = f"{type(exclude_camera).__name__} {exclude_camera!r:.60}"
-            raise UsageError("exclude_camera", got, "a camera's number", "Pass one whole number.")
-        kept &= gallery["cameras"] != exclude_camera
-    if since is not None:
-        kept &= gallery["times"] >= seconds_of("since", since)
-    if until is not None:
-        kept &= gallery["times"] <= seconds_of("until", until)
-    return None if kept.all() else kept
-
-
-#: The year 10,000 in seconds: what is beyond was counted in milliseconds.
-_LATEST = 253_402_300_800
-
-
-def seconds_of(name: str, value: object) -> float:
-    """Seconds since 1970 of a time: those seconds, a `datetime`, or ISO text. Where no zone is named it is UTC.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    try:
-        if isinstance(value, str):
-            text = value.strip().replace("Z", "+00:00")
-            seconds = len(text) > len("20261128") and text.replace(".", "", 1).isdecimal()
-            value = float(text) if seconds else datetime.fromisoformat(text)
-        if isinstance(value, datetime):
-            value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-        if abs(since := float(value)) < _LATEST:  # type: ignore[arg-type]
-            return since
-    except (ValueError, TypeError, OverflowError):
-        pass
-    hint = "Write it like 2026-11-28T12:00Z."
-    raise UsageError(name, repr(value), "seconds since 1970, a datetime or ISO 8601 text", hint) from None
-
-
 def rank(
     runner: Runner,
     query: Features,
@@ -276,6 +218,26 @@ def rank(
         runner.backend,
         decision,
     )
+
+
+def features_of(
+    runner: Runner,
+    images: Images | Features,
+    subject: str,
+    boxes: ArrayLike | None = None,
+    *,
+    batch: int = 32,
+    decoders: int | None = None,
+) -> Features:
+    """Features of this model as they are; images, as for `embed_images`, embedded.
+
+    Raises:
+        Error: as `embed_images` and `check_model`.
+    """
+    if not isinstance(images, Features):
+        return embed_images(runner, images, boxes, batch=batch, decoders=decoders)
+    check_model(runner, images, subject)
+    return images
 
 
 def search(
@@ -319,10 +281,7 @@ def search(
     if not len(gallery):
         raise DataError("gallery", "zero images", "at least one", "Add images first.")
     check_model(runner, gallery, "gallery")
-    query = queries
-    if not isinstance(query, Features):
-        query = embed_images(runner, query, boxes, batch=batch, decoders=decoders)
-    check_model(runner, query, "queries")
+    query = features_of(runner, queries, "queries", boxes, batch=batch, decoders=decoders)
     use, decision = head_use(runner, head, gallery, images_per_person)
     held = Held.of_features(gallery)
     if not use:

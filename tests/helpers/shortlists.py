@@ -11,7 +11,8 @@ import pytest
 from helpers.galleries import SIZE, rows, stub
 from nformer_edge.core.errors import DataError
 from nformer_edge.core.features import Features
-from nformer_edge.gallery.shortlist.base import NumpyShortlist, Rows, Shortlist, Where
+from nformer_edge.gallery.held import Where
+from nformer_edge.gallery.shortlist.base import NumpyShortlist, Rows, Shortlist
 from nformer_edge.gallery.shortlist.gallery import ShortlistGallery
 
 #: People whose names could break a query's text.

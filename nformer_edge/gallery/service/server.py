@@ -13,6 +13,7 @@ from typing import Any
 
 import h11
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nformer_edge.core.errors import UsageError
@@ -79,7 +80,7 @@ def serve(
 def serve_opened(model: Model, gallery: Gallery, settings: Settings, listening: socket.socket) -> None:
     """`serve`, of what is open."""
     app = create_app(model, gallery, settings)
-    asyncio.run(_serve(_Server(_config(app, settings)), listening, app.state.service.reload))
+    uvloop.run(_serve(_Server(_config(app, settings)), listening, app.state.service.reload))
 
 
 class _Server(uvicorn.Server):

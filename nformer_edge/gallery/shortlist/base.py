@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nformer_edge.core.errors import BackendError
+from nformer_edge.gallery.held import Where
 
 #: Rows that go to a store, or come from it by name, in one call: 1,000 of 2,048 bytes stay under every message limit.
 BATCH = 1000
@@ -34,7 +35,7 @@ class Rows:
         ids: who each image shows.
         paths: files, or "".
         cameras: int64 [N], -1 is unknown.
-        times: float64 [N], seconds since 1970, `NEVER` is unknown.
+        times: float64 [N], seconds since 1970, `held.NEVER` is unknown.
         models: of each row, what made it: a hash over model and landmarks.
     """
 
@@ -101,37 +102,10 @@ class Rows:
 #: Fields of a row beside key and vector. ``person`` is a number of the id, which filters name instead of its text.
 RECORD = ("length", "camera", "time", "id", "path", "model", "person")
 
-#: A time that is not known, before all times that are.
-NEVER = -1e15
-
 
 def person(name: str) -> int:
     """A number of 63 bits that stands for an id in a store's filters."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-@dataclass(frozen=True)
-class Where:
-    """Which rows count. An image whose time is not known passes no bound.
-
-    Args:
-        cameras: only these; all if None.
-        exclude_camera: not this one.
-        since: seen then or later, seconds since 1970.
-        until: seen then or earlier.
-    """
-
-    cameras: tuple[int, ...] | None = None
-    exclude_camera: int | None = None
-    since: float | None = None
-    until: float | None = None
-
-    @property
-    def times(self) -> tuple[float, float] | None:
-        """Both bounds; None where there is none."""
-        if self.since is None and self.until is None:
-            return None
-        return NEVER / 2 if self.since is None else self.since, -NEVER if self.until is None else self.until
 
 
 class Shortlist(Protocol):
@@ -192,7 +166,8 @@ class NumpyShortlist:
         self._keys.update(rows.keys.tolist())
 
     def nearest(self, unit: np.ndarray, count: int, where: Where) -> list[Rows]:
-        rows, at = self._rows, np.flatnonzero(self._allowed(where))
+        rows = self._rows
+        at = np.flatnonzero(where.allowed(rows.cameras, rows.times))
         scores = unit @ (rows.unit if len(at) == len(rows) else rows.unit[at]).T
         found = min(count, len(at))
         return [rows.take(at[np.argpartition(-row, found - 1)[:found]] if found else at) for row in scores]
@@ -211,20 +186,9 @@ class NumpyShortlist:
     def erase(self) -> None: ...
 
     def count(self, where: Where) -> int:
-        return int(self._allowed(where).sum())
+        return int(where.allowed(self._rows.cameras, self._rows.times).sum())
 
     def traces(self, row: np.ndarray) -> tuple[list[Path], bytes]:
         return [], row.tobytes()
 
     def close(self) -> None: ...
-
-    def _allowed(self, where: Where) -> np.ndarray:
-        rows = self._rows
-        kept = np.ones(len(rows), bool)
-        if where.cameras is not None:
-            kept &= np.isin(rows.cameras, where.cameras)
-        if where.exclude_camera is not None:
-            kept &= rows.cameras != where.exclude_camera
-        if where.times is not None:
-            kept &= (rows.times >= where.times[0]) & (rows.times <= where.times[1])
-        return kept

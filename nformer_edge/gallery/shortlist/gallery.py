@@ -6,7 +6,6 @@ import hashlib
 import json
 import mmap
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,28 +19,17 @@ from tqdm import tqdm
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import atomic_write, open_plain
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, Error, UsageError
-from nformer_edge.core.features import UNREADABLE, Features, check_features, labels_of
+from nformer_edge.core.features import UNREADABLE, Features, check_features
 from nformer_edge.core.spec import check_at_least
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
 from nformer_edge.gallery.codes import Code
-from nformer_edge.gallery.embed import embed_images
-from nformer_edge.gallery.held import Held, label_columns
+from nformer_edge.gallery.held import NEVER, Held, Time, Where, each, label_columns, seen_by
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.gallery.protocols import QUICK
-from nformer_edge.gallery.search import (
-    HeadUse,
-    Matches,
-    Protocol,
-    Time,
-    check_model,
-    check_threshold,
-    head_use,
-    rank,
-    seconds_of,
-)
-from nformer_edge.gallery.shortlist.base import BATCH, NEVER, Rows, Shortlist, Where
+from nformer_edge.gallery.search import HeadUse, Matches, Protocol, check_threshold, features_of, head_use, rank
+from nformer_edge.gallery.shortlist.base import BATCH, Rows, Shortlist
 from nformer_edge.metrics.distance import row_blocks, unit_rows
 
 #: The longest shortlist: the head takes time by its square.
@@ -186,19 +174,13 @@ class ShortlistGallery:
             Error: as `Gallery.add`; nothing of a bad row's batch is added.
             BackendError: if the store fails, or does not hold what it took.
         """
-        features = images if isinstance(images, Features) else embed_images(self._runner, images, batch=batch)
-        check_model(self._runner, features, "images")
+        features = features_of(self._runner, images, "images", batch=batch)
         check_features(features.features, "images", self._runner.spec.backbone.features)
         count = len(features)
-        names = features.names if ids is None else tuple(map(str, _each("ids", ids, count)))
+        names = features.names if ids is None else tuple(map(str, each("ids", ids, count)))
         if "" in names:
             raise DataError("ids", "an empty name", "text", "Name every image.")
-        camids = (
-            features.camids if cameras is None else labels_of("cameras", np.array(_each("cameras", cameras, count)))
-        )
-        seen = np.array(
-            [seconds_of("times", t) for t in _each("times", time.time() if times is None else times, count)]
-        )
+        camids, seen = seen_by(features, cameras, times)
         if count and not self._drawn:
             self._draw(features.features)
         model, added = self._model, 0
@@ -248,14 +230,8 @@ class ShortlistGallery:
         check_at_least("top", top, 1)
         if not top <= shortlist <= LONGEST:
             raise UsageError("shortlist", shortlist, f"top ({top}) to {LONGEST}", "Choose another length.")
-        where = Where(
-            None if cameras is None else tuple(np.atleast_1d(labels_of("cameras", cameras)).tolist()),
-            None if exclude_camera is None else int(labels_of("exclude_camera", exclude_camera)),
-            None if since is None else seconds_of("since", since),
-            None if until is None else seconds_of("until", until),
-        )
-        query = images if isinstance(images, Features) else embed_images(self._runner, images, boxes, batch=batch)
-        check_model(self._runner, query, "queries")
+        where = Where.of(cameras, exclude_camera, since, until)
+        query = features_of(self._runner, images, "queries", boxes, batch=batch)
         with self._errors():
             searched = self._store.count(where)
         if not self._drawn or not (searched or len(self)):
@@ -401,16 +377,6 @@ def _order(scores: np.ndarray, rows: Rows) -> np.ndarray:
     """Highest first; ties by id, then by key."""
     keys = rows.keys.tolist()
     return np.array(sorted(range(len(rows)), key=lambda i: (-scores[i], rows.ids[i], keys[i])), np.int64)
-
-
-def _each(name: str, values: object, count: int) -> list:
-    """One value an image."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
-        return [values] * count
-    if len(values) != count:
-        hint = f"Pass one of the {name} for each image, or one for all."
-        raise DataError(name, f"{len(values)} for {count} images", f"{count}", hint)
-    return [*values]
 
 
 def _holds(path: Path, trace: bytes) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nformer_edge.gallery.shortlist.base import BATCH, RECORD, Rows, Where, person, required
+from nformer_edge.gallery.held import Where
+from nformer_edge.gallery.shortlist.base import BATCH, RECORD, Rows, person, required
 
 _EVERYTHING = ["key", "unit", *RECORD]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nformer_edge.gallery.shortlist.base import BATCH, Rows, Where, person, required
+from nformer_edge.gallery.held import Where
+from nformer_edge.gallery.shortlist.base import BATCH, Rows, person, required
 
 
 class QdrantShortlist:

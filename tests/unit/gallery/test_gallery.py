@@ -10,9 +10,10 @@ import pytest
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery import model as face
+from nformer_edge.gallery.held import seconds_of
 from nformer_edge.gallery.model import search
 from nformer_edge.gallery.results import GalleryStats
-from nformer_edge.gallery.search import Matches, seconds_of
+from nformer_edge.gallery.search import Matches
 from nformer_edge.targets.build import build
 
 CROPS = np.random.default_rng(0).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
