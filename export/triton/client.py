@@ -25,7 +25,7 @@ def ask(server, call, files=(), **arguments):
 
 
 if __name__ == "__main__":
-    call, *rest = sys.argv[1:]
+    call, *rest = sys.argv[1:] or sys.exit(__doc__)
     server = triton.InferenceServerClient(SERVER)
     if call == "add":
         print(json.dumps(ask(server, call, rest[1:], ids=rest[0]), indent=2))
