@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -150,17 +151,22 @@ class Matches(Result):
         blocks = []
         for number, (query, found) in enumerate(zip(self.queries, self, strict=True)):
             counted = [m for m in found if self.accepted[number, m.rank - 1]]
-            named = [(m, f"  {m.path}" if m.path not in ("", m.id) else "") for m in counted]
-            lines = [f"{m.rank:4d}  {m.score:.4f}  {m.id or f'image {m.index}'}{path}" for m, path in named]
+            named = [(m, f"  {_line(m.path)}" if m.path not in ("", m.id) else "") for m in counted]
+            lines = [f"{m.rank:4d}  {m.score:.4f}  {_line(m.id or f'image {m.index}')}{path}" for m, path in named]
             if not found:
                 lines = ["      no match: no gallery image passes the filters"]
             elif not counted:
                 lines = [f"      no match: the best cosine is {found[0].score:.4f}, under {self.threshold:g}"]
-            blocks.append("\n".join([query or f"query {number}", *lines]))
+            blocks.append("\n".join([_line(query or f"query {number}"), *lines]))
         head = f"with the head ({self.protocol})" if self.protocol else "by the backbone"
         asked = f"{len(self):,} {'query' if len(self) == 1 else 'queries'}"
         summary = f"{asked}, {self.searched:,} gallery images searched {head}, {self.backend}"
         return "\n\n".join([*blocks, summary + (f"\n{self.decision}" if self.decision else "")])
+
+
+def _line(name: str) -> str:
+    """As it is where that is one line of text; else as Python writes it, so that no name looks like another match."""
+    return name if name.isprintable() else repr(name)
 
 
 def top_matches(
@@ -292,7 +298,7 @@ def search(
 
 def check_threshold(threshold: float | None) -> None:
     """Raises UsageError for what is no cosine."""
-    if threshold is not None and not -1 <= threshold <= 1:
+    if threshold is not None and not (isinstance(threshold, numbers.Real) and -1 <= threshold <= 1):
         hint = "Name the cosine that `nformer-edge threshold` recommends; 1 - cosine is a distance."
         raise UsageError("threshold", threshold, "a cosine, -1 to 1", hint)
 
@@ -336,7 +342,15 @@ def search_related(
 def head_use(
     runner: Runner, head: HeadUse, gallery: Features | Held, images_per_person: int | None = None
 ) -> tuple[bool, str]:
-    """Whether a search uses the head, as asked or by `head_decision`, and why where that has to be said."""
+    """Whether a search uses the head, as asked or by `head_decision`, and why where that has to be said.
+
+    Raises:
+        UsageError: for another word, since "no" is true, and for less than one image a person.
+    """
+    if head not in (True, False, "auto"):
+        raise UsageError("head", repr(head), "True, False or 'auto'", "`--head yes` and `--head no` are the command's.")
+    if images_per_person is not None:
+        check_at_least("images_per_person", images_per_person, 1)
     if head == "auto":
         return head_decision(runner, gallery, images_per_person)
     return head and runner.has_head, "head not used: the model has none" if head and not runner.has_head else ""
@@ -350,8 +364,6 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
     people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table it is not used. Where the table has
     all queries in one set alone, a query that is searched alone may gain less, and the answer says so.
     """
-    if images_per_person is not None:
-        check_at_least("images_per_person", images_per_person, 1)
     if not runner.has_head:
         return False, ""
     if runner.accuracy is None:
@@ -381,7 +393,7 @@ def check_model(
     if not features.model or features.shares_model(runner.sha256, runner.checkpoint, precision):
         return
     if features.shares_model(runner.sha256, runner.checkpoint):
-        hint += " `nformer-edge fleet` measures what a mix of models costs."
+        hint = f"`nformer-edge fleet` measures what a mix of models costs. {hint}"
         raise DataError(subject, f"features computed in {features.precision}", f"{precision}, as here", hint)
     got = f"features of another model ({features.model[:12]}...)"
     raise DataError(subject, got, f"of this one ({runner.sha256[:12]}...)", hint)

@@ -249,6 +249,9 @@ def _may(role: Role) -> Callable[..., Awaitable[None]]:
             if ROLES.index(found) < ROLES.index(role):
                 raise HTTPException(403, f"needs the role {role}")
         service.allow(caller)
+        names = [name for name, _ in request.query_params.multi_items() if name != "camera"]
+        if len(set(names)) < len(names):  # only the last one would count
+            raise HTTPException(422, "a name stands twice in the address; only camera may")
 
     return check
 

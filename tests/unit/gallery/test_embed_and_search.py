@@ -16,6 +16,7 @@ from nformer_edge.core.spec import ModelSpec
 from nformer_edge.data.readers import read_dataset
 from nformer_edge.gallery.embed import embed_dataset, embed_files, embed_records
 from nformer_edge.gallery.held import Held
+from nformer_edge.gallery.model import open as open_gallery_model
 from nformer_edge.gallery.model import search
 from nformer_edge.gallery.protocols import relate_each, relate_sets
 from nformer_edge.gallery.search import Matches, top_matches
@@ -153,6 +154,16 @@ def test_a_search_finds_the_query_itself_in_its_own_folder(tiny_bundle, tiny_mar
     assert "6 gallery images searched by the backbone" in str(result)
     back = Matches.from_json(json.loads(json.dumps(result.to_json())))
     assert (str(back), back.to_json()) == (str(result), result.to_json())
+
+
+def test_a_name_of_several_lines_is_shown_in_one(tiny_bundle):
+    images = np.zeros((2, 64, 32, 3), np.uint8)
+    with open_gallery_model(tiny_bundle, intra_op_threads=1) as opened, opened.gallery() as people:
+        people.add(images, ids=["ann\n   2  0.9999  bob", "Zo\u00eb"])
+        shown = str(people.search(images[:1], head=False))
+    assert r"'ann\n   2  0.9999  bob'" in shown
+    assert "Zo\u00eb" in shown
+    assert "\n   2  0.9999  bob" not in shown
 
 
 def test_a_search_takes_a_dataset_or_a_store_and_the_head_where_there_is_one(tiny_bundle, tiny_market, tmp_path):

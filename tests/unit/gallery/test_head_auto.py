@@ -12,7 +12,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.model import open as open_model
-from nformer_edge.gallery.search import ALLOWED_LOSS, head_decision
+from nformer_edge.gallery.search import ALLOWED_LOSS, head_decision, head_use
 from nformer_edge.metrics.bootstrap import Interval
 from nformer_edge.metrics.composition import SIZES, Composition, CompositionRow, Scores
 
@@ -62,7 +62,7 @@ def test_without_labels_the_worst_case_counts_unless_the_caller_knows_better():
     assert use
     assert "n = 10 images a person (given)" in why
     with pytest.raises(UsageError, match="images_per_person"):
-        head_decision(model(PAPER), unknown, images_per_person=0)
+        head_use(model(PAPER), "auto", unknown, images_per_person=0)
 
 
 def test_a_gallery_s_ids_tell_the_head_once_an_id_has_two_images():
@@ -132,3 +132,6 @@ def test_a_search_says_what_it_did(tiny_bundle, monkeypatch):
         assert people.search(CROPS[4], head=True).decision == ""
         monkeypatch.setattr(opened.runner, "has_head", False)
         assert people.search(CROPS[4], head=True).decision == "head not used: the model has none"
+        for wrong in ({"head": "no"}, {"head": None}, {"head": True, "images_per_person": 0}, {"threshold": "0.6"}):
+            with pytest.raises(UsageError, match=[*wrong][-1]):
+                people.search(CROPS[4], **wrong)

@@ -60,6 +60,9 @@ def test_filters_reach_the_search(served, send):
         assert await ids(exclude_camera=1) == ["2", "3"]
         assert await ids(since="2026-01-02", until="2026-01-02T12:00:00+00:00") == ["2"]
         assert await ids(camera=9) == []
+        assert (await send(client, "/v1/search", exclude_camera=[1, 2])).status_code == 422  # not the last one alone
+        assert (await client.delete("/v1/images", params={"id": ["day 1", "day 2"]})).status_code == 422
+        assert len(service.gallery) == 3
 
     served(work)
 
