@@ -345,11 +345,11 @@ def benchmark(
         loadgen: MLPerf's LoadGen issues the queries of both, in its own order; `max_seconds` does not end it.
 
     Raises:
-        UsageError: for a batch or a gallery below 1, or a deadline that is not above 0.
+        UsageError: for a batch or a gallery below 1, or a deadline that is not above 0, or infinite.
     """
     dataset = open_dataset(data, layout, labels=False).asking()
     requests = [r.path for r in dataset.query]
-    if deadline_ms is not None and not deadline_ms > 0:
+    if deadline_ms is not None and not 0 < deadline_ms < math.inf:
         raise UsageError("deadline_ms", deadline_ms, "a time above 0", "Give milliseconds.")
     for name, value in (("batch", batch), ("gallery", gallery)):
         check_at_least(name, value, 1)

@@ -255,10 +255,13 @@ class ShortlistGallery:
         Only what could be seen in the files before can be said to be gone from them.
 
         Raises:
+            UsageError: for no id.
             DataError: for an id that is not there; nothing is removed then.
             BackendError: if the store still finds what it deleted.
         """
         wanted = {ids} if isinstance(ids, str) else set(ids)
+        if not wanted:
+            raise UsageError("remove", "no id", "ids", "Name what to remove.")
         for name in sorted(wanted):
             with self._errors():
                 if not len(self._of(name)):

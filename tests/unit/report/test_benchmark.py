@@ -163,8 +163,9 @@ def test_a_run_carries_its_deadline_and_its_energy(dataset, grid_runner):
 
 
 def test_a_deadline_is_a_time_above_zero(dataset, grid_runner):
-    with pytest.raises(UsageError, match="above 0"):
-        benchmark(grid_runner(), dataset, deadline_ms=0)
+    for wrong in (0, float("inf")):
+        with pytest.raises(UsageError, match="above 0"):
+            benchmark(grid_runner(), dataset, deadline_ms=wrong)
 
 
 @pytest.mark.optional

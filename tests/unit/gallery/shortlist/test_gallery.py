@@ -110,6 +110,8 @@ def test_what_is_removed_is_looked_for_in_the_stores_files(
 
     gallery = ShortlistGallery(stub(), Filed(SIZE))
     gallery.add(rows(0, 3), ["a", "b", "c"])
+    with pytest.raises(UsageError, match="no id"):
+        gallery.remove([])
     done = gallery.remove("b")
     assert (done.images, done.total, done.erased) == (1, 2, erased)
     assert str(done).endswith(
