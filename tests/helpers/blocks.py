@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<language>\w
 #: Programs of others, which a block may name where it is not run.
 OTHERS = {
     "sudo", "apt", "python3", "source", "export", "scp", "cmake", "git", "trtexec", "polygraphy", "engine/compare.sh",
-    "openssl", "graphs/build.sh", "/usr/src/tensorrt/bin/trtexec", "shapes", "curl", "umask", "echo", "npm", "NODE_PATH",
+    "openssl", "graphs/build.sh", "/usr/src/tensorrt/bin/trtexec", "shapes", "curl", "umask", "echo", "npm", "node",
 }  # fmt: skip
 
 
