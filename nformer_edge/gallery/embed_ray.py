@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,15 @@ def embed_by_ray(
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[int, dict[str, Any]] = {}
     arguments = os.path.abspath(model), tuple(records), str(folder.absolute()), options, threads
-    dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map(
-        Worker,
-        fn_constructor_args=arguments,
-        concurrency=(1, min(workers, len(shards))),
-        max_restarts=RETRIES,
-        max_task_retries=RETRIES,
-    )
+    with warnings.catch_warnings():  # Ray 2.60 to 2.63 announce that the limits go, and have no other place for them
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map(
+            Worker,
+            fn_constructor_args=arguments,
+            concurrency=(1, min(workers, len(shards))),
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+        )
     try:
         with tqdm(total=len(records), desc="embedding", unit="img", **PROGRESS) as bar:
             for part in dataset.iter_rows():
