@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,7 @@ class Distil:
     train: BackboneConfig = field(default_factory=lambda: BackboneConfig(epochs=10, schedule="cosine", warmup=1))
 
     def __post_init__(self) -> None:
-        for name in ("feature", "similarity", "relation", "logits", "sharpness", "identity", "maps"):
-            check_at_least(name, getattr(self, name), 0)
-        for name in ("half_epochs", "keep_mib"):
+        for name in (f.name for f in fields(self) if f.name != "train"):
             check_at_least(name, getattr(self, name), 0)
         if self.train.augment != AugmentSpec():
             raise UsageError("train.augment", self.train.augment, "none", "Set the recipe's own augment.")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,10 @@ from nformer_edge.backends.choice import seconds_of, take_turns
 from nformer_edge.backends.open import open_model
 from nformer_edge.compress.cost import cost_of
 from nformer_edge.compress.distil import Distil, DistilCriterion, ViewLoader
-from nformer_edge.compress.step import Work
+from nformer_edge.compress.step import Work, exported
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import ModelSpec, check_at_least, check_choice
-from nformer_edge.exporting.export import export_bundle
 from nformer_edge.model.backbone import Backbone, widths_of
-from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import batch_hard_triplet
 
@@ -83,14 +82,15 @@ class Prune:
         thresholds = sorted({float(score) for group in groups for score in group.scores})
         kept = backbone
         low, high = 0, len(thresholds)
-        while low < high:  # the lowest threshold that meets the budget
-            middle = (low + high) // 2
-            tried = self._cut(backbone, example, groups, thresholds[middle])
-            light = cost_of(tried, size).gmacs <= budget
-            if light and (self.time == 1 or _time_share(tried, backbone, work.spec) <= self.time):
-                kept, high = tried, middle
-            else:
-                low = middle + 1
+        with _clock(backbone, work.spec) if self.time < 1 else nullcontext() as share:
+            while low < high:  # the lowest threshold that meets the budget
+                middle = (low + high) // 2
+                tried = self._cut(backbone, example, groups, thresholds[middle])
+                light = cost_of(tried, size).gmacs <= budget
+                if light and (share is None or share(_with_spec(tried)) <= self.time):
+                    kept, high = tried, middle
+                else:
+                    low = middle + 1
         if kept is backbone:
             got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
             expected = f"what widths that are multiples of {self.multiple} can reach"
@@ -112,18 +112,19 @@ class Prune:
         return cut
 
 
-def _time_share(pruned: Backbone, whole: Backbone, spec: ModelSpec) -> float:
-    """The median of a round's ratio: `pruned` against `whole`, both as their bundles run."""
-    images = np.random.default_rng(0).standard_normal((8, 3, spec.preprocess.height, spec.preprocess.width), np.float32)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        runs = []
-        for name, backbone in (("whole", whole), ("pruned", _with_spec(pruned))):
-            file = Path(folder) / f"{name}.safetensors"
-            save_checkpoint(file, replace(spec, backbone=backbone.spec, head=None), backbone)
-            runner = stack.enter_context(open_model(export_bundle(file, Path(folder) / name)))
-            runs.append(partial(runner.embed, images))
-        taken = take_turns(runs, seconds_of)
-    return float(np.median(taken[1] / taken[0]))
+@contextmanager
+def _clock(whole: Backbone, spec: ModelSpec) -> Iterator[Callable[[Backbone], float]]:
+    """Gives a model's share of the time of `whole`: as bundles run, in turn, the median of a round's ratio."""
+    size = (spec.preprocess.height, spec.preprocess.width)
+    images = np.random.default_rng(0).standard_normal((8, 3, *size), np.float32)
+    with tempfile.TemporaryDirectory() as folder, open_model(exported(whole, spec, Path(folder))) as first:
+
+        def share(pruned: Backbone) -> float:
+            with open_model(exported(pruned, spec, Path(folder))) as second:
+                taken = take_turns([partial(runner.embed, images) for runner in (first, second)], seconds_of)
+            return float(np.median(taken[1] / taken[0]))
+
+        yield share
 
 
 class _Group:

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from nformer_edge.compress.distil import Distil
-from nformer_edge.compress.step import Work
+from nformer_edge.compress.step import Work, exported
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.machine import saturates_int8
 from nformer_edge.core.spec import CalibrationMethod, ModelSpec, check_at_least
 from nformer_edge.exporting.bundle import open_bundle
-from nformer_edge.exporting.export import export_bundle
 from nformer_edge.exporting.trace import trace_backbone
 from nformer_edge.model.backbone import Backbone
-from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.ops.bodies import DEFAULT_OPSET
 from nformer_edge.quantize.calibrate import measure_ranges
 from nformer_edge.quantize.learned import QuantizedBackbone, Where
@@ -75,6 +73,4 @@ class Qat:
 def _exported_sha256(backbone: Backbone, spec: ModelSpec) -> str:
     """Of the backbone's file in a bundle of this model."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.safetensors"
-        save_checkpoint(file, replace(spec, head=None), backbone)
-        return open_bundle(export_bundle(file, Path(folder) / "bundle")).backbone_sha256
+        return open_bundle(exported(backbone, spec, Path(folder))).backbone_sha256

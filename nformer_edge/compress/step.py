@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import ModelSpec, from_dict
 from nformer_edge.data.loaders import AugmentSpec, TrainImages, draw_view
+from nformer_edge.exporting.export import export_bundle
 from nformer_edge.model.backbone import Backbone
+from nformer_edge.model.checkpoint import save_checkpoint
 from nformer_edge.training.backbone import Loader, train_backbone
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import BackboneConfig
@@ -103,6 +106,13 @@ class Work:
             state=self.state,
             on_row=self.note,
         )
+
+
+def exported(backbone: Backbone, spec: ModelSpec, folder: Path) -> Path:
+    """The bundle of `backbone` alone, in a new folder under `folder`; `spec` says how images are preprocessed."""
+    made = Path(tempfile.mkdtemp(dir=folder))
+    save_checkpoint(made / "model.safetensors", replace(spec, backbone=backbone.spec, head=None), backbone)
+    return export_bundle(made / "model.safetensors", made / "bundle")
 
 
 class Step(Protocol):
