@@ -23,25 +23,39 @@ inline DoubleVec load_wide(const float* p) {
   return __builtin_convertvector(static_cast<HalfVec>(*reinterpret_cast<const HalfVecAnywhere*>(p)), DoubleVec);
 }
 
-// float32 [R] . float32 [R] in double, of several pairs at once, whose sums do not wait for each other: wrong by less than
-// 1e-13 of sum |a_r b_r|.
+// x * y + z, where x and y were float32: their product is exact in double, so one rounding or two give the same bits.
+inline DoubleVec add_product(DoubleVec x, DoubleVec y, DoubleVec z) {
+#if defined(__AVX512F__)
+  return (DoubleVec)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+#elif defined(__AVX2__)
+  return (DoubleVec)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+#elif defined(__aarch64__)
+  return (DoubleVec)vfmaq_f64((float64x2_t)z, (float64x2_t)x, (float64x2_t)y);
+#else
+  return z + x * y;
+#endif
+}
+
+// float32 [R] . float32 [R] in double, of one row with several at once, whose sums do not wait for each other: wrong by
+// less than 1e-13 of sum |a_r b_r|.
 template <int Pairs>
-inline void dots(const float* const* a, const float* const* b, int64_t r, double* out) {
+inline void dots(const float* a, const float* const* b, int64_t r, double* out) {
   double lane[Pairs][8] = {};
   int64_t i = 0;
   if (r >= 8) {
     DoubleVec sum[Pairs][kDoubleVecs] = {};
     for (; i + 8 <= r; i += 8) {
 #pragma GCC unroll 4
-      for (int p = 0; p < Pairs; ++p)
+      for (int v = 0; v < kDoubleVecs; ++v) {
+        const DoubleVec own = load_wide(a + i + v * kDoubles);
 #pragma GCC unroll 4
-        for (int v = 0; v < kDoubleVecs; ++v)
-          sum[p][v] += load_wide(a[p] + i + v * kDoubles) * load_wide(b[p] + i + v * kDoubles);
+        for (int p = 0; p < Pairs; ++p) sum[p][v] = add_product(own, load_wide(b[p] + i + v * kDoubles), sum[p][v]);
+      }
     }
     __builtin_memcpy(lane, sum, sizeof lane);
   }
   for (int l = 0; i < r; ++i, ++l)
-    for (int p = 0; p < Pairs; ++p) lane[p][l] += static_cast<double>(a[p][i]) * static_cast<double>(b[p][i]);
+    for (int p = 0; p < Pairs; ++p) lane[p][l] += static_cast<double>(a[i]) * static_cast<double>(b[p][i]);
   for (int p = 0; p < Pairs; ++p)
     out[p] = ((lane[p][0] + lane[p][4]) + (lane[p][2] + lane[p][6])) +
              ((lane[p][1] + lane[p][5]) + (lane[p][3] + lane[p][7]));
@@ -49,8 +63,22 @@ inline void dots(const float* const* a, const float* const* b, int64_t r, double
 
 inline double dot(const float* a, const float* b, int64_t r) {
   double out;
-  dots<1>(&a, &b, r, &out);
+  dots<1>(a, &b, r, &out);
   return out;
+}
+
+// a . b[column(n)] for each n of `count`, while the rows of the next few are fetched.
+template <class Column>
+inline void dots_with(const float* a, const float* b, int64_t r, int64_t count, const Column& column, double* out) {
+  int64_t n = 0;
+  for (; n + kPairs <= count; n += kPairs) {
+    const float* others[kPairs];
+    for (int p = 0; p < kPairs; ++p) others[p] = b + column(n + p) * r;
+    for (int64_t next = n + kPairs; next < count && next < n + 2 * kPairs; ++next)
+      for (int64_t i = 0; i < r; i += 16) __builtin_prefetch(b + column(next) * r + i);
+    dots<kPairs>(a, others, r, out + n);
+  }
+  for (; n < count; ++n) out[n] = dot(a, b + column(n) * r, r);
 }
 
 // The nearest number with float32's 24 significant bits, ties to even, in double's exponent range: float32 rounding
@@ -143,9 +171,10 @@ inline int reciprocal(const Attention& x, int64_t i, int32_t* slots) {
 // Softmax over the slots of row i, into weights[0..count-1].
 inline void softmax(const Attention& x, int64_t i, const int32_t* slots, int count, double* weights) {
   const int32_t* own = x.neighbors + i * x.k;
+  dots_with(x.a + i * x.r, x.b, x.r, count, [&](int64_t n) { return own[slots[n]]; }, weights);
   double most = 0;
   for (int n = 0; n < count; ++n) {
-    weights[n] = x.scale * dot(x.a + i * x.r, x.b + own[slots[n]] * x.r, x.r);
+    weights[n] *= x.scale;
     if (n == 0 || weights[n] > most) most = weights[n];
   }
   double sum = 0;
@@ -162,15 +191,15 @@ inline double camera_factor(const Attention& x, int64_t i, int64_t j) {
 inline int gate(const Attention& x, int64_t i, int32_t* slots, double* weights) {
   constexpr double kFinite = 3.4028234663852886e38;
   const int32_t* own = x.neighbors + i * x.k;
-  int count = 0;
-  for (int s = 0; s < x.k; ++s) {
-    const int64_t j = own[s];
-    if (j < 0 || j == i) continue;
-    const double score = dot(x.a + i * x.r, x.b + j * x.r, x.r);
-    const double mine = score - x.t[i], theirs = score - x.t[j];
+  int others = 0, count = 0;
+  for (int s = 0; s < x.k; ++s)
+    if (own[s] >= 0 && own[s] != i) slots[others++] = s;
+  dots_with(x.a + i * x.r, x.b, x.r, others, [&](int64_t n) { return own[slots[n]]; }, weights);
+  for (int n = 0; n < others; ++n) {
+    const double mine = weights[n] - x.t[i], theirs = weights[n] - x.t[own[slots[n]]];
     if (!(__builtin_fabs(mine) <= kFinite && __builtin_fabs(theirs) <= kFinite)) continue;
     const double z = x.scale * (0.5 * mine + 0.5 * theirs), power = exp_negative(-__builtin_fabs(z));
-    slots[count] = s;
+    slots[count] = slots[n];
     weights[count++] = (z < 0 ? power : 1.0) / (1.0 + power);
   }
   return count;
@@ -202,16 +231,8 @@ inline void gate_backward_columns(const Attention& x, const AttentionGradient& g
 }  // namespace
 
 void score(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out) {
-  int64_t n = 0;
-  for (; n + kPairs <= count; n += kPairs) {
-    const float *same[kPairs], *other[kPairs];
-    for (int p = 0; p < kPairs; ++p) same[p] = a, other[p] = b + columns[n + p] * r;
-    for (int64_t next = n + kPairs; next < count && next < n + 2 * kPairs; ++next)
-      for (int64_t i = 0; i < r; i += 16) __builtin_prefetch(b + columns[next] * r + i);
-    dots<kPairs>(same, other, r, out + n);
-  }
-  for (; n < count; ++n) out[n] = dot(a, b + columns[n] * r, r);
-  for (n = 0; n < count; ++n) out[n] = round24(out[n]);
+  dots_with(a, b, r, count, [&](int64_t n) { return columns[n]; }, out);
+  for (int64_t n = 0; n < count; ++n) out[n] = round24(out[n]);
 }
 
 void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch) {
