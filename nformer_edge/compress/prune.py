@@ -28,10 +28,13 @@ from nformer_edge.compress.step import Work, exported
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import ModelSpec, check_at_least, check_choice
 from nformer_edge.model.backbone import Backbone, widths_of
+from nformer_edge.model.resnet import IBN
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import batch_hard_triplet
 
 Importance = Literal["taylor", "bn_scale"]
+
+Norm = nn.BatchNorm2d | nn.InstanceNorm2d
 
 #: A layer by its name, and which of its channels are the group's, in the group's order.
 Members = list[tuple[str, list[int]]]
@@ -46,10 +49,11 @@ class Prune:
         time: share of its time that may remain, by the clock of this machine: exported, FP32, 8 images a batch, in
             turn with the whole one. Multiplications and time go apart, because thin layers are slow for their size.
             Killed while it prunes by the clock, a run may choose other widths when it goes on.
-        importance: of a channel, from the batch norms that it passes: ``taylor`` (what the re-ID loss would change by
-            without it: Molchanov et al., CVPR 2019) or ``bn_scale`` (the scale's magnitude: Liu et al., ICCV 2017).
-            Both are in units of the mean of the channels that it stands with.
+        importance: of a channel, from the batch and instance norms that it passes: ``taylor`` (what the re-ID loss
+            would change by without it: Molchanov et al., CVPR 2019) or ``bn_scale`` (the scale's magnitude: Liu et
+            al., ICCV 2017). Both are in units of the mean of the channels that it stands with.
         multiple: widths are rounded to multiples of this, never to none: float and INT8 kernels work in blocks of 16.
+            IBN's two halves lose equally many channels.
         batches: of the training images, for ``taylor``.
     """
 
@@ -74,7 +78,7 @@ class Prune:
         example = torch.zeros(2, 3, *size)
         scores = _taylor(backbone, work, self.batches) if self.importance == "taylor" else _scales(backbone)
         groups = [
-            _Group(members, scores)
+            _Group(members, scores, any(isinstance(backbone.get_submodule(name), IBN) for name, _ in members))
             for members in _groups(backbone, example)
             if any(name in scores for name, _ in members)
         ]
@@ -102,13 +106,16 @@ class Prune:
         cut = copy.deepcopy(backbone)
         graph = _graph(cut, example)
         for group in groups:
-            wanted = int((group.scores > threshold).sum())
-            stay = max(self.multiple, round(wanted / self.multiple) * self.multiple)
-            gone = group.scores.argsort(stable=True)[: max(0, len(group.scores) - stay)]
-            if len(gone):
+            gone = group.least(threshold, self.multiple)
+            if gone:
                 layer = cut.get_submodule(group.first)
                 remove = graph.get_pruner_of_module(layer).prune_out_channels
-                graph.get_pruning_group(layer, remove, idxs=sorted(gone.tolist())).prune()
+                graph.get_pruning_group(layer, remove, idxs=gone).prune()
+        for name in _norms(backbone):
+            norm = backbone.get_submodule(name)
+            if not isinstance(norm, nn.BatchNorm2d):
+                left = cut.get_submodule(name).get_parameter("weight").detach().long()
+                cut.set_submodule(name, _narrowed(norm, left))
         return cut
 
 
@@ -128,13 +135,23 @@ def _clock(whole: Backbone, spec: ModelSpec) -> Iterator[Callable[[Backbone], fl
 
 
 class _Group:
-    """Channels that stay or go together, over several layers."""
+    """Channels that stay or go together, over several layers; `halved` where one of them is an `IBN`."""
 
-    def __init__(self, members: Members, scores: dict[str, Tensor]) -> None:
-        self.first = members[0][0]
+    def __init__(self, members: Members, scores: dict[str, Tensor], halved: bool) -> None:
+        self.first, self.halved = members[0][0], halved
         found = [scores[name][torch.tensor(places)] for name, places in members if name in scores]
         self.scores = torch.stack(found).sum(dim=0)
         self.scores = self.scores / self.scores.mean().clamp_min(1e-30)
+
+    def least(self, threshold: float, multiple: int) -> list[int]:
+        """The channels that go: of least score, as many as are not above the threshold, but for rounding."""
+        wanted, whole = int((self.scores > threshold).sum()), len(self.scores)
+        stay = min(whole, max(multiple, round(wanted / multiple) * multiple))
+        order = self.scores.argsort(stable=True)
+        if not self.halved:
+            return sorted(order[: whole - stay].tolist())
+        first, rest = order[order < whole // 2], order[order >= whole // 2]
+        return sorted([*first[: whole // 2 - stay // 2].tolist(), *rest[: len(rest) - stay + stay // 2].tolist()])
 
 
 def _torch_pruning() -> Any:
@@ -147,12 +164,15 @@ def _torch_pruning() -> Any:
 
 
 def _graph(backbone: Backbone, example: Tensor) -> Any:
+    """Of a copy, in which batch norms stand for norms that torch-pruning cannot follow (`_numbered`)."""
     pruning = _torch_pruning()
     arch = backbone.spec.arch
-    if "ibn" in arch or arch.startswith("plain"):
-        why = "splits its channels" if "ibn" in arch else "adds the identity to its kernels"
-        hint = "Prune a ResNet or an OSNet without IBN; of plain students take a narrower one."
-        raise UsageError("prune", f"{arch}, which {why}", "a backbone whose channels are whole", hint)
+    if arch.startswith("plain"):
+        got, expected = f"{arch}, which adds the identity to its kernels", "a ResNet or an OSNet"
+        raise UsageError("prune", got, expected, "Take a narrower plain student.")
+    for name, parts in _norms(backbone).items():
+        if not isinstance(backbone.get_submodule(name), nn.BatchNorm2d):
+            backbone.set_submodule(name, _numbered(sum(part.num_features for part in parts)))
     for parameter in backbone.parameters():
         parameter.requires_grad_(True)  # it follows gradients
     return pruning.DependencyGraph().build_dependency(backbone.eval(), example_inputs=example)
@@ -163,24 +183,52 @@ def _groups(backbone: Backbone, example: Tensor) -> list[Members]:
     copied = copy.deepcopy(backbone)
     graph = _graph(copied, example)
     names = {layer: name for name, layer in copied.named_modules()}
-    found = []
+    output, found = _torch_pruning().ops._OutputOp, []
     for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-        members = [(names[dep.target.module], list(places)) for dep, places in group if dep.target.module in names]
-        if not any(name.startswith("neck.") for name, _ in members if name.endswith((".bn", ".1"))):
-            found.append(members)
+        layers = [(dep.target.module, list(places)) for dep, places in group]
+        if not any(isinstance(layer, (nn.BatchNorm1d, output)) for layer, _ in layers):
+            found.append([(names[layer], places) for layer, places in layers if layer in names])
+    return found
+
+
+def _numbered(channels: int) -> nn.BatchNorm2d:
+    """A batch norm whose scales are its channels' numbers, so that they say which are left."""
+    norm = nn.BatchNorm2d(channels)
+    norm.weight = nn.Parameter(torch.arange(float(channels)))
+    return norm
+
+
+def _narrowed(norm: nn.Module, left: Tensor) -> Any:
+    """The same norm of the channels that are left, int64 [C]."""
+    if isinstance(norm, IBN):
+        narrow, half = IBN(len(left)), norm.IN.num_features
+        narrow.IN, narrow.BN = _narrowed(norm.IN, left[left < half]), _narrowed(norm.BN, left[left >= half] - half)
+        return narrow
+    narrower = type(norm)(len(left), affine=True)
+    narrower.load_state_dict({name: value[left] if value.ndim else value for name, value in norm.state_dict().items()})
+    return narrower
+
+
+def _norms(backbone: Backbone) -> dict[str, tuple[Norm, ...]]:
+    """By name; an `IBN` is its two halves."""
+    found: dict[str, tuple[Norm, ...]] = {}
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, IBN):
+            found[name] = (layer.IN, layer.BN)
+        elif isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)) and name.rpartition(".")[0] not in found:
+            found[name] = (layer,)
     return found
 
 
 def _scales(backbone: Backbone) -> dict[str, Tensor]:
-    norms = ((name, m) for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d))
-    return {name: norm.weight.detach().abs() for name, norm in norms}
+    return {name: torch.cat([norm.weight.detach().abs() for norm in norms]) for name, norms in _norms(backbone).items()}
 
 
 def _taylor(backbone: Backbone, work: Work, batches: int) -> dict[str, Tensor]:
-    """By batch norm and channel, the square of what the loss changes by without the channel, to first order."""
+    """By norm and channel, the square of what the loss changes by without the channel, to first order."""
     model = copy.deepcopy(backbone).to(work.compute.device).eval()
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    scores = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
+    norms = _norms(model)
+    scores = {name: torch.zeros(sum(part.num_features for part in parts)) for name, parts in norms.items()}
     loader = ViewLoader(work, Distil())
     people = DistilCriterion(Distil(), work.lessons, backbone.spec.features).people.to(work.compute.device)
     for parameter in model.parameters():
@@ -193,12 +241,15 @@ def _taylor(backbone: Backbone, work: Work, batches: int) -> dict[str, Tensor]:
         labels = labels.to(work.compute.device)
         loss = F.cross_entropy(16 * unit @ people.T, labels) + batch_hard_triplet(unit, labels, 0.3)
         loss.backward()  # type: ignore[no-untyped-call]
-        for name, norm in norms.items():
-            assert norm.weight.grad is not None
-            assert norm.bias.grad is not None
-            change = norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
-            scores[name] += change.detach().pow(2).cpu()
+        for name, parts in norms.items():
+            scores[name] += torch.cat([_change(part) for part in parts]).pow(2).cpu()
     return scores
+
+
+def _change(norm: Norm) -> Tensor:  # [C], to first order, without the channel
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    return (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach()
 
 
 def _with_spec(pruned: Backbone) -> Backbone:

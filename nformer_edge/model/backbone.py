@@ -152,6 +152,9 @@ class Backbone(nn.Module):
         self.neck = _NECKS[spec.neck](channels, spec.features)
         for name, (inputs, outputs) in (spec.widths or {}).items():
             self.set_submodule(name, _narrower(self, name, inputs, outputs))
+        if spec.widths:
+            channels, _ = next(iter(widths_of(self.neck).values()), (channels, channels))
+            self.trunk.channels = channels
 
     def forward(
         self,

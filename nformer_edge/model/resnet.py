@@ -19,12 +19,12 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.normed = channels // 2
-        self.IN = nn.InstanceNorm2d(self.normed, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.normed)
+        self.IN = nn.InstanceNorm2d(channels // 2, affine=True)
+        self.BN = nn.BatchNorm2d(channels - channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, rest = x[:, : self.normed], x[:, self.normed :]
+        half = self.IN.num_features
+        first, rest = x[:, :half], x[:, half:]
         return torch.cat([self.IN(first.contiguous()), self.BN(rest.contiguous())], dim=1)
 
 

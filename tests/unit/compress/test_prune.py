@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -23,6 +26,7 @@ from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.exporting.trace import trace_backbone
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.model.resnet import IBN
 from nformer_edge.training.config import BackboneConfig
 
 TRAIN = BackboneConfig(epochs=1, p=4, k=2, lr=1e-3, warmup=0)
@@ -46,7 +50,7 @@ def teacher_at(folder: Path, spec: ModelSpec = SPEC) -> Path:
 def test_a_pruned_model_loads_by_its_spec_within_the_budget_and_with_round_widths(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
     teacher, out = teacher_at(tmp_path), tmp_path / "student.safetensors"
-    recipe = Recipe((Prune(0.7, batches=2), Distil(train=TRAIN)), views=1, holdout=0.25)
+    recipe = Recipe((Prune(0.7, batches=2), Distil(maps=0.5, train=TRAIN)), views=1, holdout=0.25)
     record = compress(teacher, data, recipe, out)
     pruned = load_checkpoint(out)
     assert pruned.backbone is not None
@@ -87,12 +91,50 @@ def test_pruning_without_a_budget_is_refused() -> None:
         Prune()
 
 
-@pytest.mark.parametrize("arch", ["osnet_ibn_x1_0", "plain_s"])
-def test_a_backbone_whose_channels_do_not_stand_alone_is_refused(arch: str, data: Path, tmp_path: Path) -> None:
+def test_a_plain_student_is_refused(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
-    teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec(arch, 32)))
-    with pytest.raises(UsageError, match="whose channels are whole"):
+    teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec("plain_s", 32)))
+    with pytest.raises(UsageError, match="adds the identity"):
         compress(teacher, data, Recipe((Prune(0.7, importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arch", "neck"), [("resnet50_ibn_a", "bn"), ("osnet_ibn_x1_0", "none"), ("osnet_ain_x0_5", "fc")]
+)
+def test_channels_that_say_nothing_go_and_the_outputs_stay_in_pytorch_and_in_onnx(
+    arch: str, neck: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
+    features = {"bn": 2048, "none": 512, "fc": 32}[neck]
+    spec = ModelSpec(BackboneSpec(arch, features, neck=neck), None, PreprocessSpec(64, 32))
+    torch.manual_seed(0)
+    whole, images = Backbone(spec.backbone).eval(), torch.randn(2, 3, 64, 32)
+    for norm in whole.modules():
+        if isinstance(norm, (torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d)):
+            torch.nn.init.normal_(norm.bias)
+    for name, layer in whole.named_modules():
+        parts = [layer.IN, layer.BN] if isinstance(layer, IBN) else [layer]
+        if isinstance(layer, (IBN, torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d)) and not name.endswith(
+            (".IN", ".BN")
+        ):
+            for values in (parts[0].weight, parts[0].bias):
+                values.data[:8] = 0
+            for values in (parts[-1].weight, parts[-1].bias):
+                values.data[-8:] = 0
+    pruned, _ = Prune(0.999, importance="bn_scale").run(whole, SimpleNamespace(spec=spec))  # type: ignore[arg-type]
+    assert cost_of(pruned, (64, 32)).gmacs < 0.9 * cost_of(whole, (64, 32)).gmacs
+    save_checkpoint(tmp_path / "m.safetensors", replace(spec, backbone=pruned.spec), pruned)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    loaded = load_checkpoint(tmp_path / "m.safetensors").backbone
+    assert loaded is not None
+    with torch.inference_mode():
+        said, wanted = loaded.eval()(images), whole(images)
+        assert torch.equal(said, pruned(images))
+    torch.testing.assert_close(said, wanted, rtol=1e-4, atol=1e-4)
+    graph = trace_backbone(loaded, (64, 32), 18).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(found, said.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_spec_with_widths_that_no_layer_has_is_refused() -> None:
