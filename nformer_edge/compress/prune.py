@@ -1,4 +1,4 @@
-"""Structured pruning: whole channels go, and what is left is a plain smaller model.
+"""Structured pruning: whole channels or whole streams go, and what is left is a plain smaller model.
 
 Which channels belong together (shortcuts, gates, the streams of an OSNet block) torch-pruning finds (Fang et al., CVPR
 2023). How many of them stay is decided here, because its own rounding leaves a layer whole where it rounds to none.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,10 +29,12 @@ from nformer_edge.compress.step import Work, exported
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import ModelSpec, check_at_least, check_choice
 from nformer_edge.model.backbone import Backbone, widths_of
+from nformer_edge.model.osnet import OSBlock
 from nformer_edge.model.resnet import IBN
 from nformer_edge.training.history import Epoch
 from nformer_edge.training.losses import batch_hard_triplet
 
+What = Literal["channels", "streams"]
 Importance = Literal["taylor", "bn_scale"]
 
 Norm = nn.BatchNorm2d | nn.InstanceNorm2d
@@ -39,12 +42,17 @@ Norm = nn.BatchNorm2d | nn.InstanceNorm2d
 #: A layer by its name, and which of its channels are the group's, in the group's order.
 Members = list[tuple[str, list[int]]]
 
+#: Whether a model keeps to the budget.
+Fits = Callable[[Backbone], bool]
+
 
 @dataclass(frozen=True)
 class Prune:
-    """Takes away channels of least importance, over all layers together. It does not train: let `distil` follow.
+    """Takes away what matters least, over all layers together. It does not train: let `distil` follow.
 
     Args:
+        what: ``channels``, or ``streams`` of OSNet's blocks (one stays in each): one after the other goes the stream
+            without which the re-ID loss grows least for the multiplications that it takes.
         gmacs: share of the backbone's multiplications that may remain.
         time: share of its time that may remain, by the clock of this machine: exported, FP32, 8 images a batch, in
             turn with the whole one. Multiplications and time go apart, because thin layers are slow for their size.
@@ -54,9 +62,10 @@ class Prune:
             al., ICCV 2017). Both are in units of the mean of the channels that it stands with.
         multiple: widths are rounded to multiples of this, never to none: float and INT8 kernels work in blocks of 16.
             IBN's two halves lose equally many channels.
-        batches: of the training images, for ``taylor``.
+        batches: of the training images, for ``taylor`` and for streams.
     """
 
+    what: What = "channels"
     gmacs: float = 1.0
     time: float = 1.0
     importance: Importance = "taylor"
@@ -64,6 +73,7 @@ class Prune:
     batches: int = 20
 
     def __post_init__(self) -> None:
+        check_choice("what", self.what, get_args(What))
         check_choice("importance", self.importance, get_args(Importance))
         for name in ("multiple", "batches"):
             check_at_least(name, getattr(self, name), 1)
@@ -75,6 +85,23 @@ class Prune:
 
     def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
         size = (work.spec.preprocess.height, work.spec.preprocess.width)
+        budget = self.gmacs * cost_of(backbone, size).gmacs
+        with _clock(backbone, work.spec) if self.time < 1 else nullcontext() as share:
+
+            def fits(tried: Backbone) -> bool:
+                light = cost_of(tried, size).gmacs <= budget
+                return light and (share is None or share(_with_spec(tried)) <= self.time)
+
+            kept = (self._narrowed if self.what == "channels" else self._thinned)(backbone, work, size, fits)
+        if kept is None:
+            got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
+            widths = f"what widths that are multiples of {self.multiple} can reach"
+            expected = widths if self.what == "channels" else "what one stream a block can reach"
+            raise UsageError("prune", got, expected, "Raise them, or lower multiple.")
+        return _with_spec(kept), []
+
+    def _narrowed(self, backbone: Backbone, work: Work, size: tuple[int, int], fits: Fits) -> Backbone | None:
+        """With the lowest threshold that `fits`."""
         example = torch.zeros(2, 3, *size)
         scores = _taylor(backbone, work, self.batches) if self.importance == "taylor" else _scales(backbone)
         groups = [
@@ -82,24 +109,38 @@ class Prune:
             for members in _groups(backbone, example)
             if any(name in scores for name, _ in members)
         ]
-        budget = self.gmacs * cost_of(backbone, size).gmacs
         thresholds = sorted({float(score) for group in groups for score in group.scores})
-        kept = backbone
-        low, high = 0, len(thresholds)
-        with _clock(backbone, work.spec) if self.time < 1 else nullcontext() as share:
-            while low < high:  # the lowest threshold that meets the budget
-                middle = (low + high) // 2
-                tried = self._cut(backbone, example, groups, thresholds[middle])
-                light = cost_of(tried, size).gmacs <= budget
-                if light and (share is None or share(_with_spec(tried)) <= self.time):
-                    kept, high = tried, middle
-                else:
-                    low = middle + 1
-        if kept is backbone:
-            got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
-            expected = f"what widths that are multiples of {self.multiple} can reach"
-            raise UsageError("prune", got, expected, "Raise them, or lower multiple.")
-        return _with_spec(kept), []
+        kept, low, high = None, 0, len(thresholds)
+        while low < high:
+            middle = (low + high) // 2
+            tried = self._cut(backbone, example, groups, thresholds[middle])
+            if fits(tried):
+                kept, high = tried, middle
+            else:
+                low = middle + 1
+        return kept
+
+    def _thinned(self, backbone: Backbone, work: Work, size: tuple[int, int], fits: Fits) -> Backbone | None:
+        """Without as few streams as `fits`."""
+        if not any(isinstance(block, OSBlock) for block in backbone.modules()):
+            raise UsageError("prune.what", f"streams of {backbone.spec.arch}", "an OSNet", "Prune its channels.")
+        batches = list(_batches(work, backbone.spec.features, self.batches))
+        kept = copy.deepcopy(backbone).to(work.compute.device).eval()
+        loss, gmacs = _mean_loss(kept, batches), cost_of(kept, size).gmacs
+        while not fits(kept):
+            tried: list[tuple[float, int, Backbone]] = []
+            for name, block in kept.named_modules():
+                streams = block.streams if isinstance(block, OSBlock) else ()
+                for stream in streams if len(streams) > 1 else ():
+                    without = copy.deepcopy(kept)
+                    setattr(without.get_submodule(name), stream, None)
+                    saved = gmacs - cost_of(without, size).gmacs
+                    tried.append(((_mean_loss(without, batches) - loss) / saved, len(tried), without))
+            if not tried:
+                return None
+            kept = min(tried)[2]
+            loss, gmacs = _mean_loss(kept, batches), cost_of(kept, size).gmacs
+        return kept.to("cpu")
 
     def _cut(self, backbone: Backbone, example: Tensor, groups: list[_Group], threshold: float) -> Backbone:
         """A copy without the channels whose score is not above the threshold, but for rounding."""
@@ -229,18 +270,11 @@ def _taylor(backbone: Backbone, work: Work, batches: int) -> dict[str, Tensor]:
     model = copy.deepcopy(backbone).to(work.compute.device).eval()
     norms = _norms(model)
     scores = {name: torch.zeros(sum(part.num_features for part in parts)) for name, parts in norms.items()}
-    loader = ViewLoader(work, Distil())
-    people = DistilCriterion(Distil(), work.lessons, backbone.spec.features).people.to(work.compute.device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    for step, (images, labels, _) in enumerate(loader):
-        if step == batches:
-            break
+    for loss in _batches(work, backbone.spec.features, batches):
         model.zero_grad()
-        unit = F.normalize(model(images.to(work.compute.device)), dim=1)
-        labels = labels.to(work.compute.device)
-        loss = F.cross_entropy(16 * unit @ people.T, labels) + batch_hard_triplet(unit, labels, 0.3)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss(model).backward()  # type: ignore[no-untyped-call]
         for name, parts in norms.items():
             scores[name] += torch.cat([_change(part) for part in parts]).pow(2).cpu()
     return scores
@@ -252,10 +286,28 @@ def _change(norm: Norm) -> Tensor:  # [C], to first order, without the channel
     return (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach()
 
 
+def _batches(work: Work, features: int, count: int) -> Iterator[Callable[[Backbone], Tensor]]:
+    """The re-ID loss of a model on each of the first batches: softmax over people and triplets."""
+    device = work.compute.device
+    people = DistilCriterion(Distil(), work.lessons, features).people.to(device)
+
+    def loss(images: Tensor, labels: Tensor, model: Backbone) -> Tensor:
+        unit, labels = F.normalize(model(images.to(device)), dim=1), labels.to(device)
+        return F.cross_entropy(16 * unit @ people.T, labels) + batch_hard_triplet(unit, labels, 0.3)
+
+    for images, labels, _ in islice(ViewLoader(work, Distil()), count):
+        yield partial(loss, images, labels)
+
+
+@torch.inference_mode()
+def _mean_loss(model: Backbone, batches: Sequence[Callable[[Backbone], Tensor]]) -> float:
+    return float(np.mean([float(loss(model)) for loss in batches]))
+
+
 def _with_spec(pruned: Backbone) -> Backbone:
     """The same weights in a backbone that its spec alone describes."""
-    whole = widths_of(Backbone(replace(pruned.spec, widths=None)))
-    widths = {name: width for name, width in widths_of(pruned).items() if width != whole[name]}
+    whole, left = widths_of(Backbone(replace(pruned.spec, widths=None))), widths_of(pruned)
+    widths = {name: width for name, width in left.items() if width != whole.get(name)}
     plain = Backbone(replace(pruned.spec, widths=widths or None)).eval()
     plain.load_state_dict(pruned.state_dict())
     return plain

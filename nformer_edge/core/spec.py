@@ -178,7 +178,8 @@ class BackboneSpec:
         pooling: ``avg``, or ``gem``: the mean of powers with a learned exponent, then the root (Radenovic et al. 2019).
         last_stride: of a ResNet's layer4. The feature map is a sixteenth of the image's sides with 1, else a 32nd.
         non_local: a ResNet-50 with FastReID's five non-local blocks in layer2 and layer3 (Wang et al. 2018).
-        widths: of layers that pruning made narrower, by their name in the backbone: channels in and out.
+        widths: of layers that pruning made narrower, by their name in the backbone: channels in and out; 0 and 0 of an
+            OSNet block's stream that it took away.
     """
 
     arch: str = "resnet50"

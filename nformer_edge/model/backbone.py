@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import TRUNKS, BackboneSpec
+from nformer_edge.model.osnet import STREAMS, OSBlock
 from nformer_edge.model.plain import fold_identities
 
 
@@ -105,7 +106,7 @@ _NECKS: dict[str, type[BNNeck] | type[BatchNormNeck] | type[FCNeck] | type[NoNec
 
 
 def widths_of(backbone: nn.Module) -> dict[str, tuple[int, int]]:
-    """Channels in and out of every layer that has a width, by name."""
+    """Channels in and out of every layer that has a width, by name; (0, 0) for a stream that was taken away."""
     widths = {}
     for name, layer in backbone.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -114,10 +115,24 @@ def widths_of(backbone: nn.Module) -> dict[str, tuple[int, int]]:
             widths[name] = (layer.in_features, layer.out_features)
         elif isinstance(layer, _NORMS):
             widths[name] = (layer.num_features, layer.num_features)
+        elif isinstance(layer, OSBlock):
+            widths |= {f"{name}.{stream}": (0, 0) for stream in STREAMS if stream not in layer.streams}
     return widths
 
 
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm1d, nn.InstanceNorm2d)
+
+
+def _narrow(backbone: nn.Module, name: str, inputs: int, outputs: int) -> None:
+    """Replaces the layer of that name by an untrained one of another width, or takes a stream away."""
+    parent, _, stream = name.rpartition(".")
+    if inputs == outputs == 0 and stream in STREAMS:
+        block = next((module for found, module in backbone.named_modules() if found == parent), None)
+        if not isinstance(block, OSBlock) or block.streams in ((), (stream,)):
+            raise UsageError(f"widths.{name}", (0, 0), "a block that has another stream", "Correct the spec.")
+        setattr(block, stream, None)
+    else:
+        backbone.set_submodule(name, _narrower(backbone, name, inputs, outputs))
 
 
 def _narrower(backbone: nn.Module, name: str, inputs: int, outputs: int) -> nn.Module:
@@ -151,7 +166,7 @@ class Backbone(nn.Module):
         channels: Any = self.trunk.channels
         self.neck = _NECKS[spec.neck](channels, spec.features)
         for name, (inputs, outputs) in (spec.widths or {}).items():
-            self.set_submodule(name, _narrower(self, name, inputs, outputs))
+            _narrow(self, name, inputs, outputs)
         if spec.widths:
             channels, _ = next(iter(widths_of(self.neck).values()), (channels, channels))
             self.trunk.channels = channels

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Instance = Literal["", "after", "inside"]
+
+#: Of an `OSBlock`.
+STREAMS = ("conv2a", "conv2b", "conv2c", "conv2d")
 
 _CHANNELS = (64, 256, 384, 512)  # of x1.0
 _INSTANCE: dict[str, tuple[tuple[Instance, Instance], ...]] = {
@@ -62,7 +66,7 @@ class ChannelGate(nn.Module):
 
 
 class OSBlock(nn.Module):
-    """Four streams of 1 to 4 light convolutions, summed after the shared gate.
+    """Four streams of 1 to 4 light convolutions, or those of them that pruning left, summed after the shared gate.
 
     Args:
         instance: where an instance norm stands: ``after`` the sum with the shortcut (IBN), ``inside``, in place of the
@@ -86,10 +90,14 @@ class OSBlock(nn.Module):
         self.downsample = ConvLayer(inputs, outputs, 1, linear=True) if inputs != outputs else None
         self.relu = nn.ReLU(inplace=True)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of those that are there: one that was taken away is None."""
+        return tuple(name for name in STREAMS if getattr(self, name) is not None)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x)
-        streams = (self.conv2a(y), self.conv2b(y), self.conv2c(y), self.conv2d(y))
-        y = self.gate(streams[0]) + self.gate(streams[1]) + self.gate(streams[2]) + self.gate(streams[3])
+        y = reduce(torch.add, [self.gate(getattr(self, stream)(y)) for stream in self.streams])
         y, shortcut = self.conv3(y), x if self.downsample is None else self.downsample(x)
         return self.relu(self.IN(y) + shortcut if self.instance == "inside" else self.IN(y + shortcut))
 

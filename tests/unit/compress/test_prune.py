@@ -26,6 +26,7 @@ from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.exporting.trace import trace_backbone
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.model.osnet import OSBlock
 from nformer_edge.model.resnet import IBN
 from nformer_edge.training.config import BackboneConfig
 
@@ -50,7 +51,7 @@ def teacher_at(folder: Path, spec: ModelSpec = SPEC) -> Path:
 def test_a_pruned_model_loads_by_its_spec_within_the_budget_and_with_round_widths(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
     teacher, out = teacher_at(tmp_path), tmp_path / "student.safetensors"
-    recipe = Recipe((Prune(0.7, batches=2), Distil(maps=0.5, train=TRAIN)), views=1, holdout=0.25)
+    recipe = Recipe((Prune(gmacs=0.7, batches=2), Distil(maps=0.5, train=TRAIN)), views=1, holdout=0.25)
     record = compress(teacher, data, recipe, out)
     pruned = load_checkpoint(out)
     assert pruned.backbone is not None
@@ -86,6 +87,28 @@ def test_a_time_budget_is_asked_of_the_clock_with_the_model_as_its_bundle_runs(
     assert all(narrow)
 
 
+def test_streams_go_until_the_budget_holds_and_the_rest_learns_the_teachers_maps(data: Path, tmp_path: Path) -> None:
+    teacher, out = teacher_at(tmp_path), tmp_path / "student.safetensors"
+    recipe = Recipe((Prune("streams", 0.8, batches=1), Distil(maps=1.0, train=TRAIN)), views=1, holdout=0.25)
+    record = compress(teacher, data, recipe, out)
+    thin = load_checkpoint(out)
+    assert thin.backbone is not None
+    assert cost_of(thin.backbone, (64, 32)).gmacs <= 0.8 * record.teacher.gmacs
+    gone = {name for name, width in (thin.spec.backbone.widths or {}).items() if width == (0, 0)}
+    assert 0 < len(gone) == 24 - sum(len(m.streams) for m in thin.backbone.modules() if isinstance(m, OSBlock))
+    images = torch.rand(2, 3, 64, 32)
+    model = trace_backbone(thin.backbone, (64, 32), 18)
+    found = np.asarray(onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": images.numpy()})[0])
+    with torch.inference_mode():
+        np.testing.assert_allclose(found, thin.backbone(images).numpy(), atol=1e-4)
+
+
+def test_streams_of_a_backbone_without_any_are_refused(data: Path, tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec("resnet18", 32)))
+    with pytest.raises(UsageError, match="streams of resnet18"):
+        compress(teacher, data, Recipe((Prune("streams", 0.7),), views=1), tmp_path / "s.safetensors")
+
+
 def test_pruning_without_a_budget_is_refused() -> None:
     with pytest.raises(UsageError, match="one of them below 1"):
         Prune()
@@ -95,7 +118,7 @@ def test_a_plain_student_is_refused(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
     teacher = teacher_at(tmp_path, replace(SPEC, backbone=BackboneSpec("plain_s", 32)))
     with pytest.raises(UsageError, match="adds the identity"):
-        compress(teacher, data, Recipe((Prune(0.7, importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
+        compress(teacher, data, Recipe((Prune(gmacs=0.7, importance="bn_scale"),), views=1), tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +144,7 @@ def test_channels_that_say_nothing_go_and_the_outputs_stay_in_pytorch_and_in_onn
                 values.data[:8] = 0
             for values in (parts[-1].weight, parts[-1].bias):
                 values.data[-8:] = 0
-    pruned, _ = Prune(0.999, importance="bn_scale").run(whole, SimpleNamespace(spec=spec))  # type: ignore[arg-type]
+    pruned, _ = Prune(gmacs=0.999, importance="bn_scale").run(whole, SimpleNamespace(spec=spec))  # type: ignore[arg-type]
     assert cost_of(pruned, (64, 32)).gmacs < 0.9 * cost_of(whole, (64, 32)).gmacs
     save_checkpoint(tmp_path / "m.safetensors", replace(spec, backbone=pruned.spec), pruned)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
@@ -138,7 +161,8 @@ def test_channels_that_say_nothing_go_and_the_outputs_stay_in_pytorch_and_in_onn
 
 
 def test_a_spec_with_widths_that_no_layer_has_is_refused() -> None:
-    for widths in ({"trunk.nothing": (1, 1)}, {"trunk.conv5.conv": (4096, 128)}):
+    every = {f"trunk.conv2.0.conv2{stream}": (0, 0) for stream in "abcd"}
+    for widths in ({"trunk.nothing": (1, 1)}, {"trunk.conv5.conv": (4096, 128)}, {"trunk.conv2d": (0, 0)}, every):
         with pytest.raises(UsageError, match=r"widths\.trunk"):
             Backbone(BackboneSpec("osnet_x0_25", 32, widths=widths))
 
