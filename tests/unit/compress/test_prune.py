@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -172,18 +173,40 @@ def test_two_of_four_keeps_the_larger_two_the_earlier_of_equals() -> None:
     assert two_of_four(weight).tolist() == [[1, 0, 1, 0, 1, 1, 0, 0]]
 
 
-def test_sparse_weights_stay_sparse_through_training_and_in_the_exported_file(data: Path, tmp_path: Path) -> None:
-    from onnx import numpy_helper
+@pytest.fixture(scope="module", name="graphs")
+def _graphs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher's and its sparse student's exported files."""
+    folder = tmp_path_factory.mktemp("sparse")
+    teacher, student = teacher_at(folder), folder / "student.safetensors"
+    compress(teacher, data, Recipe((Sparsify(Distil(train=TRAIN)),), views=1, holdout=0), student)
+    files = []
+    for path in (teacher, student):
+        backbone = load_checkpoint(path).backbone
+        assert backbone is not None
+        files.append(path.with_suffix(".onnx"))
+        onnx.save(trace_backbone(backbone, (64, 32), 18), files[-1])
+    return files[0], files[1]
 
-    recipe = Recipe((Sparsify(Distil(train=TRAIN)),), BackboneSpec("resnet18", 32), views=1, holdout=0)
-    compress(teacher_at(tmp_path), data, recipe, tmp_path / "s.safetensors")
-    backbone = load_checkpoint(tmp_path / "s.safetensors").backbone
-    assert backbone is not None
-    model = trace_backbone(backbone, (64, 32), 18)
-    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    kernels = [weights[n.input[1]] for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
-    sparse = [k for k in kernels if k.ndim > 1 and k.shape[1] % 4 == 0]
-    assert len(sparse) == len(masks_of(backbone))
+
+def test_sparse_weights_stay_sparse_through_training_and_in_the_exported_file(graphs: tuple[Path, Path]) -> None:
+    model = onnx.load(graphs[1])
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    names = {n.input[1] for n in model.graph.node if n.op_type in ("Conv", "Gemm")}  # a gate serves four streams
+    sparse = [weights[name] for name in names if weights[name].shape[1] % 4 == 0]
+    assert len(sparse) == len(masks_of(Backbone(SPEC.backbone)))
     for kernel in sparse:
         fours = np.moveaxis(kernel, 1, -1).reshape(-1, 4)
         assert ((fours != 0).sum(axis=1) <= 2).all()
+
+
+def test_polygraphy_finds_each_layer_of_the_exported_file_sparse_and_the_teachers_not(
+    graphs: tuple[Path, Path],
+) -> None:
+    sparse = pytest.importorskip("polygraphy.tools.sparse", reason="no polygraphy: pip install '.[dev]'")
+    layers = len(masks_of(Backbone(SPEC.backbone)))
+    found = []
+    for path in graphs:
+        checked = sparse.SparsityPruner(onnx.load(path))  # `polygraphy inspect sparsity`
+        checked.check()
+        found.append(len(checked.sparse_tensors))
+    assert found == [0, layers]
