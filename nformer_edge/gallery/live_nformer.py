@@ -228,7 +228,14 @@ class NFormerLive(LiveHead):
         """What follows attention."""
         x = self._norm(f"h.{layer}.ln_1", x + self._projected(f"h.{layer}.attn.c_proj", y))
         hidden = self._projected(f"h.{layer}.mlp.c_fc", x)
-        hidden *= 0.5 + 0.5 * np.tanh(np.float32(math.sqrt(2 / math.pi)) * (hidden + np.float32(0.044715) * hidden**3))
+        bent = hidden * hidden  # `hidden**3` takes five times as long as the matrix product before it
+        bent *= np.float32(0.044715 * math.sqrt(2 / math.pi))
+        bent += np.float32(math.sqrt(2 / math.pi))
+        bent *= hidden
+        np.tanh(bent, out=bent)
+        bent += 1
+        bent *= np.float32(0.5)
+        hidden *= bent
         return self._norm(f"h.{layer}.ln_2", x + self._projected(f"h.{layer}.mlp.c_proj", hidden))
 
     def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
