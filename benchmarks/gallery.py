@@ -160,8 +160,11 @@ def compared(quick: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     """How far the quick answer is from the exact one: what nothing bounds beforehand."""
     off, best = np.abs(quick - exact), [np.argsort(-x, axis=1, kind="stable")[:, :10] for x in (quick, exact)]
     same = [len(np.intersect1d(*pair)) / 10 for pair in zip(*best, strict=True)]
+    first = -np.sort(-exact, axis=1)[:, :10]
     return {
         "largest difference of a score": float(off.max()),
+        "largest difference of a query's scores, median": float(np.median(off.max(axis=1))),
+        "first score less the tenth, exact, median": float(np.median(first[:, 0] - first[:, -1])),
         "mean difference": float(off.mean()),
         "99.9 % of differences are below": float(np.quantile(off, 0.999)),
         "overlap@10": float(np.mean(same)),

@@ -83,6 +83,7 @@ class LiveHead:
             UsageError: if the model has no head.
             ArtifactError: for a bundle or an engine that was exported without the head's numbers.
         """
+        from nformer_edge.gallery.live_affinity import AffinityLive
         from nformer_edge.gallery.live_gated import GatedLive
         from nformer_edge.gallery.live_nformer import NFormerLive
 
@@ -90,8 +91,8 @@ class LiveHead:
         if not numbers:
             hint = "Export it again: nformer-edge export CHECKPOINT -o BUNDLE; an engine is then built from that."
             raise ArtifactError(model.name, "no live form of its head", "one, to keep a gallery", hint)
-        live = GatedLive if head.rule == "gated" else NFormerLive
-        return live(model.spec, numbers, model.landmark_seed if seed is None else seed, kept)
+        rules: dict[str, type[LiveHead]] = {"gated": GatedLive, "features": NFormerLive, "affinity": AffinityLive}
+        return rules[head.rule](model.spec, numbers, model.landmark_seed if seed is None else seed, kept)
 
     def __len__(self) -> int:
         return len(self._moved)
@@ -483,10 +484,10 @@ class LiveHead:
         self._put("scores", rows, theirs, stop)
         return rows, found
 
-    def _unlist(self, place: np.ndarray) -> None:
+    def _unlist(self, place: np.ndarray, head: str = "") -> None:
         """Renames who stands in lists; `place` [old N + 1] is -1 for who is gone."""
         size, listed = len(self), self.spec.listed
-        names, scores = self._rows["names"], self._rows["scores"]
+        names, scores = self._rows[f"names{head}"], self._rows[f"scores{head}"]
         renamed = np.where(names >= 0, place[names], np.int32(NO_NEIGHBOR))
         gone = (names >= 0) & (renamed < 0)
         self._moved |= gone[:size, :listed].any(axis=1)
@@ -494,7 +495,7 @@ class LiveHead:
         left = np.argsort(renamed[rows] < 0, axis=1, kind="stable")
         renamed[rows] = np.take_along_axis(renamed[rows], left, axis=1)
         scores[rows] = np.where(renamed[rows] >= 0, np.take_along_axis(scores[rows], left, axis=1), -np.inf)
-        self._rows["names"] = renamed
+        self._rows[f"names{head}"] = renamed
         short = np.flatnonzero((renamed[:size] >= 0).sum(axis=1) < min(listed, size))
         if len(short):
             self._search(short, size)
@@ -518,24 +519,27 @@ class LiveHead:
 
     def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         """As `_quick`, for one query [1, ...] that joins the gallery and leaves it as it was."""
-        size, listed = len(self), self.spec.listed
-        self._undo = []
+        size, self._undo = len(self), []
         try:
             row = np.array([size])
             for name, x in asked.items():
                 self._put(name, row, x, size + 1)
-            query, unit = asked["unit"][0], self._rows["unit"]
-            products = unit @ query
-            rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
-            self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
             moved = np.zeros(size + 1, bool)
-            moved[rows] = moved[size] = True
+            moved[self._join(asked["unit"][0])] = moved[size] = True
             self._spread(size + 1, moved)
             return self._scored(self._read("out", row), size)
         finally:
             for name, changed, before in reversed(self._undo):
                 self._rows[name][changed] = before
             self._undo = None
+
+    def _join(self, query: np.ndarray) -> np.ndarray:  # [D] -> [P]
+        """The list of a query, which stands behind the rows, and its place in theirs. Returns those rows."""
+        size, listed, unit = len(self), self.spec.listed, self._rows["unit"]
+        products = unit @ query
+        rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
+        self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
+        return rows
 
     def _among(self, asked: dict[str, np.ndarray], among: int | np.ndarray) -> np.ndarray:
         """One query [1, ...] with a shortlist."""

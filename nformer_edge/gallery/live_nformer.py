@@ -1,8 +1,7 @@
 """The published head (`model.nformer`) over a gallery that changes, without torch. Letters as in `gallery.live`.
 
 Under the features rule lists are chosen once, and a row changes where its mutual neighbors do, layer by layer. Under
-the affinity rule every layer chooses anew and any row may change: layers are computed whole after a change, an exact
-query takes a pass over all rows, and a quick one is exact in what it chooses among rows that stay as they are.
+the affinity rule every layer and head chooses anew, by what the layer before made of the rows.
 
 R is the length of the affinity's factors, H the heads.
 """
@@ -10,6 +9,7 @@ R is the length of the affinity's factors, H the heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -20,28 +20,22 @@ from nformer_edge.ops.contract import NO_NEIGHBOR
 
 
 class NFormerLive(LiveHead):
-    """See `LiveHead`."""
+    """See `LiveHead`. This one has the features rule, and the head's numbers for both."""
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         spec = self.spec
         size, factor = spec.features // spec.heads, min(spec.landmarks, spec.features // spec.heads)
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {"length": ((), np.float32)}
-        for layer in range(spec.layers):
-            shapes |= {f"x{layer}": ((spec.features,), np.float32)} if layer else {}
-            for h in range(spec.heads):
-                shapes |= {f"{name}{layer}.{h}": ((factor,), np.float32) for name in "ab"}
-                shapes[f"v{layer}.{h}"] = (size,), np.float32
-                if self._anew:
-                    shapes |= {f"names{layer}.{h}": ((spec.k,), np.int32), f"last{layer}.{h}": ((), np.float32)}
-        common = super()._shapes()
-        if self._anew:
-            return {**{name: common[name] for name in ("unit", "out", "gave")}, **shapes}
-        return {**common, **shapes, "mutual": ((spec.k,), np.int32)}
+        shapes = {**super()._shapes(), "length": ((), np.float32), "mutual": ((spec.k,), np.int32)}
+        shapes |= {f"x{layer}": ((spec.features,), np.float32) for layer in range(1, spec.layers)}
+        for head in self._heads:
+            shapes |= {f"a{head}": ((factor,), np.float32), f"b{head}": ((factor,), np.float32)}
+            shapes[f"v{head}"] = (size,), np.float32
+        return shapes
 
     @property
-    def _anew(self) -> bool:
-        """Whether every layer chooses its neighbors."""
-        return self.spec.rule == "affinity"
+    def _heads(self) -> tuple[str, ...]:
+        """Names of all heads of all layers."""
+        return tuple(f"{layer}.{h}" for layer in range(self.spec.layers) for h in range(self.spec.heads))
 
     def _entered(self, features: np.ndarray) -> np.ndarray:
         return features
@@ -54,10 +48,7 @@ class NFormerLive(LiveHead):
 
     @property
     def _computed(self) -> tuple[str, ...]:
-        heads = [f"{layer}.{h}" for layer in range(self.spec.layers) for h in range(self.spec.heads)]
-        if self._anew:  # lists follow from all else
-            return ("out", *(f"v{head}" for head in heads))
-        return (*super()._computed, *(f"{name}{head}" for name in "abv" for head in heads))
+        return (*super()._computed, *(f"{name}{head}" for name in "abv" for head in self._heads))
 
     @property
     def _given(self) -> tuple[str, ...]:
@@ -69,39 +60,32 @@ class NFormerLive(LiveHead):
         self.settle()
         del self._landmarks["drawn_rows"]
 
-    def _search(self, rows: np.ndarray, size: int) -> None:
-        if not self._anew:
-            super()._search(rows, size)
-
-    def _search_few(self, size: int) -> None:
-        if not self._anew:
-            super()._search_few(size)
-
-    def _list_new(self, start: int, stop: int) -> None:
-        if not self._anew:
-            super()._list_new(start, stop)
-
-    def _unlist(self, place: np.ndarray) -> None:
-        if self._anew:
-            self._moved[:] = True
-            return
+    def _unlist(self, place: np.ndarray, head: str = "") -> None:
         super()._unlist(place)
         mutual = self._rows["mutual"]
         self._rows["mutual"] = np.where(mutual >= 0, place[mutual], np.int32(NO_NEIGHBOR))
 
-    def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
-        return self._among(asked, np.arange(len(self))) if self._anew else super()._exact(asked)
-
     def _spread(self, size: int, moved: np.ndarray) -> None:
-        spec = self.spec
-        if self._anew:
-            moved = np.ones(size, bool)
-        else:
-            near = np.ascontiguousarray(self._rows["names"][:size, : spec.k])
-            met = self._put("mutual", *self._mutual(near, np.flatnonzero(moved | moved[near].any(axis=1))), size)
-            met |= moved
-            mutual = self._rows["mutual"][:size]
-        differs = moved
+        near = np.ascontiguousarray(self._rows["names"][:size, : self.spec.k])
+        met = self._put("mutual", *self._mutual(near, np.flatnonzero(moved | moved[near].any(axis=1))), size) | moved
+        mutual = self._rows["mutual"][:size]
+
+        def reached(layer: int, differs: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+            return [near] * self.spec.heads, met | differs | (differs[mutual] & (mutual >= 0)).any(axis=1)
+
+        self._relate(size, moved, reached)
+
+    def _relate(
+        self, size: int, moved: np.ndarray, reached: Callable[[int, np.ndarray], tuple[list[np.ndarray], np.ndarray]]
+    ) -> None:
+        """The layers of rows 0..size - 1, where something changes.
+
+        Args:
+            moved: bool [size], rows that are new, or one of whose lists changed.
+            reached: of a layer and the rows whose factors or values differ from before, bool [size]: each head's lists
+                [size, k], and the rows that attend otherwise now, bool [size].
+        """
+        spec, differs = self.spec, moved
         for layer in range(spec.layers):
             if f"k{layer}" not in self._landmarks:
                 self._take_agents(layer, self._x(layer, self._landmarks["drawn_rows"][layer]))
@@ -111,15 +95,10 @@ class NFormerLive(LiveHead):
             for name, x in zip("abv", map(np.hstack, zip(*factors, strict=True)), strict=False):
                 for h in range(spec.heads):
                     differs |= self._put(f"{name}{layer}.{h}", rows, x[h], size, STILL)
-            if self._anew:
-                rows = np.arange(size)
-            else:
-                rows = np.flatnonzero(met | differs | (differs[mutual] & (mutual >= 0)).any(axis=1))
-            y = []
-            for h in range(spec.heads):
+            lists, attends = reached(layer, differs)
+            rows, y = np.flatnonzero(attends), []
+            for h, near in enumerate(lists):
                 a, b, v = (self._read(f"{name}{layer}.{h}", slice(size))[None] for name in "abv")
-                if self._anew:
-                    near = self._choose(layer, h, a, b)
                 y.append(native.reciprocal_neighbor_attention(a, b, v, near[None], rows=rows)[0])
             summed = np.hstack(y)
             blocks = [self._after(layer, self._x(layer, rows[p]), summed[p]) for p in row_blocks(len(rows), BLOCK)]
@@ -128,12 +107,6 @@ class NFormerLive(LiveHead):
                 differs = self._put(f"x{layer + 1}", rows, x, size, STILL)
             else:
                 self._put("out", rows, self._neck(x), size)
-
-    def _choose(self, layer: int, h: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [1, n, R] each -> [n, k]
-        near = native.row_top_k(a, b, self.spec.k)
-        self._rows[f"names{layer}.{h}"][: a.shape[1]] = near[0]
-        self._rows[f"last{layer}.{h}"][: a.shape[1]] = native.kth_scores(a, b, near)[0]
-        return near[0]
 
     def _mutual(self, near: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [P]
         """`rows`, and of each the neighbors that chose it, in ascending order, -1 for the others."""
@@ -145,20 +118,26 @@ class NFormerLive(LiveHead):
         return rows, names
 
     def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
-        size, spec = len(self), self.spec
-        x, near, mutual = self._scaled(asked["unit"], asked["length"]), np.empty(0), np.empty(0)
-        if not self._anew:
-            queries = asked["unit"]
-            near, mutual = self._met(queries, queries, self._rows["unit"][:size], self._rows["unit"], "scores", spec.k)
-        for layer in range(spec.layers):
+        unit, rows = asked["unit"], self._rows["unit"]
+        met = self._met(unit, unit, rows[: len(self)], rows, "scores")
+        return self._alone(asked, lambda layer, h, a, b: met)
+
+    def _alone(
+        self,
+        asked: dict[str, np.ndarray],
+        met: Callable[[int, int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ) -> np.ndarray:  # [B, N]
+        """Queries among rows that stay as they are.
+
+        Args:
+            met: of a layer, a head and the queries' factors there, `_met`.
+        """
+        size, x = len(self), self._scaled(asked["unit"], asked["length"])
+        for layer in range(self.spec.layers):
             a, b, v = self._factors(layer, x)
             y = []
-            for h in range(spec.heads):
-                if self._anew:
-                    theirs = self._rows[f"a{layer}.{h}"]
-                    near, mutual = self._met(
-                        a[h], b[h], self._rows[f"b{layer}.{h}"][:size], theirs, f"last{layer}.{h}", spec.k
-                    )
+            for h in range(self.spec.heads):
+                near, mutual = met(layer, h, a[h], b[h])
                 keys = np.concatenate([self._read(f"b{layer}.{h}", near), b[h][:, None]], axis=1)
                 values = np.concatenate([self._read(f"v{layer}.{h}", near), v[h][:, None]], axis=1)
                 y.append(_attended(a[h], keys, values, mutual))
@@ -166,20 +145,19 @@ class NFormerLive(LiveHead):
         return self._scored(self._neck(x), size)
 
     def _met(
-        self, a: np.ndarray, b: np.ndarray, columns: np.ndarray, rows: np.ndarray, last: str, k: int
+        self, a: np.ndarray, b: np.ndarray, columns: np.ndarray, rows: np.ndarray, lists: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Whom queries with factors a, b [B, R] choose among `columns` [N, R], and who of them chooses back.
 
         Args:
             rows: [N, R], the other factor of the gallery.
-            last: name of the scores that a query must exceed to enter a list.
+            lists: name of the scores in the gallery's lists, whose last one a query must exceed.
 
         Returns:
             int32 [B, k], and bool [B, k + 1]: the last is the query itself.
         """
+        k, kept, products = self.spec.k, self._rows[lists][:, self.spec.k - 1], a @ columns.T
         near, mutual = np.full((len(a), k), NO_NEIGHBOR, np.int32), np.zeros((len(a), k + 1), bool)
-        products = a @ columns.T
-        kept = self._rows[last] if self._anew else self._rows[last][:, k - 1]
         for i, query in enumerate(a):
             names, scores = self._nearest(query, products[i], k, columns)
             own = native.pair_scores(query[None, None], b[i][None, None], np.zeros((1, 1, 1), np.int32))[0, 0, 0]

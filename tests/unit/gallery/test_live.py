@@ -12,6 +12,7 @@ from nformer_edge.backends.open import open_model
 from nformer_edge.core.errors import ArtifactError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec
+from nformer_edge.gallery import live_affinity
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.gallery.search import search_related
 from nformer_edge.model.gated import head_numbers, make_head, start_as_gates
@@ -133,6 +134,32 @@ def test_a_gallery_after_additions_and_removals_is_the_gallery_built_anew(rule, 
     queries = people(4, 6)
     for exact in (False, True):
         near(live.ask(queries, exact=exact), anew.ask(queries, exact=exact))
+
+
+@pytest.mark.parametrize("many", [0, 8])  # rows that changed are always followed; or not, where they are many
+def test_lists_under_the_affinity_rule_stay_those_of_row_top_k(many, monkeypatch):
+    monkeypatch.setattr(live_affinity, "_MANY", many)
+    _, live = opened("affinity")
+    rows, rng = np.repeat(people(90, 3), 2, axis=0), np.random.default_rng(many)  # each image twice: scores are equal
+    live.build(rows[:60])
+    for start in range(60, 180, 12):
+        live.add(rows[start : start + 12])
+        live.ask(rows[:1] + people(1, start), exact=True)
+        live.remove(rng.choice(len(live), 11, replace=False))
+        live.ask(rows[:1], exact=True)
+    for layer, h in np.ndindex(3, 2):
+        a, b = (live._rows[f"{name}{layer}.{h}"][None, :-1] for name in "ab")
+        names, scores = (live._rows[f"{name}{layer}.{h}"][:-1, : live.spec.k] for name in ("names", "scores"))
+        assert np.array_equal(names, native.row_top_k(a, b, live.spec.k)[0])
+        assert np.array_equal(scores, native.pair_scores(a, b, names[None])[0])
+
+
+def test_an_exact_query_under_the_affinity_rule_is_a_pass_over_everybody():
+    _, live = opened("affinity")
+    live.build(people(300, 1))
+    before = {name: x.copy() for name, x in live._rows.items()}
+    near(live.ask(people(3, 2), exact=True), live.ask(people(3, 2), among=300))
+    assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
 
 
 @torch.no_grad()
