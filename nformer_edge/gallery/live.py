@@ -166,7 +166,10 @@ class LiveHead:
             return self._start(np.zeros((0, self.spec.features), np.float32), None)
         self._lost |= bool((self._rows["gave"] & ~kept).any())
         place = np.where(kept, np.cumsum(kept) - 1, NO_NEIGHBOR).astype(np.int32)
-        self._rows, self._room = {name: x[kept] for name, x in self._rows.items()}, {}
+        stay, first = np.flatnonzero(kept), int(kept.argmin())
+        for name, x in self._rows.items():
+            x[first : len(stay)] = x[stay[first:]]
+            self._rows[name] = x[: len(stay)]
         self._moved = self._moved[kept[:-1]]
         self._unlist(place)
 
@@ -387,8 +390,8 @@ class LiveHead:
             moved = self._put(f"{name}.scale", rows, scale, size, still / 127)
             return moved | self._put(name, rows, np.rint(values / scale[:, None]).astype(np.int8), size)
         before, values = array[rows], values.astype(array.dtype, copy=False)
-        differs = ~(np.abs(before - values) <= still) if still else before != values
-        moved = differs.any(axis=tuple(range(1, differs.ndim)))
+        rest = tuple(range(1, values.ndim))
+        moved = ~(np.abs(before - values).max(axis=rest) <= still) if still else (before != values).any(axis=rest)
         changed = rows[moved]
         if self._undo is not None:
             self._undo.append((name, changed, before[moved]))
@@ -495,7 +498,7 @@ class LiveHead:
         left = np.argsort(renamed[rows] < 0, axis=1, kind="stable")
         renamed[rows] = np.take_along_axis(renamed[rows], left, axis=1)
         scores[rows] = np.where(renamed[rows] >= 0, np.take_along_axis(scores[rows], left, axis=1), -np.inf)
-        self._rows[f"names{head}"] = renamed
+        names[:] = renamed
         short = np.flatnonzero((renamed[:size] >= 0).sum(axis=1) < min(listed, size))
         if len(short):
             self._search(short, size)

@@ -65,22 +65,25 @@ class GatedLive(LiveHead):
     def _spread(self, size: int, moved: np.ndarray) -> None:
         names = self._rows["names"][:size]
         near, places = np.ascontiguousarray(names[:, : self.spec.k + 1]), names[:, _PLACES]
+        listed, placed = np.ascontiguousarray(near.T), np.ascontiguousarray(places.T)
         rows = np.flatnonzero(moved)
         scores = _profile(self._rows["scores"][rows][:, _PLACES])
         self._put("profile0", rows, scores, size)
         x, differs, profiles = self._rows["unit"][:size], np.zeros(size, bool), moved
         for layer in range(self.spec.layers):
             if layer:
-                x, profiles = self._read(f"x{layer}", slice(size)), moved | differs | differs[places].any(axis=1)
+                x, profiles = self._read(f"x{layer}", slice(size)), moved | differs | _reached(differs, placed)
                 rows = np.flatnonzero(profiles)
                 self._put(f"profile{layer}", rows, self._reprofiled(layer, x, rows, places, moved, differs), size)
             rows = np.flatnonzero(profiles)
             t = self._thresholds(layer, self._rows[f"profile{layer}"][rows])
             before = self._rows[f"t{layer}"][:size].copy()
             risen = self._put(f"t{layer}", rows, t, size, STILL)
-            surely = moved | differs | differs[near].any(axis=1)  # -1 reads the last row: one more to compute
-            rows = np.flatnonzero(~surely & (risen | risen[near].any(axis=1)))
-            surely[rows[self._reweighed(layer, rows, near, self._rows[f"t{layer}"][:size] - before)]] = True
+            either = differs + 2 * risen.astype(np.uint8)
+            reached = either | _reached(either, listed)
+            surely = moved | (reached & 1 > 0)
+            rows = np.flatnonzero(~surely & (reached > 0))
+            surely[rows[self._reweighed(layer, x, rows, near, before)]] = True
             rows, differs = np.flatnonzero(surely), np.zeros(size, bool)
             for part in row_blocks(len(rows), BLOCK):
                 differs |= self._pass(layer, x, rows[part], near)
@@ -98,9 +101,17 @@ class GatedLive(LiveHead):
             return np.where(wanted[:, 1:] >= 0, scores[:, 1:], self._rows[f"profile{layer}"][rows])
         return _profile(scores)
 
-    def _reweighed(self, layer: int, rows: np.ndarray, near: np.ndarray, rise: np.ndarray) -> np.ndarray:
-        """Which of `rows` [P], whose neighbors stay as they were, weigh them otherwise where thresholds rise by [n]."""
-        slope, exponents = self._slope(layer), self._rows[f"exponents{layer}"][rows]
+    def _reweighed(
+        self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray, before: np.ndarray
+    ) -> np.ndarray:  # bool [P]
+        """Which of `rows` [P], whose neighbors stay, weigh them otherwise than with the thresholds [n] before."""
+        slope, kept = self._slope(layer), self._rows[f"exponents{layer}"]
+        stale = rows[np.isnan(kept[rows, 0])]
+        over = native.pair_scores(x[stale][None], x[None], near[None, stale])[0]
+        over -= (before[stale, None] + before[near[stale]]) / 2
+        over[near[stale] == stale[:, None]] = -np.inf
+        kept[stale] = slope * over
+        rise, exponents = self._rows[f"t{layer}"][: len(x)] - before, kept[rows]
         new = exponents - np.float32(slope / 2) * (rise[rows, None] + rise[near[rows]])
         self._put(f"exponents{layer}", rows, new, len(near))
         changes = np.abs(_sigmoid(new) - _sigmoid(exponents)).sum(axis=1)
@@ -111,10 +122,7 @@ class GatedLive(LiveHead):
         """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
         t, one = self._rows[f"t{layer}"][None, : len(x)], x[None]
         if self._undo is None:  # a query that is taken back leaves none behind, and reads none of these
-            over = native.pair_scores(x[rows][None], one, near[None, rows])[0]
-            over -= (t[0, rows, None] + t[0, near[rows]]) / 2
-            over[near[rows] == rows[:, None]] = -np.inf
-            self._put(f"exponents{layer}", rows, (self._slope(layer) * over).astype(np.float32), len(x))
+            self._rows[f"exponents{layer}"][rows] = np.nan  # computed when they are asked for
         y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
         new = self._joined(layer, x[rows], y)
         if layer + 1 < self.spec.layers:
@@ -192,6 +200,15 @@ def _profile(scores: np.ndarray) -> np.ndarray:  # [P, 1 + RANKS] -> [P, RANKS]
     last = np.take_along_axis(scores, there.sum(axis=1)[:, None], axis=1)
     drop = GATED_MISSING * np.cumsum(~there, axis=1)
     return np.where(there, scores[:, 1:], last - drop).astype(np.float32)
+
+
+def _reached(
+    flags: np.ndarray,  # bool or uint8 [n]
+    lists: np.ndarray,  # int32 [K, n]; -1 reads the last row: one more to compute
+) -> np.ndarray:  # [n]
+    """The flags of a row's neighbors, together. Lists stand place by place, which is several times as quick."""
+    together: np.ndarray = np.bitwise_or.reduce(flags.take(lists, mode="wrap"), axis=0)
+    return together
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

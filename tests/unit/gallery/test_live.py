@@ -216,13 +216,16 @@ def test_a_shortlist_by_number_has_the_nearest_rows():
     near(everybody, live.ask(people(2, 2), exact=True))
 
 
-def test_an_exact_query_leaves_the_gallery_as_it_was():
-    _, live = opened()
+@pytest.mark.parametrize("kept", ["fp32", "int8"])
+def test_an_exact_query_leaves_the_gallery_as_it_was(kept):
+    _, live = opened(kept=kept)
     live.build(people(120, 1))
     live.settle()
     before = {name: x.copy() for name, x in live._rows.items()}
     live.ask(people(3, 2), exact=True)
-    assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
+    for name, x in before.items():
+        known = x == x  # what was not computed yet may be kept now
+        np.testing.assert_array_equal(live._rows[name][known], x[known], name)
 
 
 @pytest.mark.parametrize("rule", ["gated", "features", "affinity"])
@@ -380,15 +383,6 @@ def test_a_smaller_state_answers_nearly_the_same_through_changes(rule, kept, tol
         near(one[both], other[both], tolerance)
     assert np.abs(found["whole"][0] - found["small"][0]).max() > 1e-6
     assert sizes["small"] < sizes["whole"]
-
-
-def test_an_exact_query_leaves_a_smaller_state_as_it_was():
-    _, live = opened(kept="int8")
-    live.build(people(120, 1))
-    live.settle()
-    before = {name: x.copy() for name, x in live._rows.items()}
-    live.ask(people(3, 2), exact=True)
-    assert all(np.array_equal(x, live._rows[name]) for name, x in before.items())
 
 
 def test_a_state_of_another_kind_is_refused():
