@@ -16,7 +16,7 @@ from nformer_edge.compress.cost import Cost, cost_of
 from nformer_edge.compress.recipe import Recipe, kind_of, read_recipe
 from nformer_edge.compress.step import Lessons, Work
 from nformer_edge.compress.teacher import extract_teacher, stored_teacher
-from nformer_edge.core.artifact import require_suffix, sha256_file, working_in
+from nformer_edge.core.artifact import open_plain, require_suffix, sha256_file, working_in
 from nformer_edge.core.errors import ArtifactError
 from nformer_edge.core.features import Features, load_features, save_features
 from nformer_edge.core.spec import ModelSpec
@@ -130,7 +130,10 @@ def compress(
     if made.backbone is None:
         raise ArtifactError(str(model), "a head alone", "a backbone", "Pass the model that it belongs to.")
     dataset = dataset_of(data, layout)
-    store = None if teacher is None else sha256_file(teacher)
+    store = None
+    if teacher is not None:
+        with open_plain(teacher, "a feature store"):
+            store = sha256_file(teacher)
     names = images_identity(dataset.train, dataset.root)
     identity = Identity(recipe.identity, images=names, initial=made.sha256, features=store)
     run = Run(out, identity, open_compute(device, recipe.precision), recipe.save_minutes, resume=resume)

@@ -112,6 +112,10 @@ class Workshop:
             self._format_1(folder)
             self._weights(folder / "weights.pth", seed=i)
             (folder / "train.toml").write_text(_TOML.format(seed=i))
+            (folder / "recipe.toml").write_text(_RECIPE.format(seed=i))
+            self._student(folder / "student.safetensors", seed=i)
+            self.must("embed", folder / "bundle", "--data", self.data, "-o", folder / "teacher.npz", "--splits",
+                      "train", "--views", 2)  # fmt: skip
             self._csv(folder)
             self._state(folder)
 
@@ -143,6 +147,20 @@ class Workshop:
         spec = ModelSpec(BackboneSpec("osnet_x0_25", 16), head, PreprocessSpec(32, 16))
         torch.manual_seed(seed)
         save_checkpoint(path, spec, Backbone(spec.backbone), NFormer(head))
+
+    def _student(self, path: Path, seed: int) -> None:
+        """A narrower backbone without a stream, as pruning leaves it."""
+        import torch
+
+        from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec
+        from nformer_edge.model.backbone import Backbone
+        from nformer_edge.model.checkpoint import save_checkpoint
+
+        widths = {"trunk.conv2.0.conv2d": (0, 0), "trunk.conv5.conv": (128, 96), "trunk.conv5.bn": (96, 96)}
+        widths["neck.projection"] = (96, 16)
+        spec = ModelSpec(BackboneSpec("osnet_x0_25", 16, widths=widths), None, PreprocessSpec(32, 16))
+        torch.manual_seed(seed)
+        save_checkpoint(path, spec, Backbone(spec.backbone))
 
     def _budget(self, folder: Path, chosen: int) -> None:
         """What a search to a budget of accuracy leaves, of a search that was not run."""
@@ -235,10 +253,12 @@ class Workshop:
 
         rows = [
             Kind("checkpoint", a / "m.safetensors", b / "m.safetensors", search),
+            Kind("student", a / "student.safetensors", b / "student.safetensors", search),
             Kind("bundle", a / "bundle", b / "bundle", search),
             Kind("engine FP32", a / "fp32", b / "fp32", search),
             Kind("engine INT8", a / "int8", b / "int8", search),
             Kind("feature store", a / "f.npz", b / "f.npz", head),
+            Kind("teacher store", a / "teacher.npz", b / "teacher.npz", self._taught),
             Kind("calibration table", a / "calibration.json", b / "calibration.json", self._calibrated),
             Kind("budget", a / "budget.json", b / "budget.json", self._excluded),
             Kind("embed journal", a / "f.journal", b / "f.journal", self._embedded),
@@ -247,6 +267,7 @@ class Workshop:
             Kind("format 1", a / "format1", b / "format1", self._upgraded, sealed=False),
             Kind("weights", a / "weights.pth", b / "weights.pth", self._imported, sealed=False),
             Kind("TOML configuration", a / "train.toml", b / "train.toml", self._configured, sealed=False),
+            Kind("recipe", a / "recipe.toml", b / "recipe.toml", self._recipe, sealed=False),
             Kind("CSV list", a / "list.csv", b / "list.csv", self._listed, sealed=False),
         ]
         return rows
@@ -312,6 +333,23 @@ class Workshop:
 
         return direct(lambda: configure(path))
 
+    def _recipe(self, path: Path, work: Path) -> tuple[int, Any]:
+        from nformer_edge.compress.recipe import read_recipe
+
+        return direct(lambda: read_recipe(path))
+
+    def _taught(self, path: Path, work: Path) -> tuple[int, Any]:
+        place = work / "c"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        code, _ = command(*self.compressing(self.root / "a", path), "-o", place / "s.safetensors")
+        assert not code or not tree(place), "a refusal left files"
+        return code, digest((place / "s.safetensors").read_bytes()) if code == 0 else None
+
+    def compressing(self, folder: Path, store: Path | None = None) -> tuple[object, ...]:
+        how = ("--recipe", folder / "recipe.toml", "--teacher", store or folder / "teacher.npz")
+        return ("compress", folder / "m.safetensors", "--data", self.data, *how)
+
     def _listed(self, path: Path, work: Path) -> tuple[int, Any]:
         beside = self.root / f"{work.name}.csv"  # its paths are relative
         shutil.copyfile(path, beside)
@@ -348,4 +386,18 @@ epochs = 2
 sets = 2
 set_size = 8
 views = 1
+"""
+
+_RECIPE = """seed = {seed}
+holdout = 0.0
+
+[[steps]]
+kind = "distil"
+logits = 0.5
+
+[steps.train]
+epochs = 1
+p = 2
+k = 2
+warmup = 0
 """

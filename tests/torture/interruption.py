@@ -91,6 +91,7 @@ def _recover(path: Path) -> None:
 
 def writers(shop: Workshop) -> list[Writer]:
     """Every command that writes, with its computing done once, here: what it writes and how is its own."""
+    from nformer_edge.compress.compress import Compression
     from nformer_edge.core.artifact import read_manifest
     from nformer_edge.core.features import load_features
     from nformer_edge.model.checkpoint import load_checkpoint
@@ -114,6 +115,8 @@ def writers(shop: Workshop) -> list[Writer]:
     (b / "set").mkdir()
     shop.must("train", "--features", b / "f.npz", *training, b / "set" / "h.safetensors")
     shutil.copyfile(b / "m.safetensors", b / "set" / "h.head.best.safetensors")  # an earlier run with held-out people
+    (b / "compressed").mkdir()
+    shop.must(*shop.compressing(b), "-o", b / "compressed" / "s.safetensors")
 
     def runs(*argv: object) -> Callable[[Path], tuple[int, str]]:
         return lambda path: command(*argv, path)
@@ -147,6 +150,17 @@ def writers(shop: Workshop) -> list[Writer]:
             and load_checkpoint(last).extra["features"] == history.identity.features
         )
 
+    def compressed_set(path: Path) -> bool:
+        """All files of one run, and none of another."""
+        record = Compression.from_json(json.loads(path.with_name("s.compression.json").read_text()))
+        epochs = list(csv.DictReader(path.with_name("s.training.csv").read_text().splitlines()))
+        return (
+            {p.name for p in path.parent.iterdir() if p.is_file()}
+            == {"s.safetensors", "s.compression.json", "s.training.csv"}
+            and record.sha256 == load_checkpoint(path).sha256
+            and {row["seconds"] for row in epochs} == {str(epoch.seconds) for epoch in record.steps[0].epochs}
+        )
+
     def result(kind: str) -> Callable[[Path], bool]:
         return lambda path: json.loads(path.read_text())["kind"] == kind
 
@@ -174,7 +188,10 @@ def writers(shop: Workshop) -> list[Writer]:
     upgraded = Writer("upgrade", runs("upgrade"), "format1", a / "format1", folder_of("bundle", bundle), fresh=False)
     train = runs("train", "--features", a / "f.npz", "--force", *training)
     trained = Writer("train", train, "h.safetensors", b / "set" / "h.safetensors", training_set, together=True)
-    return [*(Writer(name, run, old.name, old, is_new) for name, run, old, is_new in rows), trained, upgraded]
+    compress = runs(*shop.compressing(a), "--force", "-o")
+    student = Writer("compress", compress, "s.safetensors", b / "compressed" / "s.safetensors", compressed_set,
+                     together=True)  # fmt: skip
+    return [*(Writer(name, run, old.name, old, is_new) for name, run, old, is_new in rows), trained, student, upgraded]
 
 
 def _remember(shop: Workshop) -> None:
@@ -252,7 +269,8 @@ def judge(writer: Writer, out: Path, outcome: Outcome, replacing: bool, killed: 
             if words in outcome.said and found != true:
                 return f"the message says {words!r}, but it is {found}"
     _next_run(out / writer.target)
-    shutil.rmtree(out / "h.unfinished", ignore_errors=True)  # as the next training begins, without --resume
+    unfinished = out / f"{Path(writer.target).stem}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # as the next training begins, without --resume
     left = [p.name for p in out.rglob("*") if "nformer-edge-" in p.name]
     if left:
         return f"the next run leaves {left[0]}"

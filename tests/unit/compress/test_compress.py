@@ -120,6 +120,8 @@ def test_a_store_of_another_model_is_refused(teacher: Teacher, tmp_path: Path) -
     embed_files(tmp_path / "other.safetensors", teacher[1], tmp_path / "other.npz", splits=("train",))
     with pytest.raises(ArtifactError, match="Embed with that model"):
         compress(*teacher, RECIPE, tmp_path / "s.safetensors", teacher=tmp_path / "other.npz")
+    with pytest.raises(ArtifactError, match="no such file"):
+        compress(*teacher, RECIPE, tmp_path / "s.safetensors", teacher=tmp_path / "none.npz")
 
 
 @pytest.mark.parametrize(
