@@ -59,10 +59,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raises UsageError unless `value` is a number >= `least`."""
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise UsageError(name, repr(value), f"a number, at least {least}", "Convert it.")
     if not value >= least:
         raise UsageError(name, value, f"at least {least}", f"Raise {name}.")
+
+
+def check_whole(name: str, value: float, least: int) -> None:
+    """Raises UsageError unless `value` is a whole number >= `least`."""
+    check_at_least(name, value, least)
+    if not isinstance(value, numbers.Integral):
+        raise UsageError(name, repr(value), f"a whole number, at least {least}", "Round it.")
 
 
 #: Places in an image's list of the gated head, itself at 0, whose scores make its profile (`model.gated`).

@@ -19,13 +19,13 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, check_features, check_range
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice
+from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice, check_whole
 from nformer_edge.core.values import JSON, Table, to_json
 from nformer_edge.gallery import upkeep
 from nformer_edge.gallery.codes import best_scored
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.following import Following
-from nformer_edge.gallery.held import Time, Where, each, label_columns, seen_by
+from nformer_edge.gallery.held import Time, Where, each, id_of, ids_of, label_columns, seen_by
 from nformer_edge.gallery.images import Images, Source, image_sources
 from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, QUICK
@@ -149,18 +149,18 @@ class Gallery:
         kept, runner = self._kept, self._kept.require_model("add")
         shown = pictures if isinstance(images, Features) else images
         sources = None if shown is None else image_sources(shown, boxes)
+        count = len(images) if isinstance(images, Features) else len(sources or [])
+        camids, seen = seen_by(count, cameras, times)  # labels first: embedding takes its time
+        metas = [to_json(value) for value in each("meta", meta, count)]
+        names = None if ids is None else [id_of(name) for name in each("ids", ids, count)]
         new = images if isinstance(images, Features) else embed_images(runner, sources or [], batch=batch)
         check_model(runner, new, "images")
         check_features(new.features, "images", kept.features)
         check_range(new.features, "images")
-        count = len(new)
-        camids, seen = seen_by(new, cameras, times)
-        metas = [to_json(value) for value in each("meta", meta, count)]
-        names = None if ids is None else [_id(name) for name in each("ids", ids, count)]
         with kept.changing("add") as done:
             numbers = range(kept.next, kept.next + count)
             given = names or [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
-            labeled = replace(new, camids=camids, ids=tuple(given))
+            labeled = replace(new, camids=new.camids if camids is None else camids, ids=tuple(given))
             keys = np.random.default_rng().integers(*KEYS, count)
             held = kept.appended(kept.encoded(new.features, label_columns(labeled, seen, metas, keys)))
             if kept.store and kept.about["thumbnails"] and sources is not None:
@@ -177,11 +177,11 @@ class Gallery:
         Raises:
             DataError: for an id that is not there, with the nearest one. Nothing is removed then.
         """
-        wanted = {_id(name) for name in ([ids] if isinstance(ids, (str, int)) else ids)}
+        wanted = ids_of(ids)
         if not wanted and keep_days is None:
             raise UsageError("remove", "no id and no age", "ids, or keep_days", "Name what to remove.")
-        if keep_days is not None and not keep_days >= 0:
-            raise UsageError("keep_days", keep_days, "0 or more", "Name the days that images are kept.")
+        if keep_days is not None:
+            check_at_least("keep_days", keep_days, 0)
         with self._kept.changing("remove") as done:
             held, store = self._kept.here, self._kept.store
             names = held["ids"].tolist()
@@ -248,7 +248,9 @@ class Gallery:
         """
         runner = self._kept.require_model("search")
         check_threshold(threshold)
-        check_at_least("top", top, 1)
+        check_whole("top", top, 1)
+        if shortlist is not None:
+            check_whole("shortlist", shortlist, 1)
         where = Where.of(cameras, exclude_camera, since, until)
         held = self._kept.held()
         if not len(held):
@@ -256,7 +258,9 @@ class Gallery:
         query = features_of(runner, images, "queries", boxes, batch=batch)
         if one_person and len(query) > 1:
             mean = unit_rows(query.features, "queries").mean(axis=0, keepdims=True)
-            query = query.take(np.array([0])).with_features(mean)
+            shown = dict.fromkeys(path or name for path, name in zip(query.paths, query.names, strict=True))
+            paths = (", ".join(filter(None, shown)),)
+            query = replace(query.take(np.array([0])).with_features(mean), paths=paths)
         passed = where.allowed(held["cameras"], held["times"])
         allowed = None if passed.all() else passed
         use, decision = head_use(runner, head, held, images_per_person)
@@ -375,18 +379,6 @@ class Gallery:
         changed = upkeep.migrate(self._kept, runner, batch)
         self._head.forget()
         return changed
-
-
-def _id(name: object) -> str:
-    """An id as text.
-
-    Raises:
-        DataError: for what is neither text nor a whole number, or empty text.
-    """
-    if isinstance(name, (str, int, np.integer)) and not isinstance(name, bool) and str(name):
-        return str(name)
-    got = "an empty name" if name == "" else f"{type(name).__name__} {name!r:.60}"
-    raise DataError("ids", got, "text or a whole number, one an image or one for all", "Pass a list, or leave ids out.")
 
 
 def _thumbnail(source: Source) -> bytes:

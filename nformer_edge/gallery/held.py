@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -166,16 +167,33 @@ def each(name: str, values: object, count: int) -> list[object]:
     return [*values]
 
 
+def id_of(name: object) -> str:
+    """An id as text.
+
+    Raises:
+        DataError: for what is neither text nor a whole number, or empty text.
+    """
+    if isinstance(name, (str, int, np.integer)) and not isinstance(name, bool) and str(name):
+        return str(name)
+    got = "an empty name" if name == "" else f"{type(name).__name__} {name!r:.60}"
+    raise DataError("ids", got, "text or a whole number, one an image or one for all", "Pass a list, or leave ids out.")
+
+
+def ids_of(names: object) -> set[str]:
+    """`id_of` of one name, or of each of several."""
+    several = isinstance(names, (Collection, np.ndarray)) and not isinstance(names, str)
+    return {id_of(name) for name in (typing.cast(Iterable[object], names) if several else [names])}
+
+
 def seen_by(
-    features: Features, cameras: int | Sequence[int] | None, times: Time | Sequence[Time] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cameras int64 [N], those of `features` if None, and times float64 [N] in seconds since 1970, now if None.
+    count: int, cameras: int | Sequence[int] | None, times: Time | Sequence[Time] | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Of N images cameras int64 [N], None if None, and times float64 [N] in seconds since 1970, now if None.
 
     Raises:
         Error: for labels that are not one an image or one for all, or cannot be read.
     """
-    count = len(features)
-    camids = features.camids if cameras is None else labels_of("cameras", each("cameras", cameras, count))
+    camids = None if cameras is None else labels_of("cameras", each("cameras", cameras, count))
     seen = [seconds_of("times", t) for t in each("times", time.time() if times is None else times, count)]
     return camids, np.array(seen, np.float64)
 
@@ -251,6 +269,8 @@ def seconds_of(name: str, value: object) -> float:
             text = value.strip().replace("Z", "+00:00")
             seconds = len(text) > len("20261128") and text.replace(".", "", 1).isdecimal()
             value = float(text) if seconds else datetime.fromisoformat(text)
+        if isinstance(value, (bool, np.bool_)):
+            raise ValueError
         if isinstance(value, datetime):
             value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
         if abs(since := float(value)) < _LATEST:  # type: ignore[arg-type]

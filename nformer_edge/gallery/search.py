@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.spec import check_at_least, check_whole
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import dataset_of
@@ -183,7 +183,7 @@ def top_matches(
     Raises:
         DataError: if the sets' features differ in length, or a query is not finite or all zeros.
     """
-    check_at_least("top", top, 1)
+    check_whole("top", top, 1)
     size = gallery["codes"].shape[1] if gallery.code.directions is None else gallery.code.directions.shape[1]
     if query.features.shape[1] != size:
         hint = "Embed both with the same model."
@@ -298,7 +298,8 @@ def search(
 
 def check_threshold(threshold: float | None) -> None:
     """Raises UsageError for what is no cosine."""
-    if threshold is not None and not (isinstance(threshold, numbers.Real) and -1 <= threshold <= 1):
+    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and -1 <= threshold <= 1):
         hint = "Name the cosine that `nformer-edge threshold` recommends; 1 - cosine is a distance."
         raise UsageError("threshold", threshold, "a cosine, -1 to 1", hint)
 

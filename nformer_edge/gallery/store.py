@@ -13,10 +13,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +105,11 @@ class Store:
         with self._errors():
             if create is not None and not self.path.exists():
                 self._make_folder(self.path.parent)
-                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner's eyes alone
+                self._create(create, code)
+            self._check_file()
             self._sql = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False)
             for pragma in ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._sql.execute(f"PRAGMA {pragma}").fetchall()
-            if create is not None:
-                self._create(create, code)
             self._check(version)
             self._seen = self._version()
 
@@ -122,14 +122,49 @@ class Store:
             fsync(path.parent)
 
     def _create(self, about: Mapping[str, object], code: GalleryCode) -> None:
-        with self.writing():
-            if self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                return
-            for table in _TABLES:
-                self._sql.execute(table)
-            first: dict[str, object] = {"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0}
-            self.put(**{**first, **about})
-            self.put_code(Code(code))
+        """Under another name until it is whole, so that a file of no bytes is never a new gallery."""
+        part = self.path.with_suffix(".part")
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner's eyes alone
+        self._sql = sqlite3.connect(part, timeout=WAIT, isolation_level=None)
+        try:
+            with self.writing():
+                if not self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    for table in _TABLES:
+                        self._sql.execute(table)
+                    first = {"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0}
+                    self.put(**{**first, **about})
+                    self.put_code(Code(code))
+                    _stamp(self._sql)
+        finally:
+            self._sql.close()
+        with suppress(FileExistsError, FileNotFoundError):  # another process was quicker
+            try:
+                os.link(part, self.path)
+            except PermissionError:  # a file system without links, such as exFAT
+                if not self.path.exists():
+                    os.rename(part, self.path)
+        part.unlink(missing_ok=True)
+        fsync(self.path.parent)
+
+    def _check_file(self) -> None:
+        """Before SQLite opens it, which takes an empty file for a new one, and any log beside a file for its own."""
+        with open(self.path, "rb") as file:
+            head = file.read(72)
+        if not head:
+            hint = "It was cut off: restore it from a backup, or remove it to begin a new gallery."
+            raise ArtifactError(str(self.path), "an empty file", "a gallery that is whole", hint)
+        stamp, log = int.from_bytes(head[68:72], "big"), Path(f"{self.path}-wal")
+        if not stamp or not log.exists() or not log.stat().st_size:
+            return
+        # A connection that cannot write leaves the log where it is.
+        sql = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", WAIT, uri=True)
+        try:
+            told = sql.execute("SELECT value FROM about WHERE key = 'stamp'").fetchone()
+        finally:
+            sql.close()
+        if told != (stamp,):
+            hint = f"Move {log.name} and {FILE}-shm away: the file, such as a backup, was put in another's place."
+            raise ArtifactError(str(self.path), f"the log of another file, {log.name}", "the file's own", hint)
 
     def _check(self, expected: int) -> None:
         """Another schema may hold triggers and views, which would run."""
@@ -423,6 +458,9 @@ class Store:
             part = out.with_suffix(".part")
             part.unlink(missing_ok=True)
             self._sql.execute("VACUUM INTO ?", (str(part),))
+            copy = sqlite3.connect(part, isolation_level=None)
+            _stamp(copy)
+            copy.close()
             os.chmod(part, 0o600)
             fsync(part)
             os.replace(part, out)
@@ -433,6 +471,13 @@ class Store:
     def bytes(self) -> int:
         """Of all its files."""
         return sum(path.stat().st_size for path in self.path.parent.glob(f"{FILE}*"))
+
+
+def _stamp(sql: sqlite3.Connection) -> None:
+    """Says which file this is, in its first page and in a table: they differ where the log of another is beside it."""
+    number = secrets.randbelow(2**31 - 1) + 1
+    sql.execute(f"PRAGMA application_id = {number}")
+    sql.execute("INSERT OR REPLACE INTO about VALUES ('stamp', ?)", (number,))
 
 
 def _digest(*parts: bytes) -> str:

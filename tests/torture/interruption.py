@@ -385,6 +385,8 @@ class Disk:
             self.nodes[self._node(a)].waiting.append((offset, data))
         elif call == "truncate":
             self.nodes[self._node(a)].waiting.append((offset, None))
+        elif call == "link":
+            self._change((*self._find(b), self._node(a)))
         elif call in ("unlink", "rmdir"):
             self._change((*self._find(a), None))
         elif call in ("rename", "exchange"):

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -345,11 +346,22 @@ class Enroll(Strict):
     time: datetime | None = Field(None, description="When it was seen; now if not given.")
 
 
+class Escaped(JSONResponse):
+    """An answer in ASCII, where the bytes of an id that is no UTF-8, as file names are, stand as lone surrogates."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+#: Of an answer: whatever the gallery holds.
+AnyName = Annotated[str, SkipValidation]
+
+
 class Found(BaseModel):
     """One image of the gallery."""
 
     rank: int
-    id: str
+    id: AnyName
     score: float
     accepted: bool
     camera: int | None
@@ -377,7 +389,7 @@ class Kept(BaseModel):
 class Person(BaseModel):
     """An id and its images."""
 
-    id: str
+    id: AnyName
     images: int
 
 
@@ -449,7 +461,8 @@ Read, Write, Admin = (Depends(_may(role)) for role in ROLES)
 api = APIRouter(prefix="/v1")
 
 
-@api.post("/search", dependencies=[Read], openapi_extra=_BODY, responses=_answers(*_IMAGE, 409))
+@api.post("/search", dependencies=[Read], openapi_extra=_BODY, responses=_answers(*_IMAGE, 409),
+          response_class=Escaped)  # fmt: skip
 async def search(asked: Annotated[Search, Query()], service: At, image: Picture) -> Ranked:
     """Ranks the gallery for one image, the body."""
     if service.settings.require_note and not asked.note.strip():
@@ -500,7 +513,7 @@ async def thumbnail(key: Annotated[int, Field(ge=0, lt=2**63)], service: At) -> 
     return Response(picture, media_type="image/jpeg")
 
 
-@api.get("/people", dependencies=[Read], responses=_answers(*_ROLE))
+@api.get("/people", dependencies=[Read], responses=_answers(*_ROLE), response_class=Escaped)
 async def people(
     service: At,
     after: Annotated[str, Query(max_length=200, description="The last id of the page before.")] = "",

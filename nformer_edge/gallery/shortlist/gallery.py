@@ -20,11 +20,11 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.artifact import atomic_write, open_plain
 from nformer_edge.core.errors import ArtifactError, BackendError, DataError, Error, UsageError
 from nformer_edge.core.features import UNREADABLE, Features, check_features
-from nformer_edge.core.spec import check_at_least
+from nformer_edge.core.spec import check_whole
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
 from nformer_edge.gallery.codes import Code
-from nformer_edge.gallery.held import NEVER, Held, Time, Where, each, label_columns, seen_by
+from nformer_edge.gallery.held import NEVER, Held, Time, Where, each, ids_of, label_columns, seen_by
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.gallery.protocols import QUICK
@@ -180,7 +180,8 @@ class ShortlistGallery:
         names = features.names if ids is None else tuple(map(str, each("ids", ids, count)))
         if "" in names:
             raise DataError("ids", "an empty name", "text", "Name every image.")
-        camids, seen = seen_by(features, cameras, times)
+        camids, seen = seen_by(count, cameras, times)
+        camids = features.camids if camids is None else camids
         if count and not self._drawn:
             self._draw(features.features)
         model, added = self._model, 0
@@ -227,7 +228,8 @@ class ShortlistGallery:
             BackendError: if the store fails, or gives what is no row: NaN, an unknown key, less than there is.
         """
         check_threshold(threshold)
-        check_at_least("top", top, 1)
+        check_whole("top", top, 1)
+        check_whole("shortlist", shortlist, 1)
         if not top <= shortlist <= LONGEST:
             raise UsageError("shortlist", shortlist, f"top ({top}) to {LONGEST}", "Choose another length.")
         where = Where.of(cameras, exclude_camera, since, until)
@@ -249,17 +251,17 @@ class ShortlistGallery:
                 found.append(self._ranked(one, self._checked(rows, min(shortlist, searched)), shortlist, top))
         return self._matches(query, found, searched, threshold)
 
-    def remove(self, ids: str | Sequence[str]) -> Forgotten:
+    def remove(self, ids: str | int | Sequence[str | int]) -> Forgotten:
         """Removes all images of these ids, then looks for their vectors in the store's files.
 
         Only what could be seen in the files before can be said to be gone from them.
 
         Raises:
             UsageError: for no id.
-            DataError: for an id that is not there; nothing is removed then.
+            DataError: for what is no id, or one that is not there; nothing is removed then.
             BackendError: if the store still finds what it deleted.
         """
-        wanted = {ids} if isinstance(ids, str) else set(ids)
+        wanted = ids_of(ids)
         if not wanted:
             raise UsageError("remove", "no id", "ids", "Name what to remove.")
         for name in sorted(wanted):

@@ -11,7 +11,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -180,6 +182,80 @@ def test_no_byte_of_a_removed_person_is_left_in_any_file(folder):
             assert f"{store.FILE}-wal" in left
             assert not [piece for pieces in secret for piece in pieces if any(piece in data for data in left.values())]
             assert any(names[8].encode() in data for data in left.values())
+
+
+def test_a_file_cut_to_no_bytes_is_no_new_gallery(folder):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0))
+    os.truncate(folder / store.FILE, 0)
+    with pytest.raises(ArtifactError, match=r"an empty file, expected a gallery that is whole\. It was cut off"):
+        Gallery(stub(), folder)
+    (folder / store.FILE).unlink()
+    (folder / "gallery.part").write_bytes(b"")  # of a process that was killed here
+    with Gallery(stub(), folder) as gallery:
+        assert len(gallery) == 0
+    assert os.listdir(folder) == [store.FILE]
+
+
+def test_a_gallery_is_made_where_files_have_no_links(folder, monkeypatch):
+    monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0))
+        assert os.stat(folder / store.FILE).st_mode & 0o777 == 0o600
+    assert os.listdir(folder) == [store.FILE]
+
+
+def test_a_backup_beside_the_log_of_a_killed_gallery_is_refused_and_left_as_it_is(folder, tmp_path):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0), ids="ann")
+        gallery.backup(tmp_path / "backup")
+        gallery.add(rows(1), ids="ben")
+        shutil.copytree(folder, tmp_path / "killed")
+    with Gallery(stub(), shutil.copytree(tmp_path / "killed", tmp_path / "again")) as gallery:
+        assert gallery.features.ids == ("ann", "ben")
+    file = shutil.copy(tmp_path / "backup" / store.FILE, tmp_path / "killed" / store.FILE)
+    whole = Path(file).read_bytes()
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=rf"the log of another file, .* Move {store.FILE}-wal and"):
+            Gallery(stub(), tmp_path / "killed")
+    assert Path(file).read_bytes() == whole
+    for end in ("-wal", "-shm"):
+        Path(f"{file}{end}").unlink()
+    with Gallery(stub(), tmp_path / "killed") as gallery:
+        assert gallery.features.ids == ("ann",)
+
+
+def test_labels_are_refused_before_images_are_embedded(folder, monkeypatch):
+    monkeypatch.setattr("nformer_edge.gallery.gallery.embed_images", Mock(side_effect=AssertionError))
+    image = np.zeros((8, 4, 3), np.uint8)
+    with Gallery(stub(), folder) as gallery:
+        for given in ({"cameras": -3}, {"times": "noon"}, {"times": True}, {"ids": [True]}, {"ids": ["a", "b"]}):
+            with pytest.raises((DataError, UsageError)):
+                gallery.add([image], **given)
+
+
+def test_a_number_that_is_none_or_not_whole_is_refused(folder):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0), ids=5)
+        for given in (
+            {"top": 2.5}, {"top": True}, {"shortlist": 1.5}, {"threshold": True}, {"since": True}, {"cameras": True},
+            {"images_per_person": True},
+        ):  # fmt: skip
+            with pytest.raises((DataError, UsageError), match=next(iter(given))):
+                gallery.search(rows(0), **given)
+        with pytest.raises(UsageError, match="keep_days"):
+            gallery.remove(keep_days=True)
+        for given in (None, 5.0, [True]):
+            with pytest.raises(DataError, match="text or a whole number"):
+                gallery.remove(given)
+        assert gallery.remove(5).images == 1
+
+
+def test_pictures_of_one_person_are_all_named(folder):
+    with Gallery(stub(), folder) as gallery:
+        gallery.add(rows(0, 2))
+        query = replace(rows(0, 3), paths=("a.jpg", "b.jpg", "a.jpg"))
+        assert gallery.search(query, one_person=True).queries == ("a.jpg, b.jpg",)
 
 
 def test_a_second_writer_waits_or_is_refused_while_readers_go_on(folder, monkeypatch):

@@ -46,6 +46,20 @@ def test_enroll_search_list_forget(served, send):
     served(work)
 
 
+def test_an_id_that_is_no_utf_8_is_answered_with(served, send):
+    async def work(client, service):
+        await enrolled(client, send, ann=RED)
+        service.gallery.add(service.gallery.features, ids="caf\udce9")
+        assert [m["id"] for m in (await send(client, "/v1/search")).json()["matches"]] == ["ann", "caf\udce9"]
+        assert (await client.get("/v1/people")).json()["people"][1] == {"id": "caf\udce9", "images": 1}
+        for asked in ({"top": 2.5}, {"top": True}):
+            assert (await send(client, "/v1/search", **asked)).status_code == 422
+        kinds = (await client.get("/openapi.json")).json()["components"]["schemas"]
+        assert kinds["Found"]["properties"]["id"]["type"] == "string"
+
+    served(work)
+
+
 def test_filters_reach_the_search(served, send):
     async def work(client, service):
         for day, camera in ((1, 1), (2, 2), (3, 3)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.galleries import SIZE, rows, stub
 
-from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
+from nformer_edge.core.errors import ArtifactError, BackendError, DataError, UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.core.spec import HeadSpec
 from nformer_edge.gallery.live import LiveHead
@@ -112,6 +112,8 @@ def test_what_is_removed_is_looked_for_in_the_stores_files(
     gallery.add(rows(0, 3), ["a", "b", "c"])
     with pytest.raises(UsageError, match="no id"):
         gallery.remove([])
+    with pytest.raises(DataError, match="text or a whole number"):
+        gallery.remove(5.0)
     done = gallery.remove("b")
     assert (done.images, done.total, done.erased) == (1, 2, erased)
     assert str(done).endswith(
