@@ -129,6 +129,9 @@ def compress(
     made = load_checkpoint(model)
     if made.backbone is None:
         raise ArtifactError(str(model), "a head alone", "a backbone", "Pass the model that it belongs to.")
+    if made.head is None and any(getattr(getattr(step, "distil", step), "related", 0) for step in recipe.steps):
+        expected, hint = "a teacher with a head, because the recipe has related", "Pass one, or leave related out."
+        raise ArtifactError(str(model), "a backbone alone", expected, hint)
     dataset = dataset_of(data, layout)
     store = None
     if teacher is not None:
@@ -157,7 +160,7 @@ class _Compressing:
         records, self.holdout = split_holdout(dataset.train, recipe.holdout, recipe.seed)
         images = TrainImages(records, self.spec.preprocess, recipe.cache_mib)
         assert made.backbone is not None
-        self.lessons = Lessons(images, self._teacher(images, teacher), for_inference(made.backbone))
+        self.lessons = Lessons(images, self._teacher(images, teacher), for_inference(made.backbone), made.head)
 
     def _teacher(self, images: TrainImages, store: StrPath | None) -> Features:
         if store is not None:

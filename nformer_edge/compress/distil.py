@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nformer_edge.compress.step import Lessons, Work
-from nformer_edge.compress.teacher import keep_maps
+from nformer_edge.compress.teacher import keep_maps, keep_related
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import PreprocessSpec, check_at_least
 from nformer_edge.data.loaders import AugmentSpec, one_ahead
@@ -42,6 +42,9 @@ class Distil:
             convolution, each channel of the teacher's in units of its deviation (FitNets: Romero et al., ICLR 2015).
             The teacher's are computed once and kept on disk while the run lasts: with 8 x 4 places of 128 channels
             8 KiB a view.
+        related: of the squared distance at length 1 between the student's features and what the teacher's head makes of
+            its plain training images, all in one set; a gated head is told how many images a person has. All views of
+            an image have this one target. With ``feature = 0`` the student follows it alone.
         half_epochs: epochs at the start on images of half the sides, which take a quarter of the time.
         keep_mib: views of half the sides are drawn once and kept, as float16, when all of them take at most this many
             MiB.
@@ -55,6 +58,7 @@ class Distil:
     sharpness: float = 16.0
     identity: float = 0.0
     maps: float = 0.0
+    related: float = 0.0
     half_epochs: int = 0
     keep_mib: int = 2048
     train: BackboneConfig = field(default_factory=lambda: BackboneConfig(epochs=10, schedule="cosine", warmup=1))
@@ -69,7 +73,7 @@ class Distil:
         self, backbone: Backbone, work: Work, after_step: Callable[[], None] | None = None
     ) -> tuple[Backbone, list[Epoch]]:
         maps = self._teachers_maps(backbone, work) if self.maps else None  # [V, N, C, h, w]
-        loader = ViewLoader(work, self, maps)
+        loader = ViewLoader(work, self, maps, self._teachers_related(work) if self.related else None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(work.seed)
             criterion = DistilCriterion(self, work.lessons, backbone.spec.features)
@@ -90,6 +94,14 @@ class Distil:
             keep_maps(path, work.lessons, size, work.compute.device)
         work.compute.wait()
         return np.load(path, mmap_mode="r")
+
+    def _teachers_related(self, work: Work) -> np.ndarray:
+        path = work.kept("related.npy")
+        if work.compute.leads:
+            keep_related(path, work.lessons, work.compute.device)
+        work.compute.wait()
+        related: np.ndarray = np.load(path)
+        return related
 
 
 class DistilCriterion(Criterion):
@@ -128,21 +140,22 @@ class DistilCriterion(Criterion):
         self,
         before: Tensor,  # [B, D]
         after: Tensor,  # [B, D]
-        *rest: Tensor,  # the student's maps if they are learned; labels, int64 [B]; the teacher's features and maps
+        *rest: Tensor,  # the student's maps if they are learned; labels, int64 [B]; the teacher's features and the like
     ) -> tuple[Tensor, Tensor]:  # loss, share of images nearest to their person's mean teacher feature
-        c = self.distil
+        c, told, loss = self.distil, list(rest), before.new_zeros(())
+        mine = F.normalize(self.projection(after), dim=1)
+        if c.related:
+            loss = loss + c.related * _apart(mine, F.normalize(told.pop().to(after.dtype), dim=1))
         if c.maps:
-            maps, labels, taught, theirs = rest
-            loss = c.maps * self._maps_apart(maps, theirs.to(maps.dtype))
-        else:
-            labels, taught = rest
-            loss = before.new_zeros(())
-        mine, theirs = F.normalize(self.projection(after), dim=1), F.normalize(taught.to(after.dtype), dim=1)
+            maps, theirs = told.pop(0), told.pop()
+            loss = loss + c.maps * self._maps_apart(maps, theirs.to(maps.dtype))
+        labels, taught = told
+        theirs = F.normalize(taught.to(after.dtype), dim=1)
         people = self.people.to(after.dtype)
         scores = mine @ people.T
-        loss = loss + c.feature * (mine - theirs).pow(2).sum(dim=1).mean()
+        loss = loss + c.feature * _apart(mine, theirs)
         if c.similarity:
-            loss = loss + c.similarity * (_cosines(mine) - _cosines(theirs)).pow(2).sum(dim=1).mean()
+            loss = loss + c.similarity * _apart(_cosines(mine), _cosines(theirs))
         if c.relation:
             loss = loss + c.relation * F.smooth_l1_loss(_distances(mine), _distances(theirs))
         if c.logits:
@@ -158,6 +171,10 @@ class DistilCriterion(Criterion):
         wanted = (theirs - self.get_buffer("mean")) / self.get_buffer("deviation")
         mine, wanted = (F.adaptive_avg_pool2d(maps, size) for maps in (mine, wanted))
         return F.mse_loss(self.adapt(mine), wanted)
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:  # [B, D] each; the mean squared distance of their rows
+    return (a - b).pow(2).sum(dim=1).mean()
 
 
 def _cosines(unit: Tensor) -> Tensor:  # [B, D] -> [B, B], rows of length 1
@@ -195,9 +212,16 @@ class _HalfViews:
 class ViewLoader:
     """Batches of P x K views that the teacher saw, prepared by a thread while the model works on the one before."""
 
-    def __init__(self, work: Work, config: Distil, maps: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        config: Distil,
+        maps: np.ndarray | None = None,  # [V, N, C, h, w], the teacher's
+        related: np.ndarray | None = None,  # [N, D], likewise
+    ) -> None:
         images, teacher = work.lessons.images, work.lessons.teacher
         self.lessons, self.half_epochs, self.seed, self.maps = work.lessons, config.half_epochs, work.seed, maps
+        self.related = related
         self.sampler = PKSampler(images.pids, config.train.p, config.train.k, work.seed)
         self.features = np.stack([teacher.view(v).features for v in range(teacher.views)])  # [V, N, D]
         self.epoch = self.start = 0
@@ -222,9 +246,14 @@ class ViewLoader:
         else:
             images = self.lessons.drawn(views, rows)
         labels, features = self.lessons.images.labels[rows], self.features[views, rows]
-        maps = () if self.maps is None else (torch.from_numpy(self.maps[views, rows].astype(np.float32)),)
-        return images, torch.from_numpy(labels), torch.from_numpy(features), *maps
+        told = [labels, features]
+        if self.maps is not None:
+            told.append(self.maps[views, rows].astype(np.float32))
+        if self.related is not None:
+            told.append(self.related[rows])
+        return images, *(torch.from_numpy(one) for one in told)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Images float32 [B, 3, H, W], their labels int64, the teacher's features float32 [B, D], its maps if kept."""
+        """Images float32 [B, 3, H, W], their labels int64, the teacher's features float32 [B, D], its maps and
+        related features where they are learned."""
         return one_ahead(self.sampler, self._prepare, self.start)

@@ -19,6 +19,7 @@ from nformer_edge.data.loaders import AugmentSpec, TrainImages, draw_view
 from nformer_edge.exporting.export import export_bundle
 from nformer_edge.model.backbone import Backbone
 from nformer_edge.model.checkpoint import save_checkpoint
+from nformer_edge.model.gated import Head
 from nformer_edge.training.backbone import Loader, train_backbone
 from nformer_edge.training.compute import Compute
 from nformer_edge.training.config import BackboneConfig
@@ -36,11 +37,13 @@ class Lessons:
         teacher: its features of the same images in the same order; view 0 is the plain one, the others can be drawn
             again (`data.loaders.draw_view`).
         model: the teacher itself, for what `teacher` does not hold.
+        head: its head, if it has one.
     """
 
     images: TrainImages
     teacher: Features
     model: Backbone
+    head: Head | None = None
 
     def drawn(
         self,

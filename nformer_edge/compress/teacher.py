@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.loaders import TrainImages, draw_view
 from nformer_edge.data.records import ImageRecord
 from nformer_edge.model.backbone import Backbone, for_inference
+from nformer_edge.model.gated import GatedHead
+from nformer_edge.training.relate import relate
 
 SPLIT = "train"
 
@@ -99,4 +102,23 @@ def keep_maps(path: Path, lessons: Lessons, size: tuple[int, int], device: torch
                     kept[view, rows] = F.adaptive_avg_pool2d(trunk(drawn), size).cpu().numpy()
                     bar.update(len(rows))
         kept.flush()
+        os.replace(whole, path)
+
+
+def keep_related(path: Path, lessons: Lessons, device: torch.device) -> None:
+    """The teacher's plain features, all in one set through its head, go to a .npy file, float32 [N, D].
+
+    Args:
+        path: of the file; one that is there is taken as it is.
+    """
+    if not path.is_file():
+        assert lessons.head is not None
+        head = copy.deepcopy(lessons.head).to(device)
+        if isinstance(head, GatedHead):
+            head.tell(len(lessons.images) / lessons.images.num_classes)
+        plain = lessons.teacher.view(0)
+        _, related = relate(head, plain.take(np.arange(0)), plain)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".part.npy")
+        np.save(whole, related.features)
         os.replace(whole, path)

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nformer_edge.backends.build import build_engine
+from nformer_edge.backends.open import open_model
 from nformer_edge.backends.spec import EngineSpec
+from nformer_edge.compress import distil
 from nformer_edge.compress.compress import Compression, compress
-from nformer_edge.compress.distil import Distil
+from nformer_edge.compress.distil import Distil, DistilCriterion
 from nformer_edge.compress.qat import Qat
 from nformer_edge.compress.recipe import Recipe, read_recipe
+from nformer_edge.compress.step import Lessons
+from nformer_edge.compress.teacher import keep_related
 from nformer_edge.core.errors import ArtifactError, UsageError
-from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec
+from nformer_edge.core.spec import BackboneSpec, HeadSpec, ModelSpec, PreprocessSpec
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.exporting.export import export_bundle
 from nformer_edge.gallery.embed import embed_files
 from nformer_edge.model.backbone import Backbone, for_inference
 from nformer_edge.model.checkpoint import load_checkpoint, save_checkpoint
+from nformer_edge.model.gated import make_head
 from nformer_edge.model.plain import DiracConv
+from nformer_edge.ops.contract import draw_landmarks
 from nformer_edge.quantize.values import read_ranges
 from nformer_edge.training.config import BackboneConfig
 from nformer_edge.training.state import StateFile
@@ -31,7 +39,7 @@ from nformer_edge.training.state import StateFile
 TRAIN = BackboneConfig(epochs=2, p=4, k=2, lr=1e-3, warmup=0)
 RECIPE = Recipe(
     (
-        Distil(relation=0.1, logits=0.1, identity=0.1, maps=1.0, half_epochs=1, train=TRAIN),
+        Distil(relation=0.1, logits=0.1, identity=0.1, maps=1.0, related=1.0, half_epochs=1, train=TRAIN),
         Distil(train=replace(TRAIN, epochs=1)),
     ),
     BackboneSpec("plain_s", 16, "fc"),
@@ -48,10 +56,11 @@ def _teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     """A checkpoint, and the dataset."""
     root = tmp_path_factory.mktemp("teacher")
     generate_dataset(root / "data", replace(GenerateSpec.tiny(), train_ids=8, seen_by=2, images=2))
-    spec = ModelSpec(BackboneSpec("osnet_x0_25", 32), None, PreprocessSpec(64, 32))
+    head = HeadSpec.gated(32)
+    spec = ModelSpec(BackboneSpec("osnet_x0_25", 32), head, PreprocessSpec(64, 32))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_checkpoint(root / "teacher.safetensors", spec, Backbone(spec.backbone))
+        save_checkpoint(root / "teacher.safetensors", spec, Backbone(spec.backbone), make_head(head))
     return root / "teacher.safetensors", root / "data"
 
 
@@ -114,9 +123,47 @@ def test_a_store_of_the_teacher_teaches_what_the_teacher_teaches(
     assert max(apart) <= 1e-2  # views are the same; the teacher's features differ by rounding, which Adam enlarges
 
 
+def test_related_features_are_what_the_told_head_makes_of_all_plain_training_images(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def watched(path: Path, lessons: Lessons, device: torch.device) -> None:
+        keep_related(path, lessons, device)
+        found.append((lessons.teacher.features, lessons.images.num_classes, np.load(path)))
+
+    monkeypatch.setattr(distil, "keep_related", watched)
+    recipe = Recipe((Distil(feature=0, related=1.0, train=replace(TRAIN, epochs=1)),), views=2, holdout=0)
+    compress(*teacher, recipe, tmp_path / "s.safetensors")
+    ((plain, people, related),) = found
+    with open_model(teacher[0]) as runner:
+        runner.tell(len(plain) / people)
+        wanted = runner.relate(plain, draw_landmarks(len(plain), 2, 1024, 0))
+    np.testing.assert_allclose(related, wanted, atol=1e-5)
+    assert not np.allclose(F.normalize(torch.from_numpy(plain)), related, atol=1e-2)
+
+
+def test_a_teacher_without_a_head_is_refused_where_related_features_are_asked_for(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    made = load_checkpoint(teacher[0])
+    save_checkpoint(tmp_path / "alone.safetensors", replace(made.spec, head=None), made.backbone)
+    with pytest.raises(ArtifactError, match="a backbone alone, expected a teacher with a head"):
+        compress(tmp_path / "alone.safetensors", teacher[1], RECIPE, tmp_path / "s.safetensors")
+
+
+def test_a_loss_of_related_features_alone_is_their_squared_distance_at_length_1() -> None:
+    images = SimpleNamespace(num_classes=2, labels=np.array([0, 1]))
+    lessons = SimpleNamespace(images=images, teacher=SimpleNamespace(features=np.eye(2, dtype=np.float32)))
+    criterion = DistilCriterion(Distil(feature=0, similarity=0, related=2.0), lessons, 2)  # type: ignore[arg-type]
+    mine, labels = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 1])
+    related = torch.tensor([[7.0, 0.0], [1.0, 0.0]])
+    assert criterion(mine, mine, labels, mine, related)[0].item() == pytest.approx(2.0)  # 2 x the mean of 0 and 2
+
+
 def test_a_store_of_another_model_is_refused(teacher: Teacher, tmp_path: Path) -> None:
     other = load_checkpoint(teacher[0])
-    save_checkpoint(tmp_path / "other.safetensors", other.spec, other.backbone, None, {"other": 1})
+    save_checkpoint(tmp_path / "other.safetensors", other.spec, other.backbone, other.head, {"other": 1})
     embed_files(tmp_path / "other.safetensors", teacher[1], tmp_path / "other.npz", splits=("train",))
     with pytest.raises(ArtifactError, match="Embed with that model"):
         compress(*teacher, RECIPE, tmp_path / "s.safetensors", teacher=tmp_path / "other.npz")
