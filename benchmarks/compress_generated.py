@@ -5,8 +5,8 @@ time distilled from itself without labels. Prints mAP of the test split, and wha
 
     python benchmarks/compress_generated.py --seeds 0 1 2 3 4 -o compress_generated.json
 
-With --related, the pruned student with and without the teacher's related features (docs/compress.md), alone and with a
-gated head of its own:
+With --related, the pruned student with and without the teacher's related features (docs/compress.md), and with labels,
+alone and with a gated head of its own:
 
     python benchmarks/compress_generated.py --related --seeds 0 -o related_generated.json
 """
@@ -38,7 +38,7 @@ from nformer_edge.report.table import format_table
 from nformer_edge.training.config import BackboneConfig, TrainConfig
 from nformer_edge.training.train import train
 
-WHOLE, HALF, SPARSE = "whole", "half the multiplications", "2:4 sparse"
+WHOLE, AGAIN, HALF, SPARSE = "whole", "whole, distilled", "half the multiplications", "2:4 sparse"
 
 
 def distil(epochs: int, **losses: float) -> Distil:
@@ -47,7 +47,7 @@ def distil(epochs: int, **losses: float) -> Distil:
     return replace(Distil(logits=0.5, maps=1.0, train=train), **losses)
 
 
-def one_seed(seed: int, folder: Path, epochs: int, related: bool) -> dict[str, float]:
+def one_seed(seed: int, folder: Path, epochs: int, control: bool, related: bool) -> dict[str, float]:
     """mAP in percent of each backbone, and of what follows its head where `related` features are learned, too."""
     dataset = generate_dataset(folder / "data", GenerateSpec(seed, **HARD))
     config = recipe(seed, "gated")
@@ -55,12 +55,18 @@ def one_seed(seed: int, folder: Path, epochs: int, related: bool) -> dict[str, f
     train(dataset, whole, replace(config, model=replace(config.model, head=None)))
     half, sparse = Prune(gmacs=0.5), Sparsify(distil(epochs))
     chains: dict[str, tuple[Step, ...]] = {HALF: (half, distil(epochs)), SPARSE: (sparse,)}
+    if control:
+        chains[AGAIN] = (distil(epochs),)
     if related:
-        chains = {
-            HALF: chains[HALF],
-            f"{HALF}, related too": (half, distil(epochs, related=1.0)),
-            f"{HALF}, related alone": (half, distil(epochs, related=1.0, feature=0, similarity=0, logits=0)),
+        alone = {"related": 1.0, "feature": 0.0, "similarity": 0.0, "logits": 0.0}
+        tried = {
+            "features": {},
+            "features and related": {"related": 1.0},
+            "related": alone,
+            "features and labels": {"identity": 1.0},
+            "related and labels": alone | {"identity": 1.0},
         }
+        chains = {f"{HALF}: {name}": (half, distil(epochs, **losses)) for name, losses in tried.items()}
         whole = with_head(whole, dataset, config)
     rows = scores(WHOLE, whole, dataset)
     for name, steps in chains.items():
@@ -90,13 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=5, help="of each distillation")
+    parser.add_argument("--control", action="store_true", help="the whole backbone distilled as long, too")
     parser.add_argument("--related", action="store_true", help="distil the head, too")
     parser.add_argument("-o", "--output", metavar="FILE", default="compress_generated.json")
     args = parser.parse_args()
     start, by_seed = time.perf_counter(), {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            by_seed[seed] = one_seed(seed, Path(folder), args.epochs, args.related)
+            by_seed[seed] = one_seed(seed, Path(folder), args.epochs, args.control, args.related)
         print(f"seed {seed}: " + ", ".join(f"{k} {v:.2f}" for k, v in by_seed[seed].items()), flush=True)
         content = {"machine": asdict(machine()), "mAP_percent": by_seed, "seconds": time.perf_counter() - start}
         atomic_write_json(args.output, {"kind": "compress_generated", **content})
