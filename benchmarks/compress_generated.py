@@ -64,6 +64,7 @@ def one_seed(seed: int, folder: Path, epochs: int, control: bool, related: bool)
             "features and related": {"related": 1.0},
             "related": alone,
             "features and labels": {"identity": 1.0},
+            "features, labels and related": {"identity": 1.0, "related": 1.0},
             "related and labels": alone | {"identity": 1.0},
         }
         chains = {f"{HALF}: {name}": (half, distil(epochs, **losses)) for name, losses in tried.items()}
