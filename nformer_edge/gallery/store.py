@@ -131,10 +131,10 @@ class Store:
                 if not self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     for table in _TABLES:
                         self._sql.execute(table)
-                    first = {"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0}
-                    self.put(**{**first, **about})
-                    self.put_code(Code(code))
                     _stamp(self._sql)
+                first = {"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0}
+                self.put(**{**first, **about})  # also over what a killed process left, for another model
+                self.put_code(Code(code))
         finally:
             self._sql.close()
         with suppress(FileExistsError, FileNotFoundError):  # another process was quicker

@@ -197,6 +197,17 @@ def test_a_file_cut_to_no_bytes_is_no_new_gallery(folder):
     assert os.listdir(folder) == [store.FILE]
 
 
+def test_a_gallery_whose_making_was_killed_is_made_anew_for_another_model(folder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "link", Mock(side_effect=KeyboardInterrupt))
+        Gallery(stub(), folder)
+    assert os.listdir(folder) == ["gallery.part"]
+    with Gallery(stub(sha256="b" * 64), folder) as gallery:
+        gallery.add(rows(0))
+    with pytest.raises(DataError, match="features of another model"):
+        Gallery(stub(), folder)
+
+
 def test_a_gallery_is_made_where_files_have_no_links(folder, monkeypatch):
     monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
     with Gallery(stub(), folder) as gallery:
