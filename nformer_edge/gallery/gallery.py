@@ -151,7 +151,10 @@ class Gallery:
         sources = None if shown is None else image_sources(shown, boxes)
         count = len(images) if isinstance(images, Features) else len(sources or [])
         camids, seen = seen_by(count, cameras, times)  # labels first: embedding takes its time
-        metas = [to_json(value) for value in each("meta", meta, count)]
+        try:
+            metas = [to_json(value) for value in each("meta", meta, count)]
+        except TypeError as e:
+            raise DataError("meta", str(e), "text, numbers, lists and mappings of them", "Convert it.") from e
         names = None if ids is None else [id_of(name) for name in each("ids", ids, count)]
         new = images if isinstance(images, Features) else embed_images(runner, sources or [], batch=batch)
         check_model(runner, new, "images")

@@ -181,7 +181,7 @@ def id_of(name: object) -> str:
 
 def ids_of(names: object) -> set[str]:
     """`id_of` of one name, or of each of several."""
-    several = isinstance(names, (Collection, np.ndarray)) and not isinstance(names, str)
+    several = isinstance(names, (Collection, np.ndarray)) and not isinstance(names, (str, bytes))
     return {id_of(name) for name in (typing.cast(Iterable[object], names) if several else [names])}
 
 

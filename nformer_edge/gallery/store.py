@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,6 +45,9 @@ KEYS = 2**52, 2**53
 
 #: Bytes of one row of ``state``.
 _PART = 1 << 26
+
+#: Seconds after which a half-made gallery is taken for one whose maker was killed.
+_LEFT = 60.0
 
 #: Types of the arrays in ``state``.
 _KINDS = ("<i4", "<i8", "<f4", "|b1")
@@ -122,29 +126,33 @@ class Store:
             fsync(path.parent)
 
     def _create(self, about: Mapping[str, object], code: GalleryCode) -> None:
-        """Under another name until it is whole, so that a file of no bytes is never a new gallery."""
-        part = self.path.with_suffix(".part")
-        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner's eyes alone
+        """Under a name of its own until it is whole, so that a file of no bytes is never a new gallery."""
+        folder = self.path.parent
+        for left in folder.glob(f"{self.path.stem}.*.part*"):  # of processes that were killed here
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _LEFT:
+                    left.unlink()
+        handle, name = tempfile.mkstemp(".part", f"{self.path.stem}.", folder)  # for its owner's eyes alone
+        os.close(handle)
+        part = Path(name)
         self._sql = sqlite3.connect(part, timeout=WAIT, isolation_level=None)
         try:
             with self.writing():
-                if not self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    for table in _TABLES:
-                        self._sql.execute(table)
-                    _stamp(self._sql)
-                first = {"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0}
-                self.put(**{**first, **about})  # also over what a killed process left, for another model
+                for table in _TABLES:
+                    self._sql.execute(table)
+                self.put(**{"kind": "gallery", "format_version": FORMAT_VERSION, "next": 0, "changes": 0, **about})
                 self.put_code(Code(code))
+                _stamp(self._sql)
         finally:
             self._sql.close()
-        with suppress(FileExistsError, FileNotFoundError):  # another process was quicker
+        with suppress(FileExistsError):  # another process was quicker
             try:
                 os.link(part, self.path)
             except PermissionError:  # a file system without links, such as exFAT
                 if not self.path.exists():
                     os.rename(part, self.path)
         part.unlink(missing_ok=True)
-        fsync(self.path.parent)
+        fsync(folder)
 
     def _check_file(self) -> None:
         """Before SQLite opens it, which takes an empty file for a new one, and any log beside a file for its own."""

@@ -20,6 +20,7 @@ from datetime import datetime
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -250,6 +251,10 @@ def _may(role: Role) -> Callable[..., Awaitable[None]]:
             if ROLES.index(found) < ROLES.index(role):
                 raise HTTPException(403, f"needs the role {role}")
         service.allow(caller)
+        try:
+            unquote_to_bytes(request.url.query).decode()
+        except UnicodeDecodeError:
+            raise HTTPException(422, "the address is not UTF-8: it would name another id") from None
         names = [name for name, _ in request.query_params.multi_items() if name != "camera"]
         if len(set(names)) < len(names):  # only the last one would count
             raise HTTPException(422, "a name stands twice in the address; only camera may")

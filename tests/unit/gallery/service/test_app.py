@@ -52,6 +52,8 @@ def test_an_id_that_is_no_utf_8_is_answered_with(served, send):
         service.gallery.add(service.gallery.features, ids="caf\udce9")
         assert [m["id"] for m in (await send(client, "/v1/search")).json()["matches"]] == ["ann", "caf\udce9"]
         assert (await client.get("/v1/people")).json()["people"][1] == {"id": "caf\udce9", "images": 1}
+        assert (await client.get("/v1/people?after=caf%E9")).status_code == 422
+        assert (await client.get("/v1/people?after=caf%C3%A9")).status_code == 200
         for asked in ({"top": 2.5}, {"top": True}):
             assert (await send(client, "/v1/search", **asked)).status_code == 422
         kinds = (await client.get("/openapi.json")).json()["components"]["schemas"]
