@@ -97,7 +97,8 @@ class OSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x)
-        y = reduce(torch.add, [self.gate(getattr(self, stream)(y)) for stream in self.streams])
+        streams = [getattr(self, stream)(y) for stream in self.streams]
+        y = reduce(torch.add, map(self.gate, streams))
         y, shortcut = self.conv3(y), x if self.downsample is None else self.downsample(x)
         return self.relu(self.IN(y) + shortcut if self.instance == "inside" else self.IN(y + shortcut))
 
