@@ -162,8 +162,8 @@ class Store:
             hint = "It was cut off: restore it from a backup, or remove it to begin a new gallery."
             raise ArtifactError(str(self.path), "an empty file", "a gallery that is whole", hint)
         stamp, log = int.from_bytes(head[68:72], "big"), Path(f"{self.path}-wal")
-        if not stamp or not log.exists() or not log.stat().st_size:
-            return
+        if not stamp or not log.exists() or not log.stat().st_size or Path(f"{self.path}-journal").exists():
+            return  # a journal beside it is of a making that did not end: SQLite takes it back first
         # A connection that cannot write leaves the log where it is.
         sql = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", WAIT, uri=True)
         try:

@@ -499,8 +499,8 @@ def rows(root: Path) -> dict[str, Callable[[], Made]]:
         cases = []
         for life, known, _, calls, _ in lives():
             cases += [interrupted(life, known, shim.KILL_BEFORE, at) for at in _spread(calls, 400)]
-        life, known, _, calls, _ = next(lives())
-        places = _spread(calls, 40)
+        _, (life, known, _, calls, _), _ = lives()
+        places = _spread(calls, 160)
         return cases, [any_of([interrupted(life, known, shim.KILL_BEFORE, at, fault=_piecemeal) for at in places])]
 
     def power() -> Made:
