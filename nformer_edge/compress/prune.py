@@ -95,9 +95,11 @@ class Prune:
             kept = (self._narrowed if self.what == "channels" else self._thinned)(backbone, work, size, fits)
         if kept is None:
             got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
-            widths = f"what widths that are multiples of {self.multiple} can reach"
-            expected = widths if self.what == "channels" else "what one stream a block can reach"
-            raise UsageError("prune", got, expected, "Raise them, or lower multiple.")
+            reached = f"what widths that are multiples of {self.multiple} can reach"
+            hint = "Raise them, or lower multiple."
+            if self.what == "streams":
+                reached, hint = "what one stream a block can reach", "Raise them."
+            raise UsageError("prune", got, reached, hint)
         return _with_spec(kept), []
 
     def _narrowed(self, backbone: Backbone, work: Work, size: tuple[int, int], fits: Fits) -> Backbone | None:

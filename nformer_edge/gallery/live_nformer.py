@@ -63,7 +63,7 @@ class NFormerLive(LiveHead):
     def _unlist(self, place: np.ndarray, head: str = "") -> None:
         super()._unlist(place)
         mutual = self._rows["mutual"]
-        self._rows["mutual"][:] = np.where(mutual >= 0, place[mutual], np.int32(NO_NEIGHBOR))
+        mutual[:] = np.where(mutual >= 0, place[mutual], np.int32(NO_NEIGHBOR))
 
     def _spread(self, size: int, moved: np.ndarray) -> None:
         near = np.ascontiguousarray(self._rows["names"][:size, : self.spec.k])
