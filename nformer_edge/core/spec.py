@@ -57,6 +57,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise UsageError(name, repr(value), " | ".join(choices), hint)
 
 
+def check_flags(**flags: object) -> None:
+    """Raises UsageError for the first that is no boolean: the text "no" would count as yes."""
+    for name, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # numpy's own, too
+            raise UsageError(name, repr(value), "True or False", "Pass a boolean.")
+
+
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raises UsageError unless `value` is a number >= `least`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -19,13 +19,13 @@ from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features, check_features, check_range
 from nformer_edge.core.preprocess import load_image
-from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice, check_whole
+from nformer_edge.core.spec import GalleryCode, HeadState, check_at_least, check_choice, check_flags, check_whole
 from nformer_edge.core.values import JSON, Table, to_json
 from nformer_edge.gallery import upkeep
 from nformer_edge.gallery.codes import best_scored
 from nformer_edge.gallery.embed import embed_images, made_by
 from nformer_edge.gallery.following import Following
-from nformer_edge.gallery.held import Time, Where, each, id_of, ids_of, label_columns, seen_by
+from nformer_edge.gallery.held import Time, Where, each, ids_of, label_columns, new_id, seen_by
 from nformer_edge.gallery.images import Images, Source, image_sources
 from nformer_edge.gallery.kept import Kept
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, QUICK
@@ -85,6 +85,7 @@ class Gallery:
         head_state: HeadState = "fp32",
     ) -> None:
         check_choice("head_state", head_state, typing.get_args(HeadState))
+        check_flags(thumbnails=thumbnails, audit=audit, create=create)
         self._kept = Kept(runner, path, code, thumbnails=thumbnails, audit=audit, create=create)
         self._head = Following(self._kept, head_state)
 
@@ -155,14 +156,14 @@ class Gallery:
             metas = [to_json(value) for value in each("meta", meta, count)]
         except TypeError as e:
             raise DataError("meta", str(e), "text, numbers, lists and mappings of them", "Convert it.") from e
-        names = None if ids is None else [id_of(name) for name in each("ids", ids, count)]
+        names = None if ids is None else [new_id(name) for name in each("ids", ids, count)]
         new = images if isinstance(images, Features) else embed_images(runner, sources or [], batch=batch)
         check_model(runner, new, "images")
         check_features(new.features, "images", kept.features)
         check_range(new.features, "images")
         with kept.changing("add") as done:
             numbers = range(kept.next, kept.next + count)
-            given = names or [name or str(number) for name, number in zip(new.names, numbers, strict=True)]
+            given = names or [new_id(name or number) for name, number in zip(new.names, numbers, strict=True)]
             labeled = replace(new, camids=new.camids if camids is None else camids, ids=tuple(given))
             keys = np.random.default_rng().integers(*KEYS, count)
             held = kept.appended(kept.encoded(new.features, label_columns(labeled, seen, metas, keys)))
@@ -251,6 +252,7 @@ class Gallery:
         """
         runner = self._kept.require_model("search")
         check_threshold(threshold)
+        check_flags(one_person=one_person, exact=exact, together=together)
         check_whole("top", top, 1)
         if shortlist is not None:
             check_whole("shortlist", shortlist, 1)

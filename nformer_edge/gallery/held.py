@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ from nformer_edge.metrics.ranking import DISTRACTOR
 
 #: Seconds since 1970, or a date and time.
 Time: TypeAlias = "float | str | datetime"
+
+#: Bytes of an id in UTF-8 that a new image may have. Older galleries may hold longer ones.
+MAX_ID = 512
 
 #: A time that is not known, before all times that are, where NaN cannot stand.
 NEVER = -1e15
@@ -179,6 +183,19 @@ def id_of(name: object) -> str:
     raise DataError("ids", got, "text or a whole number, one an image or one for all", "Pass a list, or leave ids out.")
 
 
+def new_id(name: object) -> str:
+    """`id_of` a new image.
+
+    Raises:
+        DataError: as `id_of`; for more than `MAX_ID` bytes.
+    """
+    text = id_of(name)
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_ID:
+        raise DataError("ids", f"{size} bytes, {text!r:.40}", f"at most {MAX_ID} bytes in UTF-8", "Shorten the id.")
+    return text
+
+
 def ids_of(names: object) -> set[str]:
     """`id_of` of one name, or of each of several."""
     several = isinstance(names, (Collection, np.ndarray)) and not isinstance(names, (str, bytes))
@@ -278,6 +295,8 @@ def seconds_of(name: str, value: object) -> float:
     except (ValueError, TypeError, OverflowError):
         pass
     hint = "Write it like 2026-11-28T12:00Z."
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}(-[0-9]{2})?", value.strip()):
+        hint = f"Name the day, too: {value.strip() + '-01-01':.10}."
     raise UsageError(name, repr(value), "seconds since 1970, a datetime or ISO 8601 text", hint) from None
 
 

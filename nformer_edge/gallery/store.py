@@ -9,6 +9,7 @@ overwritten (``secure_delete``), and `Store.shrink` leaves no page that was in u
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -48,6 +49,9 @@ _PART = 1 << 26
 
 #: Seconds after which a half-made gallery is taken for one whose maker was killed.
 _LEFT = 60.0
+
+#: What `os.link` fails with on a file system without links, such as exFAT.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 #: Types of the arrays in ``state``.
 _KINDS = ("<i4", "<i8", "<f4", "|b1")
@@ -148,7 +152,9 @@ class Store:
         with suppress(FileExistsError):  # another process was quicker
             try:
                 os.link(part, self.path)
-            except PermissionError:  # a file system without links, such as exFAT
+            except OSError as e:
+                if e.errno not in _NO_LINKS:
+                    raise
                 if not self.path.exists():
                     os.rename(part, self.path)
         part.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,6 +40,7 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen, resize
 from nformer_edge.gallery.embed import made_by
 from nformer_edge.gallery.gallery import THUMBNAIL, Gallery
+from nformer_edge.gallery.held import MAX_ID, new_id
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.results import Changed
 from nformer_edge.gallery.service.batching import Batcher
@@ -320,9 +321,19 @@ _BODY = {
     }
 }
 
+_NAMED = f"What the person is called here; at most {MAX_ID} bytes in UTF-8."
+
+
+def _new_id(name: str) -> str:
+    try:
+        return new_id(name)
+    except DataError as e:
+        raise ValueError(e.expected) from None
+
+
 Picture = Annotated[Decoded, Depends(_picture)]
-Name = Annotated[str, Field(min_length=1, max_length=200, description="What the person is called here.")]
-Camera = Annotated[int, Field(ge=0, lt=2**31)]
+NewId = Annotated[str, AfterValidator(_new_id), Field(min_length=1, max_length=MAX_ID, description=_NAMED)]
+Camera = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Strict(BaseModel):
@@ -346,7 +357,7 @@ class Search(Strict):
 class Enroll(Strict):
     """Whose image it is."""
 
-    id: Name
+    id: NewId
     camera: Camera | None = None
     time: datetime | None = Field(None, description="When it was seen; now if not given.")
 
@@ -498,7 +509,7 @@ async def enroll(asked: Annotated[Enroll, Query()], service: At, image: Picture)
 
 
 @api.delete("/images", dependencies=[Write], responses=_answers(*_ROLE, 404, 503))
-async def remove(id: Annotated[Name, Query()], service: At) -> Kept:
+async def remove(id: Annotated[str, Query(min_length=1)], service: At) -> Kept:
     """Forgets all images of an id."""
     try:
         with service.place():
@@ -521,7 +532,7 @@ async def thumbnail(key: Annotated[int, Field(ge=0, lt=2**63)], service: At) -> 
 @api.get("/people", dependencies=[Read], responses=_answers(*_ROLE), response_class=Escaped)
 async def people(
     service: At,
-    after: Annotated[str, Query(max_length=200, description="The last id of the page before.")] = "",
+    after: Annotated[str, Query(description="The last id of the page before.")] = "",
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> People:
     """Lists ids."""

@@ -24,7 +24,7 @@ from nformer_edge.core.spec import check_whole
 from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.core.values import Result
 from nformer_edge.gallery.codes import Code
-from nformer_edge.gallery.held import NEVER, Held, Time, Where, each, ids_of, label_columns, seen_by
+from nformer_edge.gallery.held import NEVER, Held, Time, Where, each, ids_of, label_columns, new_id, seen_by
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.gallery.protocols import QUICK
@@ -177,7 +177,7 @@ class ShortlistGallery:
         features = features_of(self._runner, images, "images", batch=batch)
         check_features(features.features, "images", self._runner.spec.backbone.features)
         count = len(features)
-        names = features.names if ids is None else tuple(map(str, each("ids", ids, count)))
+        names = features.names if ids is None else tuple(map(new_id, each("ids", ids, count)))
         if "" in names:
             raise DataError("ids", "an empty name", "text", "Name every image.")
         camids, seen = seen_by(count, cameras, times)

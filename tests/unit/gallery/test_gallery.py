@@ -237,6 +237,27 @@ def test_a_camera_to_leave_out_is_one_whole_number(gallery, wrong):
         gallery.search(CROPS[:1], exclude_camera=wrong)
 
 
+@pytest.mark.parametrize("name", ["one_person", "exact", "together"])
+def test_a_flag_that_is_no_boolean_is_refused(gallery, name):
+    with pytest.raises(UsageError, match=f"{name}: got 'no', expected True or False"):
+        gallery.search(CROPS[:1], **{name: "no"})
+    gallery.search(CROPS[:1], **{name: np.bool_(False)})
+
+
+def test_a_new_id_has_512_bytes_at_most(gallery):
+    gallery.add(CROPS[:1], "é" * 256)
+    with pytest.raises(DataError, match=r"514 bytes, .*expected at most 512 bytes in UTF-8"):
+        gallery.add(CROPS[:1], "é" * 257)
+    with pytest.raises(DataError, match="an id of the gallery"):
+        gallery.remove("é" * 257)  # an older gallery may hold one
+
+
+@pytest.mark.parametrize(("text", "day"), [("2026", "2026-01-01"), ("2026-11", "2026-11-01")])
+def test_a_time_without_a_day_is_refused_with_one(text, day):
+    with pytest.raises(UsageError, match=f"Name the day, too: {day}"):
+        seconds_of("since", text)
+
+
 def test_times_are_seconds_in_any_spelling_and_milliseconds_are_refused():
     assert seconds_of("time", "1795907863") == seconds_of("time", 1795907863) == 1795907863
     assert seconds_of("time", "20261128") == seconds_of("time", "2026-11-28")

@@ -62,6 +62,31 @@ def test_an_id_that_is_no_utf_8_is_answered_with(served, send):
     served(work)
 
 
+def test_an_id_is_as_long_as_a_gallery_takes_and_a_longer_one_can_be_listed_and_forgotten(served, send):
+    async def work(client, service):
+        assert (await send(client, "/v1/images", id="é" * 256)).status_code == 201
+        refused = await send(client, "/v1/images", id="é" * 257)
+        assert refused.status_code == 422
+        assert "at most 512 bytes" in refused.json()["detail"][0]["msg"]
+        long = "é" * 600
+        assert (await client.get("/v1/people", params={"after": long})).json()["people"] == []
+        assert (await client.delete("/v1/images", params={"id": long})).status_code == 404
+
+    served(work)
+
+
+def test_a_camera_has_any_number_that_a_gallery_takes(served, send):
+    async def work(client, service):
+        far = 2**63 - 1
+        await send(client, "/v1/images", id="ann", camera=far)
+        await send(client, "/v1/images", id="ben", camera=2**31)
+        found = (await send(client, "/v1/search", camera=[far])).json()
+        assert [(m["id"], m["camera"]) for m in found["matches"]] == [("ann", far)]
+        assert len((await send(client, "/v1/search", exclude_camera=far)).json()["matches"]) == 1
+
+    served(work)
+
+
 def test_filters_reach_the_search(served, send):
     async def work(client, service):
         for day, camera in ((1, 1), (2, 2), (3, 3)):
@@ -201,7 +226,7 @@ def test_a_hostile_body_is_refused_and_the_next_request_is_served(served, send, 
 
 @pytest.mark.parametrize(
     "asked",
-    [{"top": 0}, {"top": 101}, {"threshold": "nan"}, {"since": "soon"}, {"camera": -1}, {"camera": 2**40}, {"no": 1}],
+    [{"top": 0}, {"top": 101}, {"threshold": "nan"}, {"since": "soon"}, {"camera": -1}, {"camera": 2**63}, {"no": 1}],
 )
 def test_a_value_that_cannot_be_used_is_refused_where_it_stands(served, send, asked):
     async def work(client, service):
