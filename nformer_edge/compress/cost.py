@@ -36,7 +36,7 @@ def cost_of(backbone: Backbone, size: tuple[int, int]) -> Cost:
     hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
         with torch.inference_mode():
-            backbone.eval()(torch.zeros(1, 3, *size))
+            backbone.eval()(torch.zeros(1, 3, *size, device=next(backbone.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()

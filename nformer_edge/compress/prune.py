@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from nformer_edge.backends.choice import seconds_of, take_turns
 from nformer_edge.backends.open import open_model
@@ -28,6 +29,7 @@ from nformer_edge.compress.distil import Distil, DistilCriterion, ViewLoader
 from nformer_edge.compress.step import Work, exported
 from nformer_edge.core.errors import BackendError, UsageError
 from nformer_edge.core.spec import ModelSpec, check_at_least, check_choice
+from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.model.backbone import Backbone, widths_of
 from nformer_edge.model.osnet import OSBlock
 from nformer_edge.model.resnet import IBN
@@ -42,8 +44,11 @@ Norm = nn.BatchNorm2d | nn.InstanceNorm2d
 #: A layer by its name, and which of its channels are the group's, in the group's order.
 Members = list[tuple[str, list[int]]]
 
-#: Whether a model keeps to the budget.
-Fits = Callable[[Backbone], bool]
+#: What stands for a number that is not given.
+_MULTIPLE, _BATCHES = 16, 20
+
+#: Whether a model of so many GMACs keeps to the budget.
+Fits = Callable[[Backbone, float], bool]
 
 
 @dataclass(frozen=True)
@@ -59,43 +64,57 @@ class Prune:
             Killed while it prunes by the clock, a run may choose other widths when it goes on.
         importance: of a channel, from the batch and instance norms that it passes: ``taylor`` (what the re-ID loss
             would change by without it: Molchanov et al., CVPR 2019) or ``bn_scale`` (the scale's magnitude: Liu et
-            al., ICCV 2017). Both are in units of the mean of the channels that it stands with.
+            al., ICCV 2017). Both are in units of the mean of the channels that it stands with. ``taylor`` if None.
         multiple: widths are rounded to multiples of this, never to none: float and INT8 kernels work in blocks of 16.
-            IBN's two halves lose equally many channels.
-        batches: of the training images, for ``taylor`` and for streams.
+            IBN's two halves lose equally many channels. 16 if None.
+        batches: of the training images, for ``taylor`` and for streams. 20 if None.
     """
 
     what: What = "channels"
     gmacs: float = 1.0
     time: float = 1.0
-    importance: Importance = "taylor"
-    multiple: int = 16
-    batches: int = 20
+    importance: Importance | None = None
+    multiple: int | None = None
+    batches: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("what", self.what, get_args(What))
-        check_choice("importance", self.importance, get_args(Importance))
-        for name in ("multiple", "batches"):
-            check_at_least(name, getattr(self, name), 1)
+        if self.importance is not None:
+            check_choice("importance", self.importance, get_args(Importance))
+        for name, count in (("multiple", self.multiple), ("batches", self.batches)):
+            if count is not None:
+                check_at_least(name, count, 1)
         for name, share in (("gmacs", self.gmacs), ("time", self.time)):
             if not 0 < share <= 1:
                 raise UsageError(name, share, f"0 < {name} <= 1", "Give the share that may remain.")
         if self.gmacs == self.time == 1:
             raise UsageError("gmacs and time", "1 and 1", "one of them below 1", "Give the share that may remain.")
+        chosen, idle = "what = streams", ("importance", "multiple") if self.what == "streams" else ()
+        if not idle and self.importance == "bn_scale":
+            chosen, idle = "importance = bn_scale", ("batches",)
+        for name in idle:
+            if getattr(self, name) is not None:
+                expected = f"nothing where {chosen}"
+                raise UsageError(name, getattr(self, name), expected, "Leave it out: it would change nothing.")
 
     def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
         size = (work.spec.preprocess.height, work.spec.preprocess.width)
-        budget = self.gmacs * cost_of(backbone, size).gmacs
-        with _clock(backbone, work.spec) if self.time < 1 else nullcontext() as share:
+        whole = cost_of(backbone, size).gmacs
+        clock = _clock(backbone, work.spec) if self.time < 1 else nullcontext()
+        with clock as share, tqdm(desc="pruning", unit="try", **PROGRESS) as bar:
 
-            def fits(tried: Backbone) -> bool:
-                light = cost_of(tried, size).gmacs <= budget
-                return light and (share is None or share(_with_spec(tried)) <= self.time)
+            def fits(tried: Backbone, gmacs: float) -> bool:
+                light, reached = gmacs <= self.gmacs * whole, {"gmacs": gmacs / whole}
+                if light and share is not None:
+                    reached["time"] = share(_with_spec(tried))
+                bar.set_postfix(reached, refresh=False)
+                bar.update()
+                return light and reached.get("time", 0.0) <= self.time
 
             kept = (self._narrowed if self.what == "channels" else self._thinned)(backbone, work, size, fits)
         if kept is None:
             got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
-            reached = f"what widths that are multiples of {self.multiple} can reach"
+            reached = f"what widths that are multiples of {self.multiple or _MULTIPLE} can reach"
             hint = "Raise them, or lower multiple."
             if self.what == "streams":
                 reached, hint = "what one stream a block can reach", "Raise them."
@@ -105,7 +124,8 @@ class Prune:
     def _narrowed(self, backbone: Backbone, work: Work, size: tuple[int, int], fits: Fits) -> Backbone | None:
         """With the lowest threshold that `fits`."""
         example = torch.zeros(2, 3, *size)
-        scores = _taylor(backbone, work, self.batches) if self.importance == "taylor" else _scales(backbone)
+        taylor = self.importance != "bn_scale"
+        scores = _taylor(backbone, work, self.batches or _BATCHES) if taylor else _scales(backbone)
         groups = [
             _Group(members, scores, any(isinstance(backbone.get_submodule(name), IBN) for name, _ in members))
             for members in _groups(backbone, example)
@@ -116,7 +136,7 @@ class Prune:
         while low < high:
             middle = (low + high) // 2
             tried = self._cut(backbone, example, groups, thresholds[middle])
-            if fits(tried):
+            if fits(tried, cost_of(tried, size).gmacs):
                 kept, high = tried, middle
             else:
                 low = middle + 1
@@ -126,22 +146,21 @@ class Prune:
         """Without as few streams as `fits`."""
         if not any(isinstance(block, OSBlock) for block in backbone.modules()):
             raise UsageError("prune.what", f"streams of {backbone.spec.arch}", "an OSNet", "Prune its channels.")
-        batches = list(_batches(work, backbone.spec.features, self.batches))
+        batches = list(_batches(work, backbone.spec.features, self.batches or _BATCHES))
         kept = copy.deepcopy(backbone).to(work.compute.device).eval()
         loss, gmacs = _mean_loss(kept, batches), cost_of(kept, size).gmacs
-        while not fits(kept):
-            tried: list[tuple[float, int, Backbone]] = []
-            for name, block in kept.named_modules():
-                streams = block.streams if isinstance(block, OSBlock) else ()
-                for stream in streams if len(streams) > 1 else ():
-                    without = copy.deepcopy(kept)
-                    setattr(without.get_submodule(name), stream, None)
-                    saved = gmacs - cost_of(without, size).gmacs
-                    tried.append(((_mean_loss(without, batches) - loss) / saved, len(tried), without))
+        while not fits(kept, gmacs):
+            blocks = [(name, b) for name, b in kept.named_modules() if isinstance(b, OSBlock) and len(b.streams) > 1]
+            tried: list[tuple[float, int, float, float, Backbone]] = []
+            streams = [(name, stream) for name, block in blocks for stream in block.streams]
+            for i, (name, stream) in enumerate(tqdm(streams, desc="trying", unit="stream", **PROGRESS)):
+                without = copy.deepcopy(kept)
+                setattr(without.get_submodule(name), stream, None)
+                worse, less = _mean_loss(without, batches), cost_of(without, size).gmacs
+                tried.append(((worse - loss) / (gmacs - less), i, worse, less, without))
             if not tried:
                 return None
-            kept = min(tried)[2]
-            loss, gmacs = _mean_loss(kept, batches), cost_of(kept, size).gmacs
+            _, _, loss, gmacs, kept = min(tried)
         return kept.to("cpu")
 
     def _cut(self, backbone: Backbone, example: Tensor, groups: list[_Group], threshold: float) -> Backbone:
@@ -149,7 +168,7 @@ class Prune:
         cut = copy.deepcopy(backbone)
         graph = _graph(cut, example)
         for group in groups:
-            gone = group.least(threshold, self.multiple)
+            gone = group.least(threshold, self.multiple or _MULTIPLE)
             if gone:
                 layer = cut.get_submodule(group.first)
                 remove = graph.get_pruner_of_module(layer).prune_out_channels

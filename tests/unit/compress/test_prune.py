@@ -16,13 +16,14 @@ import torch
 
 from nformer_edge.compress import prune
 from nformer_edge.compress.compress import compress
-from nformer_edge.compress.cost import cost_of
+from nformer_edge.compress.cost import Cost, cost_of
 from nformer_edge.compress.distil import Distil
 from nformer_edge.compress.prune import Prune
 from nformer_edge.compress.recipe import Recipe
 from nformer_edge.compress.sparsify import Sparsify, masks_of, two_of_four
 from nformer_edge.core.errors import UsageError
 from nformer_edge.core.spec import BackboneSpec, ModelSpec, PreprocessSpec, from_dict, to_dict
+from nformer_edge.core.terminal import PROGRESS
 from nformer_edge.data.generate import GenerateSpec, generate_dataset
 from nformer_edge.exporting.trace import trace_backbone
 from nformer_edge.model.backbone import Backbone
@@ -64,9 +65,11 @@ def test_a_pruned_model_loads_by_its_spec_within_the_budget_and_with_round_width
 
 
 def test_a_time_budget_is_asked_of_the_clock_with_the_model_as_its_bundle_runs(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is missing")
+    monkeypatch.setitem(PROGRESS, "disable", False)
+    monkeypatch.setitem(PROGRESS, "delay", 0.0)
     shapes, narrow = [], []
 
     def clock(runs: list[Any], _: Any) -> np.ndarray:
@@ -86,16 +89,29 @@ def test_a_time_budget_is_asked_of_the_clock_with_the_model_as_its_bundle_runs(
             narrow.append(load_checkpoint(out).spec.backbone.widths)
     assert shapes == [(8, 32)] * 4
     assert all(narrow)
+    said = [line for line in capsys.readouterr().err.split("\r") if "pruning" in line and "try" in line]
+    assert any("gmacs=" in line and "time=0.5" in line for line in said)
 
 
-def test_streams_go_until_the_budget_holds_and_the_rest_learns_the_teachers_maps(data: Path, tmp_path: Path) -> None:
+def test_streams_go_until_the_budget_holds_and_the_rest_learns_the_teachers_maps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+
+    def counting(backbone: Backbone, size: tuple[int, int]) -> Cost:
+        counted.append(str([m.streams for m in backbone.modules() if isinstance(m, OSBlock)]))
+        return cost_of(backbone, size)
+
+    monkeypatch.setattr(prune, "cost_of", counting)
     teacher, out = teacher_at(tmp_path), tmp_path / "student.safetensors"
-    recipe = Recipe((Prune("streams", 0.8, batches=1), Distil(maps=1.0, train=TRAIN)), views=1, holdout=0.25)
+    recipe = Recipe((Prune("streams", 0.9, batches=1), Distil(maps=1.0, train=TRAIN)), views=1, holdout=0.25)
     record = compress(teacher, data, recipe, out)
     thin = load_checkpoint(out)
     assert thin.backbone is not None
-    assert cost_of(thin.backbone, (64, 32)).gmacs <= 0.8 * record.teacher.gmacs
+    assert cost_of(thin.backbone, (64, 32)).gmacs <= 0.9 * record.teacher.gmacs
     gone = {name for name, width in (thin.spec.backbone.widths or {}).items() if width == (0, 0)}
+    candidates = [streams for streams in counted if streams != counted[0]]
+    assert len(candidates) == len(set(candidates))
     assert 0 < len(gone) == 24 - sum(len(m.streams) for m in thin.backbone.modules() if isinstance(m, OSBlock))
     images = torch.rand(2, 3, 64, 32)
     model = trace_backbone(thin.backbone, (64, 32), 18)
@@ -113,6 +129,21 @@ def test_streams_of_a_backbone_without_any_are_refused(data: Path, tmp_path: Pat
 def test_pruning_without_a_budget_is_refused() -> None:
     with pytest.raises(UsageError, match="one of them below 1"):
         Prune()
+
+
+@pytest.mark.parametrize(
+    ("what", "importance", "multiple", "batches", "name"),
+    [
+        ("streams", "taylor", None, None, "importance"),
+        ("streams", None, 8, None, "multiple"),
+        ("channels", "bn_scale", None, 4, "batches"),
+    ],
+)
+def test_a_key_that_would_change_nothing_is_refused(
+    what: Any, importance: Any, multiple: int | None, batches: int | None, name: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"^{name}: got .*, expected nothing where .*Leave it out"):
+        Prune(what, 0.7, importance=importance, multiple=multiple, batches=batches)
 
 
 def test_a_plain_student_is_refused(data: Path, tmp_path: Path) -> None:
