@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from typing import ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from nformer_edge.backends.choice import settle
 from nformer_edge.core.errors import GateError, UsageError
 from nformer_edge.core.machine import Conditions, MachineFacts, conditions, machine, stable_clocks
 from nformer_edge.core.spec import check_at_least
@@ -473,7 +474,7 @@ def compare(
     """Times several models on the same single-image queries in turn, and gives ratios pair by pair.
 
     Each round sends one query to every model, beginning with another one each time, so that a slow minute of the
-    machine affects all equally.
+    machine affects all equally; before its turn a model answers the query untimed (`backends.choice.settle`).
 
     Raises:
         UsageError: for fewer than two models, or labels that are not one a model.
@@ -515,5 +516,7 @@ def _interleave(pipelines: list[Pipeline], requests: list[str], rounds: int, war
     for i in tqdm(range(rounds), desc="comparing", unit="round", **PROGRESS):
         for turn in range(len(pipelines)):
             which = (i + turn) % len(pipelines)
-            latency[which, i] = pipelines[which](_take(requests, warmup + i, 1)).total_ms
+            ask = partial(pipelines[which], _take(requests, warmup + i, 1))
+            settle(ask)
+            latency[which, i] = ask().total_ms
     return latency

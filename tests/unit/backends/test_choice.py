@@ -152,6 +152,48 @@ def test_timing_ends_when_the_fastest_is_known():
     assert take_turns(*runs([1.0, 1.1, 1.2], [1.1, 1.0, 1.2])).shape == (2, 31)  # each wins in turn
 
 
+class Machine:
+    """A clock, and the seconds that a process computes: its runs, and its threads until `spins_until`."""
+
+    def __init__(self):
+        self.now = self.used = self.spins_until = 0.0
+        self.begun = []
+
+    def sleep(self, seconds):
+        self.used += min(seconds, max(0.0, self.spins_until - self.now))
+        self.now += seconds
+
+    def perf_counter(self):
+        return self.now
+
+    def process_time(self):
+        return self.used
+
+    def run(self, spins=0.0):
+        self.begun.append(self.now)
+        self.now += 0.006
+        self.used += 0.006
+        self.spins_until = self.now + spins
+
+
+def test_an_engine_is_not_timed_while_threads_of_another_one_spin(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(choice, "time", machine)
+    choice.seconds_of(lambda: machine.run(spins=0.032))
+    spins_until = machine.spins_until
+    machine.begun.clear()
+    assert choice.seconds_of(machine.run) == pytest.approx(0.006)
+    assert machine.begun[0] >= spins_until
+    assert np.diff(machine.begun) == pytest.approx([0.006] * 4)  # runs in a row, of which the last one counts
+
+
+def test_a_process_that_never_rests_is_timed_all_the_same(monkeypatch):
+    machine = Machine()
+    machine.spins_until = 1e9
+    monkeypatch.setattr(choice, "time", machine)
+    assert choice.seconds_of(machine.run) == pytest.approx(0.006)
+
+
 def test_the_first_stays_unless_another_is_surely_faster():
     first, other = np.full(7, 2.0), np.full(7, 1.0)
     assert fastest([first, other, np.full(7, 1.5)]) == 1

@@ -100,8 +100,9 @@ def test_copies_that_a_device_reports_are_taken_out_of_its_step(dataset, grid_ru
     assert step_ms["backbone"] < 0
 
 
-def test_models_are_compared_in_turn_pair_by_pair(dataset, grid_runner):
+def test_models_are_compared_in_turn_pair_by_pair(dataset, grid_runner, monkeypatch):
     calls = []
+    monkeypatch.setattr("nformer_edge.report.benchmark.settle", lambda ask: calls.append(ask.args[0]))
 
     class Slow(grid_runner):
         def embed(self, images):
@@ -113,8 +114,9 @@ def test_models_are_compared_in_turn_pair_by_pair(dataset, grid_runner):
     models = [Slow("fast"), Slow("slow")]
     result = compare(models, dataset, rounds=6, warmup=0, with_head=False, labels=["a", "b"])
     assert Comparison.from_json(json.loads(dumps(result.to_json()))) == result
-    one_by_one = calls[-12:]
-    assert one_by_one == ["fast", "slow", "slow", "fast"] * 3
+    one_by_one = calls[-24:]
+    assert one_by_one[1::2] == ["fast", "slow", "slow", "fast"] * 3
+    assert [paths for (paths,) in one_by_one[::4]] == [r.path for r in dataset.query[:6]]  # settled by the same query
     first, second = result.runs
     pairs = np.divide(second.latency_ms, first.latency_ms)
     assert second.ratio == pytest.approx(np.median(pairs))

@@ -16,8 +16,9 @@ from nformer_edge.report.models import MeasuredModel
 
 
 def test_a_model_beside_itself_ranks_alike_and_the_page_draws_both(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nformer_edge.backends.choice.settle", lambda run: run())
     generate_dataset(tmp_path / "data", replace(GenerateSpec.tiny(), train_ids=2, seen_by=2, images=2))
     found = frontier([tiny_bundle, tiny_checkpoint], tmp_path / "data", batches=(1, 2))
     teacher, same = found.points
