@@ -89,13 +89,14 @@ class Prune:
                 raise UsageError(name, share, f"0 < {name} <= 1", "Give the share that may remain.")
         if self.gmacs == self.time == 1:
             raise UsageError("gmacs and time", "1 and 1", "one of them below 1", "Give the share that may remain.")
-        chosen, idle = "what = streams", ("importance", "multiple") if self.what == "streams" else ()
-        if not idle and self.importance == "bn_scale":
-            chosen, idle = "importance = bn_scale", ("batches",)
-        for name in idle:
-            if getattr(self, name) is not None:
-                expected = f"nothing where {chosen}"
-                raise UsageError(name, getattr(self, name), expected, "Leave it out: it would change nothing.")
+        streams, scales = self.what == "streams", self.importance == "bn_scale"
+        for name, value, idle, where in (
+            ("importance", self.importance, streams, "streams go"),
+            ("multiple", self.multiple, streams, "streams go"),
+            ("batches", self.batches, scales, "bn_scale decides"),
+        ):
+            if idle and value is not None:
+                raise UsageError(name, value, f"nothing where {where}", "Leave it out: it would change nothing.")
 
     def run(self, backbone: Backbone, work: Work) -> tuple[Backbone, list[Epoch]]:
         size = (work.spec.preprocess.height, work.spec.preprocess.width)
@@ -104,12 +105,12 @@ class Prune:
         with clock as share, tqdm(desc="pruning", unit="try", **PROGRESS) as bar:
 
             def fits(tried: Backbone, gmacs: float) -> bool:
-                light, reached = gmacs <= self.gmacs * whole, {"gmacs": gmacs / whole}
+                light, shares = gmacs <= self.gmacs * whole, {"gmacs": gmacs / whole}
                 if light and share is not None:
-                    reached["time"] = share(_with_spec(tried))
-                bar.set_postfix(reached, refresh=False)
+                    shares["time"] = share(_with_spec(tried))
+                bar.set_postfix(shares, refresh=False)
                 bar.update()
-                return light and reached.get("time", 0.0) <= self.time
+                return light and shares.get("time", 0.0) <= self.time
 
             kept = (self._narrowed if self.what == "channels" else self._thinned)(backbone, work, size, fits)
         if kept is None:
