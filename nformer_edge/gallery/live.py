@@ -71,7 +71,8 @@ class LiveHead:
         self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
         self._drawn = 0  # N when landmarks were drawn
         self._lost = False  # whether a row that landmarks were drawn from is gone
-        self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None
+        self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None  # while a query is asked exactly
+        self._left: list[tuple[np.ndarray, np.ndarray]] = []  # what the head makes of rows then
         self._lock = threading.RLock()
         self._allocate(0)
 
@@ -233,8 +234,7 @@ class LiveHead:
             few._rows[name][:size] = np.concatenate([rows[name], x])
         few._search_few(size)
         few._spread(size, np.ones(size, bool))
-        found: np.ndarray = few._rows["out"][: size - 1] @ few._rows["out"][size - 1]
-        return found
+        return native.row_scores(few._rows["out"][: size - 1], few._rows["out"][size - 1])
 
     def settle(self) -> None:
         """Computes the rows that were added, and those that additions and removals reach. `ask` does it first."""
@@ -400,6 +400,13 @@ class LiveHead:
         mask[changed] = True
         return mask
 
+    def _leave(self, rows: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+        """Sets what the head makes of rows [P], or keeps it beside for a query. Returns which moved, bool [size]."""
+        if self._undo is None:
+            return self._put("out", rows, x, size)
+        self._left.append((rows, x))
+        return np.zeros(size, bool)
+
     def _read(self, name: str, at: slice | np.ndarray) -> np.ndarray:
         """Rows of an array, float32."""
         rows = self._rows[name][at]
@@ -475,7 +482,7 @@ class LiveHead:
         unit, names, scores = (self._rows[name] for name in ("unit", "names", "scores"))
         slack = 2.0**-23 * unit.shape[1]  # what a float32 product of unit rows may be off
         near = products > (last - slack)[:, None]
-        rows = np.flatnonzero(near.any(axis=1))
+        rows = np.unique(np.nonzero(near)[0])
         new = np.where(near[rows], np.arange(start, stop, dtype=np.int32), np.int32(NO_NEIGHBOR))
         found = native.pair_scores(unit[rows][None], unit[None, :stop], new[None])[0].astype(np.float32)
         found = np.where(found > last[rows, None], found, -np.float32(np.inf))
@@ -522,7 +529,7 @@ class LiveHead:
 
     def _exact(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         """As `_quick`, for one query [1, ...] that joins the gallery and leaves it as it was."""
-        size, self._undo = len(self), []
+        size, self._undo, self._left = len(self), [], []
         try:
             row = np.array([size])
             for name, x in asked.items():
@@ -530,18 +537,22 @@ class LiveHead:
             moved = np.zeros(size + 1, bool)
             moved[self._join(asked["unit"][0])] = moved[size] = True
             self._spread(size + 1, moved)
-            return self._scored(self._read("out", row), size)
+            query, out = self._left[-1][1][-1], self._rows["out"]  # the query is the last row of all
+            found = native.row_scores(out, query) if self.kept == "fp32" else self._scored(query[None], size + 1)[0]
+            for rows, x in self._left:
+                found[rows] = native.row_scores(x, query)
+            return found[None, :size]
         finally:
             for name, changed, before in reversed(self._undo):
                 self._rows[name][changed] = before
-            self._undo = None
+            self._undo, self._left = None, []
 
     def _join(self, query: np.ndarray) -> np.ndarray:  # [D] -> [P]
         """The list of a query, which stands behind the rows, and its place in theirs. Returns those rows."""
         size, listed, unit = len(self), self.spec.listed, self._rows["unit"]
-        products = unit @ query
-        rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], products[:size, None])
-        self._list_one(size, *self._nearest(query, products, listed, unit), size + 1)
+        scores = native.row_scores(unit, query)
+        rows, _ = self._enter(size, size + 1, self._rows["scores"][:size, listed - 1], scores[:size, None])
+        self._list_one(size, *self._nearest(query, scores, listed, unit), size + 1)
         return rows
 
     def _among(self, asked: dict[str, np.ndarray], among: int | np.ndarray) -> np.ndarray:

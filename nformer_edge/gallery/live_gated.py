@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 
@@ -29,12 +30,24 @@ class GatedLive(LiveHead):
             shapes |= {f"profile{layer}": ((ranks,), np.float32), f"t{layer}": ((), np.float32)}
             shapes |= {f"x{layer}": (row, np.float32)} if layer else {}
             shapes[f"exponents{layer}"] = (self.spec.k + 1,), np.float32  # of the weights of neighbors
+        shapes["seen"] = (len(self._seen),), np.int32  # what layers read of a list, side by side
         return {**super()._shapes(), **shapes}
+
+    @cached_property
+    def _seen(self) -> np.ndarray:
+        """Places of a list that layers read: neighbors, and those of a profile."""
+        return np.union1d(np.arange(self.spec.k + 1), _PLACES)
+
+    @cached_property
+    def _placed(self) -> np.ndarray:
+        """Where among them those of a profile are."""
+        return np.searchsorted(self._seen, _PLACES)
 
     def _entered(self, features: np.ndarray) -> np.ndarray:
         x, power = scaled(features, self.spec), self.numbers["map.power"]
         x = x if power == 1 else np.sign(x) * np.abs(x) ** power
-        return x @ self.numbers["map.linear.w"] + self.numbers["map.linear.b"]
+        w = self.numbers["map.linear.w"]
+        return (native.row_scores(w.T, x[0])[None] if len(x) == 1 else x @ w) + self.numbers["map.linear.b"]
 
     def compared(
         self,
@@ -62,72 +75,76 @@ class GatedLive(LiveHead):
     def _given(self) -> tuple[str, ...]:
         return ("center",)
 
+    def _unlist(self, place: np.ndarray, head: str = "") -> None:
+        super()._unlist(place)
+        seen = self._rows["seen"]
+        seen[:] = np.where(seen >= 0, place[seen], np.int32(NO_NEIGHBOR))
+
     def _spread(self, size: int, moved: np.ndarray) -> None:
-        names = self._rows["names"][:size]
-        near, places = np.ascontiguousarray(names[:, : self.spec.k + 1]), names[:, _PLACES]
-        listed, placed = np.ascontiguousarray(near.T), np.ascontiguousarray(places.T)
+        seen, near = self._rows["seen"][:size], np.arange(self.spec.k + 1)
         rows = np.flatnonzero(moved)
-        scores = _profile(self._rows["scores"][rows][:, _PLACES])
-        self._put("profile0", rows, scores, size)
+        self._put("seen", rows, self._rows["names"][rows[:, None], self._seen], size)
+        self._put("profile0", rows, _profile(self._rows["scores"][rows[:, None], _PLACES]), size)
         x, differs, profiles = self._rows["unit"][:size], np.zeros(size, bool), moved
         for layer in range(self.spec.layers):
             if layer:
-                x, profiles = self._read(f"x{layer}", slice(size)), moved | differs | _reached(differs, placed)
+                x, profiles = self._read(f"x{layer}", slice(size)), moved | differs
+                profiles |= native.reached(differs, seen, self._placed)
                 rows = np.flatnonzero(profiles)
-                self._put(f"profile{layer}", rows, self._reprofiled(layer, x, rows, places, moved, differs), size)
+                self._put(f"profile{layer}", rows, self._reprofiled(layer, x, rows, moved, differs), size)
             rows = np.flatnonzero(profiles)
             t = self._thresholds(layer, self._rows[f"profile{layer}"][rows])
             before = self._rows[f"t{layer}"][:size].copy()
             risen = self._put(f"t{layer}", rows, t, size, STILL)
             either = differs + 2 * risen.astype(np.uint8)
-            reached = either | _reached(either, listed)
+            reached = either | native.reached(either, seen, near)
             surely = moved | (reached & 1 > 0)
             rows = np.flatnonzero(~surely & (reached > 0))
-            surely[rows[self._reweighed(layer, x, rows, near, before)]] = True
+            surely[rows[self._reweighed(layer, x, rows, before)]] = True
             rows, differs = np.flatnonzero(surely), np.zeros(size, bool)
-            for part in row_blocks(len(rows), BLOCK):
-                differs |= self._pass(layer, x, rows[part], near)
+            for part in row_blocks(len(rows), 4 * BLOCK):
+                differs |= self._pass(layer, x, rows[part])
 
     def _reprofiled(
-        self, layer: int, x: np.ndarray, rows: np.ndarray, places: np.ndarray, moved: np.ndarray, differs: np.ndarray
+        self, layer: int, x: np.ndarray, rows: np.ndarray, moved: np.ndarray, differs: np.ndarray
     ) -> np.ndarray:  # [P, RANKS]
         """Profiles of `rows` [P], whose lists `moved` or which `differ` in x [n, D], or whose neighbors do."""
-        wanted = places[rows]
+        wanted = self._rows["seen"][rows[:, None], self._placed]
         there = wanted.min(initial=0) >= 0  # a set large enough: a score that no change touches stays as it is
         if there:
             wanted[~((moved | differs)[rows, None] | differs[wanted])] = NO_NEIGHBOR
-        scores = native.pair_scores(x[rows][None], x[None], wanted[None])[0].astype(np.float32)
+        scores = native.pair_scores(x[None], x[None], wanted[None], rows=rows)[0].astype(np.float32)
         if there:
             return np.where(wanted[:, 1:] >= 0, scores[:, 1:], self._rows[f"profile{layer}"][rows])
         return _profile(scores)
 
-    def _reweighed(
-        self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray, before: np.ndarray
-    ) -> np.ndarray:  # bool [P]
+    def _reweighed(self, layer: int, x: np.ndarray, rows: np.ndarray, before: np.ndarray) -> np.ndarray:  # bool [P]
         """Which of `rows` [P], whose neighbors stay, weigh them otherwise than with the thresholds [n] before."""
         slope, kept = self._slope(layer), self._rows[f"exponents{layer}"]
+        near = self._rows["seen"][:, : self.spec.k + 1]
         stale = rows[np.isnan(kept[rows, 0])]
-        over = native.pair_scores(x[stale][None], x[None], near[None, stale])[0]
+        over = native.pair_scores(x[None], x[None], near[None, stale], rows=stale)[0]
         over -= (before[stale, None] + before[near[stale]]) / 2
         over[near[stale] == stale[:, None]] = -np.inf
         kept[stale] = slope * over
         rise, exponents = self._rows[f"t{layer}"][: len(x)] - before, kept[rows]
         new = exponents - np.float32(slope / 2) * (rise[rows, None] + rise[near[rows]])
-        self._put(f"exponents{layer}", rows, new, len(near))
+        if self._undo is None:
+            kept[rows] = new
         changes = np.abs(_sigmoid(new) - _sigmoid(exponents)).sum(axis=1)
         moved: np.ndarray = changes * np.exp(self.numbers[f"h.{layer}.log_strength"]) > STILL
         return moved
 
-    def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
+    def _pass(self, layer: int, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """One layer of `rows` [P] from all of x [n, D]. Returns which of the n moved."""
-        t, one = self._rows[f"t{layer}"][None, : len(x)], x[None]
         if self._undo is None:  # a query that is taken back leaves none behind, and reads none of these
             self._rows[f"exponents{layer}"][rows] = np.nan  # computed when they are asked for
-        y = native.reciprocal_neighbor_attention(one, one, one, near[None], self._slope(layer), t=t, rows=rows)[0]
-        new = self._joined(layer, x[rows], y)
-        if layer + 1 < self.spec.layers:
-            return self._put(f"x{layer + 1}", rows, new, len(x), STILL)
-        return self._put("out", rows, self._output(new, self._rows["unit"][rows]), len(x))
+        size, last = len(x), layer + 1 == self.spec.layers
+        seen, t, slope = self._rows["seen"][:size], self._rows[f"t{layer}"][:size], self._slope(layer)
+        strength = float(np.exp(self.numbers[f"h.{layer}.log_strength"]))
+        own, share = (self._rows["unit"][:size], float(self.numbers["own"])) if last else (None, 0.0)
+        new = native.gated_layer(x, seen, t, rows, self.spec.k + 1, slope, strength, own, share)
+        return self._leave(rows, new, size) if last else self._put(f"x{layer + 1}", rows, new, size, STILL)
 
     def _quick(self, asked: dict[str, np.ndarray]) -> np.ndarray:
         size, x = len(self), asked["unit"]
@@ -179,7 +196,7 @@ class GatedLive(LiveHead):
     # The head's numbers.
 
     def _thresholds(self, layer: int, scores: np.ndarray) -> np.ndarray:  # [P, RANKS] -> [P]
-        t = scores @ self.numbers[f"h.{layer}.profile"] + self.numbers[f"h.{layer}.offset"]
+        t = np.einsum("pr,r->p", scores, self.numbers[f"h.{layer}.profile"]) + self.numbers[f"h.{layer}.offset"]
         return t.astype(np.float32)
 
     def _slope(self, layer: int) -> float:
@@ -200,15 +217,6 @@ def _profile(scores: np.ndarray) -> np.ndarray:  # [P, 1 + RANKS] -> [P, RANKS]
     last = np.take_along_axis(scores, there.sum(axis=1)[:, None], axis=1)
     drop = GATED_MISSING * np.cumsum(~there, axis=1)
     return np.where(there, scores[:, 1:], last - drop).astype(np.float32)
-
-
-def _reached(
-    flags: np.ndarray,  # bool or uint8 [n]
-    lists: np.ndarray,  # int32 [K, n]; -1 reads the last row: one more to compute
-) -> np.ndarray:  # [n]
-    """The flags of a row's neighbors, together. Lists stand place by place, which is several times as quick."""
-    together: np.ndarray = np.bitwise_or.reduce(flags.take(lists, mode="wrap"), axis=0)
-    return together
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

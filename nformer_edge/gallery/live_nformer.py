@@ -106,7 +106,7 @@ class NFormerLive(LiveHead):
             if layer + 1 < spec.layers:
                 differs = self._put(f"x{layer + 1}", rows, x, size, STILL)
             else:
-                self._put("out", rows, self._neck(x), size)
+                self._leave(rows, self._neck(x), size)
 
     def _mutual(self, near: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [P]
         """`rows`, and of each the neighbors that chose it, in ascending order, -1 for the others."""

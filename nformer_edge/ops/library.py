@@ -37,9 +37,12 @@ _FUNCTIONS = {
     "first_bad_row": "pqqi",
     "first_bad_list": "pqqqi",
     "row_top_k": "ppqqqqipiiis",
-    "pair_scores": "pppqqqqqpis",
+    "pair_scores": "ppppqqqqqqpis",
+    "row_scores": "ppqqpis",
     "k_reciprocal": "ppppqqqqqqdpis",
     "attend": "xpis",
+    "gated_layer": "pppppqqqqqdddpis",
+    "reached": "pppqqqpi",
     "attend_backward": "xpppppis",
 }
 
@@ -108,12 +111,23 @@ class Library:
         return self._call("row_top_k", _at(a, np.float32), _at(b, np.float32), *sizes, _at(out, np.int32), *how)
 
     def pair_scores(
-        self, a: np.ndarray, b: np.ndarray, columns: np.ndarray, out: np.ndarray, threads: int, isa: str
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        columns: np.ndarray,
+        out: np.ndarray,
+        threads: int,
+        isa: str,
+        rows: np.ndarray | None = None,
     ) -> None:
         heads, n, r = a.shape
-        arrays = _at(a, np.float32), _at(b, np.float32), _at(columns, np.int32)
-        sizes = heads, n, b.shape[1], r, columns.shape[2]
+        arrays = _at(a, np.float32), _at(b, np.float32), _at(columns, np.int32), _at(rows, np.int32)
+        sizes = heads, n, b.shape[1], r, columns.shape[2], columns.shape[1]
         self._call("pair_scores", *arrays, *sizes, _at(out, np.float64), threads, isa.encode())
+
+    def row_scores(self, rows: np.ndarray, x: np.ndarray, out: np.ndarray, threads: int, isa: str) -> None:
+        arrays = _at(rows, np.float32), _at(x, np.float32)
+        self._call("row_scores", *arrays, *rows.shape, _at(out, np.float32), threads, isa.encode())
 
     def k_reciprocal(
         self,
@@ -134,6 +148,28 @@ class Library:
 
     def attend(self, x: Attention, y: np.ndarray, threads: int, isa: str) -> None:
         self._call("attend", x.tensors, _at(y, np.float32), threads, isa.encode())
+
+    def gated_layer(
+        self,
+        x: np.ndarray,
+        lists: np.ndarray,
+        t: np.ndarray,
+        rows: np.ndarray,
+        own: np.ndarray | None,
+        k: int,
+        factors: tuple[float, float, float],
+        y: np.ndarray,
+        threads: int,
+        isa: str,
+    ) -> int:
+        """`factors`: scale, strength, the own rows' share."""
+        arrays = _at(x, np.float32), _at(lists, np.int32), _at(t, np.float32), _at(rows, np.int32), _at(own, np.float32)
+        sizes = *x.shape, lists.shape[1], k, len(rows)
+        return self._call("gated_layer", *arrays, *sizes, *factors, _at(y, np.float32), threads, isa.encode())
+
+    def reached(self, flags: np.ndarray, lists: np.ndarray, places: np.ndarray, out: np.ndarray, threads: int) -> int:
+        arrays = _at(flags, np.uint8), _at(lists, np.int32), _at(places, np.int32)
+        return self._call("reached", *arrays, *lists.shape, len(places), _at(out, np.uint8), threads)
 
     def attend_backward(self, x: Attention, gy: np.ndarray, out: list[np.ndarray], threads: int, isa: str) -> None:
         """`out`: the gradients by a, b, v and, with a gate, t."""

@@ -128,19 +128,45 @@ def _row_top_k(
 def pair_scores(
     a: np.ndarray,  # [H, N, R]
     b: np.ndarray,  # [H, M, R]
-    columns: np.ndarray,  # int32 [H, N, K] or [1, N, K], each -1..M-1
+    columns: np.ndarray,  # int32 [H, N, K] or [1, N, K], each -1..M-1; [..., P, K] with rows
+    *,
+    rows: np.ndarray | None = None,  # int32 [P], each 0..N-1
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float64 [H, N, K], or [H, P, K]
+    """The scores of each row with the columns that it names, as `row_top_k` orders by; -infinity for -1.
+
+    With `rows` only theirs are computed.
+    """
+    library = _library()
+    _check_factors(a, b)
+    count, scored = _threads(threads), a
+    if rows is not None:
+        rows = _chosen(rows, a.shape[1])
+        scored = np.broadcast_to(a[:, :1], (a.shape[0], len(rows), a.shape[2]))  # the same shape as theirs
+    _check_lists(columns, scored, b.shape[1], count)
+    named = np.ascontiguousarray(np.broadcast_to(columns, (*scored.shape[:2], columns.shape[2])))
+    scores = np.empty(named.shape, dtype=np.float64)
+    library.pair_scores(_wide(a), _wide(b), named, scores, count, _isa(isa), rows)
+    return scores
+
+
+def row_scores(
+    rows: np.ndarray,  # float32 [N, D]
+    x: np.ndarray,  # float32 [D]
     *,
     threads: int | None = None,
     isa: str | None = None,
-) -> np.ndarray:  # float64 [H, N, K]
-    """The scores of each row with the columns that it names, as `row_top_k` orders by; -infinity for -1."""
+) -> np.ndarray:  # float32 [N]
+    """The scores of all rows with one more, as `row_top_k` orders by.
+
+    About as quick as a product by numpy's BLAS, whose threads spin for 0.1 s after it, on cores that others need.
+    """
     library = _library()
-    _check_factors(a, b)
-    count = _threads(threads)
-    _check_lists(columns, a, b.shape[1], count)
-    named = np.ascontiguousarray(np.broadcast_to(columns, (*a.shape[:2], columns.shape[2])))
-    scores = np.empty(named.shape, dtype=np.float64)
-    library.pair_scores(_wide(a), _wide(b), named, scores, count, _isa(isa))
+    if rows.ndim != 2 or x.shape != rows.shape[1:]:
+        raise UsageError("x", f"shape {x.shape}, rows {rows.shape}", "[D] and [N, D]", "Pass one row.")
+    scores = np.empty(len(rows), np.float32)
+    library.row_scores(_wide(rows), _wide(x), scores, _threads(threads), _isa(isa))
     return scores
 
 
@@ -282,10 +308,7 @@ def reciprocal_neighbor_attention(
     library = _library()
     count = _threads(threads)
     scale = _check_attention(a, b, v, neighbors, scale, t, cameras, count)
-    if rows is not None:
-        rows = np.ascontiguousarray(rows, dtype=np.int32)
-        if rows.ndim != 1 or (rows.size and not (rows.min() >= 0 and rows.max() < a.shape[1])):
-            raise UsageError("rows", f"shape {rows.shape}", f"[P] of 0..{a.shape[1] - 1}", "Name rows that are there.")
+    rows = None if rows is None else _chosen(rows, a.shape[1])
     y = np.zeros((v.shape[0], v.shape[1] if rows is None else len(rows), v.shape[2]), dtype=np.float32)
     if y.size and neighbors.shape[2]:
         x = Attention(
@@ -293,6 +316,74 @@ def reciprocal_neighbor_attention(
         )
         library.attend(x, y, count, _isa(isa))
     return y.astype(v.dtype, copy=False)
+
+
+def gated_layer(
+    x: np.ndarray,  # float32 [N, D]
+    lists: np.ndarray,  # int32 [N, W], each -1..N-1
+    t: np.ndarray,  # float32 [N]
+    rows: np.ndarray,  # int32 [P], each 0..N-1
+    k: int,
+    scale: float,
+    strength: float,
+    own: np.ndarray | None = None,  # float32 [N, D]
+    own_share: float = 0.0,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # float32 [P, D]
+    """``unit(x + strength * y)`` of some rows, y what the gated attention over the first `k` of their lists gives.
+
+    With `own`, ``unit(that + own_share * own)``. See `model.gated` for what this is a layer of.
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or a neighbor or a row is out of range.
+        BackendError: if the kernels are not compiled here.
+    """
+    library, size = _library(), len(x)
+    if x.ndim != 2 or t.shape != (size,) or (own is not None and own.shape != x.shape):
+        got = f"shapes {x.shape}, {t.shape}, {None if own is None else own.shape}"
+        raise UsageError("x, t, own", got, "[N, D], [N], [N, D]", "Pass one row and one threshold an image.")
+    check_neighbors(lists[None], x[None], np.dtype(np.int32))
+    if not 0 <= k <= lists.shape[1]:
+        raise UsageError("k", k, f"0 to {lists.shape[1]}, places of a list", "Pass longer lists.")
+    rows = _chosen(rows, size)
+    y = np.empty((len(rows), x.shape[1]), np.float32)
+    arrays = _wide(x), np.ascontiguousarray(lists), _wide(t), rows, None if own is None else _wide(own)
+    factors = float(scale), float(strength), float(own_share)
+    bad = library.gated_layer(*arrays, k, factors, y, _threads(threads), _isa(isa))
+    if bad >= 0:
+        raise _bad_list(lists, bad, size)
+    return y
+
+
+def reached(
+    flags: np.ndarray,  # bool or uint8 [N]
+    lists: np.ndarray,  # int32 [N, W], each -1..N-1
+    places: np.ndarray,  # int32 [K], each 0..W-1
+    *,
+    threads: int | None = None,
+) -> np.ndarray:  # as flags
+    """The flags of those whom each list names at some places, together (bitwise or); -1 has none.
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or a neighbor or a place is out of range.
+        BackendError: if the kernels are not compiled here.
+    """
+    library = _library()
+    if flags.ndim != 1 or flags.dtype not in (np.bool_, np.uint8):
+        raise UsageError("flags", f"shape {flags.shape} {flags.dtype}", "[N] bool or uint8", "Pass one an image.")
+    check_neighbors(lists[None], flags[None, :, None], np.dtype(np.int32))
+    places = np.ascontiguousarray(places, np.int32)
+    width = lists.shape[1]
+    if places.size and not 0 <= places.min() <= places.max() < width:
+        raise UsageError("places", f"{places.min()} to {places.max()}", f"0..{width - 1}", "Pass longer lists.")
+    out = np.empty(flags.shape, flags.dtype)
+    bits = np.ascontiguousarray(flags).view(np.uint8), np.ascontiguousarray(lists), places, out.view(np.uint8)
+    bad = library.reached(*bits, _threads(threads))
+    if bad >= 0:
+        raise _bad_list(lists, bad, len(flags))
+    return out
 
 
 def reciprocal_neighbor_attention_backward(
@@ -357,6 +448,13 @@ def _rows(x: np.ndarray | None) -> np.ndarray | None:
     return None if x is None else np.ascontiguousarray(x)
 
 
+def _chosen(rows: np.ndarray, count: int) -> np.ndarray:  # [P] -> int32 [P]
+    rows = np.ascontiguousarray(rows, dtype=np.int32)
+    if rows.ndim != 1 or (rows.size and not (rows.min() >= 0 and rows.max() < count)):
+        raise UsageError("rows", f"shape {rows.shape}", f"[P] of 0..{count - 1}", "Name rows that are there.")
+    return rows
+
+
 def _check_finite(name: str, x: np.ndarray, threads: int) -> None:
     bad = _library().first_bad_row(x, threads)
     if bad >= 0:
@@ -370,8 +468,12 @@ def _check_lists(neighbors: np.ndarray, a: np.ndarray, columns: int, threads: in
     bad = _library().first_bad_list(np.ascontiguousarray(neighbors), columns, threads) if neighbors.size else -1
     if bad >= 0:
         head, row = divmod(bad, a.shape[1])
-        got = f"{neighbors[head, row].tolist()} in row {row}"
-        raise UsageError("neighbors", got, f"-1..{columns - 1}", "Pass what row_top_k gave.")
+        raise _bad_list(neighbors[head], row, columns)
+
+
+def _bad_list(lists: np.ndarray, row: int, columns: int) -> UsageError:
+    got = f"{lists[row].tolist()} in row {row}"
+    return UsageError("neighbors", got, f"-1..{columns - 1}", "Pass what row_top_k gave.")
 
 
 def _check_factors(a: np.ndarray, b: np.ndarray) -> None:

@@ -1,11 +1,14 @@
 // The library `_kernels.so`: C functions on row-major arrays, so that one file serves every Python. `ops/library.py` calls
 // them; checks live in native.py. Each returns -2 after an exception, whose words `nformer_error` has, and -3 without
 // memory; an instruction set is "" for the fastest.
+#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "k_reciprocal.h"
 #include "operators.h"
@@ -83,20 +86,37 @@ NFORMER_API int64_t nformer_row_top_k(const float* a, const float* b, int64_t he
   });
 }
 
-// Exact scores of the pairs (i, columns[h, i, n]); -infinity where the column is -1.
-NFORMER_API int64_t nformer_pair_scores(const float* a, const float* b, const int32_t* columns, int64_t heads,
-                                        int64_t n, int64_t m, int64_t r, int64_t k, double* scores, int threads,
-                                        const char* isa) {
+// Exact scores of the pairs (i, columns[h, p, s]), -infinity where the column is -1; i is p, or rows[p] if there are rows.
+NFORMER_API int64_t nformer_pair_scores(const float* a, const float* b, const int32_t* columns, const int32_t* rows,
+                                        int64_t heads, int64_t n, int64_t m, int64_t r, int64_t k, int64_t count,
+                                        double* scores, int threads, const char* isa) {
   return guarded(isa, [&](const Table& table) {
-    parallel_ranges(threads, heads * n, 512, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t s = row * k; s < (row + 1) * k; ++s) {
-          const int32_t column = columns[s];
-          if (column < 0)
-            scores[s] = -INFINITY;
-          else
-            table.score(a + row * r, b + row / n * m * r, r, &column, 1, scores + s);
-        }
+    parallel_ranges(threads, heads * count, 1 + 4096 / (1 + k), [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> named(k);
+      std::vector<double> found(k);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t h = row / count, p = row % count;
+        const int32_t* own = columns + row * k;
+        const auto last = std::copy_if(own, own + k, named.begin(), [](int32_t column) { return column >= 0; });
+        table.score(a + (h * n + (rows ? rows[p] : p)) * r, b + h * m * r, r, named.data(), last - named.begin(), found.data());
+        for (int64_t s = 0, next = 0; s < k; ++s) scores[row * k + s] = own[s] < 0 ? -INFINITY : found[next++];
+      }
+    });
+    return 0;
+  });
+}
+
+// Exact scores of x [D] with all rows [N, D], as float32.
+NFORMER_API int64_t nformer_row_scores(const float* rows, const float* x, int64_t n, int64_t d, float* scores,
+                                       int threads, const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    constexpr int64_t kRows = 2048;
+    std::vector<int32_t> each(kRows);
+    std::iota(each.begin(), each.end(), 0);
+    parallel_ranges(threads, n, kRows, [&](int64_t begin, int64_t end) {
+      std::vector<double> found(end - begin);
+      table.score(x, rows + begin * d, d, each.data(), end - begin, found.data());
+      std::copy(found.begin(), found.end(), scores + begin);
     });
     return 0;
   });
@@ -118,6 +138,22 @@ NFORMER_API int64_t nformer_attend(const NFormerAttention* x, float* y, int thre
     attend(table, tensors_of(*x), y, threads);
     return 0;
   });
+}
+
+NFORMER_API int64_t nformer_gated_layer(const float* x, const int32_t* lists, const float* t, const int32_t* rows,
+                                        const float* own, int64_t n, int64_t d, int64_t width, int64_t k, int64_t count,
+                                        double scale, double strength, double own_share, float* y, int threads,
+                                        const char* isa) {
+  return guarded(isa, [&](const Table& table) {
+    const GatedLayer layer{x,     lists, t,   rows, n, d, width, k, count, scale, static_cast<float>(strength),
+                           own, static_cast<float>(own_share)};
+    return gated_layer(table, layer, y, threads);
+  });
+}
+
+NFORMER_API int64_t nformer_reached(const uint8_t* flags, const int32_t* lists, const int32_t* places, int64_t n,
+                                    int64_t width, int64_t count, uint8_t* out, int threads) {
+  return guarded("", [&](const Table&) { return reached(flags, lists, n, width, places, count, out, threads); });
 }
 
 NFORMER_API int64_t nformer_attend_backward(const NFormerAttention* x, const float* gy, float* ga, float* gb, float* gv,

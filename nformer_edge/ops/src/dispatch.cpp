@@ -32,7 +32,7 @@
 #define NFORMER_TABLE(isa, name, integers)                                                         \
   {name,             integers,         isa::tile_rows(), isa::tile_columns(), isa::scan_panel,     \
    isa::score_hits,  isa::scan_blocks, isa::kth_largest, isa::score,          isa::attend,         \
-   isa::attend_backward_rows, isa::attend_backward_columns}
+   isa::join,        isa::attend_backward_rows,          isa::attend_backward_columns}
 
 namespace nformer {
 namespace {

@@ -1,6 +1,7 @@
 // Runs the kernels without Python, for sanitizers and emulators: every instruction set here, several shapes, against a
 // plain loop in double. Prints one checksum of all results, which is the same on every machine; exits 1 at a difference.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -125,6 +126,52 @@ bool run_attention(int64_t n, int64_t r, int64_t d, int k, bool gated, const std
   return right;
 }
 
+// What row `i` is after a layer, in double.
+std::vector<double> plain_layer(const GatedLayer& x, int64_t i) {
+  std::vector<double> y(x.d), joined(x.d);
+  for (int64_t s = 0; s < x.k; ++s) {
+    const int64_t j = x.lists[i * x.width + s];
+    if (j < 0 || j == i) continue;
+    double score = 0;
+    for (int64_t c = 0; c < x.d; ++c) score += static_cast<double>(x.x[i * x.d + c]) * x.x[j * x.d + c];
+    const double weight = 1 / (1 + std::exp(-x.scale * (score - 0.5 * x.t[i] - 0.5 * x.t[j])));
+    for (int64_t c = 0; c < x.d; ++c) y[c] += weight * x.x[j * x.d + c];
+  }
+  const auto join = [&](const float* a, double share, const std::vector<double>& b, double of_b) {
+    double sum = 0;
+    for (int64_t c = 0; c < x.d; ++c) joined[c] = share * a[i * x.d + c] + of_b * b[c], sum += joined[c] * joined[c];
+    for (double& value : joined) value /= std::max(std::sqrt(sum), 1e-12);
+  };
+  join(x.x, 1, y, x.strength);
+  if (x.own) join(x.own, x.own_share, std::vector<double>(joined), 1);
+  return joined;
+}
+
+bool run_layer(int64_t n, int64_t d, int k, const std::vector<const Table*>& tables) {
+  const std::vector<float> x = random_floats(n * d, 0, 2), own = random_floats(n * d, 0, 1), t = random_floats(n, 5, 1);
+  const std::vector<int32_t> lists = plain_top_k(x, x, n, n, d, k);
+  std::vector<int32_t> rows;
+  for (int32_t i = 0; i < n; i += 2) rows.push_back(i);
+  const int64_t count = static_cast<int64_t>(rows.size());
+  const GatedLayer layer{x.data(), lists.data(), t.data(), rows.data(), n, d, k, k - 1, count, 2, 0.5f, own.data(), 0.25f};
+  std::vector<float> first;
+  bool right = true;
+  for (const Table* table : tables)
+    for (int threads : {1, 3}) {
+      std::vector<float> y(count * d);
+      gated_layer(*table, layer, y.data(), threads);
+      if (first.empty()) first = y;
+      right &= check(y == first, "layer", table->name, threads);
+    }
+  double most = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    const std::vector<double> expected = plain_layer(layer, rows[p]);
+    for (int64_t c = 0; c < d; ++c) most = std::max(most, std::fabs(first[p * d + c] - expected[c]));
+  }
+  add(first.data(), first.size() * sizeof(float));
+  return check(most <= 1e-6, "layer in double", "", 1) && right;
+}
+
 }  // namespace
 
 int main() {
@@ -147,6 +194,7 @@ int main() {
     right &= run_attention(7, 1, 1, 3, false, tables);
     right &= run_attention(300, 5, 33, 20, true, tables);
     right &= run_attention(41, 19, 37, 50, true, tables);
+    right &= run_layer(150, 37, 20, tables);
   }
   std::printf("checksum %016llx\n", static_cast<unsigned long long>(checksum));
   return right ? 0 : 1;

@@ -19,8 +19,15 @@ constexpr int kDoubleVecs = 8 / kDoubles;
 constexpr int kFloatVecs = 16 / kLanes;
 constexpr int kPairs = 4;
 
+// GCC 12 makes six instructions of the plain form under AVX-512, and warns of its own header without the full mask.
 inline DoubleVec load_wide(const float* p) {
+#if defined(__AVX512F__)
+  return (DoubleVec)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (DoubleVec)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
   return __builtin_convertvector(static_cast<HalfVec>(*reinterpret_cast<const HalfVecAnywhere*>(p)), DoubleVec);
+#endif
 }
 
 // x * y + z, where x and y were float32: their product is exact in double, so one rounding or two give the same bits.
@@ -246,6 +253,12 @@ void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scra
     }
     weighted_sum(x.v, slots, scratch.shares, count, x.d, y + i * x.d);
   }
+}
+
+void join(const float* x, float factor, const float* y, int64_t d, float* out) {
+  for (int64_t c = 0; c < d; ++c) out[c] = x[c] + factor * y[c];
+  const float length = __builtin_sqrtf(dot_values(out, out, d)), by = length > 1e-12f ? length : 1e-12f;
+  for (int64_t c = 0; c < d; ++c) out[c] /= by;
 }
 
 // Weights and slopes of each row's slots, and grad a.

@@ -20,6 +20,7 @@ int scan_blocks(int r, const float* base, int64_t stride, const int32_t* offset,
 float kth_largest(float* scores, int count, int k);
 void score(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
 void attend(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
+void join(const float* x, float factor, const float* y, int64_t d, float* out);
 void attend_backward_rows(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
                           const Scratch& scratch);
 void attend_backward_columns(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,

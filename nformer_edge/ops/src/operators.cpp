@@ -11,13 +11,14 @@ namespace nformer {
 namespace {
 
 constexpr int64_t kCheckRows = 4096;
-constexpr int64_t kAttendRows = 128;
+constexpr int64_t kAttendRows = 32;
+constexpr int64_t kReachRows = 16384;  // fewer are done before a thread has started
 
 // The first row of which `bad` holds, or -1.
 template <class Bad>
-int64_t first_row(int64_t rows, int threads, const Bad& bad) {
+int64_t first_row(int64_t rows, int threads, const Bad& bad, int64_t grain = kCheckRows) {
   std::atomic<int64_t> first{rows};
-  parallel_ranges(threads, rows, kCheckRows, [&](int64_t begin, int64_t end) {
+  parallel_ranges(threads, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (!bad(row)) continue;
       int64_t seen = first.load();
@@ -27,6 +28,13 @@ int64_t first_row(int64_t rows, int threads, const Bad& bad) {
     }
   });
   return first < rows ? first.load() : -1;
+}
+
+// Whether an entry of a list is outside -1..count-1.
+bool outside(const int32_t* list, int64_t length, int64_t count) {
+  int bad = 0;
+  for (int64_t i = 0; i < length; ++i) bad |= list[i] < -1 || list[i] >= count;
+  return bad != 0;
 }
 
 Attention head_of(const AttentionTensors& x, int64_t h) {
@@ -80,11 +88,7 @@ int64_t first_bad_row(const float* x, int64_t rows, int64_t length, int threads)
 }
 
 int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t count, int threads) {
-  return first_row(rows, threads, [=](int64_t row) {
-    int bad = 0;
-    for (int64_t i = row * length; i < (row + 1) * length; ++i) bad |= x[i] < -1 || x[i] >= count;
-    return bad != 0;
-  });
+  return first_row(rows, threads, [=](int64_t row) { return outside(x + row * length, length, count); });
 }
 
 int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree) {
@@ -117,6 +121,41 @@ void attend(const Table& table, const AttentionTensors& tensors, float* y, int t
       }
     });
   }
+}
+
+int64_t gated_layer(const Table& table, const GatedLayer& x, float* y, int threads) {
+  const auto bad_list = [&](int64_t p) { return outside(x.lists + x.rows[p] * x.width, x.k, x.n); };
+  const int64_t bad = first_row(x.count, threads, bad_list);
+  if (bad >= 0) return x.rows[bad];
+  Attention one{x.x, x.x, x.x, nullptr, x.n, x.d, x.d, x.k, x.scale, x.t};
+  over_rows(one, x.count, threads, [&](int64_t begin, int64_t end, const Scratch& scratch) {
+    Attention own = one;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t i = x.rows[p];
+      float* out = y + p * x.d;
+      own.neighbors = x.lists + i * (x.width - x.k);  // `attend` looks for row i's list at i * k, and writes at i * d
+      table.attend(own, i, i + 1, out - i * x.d, scratch);
+      table.join(x.x + i * x.d, x.strength, out, x.d, out);
+      if (x.own) table.join(out, x.own_share, x.own + i * x.d, x.d, out);
+    }
+  });
+  return -1;
+}
+
+int64_t reached(const uint8_t* flags, const int32_t* lists, int64_t n, int64_t width, const int32_t* places,
+                int64_t count, uint8_t* out, int threads) {
+  const auto reach = [=](int64_t row) {
+    const int32_t* list = lists + row * width;
+    uint8_t together = 0;
+    for (int64_t s = 0; s < count; ++s) {
+      const int32_t name = list[places[s]];
+      if (name >= n || name < -1) return true;
+      if (name >= 0) together |= flags[name];
+    }
+    out[row] = together;
+    return false;
+  };
+  return first_row(n, threads, reach, kReachRows);
 }
 
 void attend_backward(const Table& table, const AttentionTensors& tensors, const float* gy, float* ga, float* gb,

@@ -34,6 +34,20 @@ struct AttentionTensors {
   int64_t row_count = 0;
 };
 
+// One layer of the gated head, of some rows: each joined by what its neighbors give it, and then by its own [N, D], if
+// there is one.
+struct GatedLayer {
+  const float* x;        // [N, D]
+  const int32_t* lists;  // [N, width]; the first k of each count
+  const float* t;        // [N]
+  const int32_t* rows;   // [count]
+  int64_t n, d, width, k, count;
+  double scale;
+  float strength;
+  const float* own;
+  float own_share;
+};
+
 // The first row of x [rows, length] with a NaN or infinity, or -1.
 int64_t first_bad_row(const float* x, int64_t rows, int64_t length, int threads);
 // The first row of x [rows, length] with an entry outside -1..count-1, or -1.
@@ -43,6 +57,12 @@ int64_t first_bad_list(const int32_t* x, int64_t rows, int64_t length, int64_t c
 int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tree);
 // y [H, N, D], or [H, row_count, D].
 void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
+// y [count, D]. Returns the first row whose list has an entry outside -1..N-1, and then computes nothing; or -1.
+int64_t gated_layer(const Table& table, const GatedLayer& x, float* y, int threads);
+// out[i] = the flags [N] of those whom row i of lists [N, width] names at `places` [count], together; -1 has none.
+// Returns the first row with an entry outside -1..N-1 there, or -1.
+int64_t reached(const uint8_t* flags, const int32_t* lists, int64_t n, int64_t width, const int32_t* places,
+                int64_t count, uint8_t* out, int threads);
 // From gy [H, N, D]; ga, gb, gv, gt are shaped as a, b, v, t, and gt is zero before the call.
 void attend_backward(const Table& table, const AttentionTensors& x, const float* gy, float* ga, float* gb, float* gv,
                      float* gt, int threads);

@@ -120,6 +120,8 @@ struct Table {
   void (*score)(const float* a, const float* b, int64_t r, const int32_t* columns, int64_t count, double* out);
   // Rows (or columns) begin..end-1 of one head.
   void (*attend)(const Attention& x, int64_t begin, int64_t end, float* y, const Scratch& scratch);
+  // out [D] = x + factor * y at length 1; zeros stay. `out` may be x or y.
+  void (*join)(const float* x, float factor, const float* y, int64_t d, float* out);
   void (*attend_backward_rows)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,
                                const Scratch& scratch);
   void (*attend_backward_columns)(const Attention& x, const AttentionGradient& g, int64_t begin, int64_t end,

@@ -284,3 +284,56 @@ def test_rows_that_are_not_there_are_refused(rows: list) -> None:
     a, b, v, neighbors = (x.numpy() for x in case(1, 61, 5, 32, 20, seed=3))
     with pytest.raises(UsageError, match="rows"):
         native.reciprocal_neighbor_attention(a, b, v, neighbors, rows=np.array(rows))
+    with pytest.raises(UsageError, match="rows"):
+        native.pair_scores(a, b, neighbors, rows=np.array(rows))
+    with pytest.raises(UsageError, match="rows"):
+        native.gated_layer(v[0], neighbors[0], np.zeros(61, np.float32), np.array(rows), 20, 1.0, 1.0)
+
+
+def layer_case() -> tuple[np.ndarray, ...]:
+    """x [61, 37], lists [61, 20], the last place of which nobody has, thresholds [61], rows."""
+    x, _, _, neighbors = (x.numpy() for x in case(1, 61, 37, 1, 20, seed=3))
+    lists = np.where(np.arange(20) < 19, neighbors[0], np.int32(-1))
+    return x[0], lists, np.linspace(-1, 1, 61, dtype=np.float32), np.array([60, 3, 3, 17])
+
+
+def test_a_gated_layer_is_attention_joined_at_unit_length() -> None:
+    x, lists, t, rows = layer_case()
+    own = x[::-1].copy()
+    y = native.reciprocal_neighbor_attention(x[None], x[None], x[None], lists[None, :, :12], 0.7, t=t[None])[0][rows]
+    joined = x[rows] + np.float32(0.4) * y
+    joined /= np.linalg.norm(joined, axis=1, keepdims=True)
+    both = joined + np.float32(0.2) * own[rows]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    for expected, with_own in ((joined, ()), (both, (own, 0.2))):
+        found = native.gated_layer(x, lists, t, rows, 12, 0.7, 0.4, *with_own)
+        assert np.abs(found - expected).max() <= 3e-7
+        for isa in native.instruction_sets():
+            again = native.gated_layer(x, lists, t, rows, 12, 0.7, 0.4, *with_own, threads=3, isa=isa)
+            assert np.array_equal(again, found)
+
+
+def test_a_gated_layer_refuses_what_does_not_fit() -> None:
+    x, lists, t, rows = layer_case()
+    wrong = lists.copy()
+    wrong[17, 5] = 61
+    with pytest.raises(UsageError, match=r"neighbors: got .* in row 17"):
+        native.gated_layer(x, wrong, t, rows, 12, 1.0, 1.0)
+    native.gated_layer(x, wrong, t, rows, 5, 1.0, 1.0)  # what it does not read
+    with pytest.raises(UsageError, match="k: got 21"):
+        native.gated_layer(x, lists, t, rows, 21, 1.0, 1.0)
+    with pytest.raises(UsageError, match="x, t, own"):
+        native.gated_layer(x, lists, t[1:], rows, 12, 1.0, 1.0)
+
+
+def test_flags_reach_those_who_name_their_bearers() -> None:
+    lists = np.array([[1, 2, -1], [0, 2, 1], [-1, -1, -1], [3, 0, 0]], np.int32)
+    flags = np.array([0, 1, 2, 4], np.uint8)
+    assert native.reached(flags, lists, np.arange(3)).tolist() == [3, 3, 0, 4]
+    assert native.reached(flags > 1, lists, np.array([0])).tolist() == [False, False, False, True]
+    with pytest.raises(UsageError, match=r"neighbors: got .* in row 2"):
+        native.reached(flags[:3], lists[[0, 2, 3]], np.array([0]))
+    with pytest.raises(UsageError, match="places: got 0 to 3"):
+        native.reached(flags, lists, np.array([0, 3]))
+    with pytest.raises(UsageError, match="flags"):
+        native.reached(flags.astype(np.int32), lists, np.arange(3))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nformer_edge.core.errors import UsageError
 from nformer_edge.ops import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels are not compiled in this tree")
@@ -251,3 +252,10 @@ def test_pair_scores_are_those_that_lists_are_ordered_by() -> None:
     assert (np.diff(scores[:, :, :30], axis=2) <= 0).all()
     assert np.isneginf(scores[:, :, 30:]).all()
     assert np.array_equal(scores[:, :, 29], native.kth_scores(a, b, lists[:, :, :30]))
+    rows = np.array([19, 4, 4])
+    assert np.array_equal(native.pair_scores(a, b, lists[:, rows], rows=rows), scores[:, rows])
+    for isa in native.instruction_sets():
+        found = native.row_scores(b[0], a[0, 4], threads=3, isa=isa)
+        assert np.array_equal(found[lists[0, 4, :30]], scores[0, 4, :30].astype(np.float32))
+    with pytest.raises(UsageError, match="x: got shape"):
+        native.row_scores(b[0], a[0])
