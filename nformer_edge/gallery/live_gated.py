@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -46,8 +46,9 @@ class GatedLive(LiveHead):
     def _entered(self, features: np.ndarray) -> np.ndarray:
         x, power = scaled(features, self.spec), self.numbers["map.power"]
         x = x if power == 1 else np.sign(x) * np.abs(x) ** power
-        w = self.numbers["map.linear.w"]
-        return (native.row_scores(w.T, x[0])[None] if len(x) == 1 else x @ w) + self.numbers["map.linear.b"]
+        # One row without BLAS, whose threads would spin on cores that the kernels need.
+        times = partial(np.einsum, "bd,de->be") if len(x) == 1 else np.matmul
+        return times(x, self.numbers["map.linear.w"]) + self.numbers["map.linear.b"]
 
     def compared(
         self,
