@@ -71,7 +71,7 @@ class LiveHead:
         self._moved = np.zeros(0, bool)  # rows whose lists changed since the layers were computed
         self._drawn = 0  # N when landmarks were drawn
         self._lost = False  # whether a row that landmarks were drawn from is gone
-        self._undo: list[tuple[str, np.ndarray, np.ndarray]] | None = None  # while a query is asked exactly
+        self._undo: list[tuple[str, np.ndarray, np.ndarray, float]] | None = None  # while a query is asked exactly
         self._left: list[tuple[np.ndarray, np.ndarray]] = []  # what the head makes of rows then
         self._lock = threading.RLock()
         self._allocate(0)
@@ -383,21 +383,20 @@ class LiveHead:
         self._moved = np.concatenate([self._moved[:held], np.zeros(size - held, bool)])
 
     def _put(self, name: str, rows: np.ndarray, values: np.ndarray, size: int, still: float = 0.0) -> np.ndarray:
-        """Sets rows [P] of an array, those that moved more than `still`. Returns which did, bool [size]."""
+        """Sets rows [P] of an array, those that moved more than `still`. Returns which did, bool [size].
+
+        `values` are used up: they are what was there.
+        """
         array = self._rows[name]
         if array.dtype == np.int8 and values.dtype != np.int8:
             scale = np.maximum(np.abs(values).max(axis=1) / 127, np.finfo(np.float32).tiny)
-            moved = self._put(f"{name}.scale", rows, scale, size, still / 127)
-            return moved | self._put(name, rows, np.rint(values / scale[:, None]).astype(np.int8), size)
-        before, values = array[rows], values.astype(array.dtype, copy=False)
-        rest = tuple(range(1, values.ndim))
-        moved = ~(np.abs(before - values).max(axis=rest) <= still) if still else (before != values).any(axis=rest)
-        changed = rows[moved]
-        if self._undo is not None:
-            self._undo.append((name, changed, before[moved]))
-        array[changed] = values[moved]
+            small = np.rint(values / scale[:, None]).astype(np.int8)
+            return self._put(f"{name}.scale", rows, scale, size, still / 127) | self._put(name, rows, small, size)
+        values = np.ascontiguousarray(values, array.dtype)
         mask = np.zeros(size, bool)
-        mask[changed] = True
+        mask[rows] = _swapped(array, rows, values, still)
+        if self._undo is not None:
+            self._undo.append((name, rows, values, still))
         return mask
 
     def _leave(self, rows: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
@@ -533,7 +532,7 @@ class LiveHead:
         try:
             row = np.array([size])
             for name, x in asked.items():
-                self._put(name, row, x, size + 1)
+                self._put(name, row, x.copy(), size + 1)
             moved = np.zeros(size + 1, bool)
             moved[self._join(asked["unit"][0])] = moved[size] = True
             self._spread(size + 1, moved)
@@ -543,8 +542,8 @@ class LiveHead:
                 found[rows] = native.row_scores(x, query)
             return found[None, :size]
         finally:
-            for name, changed, before in reversed(self._undo):
-                self._rows[name][changed] = before
+            for name, rows, before, still in reversed(self._undo):
+                _swapped(self._rows[name], rows, before, still)
             self._undo, self._left = None, []
 
     def _join(self, query: np.ndarray) -> np.ndarray:  # [D] -> [P]
@@ -566,6 +565,18 @@ class LiveHead:
         found = np.full(len(self), -np.inf, np.float32)
         found[at] = self.relate(asked, {name: self._rows[name][at] for name in asked})
         return found
+
+
+def _swapped(array: np.ndarray, rows: np.ndarray, values: np.ndarray, still: float) -> np.ndarray:  # bool [P]
+    """`native.swap_rows` of any type."""
+    if array.dtype == np.float32:
+        return native.swap_rows(array, rows, values, still)
+    before, rest = array[rows], tuple(range(1, values.ndim))
+    moved: np.ndarray = (before != values).any(axis=rest)
+    if still:
+        moved = ~(np.abs(before - values).max(axis=rest) <= still)
+    array[rows[moved]], values[moved] = values[moved], before[moved]
+    return moved
 
 
 def unit(x: np.ndarray) -> np.ndarray:  # [N, D] -> [N, D]

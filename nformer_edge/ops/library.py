@@ -42,6 +42,7 @@ _FUNCTIONS = {
     "k_reciprocal": "ppppqqqqqqdpis",
     "attend": "xpis",
     "gated_layer": "pppppqqqqqdddpis",
+    "swap_rows": "pppqqdpi",
     "reached": "pppqqqpi",
     "attend_backward": "xpppppis",
 }
@@ -166,6 +167,13 @@ class Library:
         arrays = _at(x, np.float32), _at(lists, np.int32), _at(t, np.float32), _at(rows, np.int32), _at(own, np.float32)
         sizes = *x.shape, lists.shape[1], k, len(rows)
         return self._call("gated_layer", *arrays, *sizes, *factors, _at(y, np.float32), threads, isa.encode())
+
+    def swap_rows(
+        self, array: np.ndarray, rows: np.ndarray, values: np.ndarray, still: float, moved: np.ndarray, threads: int
+    ) -> None:
+        arrays = _at(array, np.float32), _at(rows, np.int32), _at(values, np.float32)
+        sizes = values[:1].size, len(rows)
+        self._call("swap_rows", *arrays, *sizes, still, _at(moved, np.bool_), threads)
 
     def reached(self, flags: np.ndarray, lists: np.ndarray, places: np.ndarray, out: np.ndarray, threads: int) -> int:
         arrays = _at(flags, np.uint8), _at(lists, np.int32), _at(places, np.int32)

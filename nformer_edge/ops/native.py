@@ -357,6 +357,32 @@ def gated_layer(
     return y
 
 
+def swap_rows(
+    array: np.ndarray,  # float32 [N, ...], row-major
+    rows: np.ndarray,  # int32 [P], each 0..N-1 and once
+    values: np.ndarray,  # float32 [P, ...], row-major
+    still: float = 0.0,
+    *,
+    threads: int | None = None,
+) -> np.ndarray:  # bool [P]
+    """Exchanges in place the rows that differ from `values` by more than `still` anywhere. Returns which did.
+
+    A second call takes the first one back.
+
+    Raises:
+        UsageError: if a shape or a type does not fit, or a row is out of range.
+        BackendError: if the kernels are not compiled here.
+    """
+    library, rows = _library(), _chosen(rows, len(array))
+    fit = values.shape == (len(rows), *array.shape[1:]) and array.dtype == values.dtype == np.float32
+    if not fit or not (array.flags.carray and values.flags.carray):
+        got = f"{array.dtype} {array.shape}, {values.dtype} {values.shape}"
+        raise UsageError("array, values", got, "float32 [N, ...] and [P, ...], row-major", "Pass whole arrays.")
+    moved = np.empty(len(rows), bool)
+    library.swap_rows(array, rows, values, still, moved, _threads(threads))
+    return moved
+
+
 def reached(
     flags: np.ndarray,  # bool or uint8 [N]
     lists: np.ndarray,  # int32 [N, W], each -1..N-1

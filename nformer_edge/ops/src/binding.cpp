@@ -151,6 +151,14 @@ NFORMER_API int64_t nformer_gated_layer(const float* x, const int32_t* lists, co
   });
 }
 
+NFORMER_API int64_t nformer_swap_rows(float* array, const int32_t* rows, float* values, int64_t d, int64_t count,
+                                      double still, uint8_t* moved, int threads) {
+  return guarded("", [&](const Table&) {
+    swap_rows(array, rows, values, d, count, static_cast<float>(still), moved, threads);
+    return 0;
+  });
+}
+
 NFORMER_API int64_t nformer_reached(const uint8_t* flags, const int32_t* lists, const int32_t* places, int64_t n,
                                     int64_t width, int64_t count, uint8_t* out, int threads) {
   return guarded("", [&](const Table&) { return reached(flags, lists, n, width, places, count, out, threads); });

@@ -1,6 +1,8 @@
 #include "operators.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -13,6 +15,7 @@ namespace {
 constexpr int64_t kCheckRows = 4096;
 constexpr int64_t kAttendRows = 32;
 constexpr int64_t kReachRows = 16384;  // fewer are done before a thread has started
+constexpr int64_t kSwapRows = 4096;    // likewise
 
 // The first row of which `bad` holds, or -1.
 template <class Bad>
@@ -140,6 +143,20 @@ int64_t gated_layer(const Table& table, const GatedLayer& x, float* y, int threa
     }
   });
   return -1;
+}
+
+void swap_rows(float* array, const int32_t* rows, float* values, int64_t d, int64_t count, float still, uint8_t* moved,
+               int threads) {
+  parallel_ranges(threads, count, kSwapRows, [=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      float* old = array + rows[p] * d;
+      float* own = values + p * d;
+      int differs = 0;
+      for (int64_t c = 0; c < d; ++c) differs |= !(std::fabs(old[c] - own[c]) <= still) & (old[c] != own[c]);
+      moved[p] = differs != 0;
+      if (differs) std::swap_ranges(old, old + d, own);
+    }
+  });
 }
 
 int64_t reached(const uint8_t* flags, const int32_t* lists, int64_t n, int64_t width, const int32_t* places,

@@ -59,6 +59,9 @@ int64_t row_top_k(const Table& table, const TopKTensors& x, int threads, bool tr
 void attend(const Table& table, const AttentionTensors& x, float* y, int threads);
 // y [count, D]. Returns the first row whose list has an entry outside -1..N-1, and then computes nothing; or -1.
 int64_t gated_layer(const Table& table, const GatedLayer& x, float* y, int threads);
+// Exchanges rows [count] of an array [N, D] with `values` [count, D], those that differ by more than `still`: `moved`.
+void swap_rows(float* array, const int32_t* rows, float* values, int64_t d, int64_t count, float still, uint8_t* moved,
+               int threads);
 // out[i] = the flags [N] of those whom row i of lists [N, width] names at `places` [count], together; -1 has none.
 // Returns the first row with an entry outside -1..N-1 there, or -1.
 int64_t reached(const uint8_t* flags, const int32_t* lists, int64_t n, int64_t width, const int32_t* places,

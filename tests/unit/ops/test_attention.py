@@ -326,6 +326,24 @@ def test_a_gated_layer_refuses_what_does_not_fit() -> None:
         native.gated_layer(x, lists, t[1:], rows, 12, 1.0, 1.0)
 
 
+def test_rows_are_exchanged_where_they_differ_and_back() -> None:
+    array = np.array([[1, 2], [3, 4], [5, -np.inf], [np.nan, 0]], np.float32)
+    before, rows = array.copy(), np.array([3, 0, 2, 1])
+    values = np.array([[0, 0], [1, 2.5], [5, -np.inf], [9, 4]], np.float32)
+    given = values.copy()
+    assert native.swap_rows(array, rows, values, 0.5).tolist() == [True, False, False, True]
+    assert array[[0, 1, 3]].tolist() == [[1, 2], [9, 4], [0, 0]]
+    assert values[1:].tolist() == [[1, 2.5], [5, -np.inf], [3, 4]]
+    native.swap_rows(array, rows, values, 0.5)
+    assert np.array_equal(array, before, equal_nan=True)
+    assert np.array_equal(values, given)
+    assert native.swap_rows(array[:, 0].copy(), rows, values[:, 0].copy()).tolist() == [True, False, False, True]
+    with pytest.raises(UsageError, match="array, values"):
+        native.swap_rows(array.T, np.arange(2), values.T)
+    with pytest.raises(UsageError, match="rows"):
+        native.swap_rows(array, rows + 1, values)
+
+
 def test_flags_reach_those_who_name_their_bearers() -> None:
     lists = np.array([[1, 2, -1], [0, 2, 1], [-1, -1, -1], [3, 0, 0]], np.int32)
     flags = np.array([0, 1, 2, 4], np.uint8)
