@@ -253,7 +253,7 @@ def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON
     ways["exact"] = lambda i: live.ask(queries[i : i + 1], exact=True)
     for name, one in smaller.items():
         ways[f"quick, {name} state"] = lambda i, one=one: one.ask(queries[i : i + 1])
-    times = {str(len(live)): in_turn(ways, args.rounds, settled=True)}
+    times = {str(len(live)): in_turn(ways, args.rounds, settled=args.settled)}
     table(f"{len(live):,} rows", times[str(len(live))])
     whole = whole_pass(head, np.concatenate([gallery.features, queries[:1]]))
     result["whole_pass_ms"] = to_json(whole)
@@ -262,7 +262,7 @@ def speed(args: argparse.Namespace, sets: dict[str, Features]) -> dict[str, JSON
     print(result["upkeep_ms_an_image"], flush=True)
     for size in args.sizes if args.rule == "gated" else ():
         unit = made(live, size)
-        times[str(size)] = in_turn(asking(live, unit, queries, SHORTLISTS[:2]), args.rounds, settled=True)
+        times[str(size)] = in_turn(asking(live, unit, queries, SHORTLISTS[:2]), args.rounds, settled=args.settled)
         table(f"{size:,} rows", times[str(size)])
     return result | {"one_query_ms": to_json(times)}
 
@@ -379,6 +379,7 @@ def main() -> None:
             command.add_argument("--rule", choices=("gated", "features", "affinity"), default="gated")
     of = commands.choices
     of["speed"].add_argument("--model", help="checkpoint, bundle or engine whose embedding is timed")
+    of["speed"].add_argument("--settled", action="store_true", help="a way starts when no other one's threads spin")
     of["speed"].add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000], help="of made galleries")
     of["accuracy"].add_argument("--sample", type=int, default=600, help="queries, evenly spaced")
     of["accuracy"].add_argument("--exact", type=int, help="queries that are also asked exactly (default: all of them)")
