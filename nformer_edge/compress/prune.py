@@ -102,12 +102,14 @@ class Prune:
         size = (work.spec.preprocess.height, work.spec.preprocess.width)
         whole = cost_of(backbone, size).gmacs
         clock = _clock(backbone, work.spec) if self.time < 1 else nullcontext()
+        least = {"gmacs": 1.0}  # of what was tried
         with clock as share, tqdm(desc="pruning", unit="try", **PROGRESS) as bar:
 
             def fits(tried: Backbone, gmacs: float) -> bool:
                 light, shares = gmacs <= self.gmacs * whole, {"gmacs": gmacs / whole}
                 if light and share is not None:
                     shares["time"] = share(_with_spec(tried))
+                least.update({name: min(share, least.get(name, 1.0)) for name, share in shares.items()})
                 bar.set_postfix(shares, refresh=False)
                 bar.update()
                 return light and shares.get("time", 0.0) <= self.time
@@ -115,10 +117,11 @@ class Prune:
             kept = (self._narrowed if self.what == "channels" else self._thinned)(backbone, work, size, fits)
         if kept is None:
             got = f"gmacs = {self.gmacs:g}, time = {self.time:g}"
-            reached = f"what widths that are multiples of {self.multiple or _MULTIPLE} can reach"
+            lowest = ", ".join(f"{name} = {share:.3f}" for name, share in least.items())
+            reached = f"what widths that are multiples of {self.multiple or _MULTIPLE} can reach, at least {lowest}"
             hint = "Raise them, or lower multiple."
             if self.what == "streams":
-                reached, hint = "what one stream a block can reach", "Raise them."
+                reached, hint = f"what one stream a block can reach, at least {lowest}", "Raise them."
             raise UsageError("prune", got, reached, hint)
         return _with_spec(kept), []
 

@@ -151,6 +151,8 @@ class Gallery:
         shown = pictures if isinstance(images, Features) else images
         sources = None if shown is None else image_sources(shown, boxes)
         count = len(images) if isinstance(images, Features) else len(sources or [])
+        if sources is not None and len(sources) != count:
+            raise DataError("pictures", len(sources), f"{count}, one a row of features", "Pass them in that order.")
         camids, seen = seen_by(count, cameras, times)  # labels first: embedding takes its time
         try:
             metas = [to_json(value) for value in each("meta", meta, count)]

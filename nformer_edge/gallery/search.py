@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from nformer_edge.backends.runner import Runner
 from nformer_edge.core.errors import DataError, UsageError
 from nformer_edge.core.features import Features
-from nformer_edge.core.spec import check_at_least, check_whole
+from nformer_edge.core.spec import check_whole
 from nformer_edge.core.values import JSON, Result
 from nformer_edge.data.records import Dataset
 from nformer_edge.data.summary import dataset_of
@@ -25,6 +25,7 @@ from nformer_edge.gallery.held import Held, images_a_person
 from nformer_edge.gallery.images import Images
 from nformer_edge.gallery.live import LiveHead
 from nformer_edge.gallery.protocols import JOINT, PER_QUERY, can_ask, relate_each, relate_sets
+from nformer_edge.ops.contract import check_images
 
 #: Whether the head is used; ``auto``: where it is known to do no harm.
 HeadUse: TypeAlias = "bool | Literal['auto']"
@@ -34,6 +35,10 @@ Protocol: TypeAlias = Literal["per-query", "quick", "joint"]
 
 #: What ``auto`` allows the head to lose against the backbone, by the model's own table: mAP and Rank-1.
 ALLOWED_LOSS = (0.003, 0.005)
+
+#: Images from which ``auto`` uses the head: among seven it ranks worse than the cosine (docs/results.md), and of one
+#: image, or of its copies, nothing but rounding is left without their mean.
+LEAST_IMAGES = 8
 
 _OVERRIDE = "`evaluate` shows what the head gains; head=True (--head yes) uses it"
 
@@ -351,7 +356,7 @@ def head_use(
     if head not in (True, False, "auto"):
         raise UsageError("head", repr(head), "True, False or 'auto'", "`--head yes` and `--head no` are the command's.")
     if images_per_person is not None:
-        check_at_least("images_per_person", images_per_person, 1)
+        check_images(images_per_person)
     if head == "auto":
         return head_decision(runner, gallery, images_per_person)
     return head and runner.has_head, "head not used: the model has none" if head and not runner.has_head else ""
@@ -362,11 +367,14 @@ def head_decision(runner: Runner, gallery: Features | Held, images_per_person: i
 
     Images a person are `images_per_person` if given; else as the gallery's own people or ids have them; else 1, where a
     head does most harm. The head is used where the model's table (`metrics.composition`), averaged over the gallery's
-    people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table it is not used. Where the table has
-    all queries in one set alone, a query that is searched alone may gain less, and the answer says so.
+    people, shows it no worse than the backbone by `ALLOWED_LOSS`. Without a table, and among fewer than `LEAST_IMAGES`,
+    it is not used. Where the table has all queries in one set alone, a query that is searched alone may gain less, and
+    the answer says so.
     """
     if not runner.has_head:
         return False, ""
+    if len(gallery) < LEAST_IMAGES:
+        return False, f"head not used: {len(gallery):,} images in the gallery, fewer than {LEAST_IMAGES}; {_OVERRIDE}"
     if runner.accuracy is None:
         return False, f"head not used: nothing was measured by images a person (`export --data` does); {_OVERRIDE}"
     if isinstance(gallery, Held):

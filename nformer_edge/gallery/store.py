@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from nformer_edge.core.artifact import fsync
-from nformer_edge.core.errors import ArtifactError, BackendError
+from nformer_edge.core.errors import ArtifactError, BackendError, UsageError
 from nformer_edge.core.spec import GalleryCode
 from nformer_edge.core.values import to_json
 from nformer_edge.gallery.codes import Code
@@ -104,6 +104,8 @@ class Store:
         code: GalleryCode = "fp32",
         version: int = FORMAT_VERSION,
     ) -> None:
+        if not os.fspath(folder).strip():
+            raise UsageError("gallery", "an empty path", "a folder", "Is a variable unset? `.` is this folder.")
         self.path = Path(folder) / FILE
         if create is None and not self.path.is_file():
             hint = "Check the path, or add images to make one: nformer-edge gallery add"

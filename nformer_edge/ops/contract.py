@@ -102,14 +102,21 @@ def relate_jointly(
     return query.with_features(related[: len(query)]), gallery.with_features(related[len(query) :])
 
 
+def check_images(images: float) -> None:
+    """Raises UsageError unless a person can have so many images."""
+    check_at_least("images_per_person", images, 1)
+    if images > 1e9:
+        raise UsageError("images_per_person", f"{images!r:.40}", "at most 1e9", "Lower images_per_person.")
+
+
 def gate_shares(images: float) -> np.ndarray:
     """What gates for so many images a person take of those for each of `core.spec.GATED_IMAGES`: linear in log n; what
     is below or above takes the first or the last.
 
     Raises:
-        UsageError: for less than one image.
+        UsageError: for less than one image, or more than a gallery can hold.
     """
-    check_at_least("images_per_person", images, 1)
+    check_images(images)
     stops = np.log2(GATED_IMAGES)
     return np.array([np.interp(np.log2(images), stops, one) for one in np.eye(len(stops))])
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -29,7 +29,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,7 +40,7 @@ from nformer_edge.core.features import Features
 from nformer_edge.core.preprocess import FORMATS, MAX_SIDE, as_seen, resize
 from nformer_edge.gallery.embed import made_by
 from nformer_edge.gallery.gallery import THUMBNAIL, Gallery
-from nformer_edge.gallery.held import MAX_ID, new_id
+from nformer_edge.gallery.held import MAX_ID, new_id, seconds_of
 from nformer_edge.gallery.model import Model
 from nformer_edge.gallery.results import Changed
 from nformer_edge.gallery.service.batching import Batcher
@@ -331,7 +331,18 @@ def _new_id(name: str) -> str:
         raise ValueError(e.expected) from None
 
 
+def _when(value: object) -> object:
+    """A number as the gallery takes it, which a year alone is not; what else it is pydantic reads."""
+    if not isinstance(value, str) or not value.strip().lstrip("+-").replace(".", "", 1).isdecimal():
+        return value
+    try:
+        return datetime.fromtimestamp(seconds_of("time", value), timezone.utc)
+    except (UsageError, OverflowError, ValueError, OSError) as e:
+        raise ValueError(getattr(e, "hint", "seconds since 1970 or ISO 8601 text")) from None
+
+
 Picture = Annotated[Decoded, Depends(_picture)]
+When = Annotated[datetime, BeforeValidator(_when)]
 NewId = Annotated[str, AfterValidator(_new_id), Field(min_length=1, max_length=MAX_ID, description=_NAMED)]
 Camera = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -348,8 +359,8 @@ class Search(Strict):
     top: int = Field(10, ge=1, le=100)
     camera: list[Camera] = Field([], max_length=64, description="Only images of these cameras.")
     exclude_camera: Camera | None = None
-    since: datetime | None = Field(None, description="Only images seen then or later; UTC where no zone is named.")
-    until: datetime | None = None
+    since: When | None = Field(None, description="Only images seen then or later; UTC where no zone is named.")
+    until: When | None = None
     threshold: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False)
     note: str = Field("", max_length=200, description="For the log, such as a case number; no names.")
 
@@ -359,7 +370,7 @@ class Enroll(Strict):
 
     id: NewId
     camera: Camera | None = None
-    time: datetime | None = Field(None, description="When it was seen; now if not given.")
+    time: When | None = Field(None, description="When it was seen; now if not given.")
 
 
 class Escaped(JSONResponse):

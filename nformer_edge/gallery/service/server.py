@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import time
+from types import FrameType
 from typing import Any
 
 import h11
@@ -84,7 +85,11 @@ def serve_opened(model: Model, gallery: Gallery, settings: Settings, listening: 
 
 
 class _Server(uvicorn.Server):
-    """Says where it is, once it is there."""
+    """Says where it is, once it is there, and comes back from a signal, so that the gallery is closed."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -12,7 +12,7 @@ from nformer_edge.core.errors import UsageError
 from nformer_edge.core.features import Features
 from nformer_edge.gallery.held import Held
 from nformer_edge.gallery.model import open as open_model
-from nformer_edge.gallery.search import ALLOWED_LOSS, head_decision, head_use
+from nformer_edge.gallery.search import ALLOWED_LOSS, LEAST_IMAGES, head_decision, head_use
 from nformer_edge.metrics.bootstrap import Interval
 from nformer_edge.metrics.composition import SIZES, Composition, CompositionRow, Scores
 
@@ -79,9 +79,9 @@ def test_a_gallery_s_ids_tell_the_head_once_an_id_has_two_images():
 def test_a_head_that_is_told_is_judged_by_what_it_gains_then():
     rows = tuple(replace(row, told=row.head, told_gain=row.gain and scores_of(0.1, 0.1)) for row in PAPER.rows)
     told = model(replace(PAPER, rows=rows))
-    assert not head_decision(told, gallery(1, 1, 1))[0]
-    assert head_decision(told, gallery(1, 1, 1), images_per_person=1)[0]
-    assert head_decision(told, Held.of_features(gallery(2, 2)))[0]
+    assert not head_decision(told, gallery(*[1] * 9))[0]
+    assert head_decision(told, gallery(*[1] * 9), images_per_person=1)[0]
+    assert head_decision(told, Held.of_features(gallery(*[2] * 9)))[0]
 
 
 def test_people_count_one_by_one_and_a_few_rich_ones_do_not_decide():
@@ -106,7 +106,7 @@ def test_ids_are_people_where_the_caller_gave_them():
 @pytest.mark.parametrize(("mAP", "rank1", "used"), [(0.0, 0.0, True), (-0.002, -0.004, True), (-0.004, 0.1, False)])
 def test_a_loss_within_the_allowance_is_no_harm(mAP, rank1, used):
     assert ALLOWED_LOSS == (0.003, 0.005)
-    assert head_decision(model(table(dict.fromkeys(SIZES, (mAP, rank1)))), gallery(1, 2))[0] is used
+    assert head_decision(model(table(dict.fromkeys(SIZES, (mAP, rank1)))), gallery(*[1, 2] * 5))[0] is used
 
 
 def test_without_a_measurement_the_head_is_not_used_and_the_answer_says_how_to_get_one():
@@ -117,10 +117,18 @@ def test_without_a_measurement_the_head_is_not_used_and_the_answer_says_how_to_g
     assert head_decision(model(None, has_head=False), gallery(8)) == (False, "")
 
 
+def test_among_very_few_images_the_head_is_not_used():
+    good = table(dict.fromkeys(SIZES, (0.1, 0.1)))
+    assert head_decision(model(good), gallery(LEAST_IMAGES))[0]
+    use, why = head_decision(model(good), gallery(LEAST_IMAGES - 1))
+    assert not use
+    assert f"{LEAST_IMAGES - 1} images in the gallery" in why
+
+
 def test_a_search_says_what_it_did(tiny_bundle, monkeypatch):
     with open_model(tiny_bundle, intra_op_threads=1) as opened:
         people = opened.gallery()
-        people.add(CROPS[:4], ids=["a", "a", "b", "b"])
+        people.add(CROPS[[0, 1, 2, 3, 0, 1, 2, 3]], ids=[*"aabbccdd"])
         found = people.search(CROPS[4])
         assert found.protocol is None
         assert found.decision == str(found).splitlines()[-1] != ""

@@ -253,6 +253,22 @@ def test_labels_are_refused_before_images_are_embedded(folder, monkeypatch):
                 gallery.add([image], **given)
 
 
+def test_an_empty_path_is_no_gallery_in_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="an empty path"):
+        Gallery(stub(), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_not_one_a_row_are_refused(folder):
+    pictures = np.zeros((3, 64, 32, 3), np.uint8)
+    with Gallery(stub(), folder, thumbnails=True) as gallery:
+        for count in (2, 4):
+            with pytest.raises(DataError, match=f"pictures: got 3, expected {count}"):
+                gallery.add(rows(0, count), pictures=pictures)
+        assert len(gallery) == 0
+
+
 def test_a_number_that_is_none_or_not_whole_is_refused(folder):
     with Gallery(stub(), folder) as gallery:
         gallery.add(rows(0), ids=5)

@@ -129,8 +129,9 @@ def test_gates_for_a_number_of_images_lie_between_those_learned_for_fewer_and_fo
     untold = _started().state_dict()
     head.tell(GATED_UNTOLD)
     assert all(torch.equal(value, untold[name]) for name, value in head.state_dict().items())
-    with pytest.raises(UsageError, match="images_per_person"):
-        head.tell(0.5)
+    for wrong in (0.5, float("inf"), 10**400):
+        with pytest.raises(UsageError, match="images_per_person"):
+            head.tell(wrong)
 
 
 @torch.no_grad()

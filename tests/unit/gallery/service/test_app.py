@@ -100,6 +100,7 @@ def test_filters_reach_the_search(served, send):
         assert await ids(camera=[1, 3]) == ["1", "3"]
         assert await ids(exclude_camera=1) == ["2", "3"]
         assert await ids(since="2026-01-02", until="2026-01-02T12:00:00+00:00") == ["2"]
+        assert await ids(since=1767312000, until="1767355200.5") == ["2"]  # the same in seconds since 1970
         assert await ids(camera=9) == []
         assert (await send(client, "/v1/search", exclude_camera=[1, 2])).status_code == 422  # not the last one alone
         assert (await client.delete("/v1/images", params={"id": ["day 1", "day 2"]})).status_code == 422
@@ -226,7 +227,10 @@ def test_a_hostile_body_is_refused_and_the_next_request_is_served(served, send, 
 
 @pytest.mark.parametrize(
     "asked",
-    [{"top": 0}, {"top": 101}, {"threshold": "nan"}, {"since": "soon"}, {"camera": -1}, {"camera": 2**63}, {"no": 1}],
+    [
+        *({"top": 0}, {"top": 101}, {"threshold": "nan"}, {"since": "soon"}, {"since": "2026"}, {"until": 2026}),
+        *({"camera": -1}, {"camera": 2**63}, {"no": 1}),
+    ],
 )
 def test_a_value_that_cannot_be_used_is_refused_where_it_stands(served, send, asked):
     async def work(client, service):
