@@ -68,10 +68,14 @@ class Following:
         with self._lock:
             live = self._live = self._followed(held)
             live.tell(held.told_images if images is None else images)
-            if nearest is None:
-                return live.ask(query.features, exact)
-            rows = zip(query.features[:, None], nearest, strict=True)
-            return np.concatenate([live.ask(row, among=among) for row, among in rows])
+            try:
+                if nearest is None:
+                    return live.ask(query.features, exact)
+                rows = zip(query.features[:, None], nearest, strict=True)
+                return np.concatenate([live.ask(row, among=among) for row, among in rows])
+            except KeyboardInterrupt:  # rows may stand exchanged, and not noted, so that nothing takes them back
+                self._seen = None
+                raise
 
     def forget(self) -> None:
         """Starts anew with the next search, as for another model."""

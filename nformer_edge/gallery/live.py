@@ -571,10 +571,9 @@ def _swapped(array: np.ndarray, rows: np.ndarray, values: np.ndarray, still: flo
     """`native.swap_rows` of any type."""
     if array.dtype == np.float32:
         return native.swap_rows(array, rows, values, still)
-    before, rest = array[rows], tuple(range(1, values.ndim))
-    moved: np.ndarray = (before != values).any(axis=rest)
-    if still:
-        moved = ~(np.abs(before - values).max(axis=rest) <= still)
+    before = array[rows]
+    apart = ~(np.abs(before - values) <= still) if still else before != values
+    moved: np.ndarray = apart.any(axis=tuple(range(1, values.ndim)))
     array[rows[moved]], values[moved] = values[moved], before[moved]
     return moved
 

@@ -197,3 +197,22 @@ def test_a_head_that_fails_to_be_renewed_leaves_the_one_before_and_is_tried_agai
     gallery._head.close()
     assert gallery._head._live is not first
     assert gallery.stats().head_failure is None
+
+
+def test_a_search_that_was_interrupted_leaves_nothing_of_its_query(monkeypatch, built):
+    gallery = Gallery(gated())
+    gallery.add(rows(0, 60))
+    first = gallery.search(rows(99, 3), top=5, head=True, exact=True)
+    swap = native.swap_rows
+
+    def interrupted(array, *rest):
+        moved = swap(array, *rest)
+        if array.ndim == 2:  # exchanged, and not noted
+            raise KeyboardInterrupt
+        return moved
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(native, "swap_rows", interrupted)
+        gallery.search(rows(98, 1), top=5, head=True, exact=True)
+    near(gallery.search(rows(99, 3), top=5, head=True, exact=True), first)
+    assert built == [60, 60]
