@@ -154,6 +154,8 @@ def _notes(part: PartParity) -> list[str]:
         told = gate.gate == "tensor" and gate.kind == "gate" and gate.status != "failed" and not part.float64
         if told or (gate.status == "undecided" and gate.gate != "tensor"):
             lines.append(f"{part.title}, {gate.title}: {gate.note}")
+    noted = [(run, gate) for run in part.runs for gate in run.gates if gate.gate == "cosine_min" and gate.note]
+    lines += [f"{part.title}, {run.title}: {gate.note}" for run, gate in noted]
     run = max(part.runs, key=lambda run: len(run.moved))
     moved = run.moved
     if moved:

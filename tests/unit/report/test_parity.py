@@ -290,6 +290,7 @@ def test_a_row_may_have_two_equal_neighbors_in_either_order_and_no_other_row_may
     result = parity(Tied("ref"), engine, dataset, draws=100)
     found = [gate(result, part, name).status for part in ("head", "end_to_end") for name in ("tensor", "cosine_min")]
     assert found == [status] * 4
+    assert ("equal neighbors in the other order" in str(result)) == (status == "passed")
 
 
 def test_against_a_bundle_rounding_passes_more_is_undecided_and_more_than_fp16_may_have_fails(dataset, grid_runner):
