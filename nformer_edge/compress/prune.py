@@ -109,7 +109,7 @@ class Prune:
                 light, shares = gmacs <= self.gmacs * whole, {"gmacs": gmacs / whole}
                 if light and share is not None:
                     shares["time"] = share(_with_spec(tried))
-                least.update({name: min(share, least.get(name, 1.0)) for name, share in shares.items()})
+                least.update({name: min(found, least.get(name, 1.0)) for name, found in shares.items()})
                 bar.set_postfix(shares, refresh=False)
                 bar.update()
                 return light and shares.get("time", 0.0) <= self.time
